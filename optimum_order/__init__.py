@@ -1,0 +1,38 @@
+"""Joint model compression: prune and quantise a model, in the order that hurts it least."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Nothing is imported before it is asked for: `import optimum_order` stays fast.
+_HOME = {
+    "Backend": "backends",
+    "CompressedModel": "compressor",
+    "Format": "formats",
+    "JointCompressor": "compressor",
+    "LayerState": "layer",
+    "OptimumOrderError": "errors",
+    "Order": "order",
+    "Stage": "order",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from optimum_order.backends import Backend
+    from optimum_order.compressor import CompressedModel, JointCompressor
+    from optimum_order.errors import OptimumOrderError
+    from optimum_order.formats import Format
+    from optimum_order.layer import LayerState
+    from optimum_order.order import Order, Stage
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"optimum_order.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'optimum_order' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

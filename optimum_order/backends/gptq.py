@@ -1,0 +1,45 @@
+"""GPTQ: round one column at a time and let the others make up for it (Frantar et al. 2022, arXiv 2210.17323).
+
+The grid is fitted once, before the sweep, so a group's scale does not depend on when its columns are visited:
+"static groups", which makes act-order free at inference (no g_idx).
+"""
+
+import dataclasses
+
+import torch
+
+from optimum_order.backends.base import option
+from optimum_order.backends.obs import inverse_factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.uniform import UniformOptions, UniformQuantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQOptions(UniformOptions):
+    act_order: bool = option(True, "visit the columns with the largest inputs first")
+    damping: float = option(0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]")
+
+
+class GPTQ(UniformQuantizer):
+    """The OBS sweep with q = nearest on the grid; a pruned weight's grid is {0}."""
+
+    name = "gptq"
+    summary = "round column by column and correct the columns to come"
+    needs = frozenset({"gram"})
+    Options = GPTQOptions
+
+    def compress(self, state, statistics):
+        weight, gram = state.weight, statistics.gram
+        pruned = torch.zeros_like(weight, dtype=torch.bool) if state.pruned is None else state.pruned
+        columns = torch.arange(weight.shape[1], device=weight.device)
+        if self.options.act_order:
+            columns = torch.argsort(gram.diagonal(), descending=True, stable=True)
+        U, damping = inverse_factor(gram[columns][:, columns], self.options.damping)
+        grid = self.fit(state)
+
+        def choose(w, d, start):
+            return pruned[:, columns[start : start + w.shape[1]]]
+
+        swept, _ = sweep(weight, U, grid=grid, choose=choose, order=columns)
+        new, lost = keep_better_rows(swept.to(weight.dtype), grid.nearest(weight), weight, gram)
+        notes = state.notes + remarks(self.stage, self.options.damping, damping, lost, len(weight))
+        return dataclasses.replace(state, weight=new, grid=grid, notes=notes)

@@ -1,0 +1,50 @@
+"""SparseGPT: prune by optimal brain surgery (Frantar & Alistarh 2023, arXiv 2301.00774).
+
+The mask is chosen for every 128 columns by `w^2 / U_jj^2` (N:M: for every group of M as the sweep reaches it)
+and the survivors are corrected. On a quantised layer each corrected weight is snapped to the grid in its turn,
+so that the result can still be shipped quantised; `off_grid=true` leaves the grid instead.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from optimum_order.backends.base import option
+from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.selection import Pruner, PruningOptions, lowest, smallest
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPTOptions(PruningOptions):
+    damping: float = option(0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]")
+
+
+class SparseGPT(Pruner):
+    """Score `w^2 / U_jj^2` within every 128 columns; survivors take over the work of what is removed."""
+
+    name = "sparsegpt"
+    summary = "prune by optimal brain surgery and correct the survivors"
+    needs = frozenset({"gram"})
+    Options = SparseGPTOptions
+
+    def compress(self, state, statistics):
+        options, weight = self.options, state.weight
+        grid = None if options.off_grid else state.grid
+        before = torch.zeros_like(weight, dtype=torch.bool) if state.pruned is None else state.pruned
+        U, damping = inverse_factor(statistics.gram, options.damping)
+
+        def choose(w, d, start):
+            score = (w / d).square().masked_fill(before[:, start : start + w.shape[1]], -1.0)
+            if options.keep:
+                return lowest(score, options, before[:, start : start + w.shape[1]], per="row")
+            count = math.floor(options.sparsity * score.numel() + 1e-9)
+            return smallest(score.reshape(1, -1), count).view_as(score) | before[:, start : start + w.shape[1]]
+
+        columns = torch.arange(weight.shape[1], device=weight.device)
+        span = options.keep[1] if options.keep else BLOCK
+        swept, pruned = sweep(weight, U, grid=grid, choose=choose, span=span, order=columns)
+        plain = weight.masked_fill(pruned, 0.0)
+        new, lost = keep_better_rows(swept.to(weight.dtype), plain, weight, statistics.gram)
+        notes = state.notes + remarks(self.stage, options.damping, damping, lost, len(weight))
+        return dataclasses.replace(state, weight=new, pruned=pruned, grid=grid, notes=notes)

@@ -1,0 +1,15 @@
+"""Wanda: remove the weights with the smallest `|W_ij| * ||X_j||` in each row (Sun et al. 2023, arXiv 2306.11695, eq. 1)."""
+
+from optimum_order.backends.selection import Pruner, lowest, remove
+
+
+class Wanda(Pruner):
+    """Score `|W| * ||X||_2`, compared within each row or each N:M group."""
+
+    name = "wanda"
+    summary = "prune the smallest |W| * ||X|| in each row"
+    needs = frozenset({"squared_norms"})
+
+    def compress(self, state, statistics):
+        score = state.weight.float().abs() * statistics.squared_norms.sqrt()
+        return remove(state, lowest(score, self.options, state.pruned, per="row"), off_grid=self.options.off_grid)

@@ -1,0 +1,56 @@
+"""Every error this package raises on purpose.
+
+    OptimumOrderError
+    ├── OrderError (ValueError)        an order, stage or option that cannot be run
+    ├── ModelError (ValueError)        a model or checkpoint that cannot be compressed
+    ├── DataError (ValueError)         calibration or evaluation data that cannot be used
+    ├── FormatError (ValueError)       a format that cannot hold what it was given
+    ├── OutputError (OSError)          a path that cannot be written
+    ├── ArtifactError (ValueError)     a saved artifact that is not what it says it is
+    └── InvariantError (RuntimeError)  a backend broke a promise; always a bug, never bad input
+
+A message says what was wrong, what is allowed, what was got and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class OptimumOrderError(Exception):
+    """Base of all errors below; the command line turns it into one line and exit code 2."""
+
+
+class OrderError(OptimumOrderError, ValueError):
+    """An order, stage or option that cannot be run."""
+
+
+class ModelError(OptimumOrderError, ValueError):
+    """A model or checkpoint that cannot be compressed."""
+
+
+class DataError(OptimumOrderError, ValueError):
+    """Calibration or evaluation data that cannot be used."""
+
+
+class FormatError(OptimumOrderError, ValueError):
+    """A format that cannot hold what it was given."""
+
+
+class OutputError(OptimumOrderError, OSError):
+    """A path that cannot be written."""
+
+
+class ArtifactError(OptimumOrderError, ValueError):
+    """A saved artifact that is not what it says it is."""
+
+
+class InvariantError(OptimumOrderError, RuntimeError):
+    """A backend broke a promise that every stage keeps."""
+
+
+def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
+    """The message for a name that is not among the allowed ones, with the nearest as a suggestion."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(got, allowed, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"Unknown {what} '{got}'.{hint} Allowed: {', '.join(allowed)}."

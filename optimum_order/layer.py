@@ -1,0 +1,228 @@
+"""The state of one layer between stages, and the promises every stage keeps about it.
+
+A layer is a matrix `W` of shape (out, in), whatever module it came from. Its state is three things: the weight,
+which weights are `pruned`, and the `grid` of values a quantised weight may take. `pruned` is stated, never
+inferred: rounding alone turns 15 % of Gaussian weights into zeros at 4 bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from optimum_order.errors import InvariantError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration knows about the inputs `X` (tokens, in) of one layer.
+
+    Args:
+        tokens: How many rows `X` had; 0 for an expert that no token reached.
+        squared_norms: (in,) float32, the sum over tokens of `x_j ** 2`.
+        gram: (in, in) float32, `X^T X`; None unless a stage needed it.
+    """
+
+    tokens: int
+    squared_norms: Tensor
+    gram: Tensor | None = None
+
+    def isotropic(self) -> Statistics:
+        """The statistics of white noise: all that can be assumed of inputs nobody has seen."""
+        gram = None if self.gram is None else torch.eye(len(self.squared_norms), device=self.gram.device)
+        return Statistics(tokens=0, squared_norms=torch.ones_like(self.squared_norms), gram=gram)
+
+    def squared_error(self, delta: Tensor) -> float:
+        """`||X delta^T||^2 = tr(delta H delta^T)`, or its diagonal part where there is no Gram matrix."""
+        delta = delta.float()
+        if self.gram is not None:
+            return torch.sum((delta @ self.gram) * delta, dtype=torch.float64).item()
+        return torch.sum(delta.square() @ self.squared_norms, dtype=torch.float64).item()
+
+
+class Grid(ABC):
+    """The values each weight of one layer may take. Zero is always one of them.
+
+    Codes are what a format packs; `dequantize(quantize(W))` is the nearest point of the grid, in the dtype the
+    artifact will be loaded in, so that what was measured is what loads.
+    """
+
+    bits: int
+    """Width of one code."""
+    dtype: torch.dtype
+    """The dtype of the dequantised weight."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        """The integer codes of the nearest grid values of `weight` (out, k), which holds these columns of W."""
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        """The values (out, k) of these codes, in `dtype`."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> int:
+        """How many weights share one scale: the granularity of the quantisation."""
+
+    def nearest(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        """The grid value nearest to each of these columns of W, (out, k), in `dtype`."""
+        return self.dequantize(self.quantize(weight, columns), columns)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every weight (out, in) lies on the grid, bit for bit."""
+        return torch.equal(self.nearest(weight), weight.to(self.dtype))
+
+
+@dataclass(frozen=True)
+class UniformGrid(Grid):
+    """Integers times a scale shared by `group_size` consecutive inputs of one output.
+
+    Symmetric grids use the codes -2^(b-1) ... 2^(b-1)-1; others 0 ... 2^b-1 around an integer zero point.
+
+    Args:
+        bits: 2 to 8.
+        scale: (out, groups), finite and positive, in the dtype the artifact stores.
+        zero_point: (out, groups) int16, or None when symmetric.
+        inputs: The number of columns of W.
+    """
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor | None
+    inputs: int
+
+    @classmethod
+    def fit(
+        cls, weight: Tensor, *, bits: int, group_size: int = -1, symmetric: bool = True, clip: str = "none"
+    ) -> UniformGrid:
+        """The grid that spans each group's range, or (`clip="mse"`) the part of it that rounds with least error.
+
+        Args:
+            weight: (out, in) in the storage dtype, with +0.0 where pruned.
+            bits: 2 to 8.
+            group_size: Inputs that share a scale; -1 for the whole row. Must divide `in`.
+            symmetric: Without a zero point.
+            clip: "none" covers the extremes; "mse" tries 32 narrower ranges and keeps the best for each group.
+        """
+        rows, inputs = weight.shape
+        groups = weight.float().view(rows, -1, inputs if group_size == -1 else group_size)  # (out, groups, size)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+
+        def grid(shrink: float) -> UniformGrid:
+            tiny = torch.finfo(weight.dtype).tiny
+            scale = ((high - low) * (shrink / (2**bits - 1))).clamp(min=tiny).to(weight.dtype)
+            # A wholly pruned group has no range; any finite positive scale keeps its zeros exact.
+            scale = torch.where((high - low) * shrink <= tiny * 2**bits, torch.ones_like(scale), scale)
+            zero = None if symmetric else (-low * shrink / scale.float()).round().clamp(0, 2**bits - 1).short()
+            return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
+
+        best = grid(1.0)
+        if clip == "none":
+            return best
+
+        def error(candidate: UniformGrid) -> Tensor:
+            return (candidate.nearest(weight).float().view_as(groups) - groups).square().sum(-1)
+
+        scale, zero, least = best.scale, best.zero_point, error(best)
+        for step in range(1, 33):
+            candidate = grid(1.0 - 0.02 * step)
+            found = error(candidate)
+            better = found < least
+            scale = torch.where(better, candidate.scale, scale)
+            zero = None if zero is None else torch.where(better, candidate.zero_point, zero)
+            least = torch.where(better, found, least)
+        return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point is None
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1 for the whole row."""
+        return -1 if self.scale.shape[1] == 1 else self.inputs // self.scale.shape[1]
+
+    @property
+    def unit(self) -> int:
+        return self.inputs // self.scale.shape[1]
+
+    @cached_property
+    def _group(self) -> Tensor:
+        return torch.arange(self.inputs, device=self.scale.device) // self.unit
+
+    def _affine(self, columns: Tensor | slice) -> tuple[Tensor, Tensor | int]:
+        group = self._group[columns]
+        return self.scale[:, group], 0 if self.zero_point is None else self.zero_point[:, group]
+
+    def quantize(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        scale, zero = self._affine(columns)
+        low = -(2 ** (self.bits - 1)) if self.symmetric else 0
+        codes = (weight.float() / scale.float()).round_() + zero
+        return codes.clamp_(low, low + 2**self.bits - 1).short()
+
+    def dequantize(self, codes: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        scale, zero = self._affine(columns)
+        return (codes - zero).to(self.dtype) * scale
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer between stages.
+
+    Args:
+        weight: (out, in), in the dtype of the artifact.
+        pruned: (out, in) bool, True where a weight was removed; None if none was.
+        grid: Where the weights lie once quantised; None before.
+        notes: What happened on the way that a reader of the result should know, such as a raised damping.
+    """
+
+    weight: Tensor
+    pruned: Tensor | None = None
+    grid: Grid | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights removed, between 0 and 1."""
+        return 0.0 if self.pruned is None else self.pruned.float().mean(dtype=torch.float64).item()
+
+    @property
+    def bits(self) -> int:
+        """Width of one stored weight, in bits."""
+        return self.weight.element_size() * 8 if self.grid is None else self.grid.bits
+
+    def check(self, where: str) -> None:
+        """Raise InvariantError unless this state keeps every promise.
+
+        Args:
+            where: Names the layer and stage in the message.
+        """
+
+        def broken(what: str) -> InvariantError:
+            return InvariantError(f"{where}: {what}. This is a bug in the backend, not in your input.")
+
+        if not torch.isfinite(self.weight).all():
+            raise broken("a weight is NaN or infinite")
+        if self.pruned is not None:
+            if self.pruned.dtype != torch.bool or self.pruned.shape != self.weight.shape:
+                raise broken("the mask is not a boolean tensor of the weight's shape")
+            held = self.weight[self.pruned]
+            if held.any() or torch.signbit(held).any():
+                raise broken(f"{int(held.count_nonzero())} pruned weights are no longer +0.0")
+        if self.grid is not None:
+            if self.grid.dtype != self.weight.dtype:
+                raise broken(f"the grid is in {self.grid.dtype}, the weight in {self.weight.dtype}")
+            if not self.grid.holds(self.weight):
+                raise broken("a weight is off its quantisation grid")

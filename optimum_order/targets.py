@@ -1,0 +1,161 @@
+"""Which parameters of a model are compressed, and each of them seen as a matrix (out, in).
+
+A model is a sequence of units: the blocks of its outermost `nn.ModuleList`s, and any layer outside them that the
+user asked for by name. A unit's targets are the `nn.Linear`s, GPT-2 `Conv1D`s and single experts of fused 3-D
+expert parameters inside it. Embeddings, the output head, norms and routers are left alone by default.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from optimum_order.errors import ModelError
+
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+_EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to compress.
+
+    Args:
+        name: `model.layers.0.self_attn.q_proj`; an expert is `model.layers.0.mlp.experts.down_proj.3`.
+        kind: "linear", "conv1d" or "expert".
+        parameter: The tensor that holds the weight: (out, in), (in, out) for a Conv1D, (experts, out, in) or
+            (experts, in, out) for experts.
+        transposed: Whether the parameter stores (in, out).
+        expert: Which slice of the parameter, or None if it is all of it.
+    """
+
+    name: str
+    kind: str
+    parameter: nn.Parameter
+    transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def view(self) -> Tensor:
+        """The weight as (out, in), sharing memory with the model."""
+        tensor = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        return tensor.T if self.transposed else tensor
+
+    def read(self) -> Tensor:
+        """A contiguous copy of the weight, (out, in)."""
+        return self.view.clone(memory_format=torch.contiguous_format)
+
+    def write(self, weight: Tensor) -> None:
+        """Put a weight (out, in) back into the model."""
+        self.view.copy_(weight)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block that runs as a whole between two points of calibration, with its targets in definition order."""
+
+    name: str
+    module: nn.Module
+    targets: tuple[Target, ...]
+
+
+def find_units(model: nn.Module, targets: Iterable[str] | None = None, ignore: Iterable[str] | None = None) -> list[Unit]:
+    """The units of a model, in definition order.
+
+    Args:
+        model: Any transformers model, its weights dense.
+        targets: Patterns of the layers to compress: a shell pattern on the full name (`*.q_proj`), or a regular
+            expression after `re:`. By default every layer inside the blocks that is not a router.
+        ignore: Patterns of layers to leave alone, which win.
+
+    Raises:
+        ModelError: If nothing is left to compress, a pattern matches nothing, or a target is tied to another
+            weight.
+    """
+    targets, ignore = list(targets or []), list(ignore or [])
+    layers = [target for name, module in model.named_modules() for target in _targets_of(name, module)]
+    blocks = _blocks(model)
+    for pattern in [*targets, *ignore]:
+        if not any(_matches(target.name, [pattern]) for target in layers):
+            raise ModelError(
+                f"The pattern '{pattern}' matches no layer of {type(model).__name__}. Its layers are called, for "
+                f"example, {', '.join(repr(t.name) for t in layers[:3]) or 'nothing that can be compressed'}."
+            )
+    chosen = []
+    for target in layers:
+        inside = any(target.name.startswith(f"{name}.") for name in blocks)
+        router = target.name.rsplit(".", 1)[-1] in _ROUTERS
+        if (_matches(target.name, targets) if targets else inside and not router) and not _matches(target.name, ignore):
+            chosen.append(target)
+    if not chosen:
+        raise ModelError(
+            f"{type(model).__name__} has no layer to compress. What can be compressed are nn.Linear, GPT-2 Conv1D and "
+            f"fused expert weights inside the model's blocks; it has {len(blocks)} blocks"
+            + (f", and targets={targets}, ignore={ignore} leave none." if targets or ignore else ".")
+        )
+    _refuse_tied(model, chosen)
+    units = []
+    for name, module in blocks.items():
+        inside = tuple(target for target in chosen if target.name.startswith(f"{name}."))
+        if inside:
+            units.append(Unit(name, module, inside))
+    covered = {target.name for unit in units for target in unit.targets}
+    for target in chosen:
+        if target.name not in covered:
+            units.append(Unit(target.name, model.get_submodule(target.name), (target,)))
+    return units
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The elements of the outermost ModuleLists that hold anything to compress."""
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in blocks):
+            for index, element in enumerate(module):
+                if any(_targets_of(n, m) for n, m in element.named_modules()):
+                    blocks[f"{name}.{index}"] = element
+    return blocks
+
+
+def _targets_of(name: str, module: nn.Module) -> list[Target]:
+    if isinstance(module, nn.Linear):
+        return [Target(name, "linear", module.weight)]
+    if isinstance(module, Conv1D):
+        return [Target(name, "conv1d", module.weight, transposed=True)]
+    found = []
+    # transformers' own mark on every module of fused experts, and how their matrices lie
+    if hasattr(module, "is_transposed"):
+        for parameter_name in _EXPERTS:
+            parameter = getattr(module, parameter_name, None)
+            if isinstance(parameter, nn.Parameter) and parameter.ndim == 3:
+                found += [
+                    Target(f"{name}.{parameter_name}.{i}", "expert", parameter, module.is_transposed, i)
+                    for i in range(len(parameter))
+                ]
+    return found
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(
+        re.fullmatch(pattern[3:], name) if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
+
+
+def _refuse_tied(model: nn.Module, chosen: list[Target]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for target in chosen:
+        sharing = names.get(id(target.parameter), [])
+        if len(sharing) > 1:
+            raise ModelError(
+                f"'{target.name}' shares its weight with {', '.join(sharing[:3])}: compressing one would change the "
+                "other. Leave it out with 'ignore', or untie the weights first."
+            )
