@@ -5,6 +5,25 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Backend",
+    "CompressedModel",
+    "Format",
+    "JointCompressor",
+    "LayerState",
+    "OptimumOrderError",
+    "Order",
+    "Stage",
+]
+
+if TYPE_CHECKING:
+    from optimum_order.backends import Backend
+    from optimum_order.compressor import CompressedModel, JointCompressor
+    from optimum_order.errors import OptimumOrderError
+    from optimum_order.formats import Format
+    from optimum_order.layer import LayerState
+    from optimum_order.order import Order, Stage
+
 # Where each public name lives. Nothing is imported before it is asked for: `import optimum_order` stays fast.
 _HOME = {
     "Backend": "backends",
@@ -16,16 +35,6 @@ _HOME = {
     "Order": "order",
     "Stage": "order",
 }
-
-__all__ = sorted(_HOME)
-
-if TYPE_CHECKING:
-    from optimum_order.backends import Backend
-    from optimum_order.compressor import CompressedModel, JointCompressor
-    from optimum_order.errors import OptimumOrderError
-    from optimum_order.formats import Format
-    from optimum_order.layer import LayerState
-    from optimum_order.order import Order, Stage
 
 
 def __getattr__(name: str):

@@ -65,7 +65,9 @@ class Unit:
     targets: tuple[Target, ...]
 
 
-def find_units(model: nn.Module, targets: Iterable[str] | None = None, ignore: Iterable[str] | None = None) -> list[Unit]:
+def find_units(
+    model: nn.Module, targets: Iterable[str] | None = None, ignore: Iterable[str] | None = None
+) -> list[Unit]:
     """The units of a model, in definition order.
 
     Args:

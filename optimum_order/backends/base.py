@@ -38,9 +38,9 @@ def _matches(value: Any, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
-def _describe(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType):
-        return " or ".join(_describe(member) for member in typing.get_args(annotation))
+        return " or ".join(describe(member) for member in typing.get_args(annotation))
     names = {float: "a number", int: "an integer", bool: "true or false", str: "a word", tuple: "a list"}
     return names.get(annotation, str(annotation))
 
@@ -74,7 +74,7 @@ class Method(ABC):
                 raise OrderError(f"Stage '{stage}': {unknown('option', key, fields)}")
             meta = fields[key].metadata
             if not _matches(value, hints[key]) or not meta["check"](value):
-                wanted = meta["allowed"] or _describe(hints[key])
+                wanted = meta["allowed"] or describe(hints[key])
                 raise OrderError(f"Stage '{stage}': '{key}' ({meta['help']}) must be {wanted}, got {value!r}.")
             if float in (hints[key], *typing.get_args(hints[key])) and isinstance(value, int):
                 given[key] = float(value)

@@ -16,7 +16,9 @@ from optimum_order.backends.uniform import UniformOptions, UniformQuantizer
 @dataclasses.dataclass(frozen=True)
 class GPTQOptions(UniformOptions):
     act_order: bool = option(True, "visit the columns with the largest inputs first")
-    damping: float = option(0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]")
+    damping: float = option(
+        0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]"
+    )
 
 
 class GPTQ(UniformQuantizer):

@@ -83,9 +83,7 @@ def sweep(
         for i in range(end - start):
             if i % span == 0:
                 stop = min(i + span, end - start)
-                removed[start + i : start + stop] = choose(
-                    block[i:stop].T, factor.diagonal()[i:stop], start + i
-                ).T
+                removed[start + i : start + stop] = choose(block[i:stop].T, factor.diagonal()[i:stop], start + i).T
             w = block[i]
             q = w if grid is None else grid.nearest(w[:, None], order[start + i : start + i + 1])[:, 0].float()
             q = q.masked_fill(removed[start + i], 0.0)

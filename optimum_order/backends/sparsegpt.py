@@ -17,7 +17,9 @@ from optimum_order.backends.selection import Pruner, PruningOptions, lowest, sma
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPTOptions(PruningOptions):
-    damping: float = option(0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]")
+    damping: float = option(
+        0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]"
+    )
 
 
 class SparseGPT(Pruner):

@@ -12,7 +12,9 @@ from optimum_order.layer import LayerState, UniformGrid
 class UniformOptions:
     """The grid a quantiser rounds to."""
 
-    bits: int = option(dataclasses.MISSING, "width of a weight", check=lambda v: 2 <= v <= 8, allowed="an integer in 2..8")
+    bits: int = option(
+        dataclasses.MISSING, "width of a weight", check=lambda v: 2 <= v <= 8, allowed="an integer in 2..8"
+    )
     group_size: int | str = option(
         "auto",
         "inputs that share a scale",

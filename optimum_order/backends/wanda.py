@@ -1,4 +1,4 @@
-"""Wanda: remove the weights with the smallest `|W_ij| * ||X_j||` in each row (Sun et al. 2023, arXiv 2306.11695, eq. 1)."""
+"""Wanda: remove the smallest `|W_ij| * ||X_j||_2` of each row (Sun et al. 2023, arXiv 2306.11695, eq. 1)."""
 
 from optimum_order.backends.selection import Pruner, lowest, remove
 

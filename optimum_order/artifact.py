@@ -1,0 +1,222 @@
+"""One saved folder: writing it so that it is whole or not there, and checking that it is what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from optimum_order import formats, manifest
+from optimum_order.errors import ArtifactError, OutputError
+from optimum_order.formats import checkpoint
+from optimum_order.layer import LayerState
+from optimum_order.targets import Target
+
+Layers = Mapping[str, tuple[Target, LayerState]]
+
+
+@contextlib.contextmanager
+def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        OutputError: If `path` holds something and `overwrite` is False, or cannot be written, or the disk is full.
+    """
+    check_output(path, overwrite=overwrite)
+    scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        if path.exists():
+            old = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
+            path.rename(old)
+            scratch.rename(path)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError):
+            raise
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise OutputError(
+            f"Cannot write '{path}': {reason}. Nothing was left there; make room or choose another path."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if `path` could not be written in the end."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"'{path}' is a file; give a folder.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise OutputError(f"'{path}' is not empty. Choose another folder, or pass overwrite=True (--overwrite).")
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"'{parent}' cannot be written; choose another folder.")
+
+
+def save(
+    model: nn.Module,
+    processor: Any,
+    layers: Layers,
+    facts: dict[str, Any],
+    path: str | Path,
+    *,
+    format: str = "auto",
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """Write a self-contained folder: weights, config, generation config, processor and manifest.
+
+    Args:
+        model: Holds the states' weights.
+        processor: Tokenizer or image processor, or None.
+        layers: Each compressed layer with its state.
+        facts: What the manifest says of the run; the format, bytes, files and digest are added here.
+        path: The folder.
+        format: A format's name, or "auto" for the smallest that holds every layer exactly.
+        overwrite: Whether a folder that is not empty may be replaced.
+        max_shard_size: Of one weight file.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        FormatError: If the format cannot hold a layer.
+        OutputError: If the folder cannot be written; nothing is left half-written.
+    """
+    path = Path(path)
+    chosen = formats.choose(layers, format)
+    with staging(path, overwrite=overwrite) as folder:
+        header = {manifest.KEY: facts["order"]}
+        checkpoint.write(model, layers, chosen, folder, header=header, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config[manifest.KEY] = {"schema": manifest.SCHEMA, "order": facts["order"], "manifest": manifest.FILE}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return manifest.write(
+            facts
+            | {
+                "format": chosen.name,
+                "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits_per_weight(layers, chosen)},
+                "files": {
+                    str(file.relative_to(folder)): {"sha256": manifest.sha256(file), "bytes": file.stat().st_size}
+                    for file in files
+                },
+            },
+            folder,
+        )
+
+
+def bits_per_weight(layers: Layers, format: formats.Format) -> float:
+    """Stored bits per weight of the compressed layers, scales and all."""
+    encoded = sum(tensor.nbytes for _, state in layers.values() for tensor in format.encode(state).values())
+    return round(8 * encoded / sum(state.weight.numel() for _, state in layers.values()), 4)
+
+
+def values_digest(weight: Tensor) -> str:
+    """sha256 of a layer's dequantised values, (out, in) row by row: what `verify` compares with."""
+    from optimum_order.checkpoint import tensor_bytes
+
+    return hashlib.sha256(tensor_bytes(weight)).hexdigest()
+
+
+def verify(path: str | Path) -> list[str]:
+    """Everything in which a saved folder differs from what its manifest says; empty if nothing does.
+
+    Args:
+        path: An artifact's folder.
+
+    Returns:
+        One sentence per difference.
+
+    Raises:
+        ArtifactError: If there is no manifest, or it cannot be read at all.
+    """
+    folder = Path(path)
+    stated = manifest.load(folder)
+    problems = []
+    if manifest.digest(stated) != stated["digest"]:
+        problems.append(f"{manifest.FILE} was changed after it was written: its digest does not match.")
+    problems += _files(folder, stated["files"])
+    if problems:
+        return problems  # what cannot be trusted as a file is not worth decoding
+    try:
+        problems += _orders(folder, stated)
+        problems += _layers(folder, stated)
+    except ArtifactError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _files(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
+    present = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and not f.name.startswith(".")}
+    for name in sorted(present - set(files) - {manifest.FILE}):
+        yield f"{name} is in the folder and not in the manifest."
+    for name, stated in sorted(files.items()):
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink() or not isinstance(stated, dict):
+            yield f"the manifest names a file it may not: {name!r}."
+        elif name not in present:
+            yield f"{name} is missing."
+        elif file.stat().st_size != stated.get("bytes"):
+            yield f"{name} has {file.stat().st_size} bytes, the manifest says {stated.get('bytes')}."
+        elif manifest.sha256(file) != stated.get("sha256"):
+            yield f"{name} was changed after it was written: its sha256 does not match."
+
+
+def _orders(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
+    order = stated["order"]
+    config = manifest.read_json(folder / "config.json").get(manifest.KEY)
+    expected = {"schema": stated["schema"], "order": order, "manifest": manifest.FILE}
+    if config != expected:
+        yield f"config.json says {config!r} of the order, the manifest says {expected!r}."
+    for file in sorted(folder.glob("*.safetensors")):
+        found = checkpoint.header(file).get(manifest.KEY)
+        if found != order:
+            yield f"{file.name} says the order is {found!r}, the manifest says {order!r}."
+    if " > ".join(str(stage.get("stage")) for stage in stated["stages"] if isinstance(stage, dict)) != order:
+        yield "the manifest's stages are not those of its order."
+
+
+def _layers(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
+    layers = dict(stated["layers"])
+    for name, state in checkpoint.read(folder, layers).items():
+        said = layers.pop(name, None)
+        if not isinstance(said, dict):
+            yield f"layer {name} is in the weights and not in the manifest."
+            continue
+        zeros = int((state.weight == 0).sum())
+        if list(state.weight.shape) != said.get("shape"):
+            yield f"layer {name} has shape {list(state.weight.shape)}, the manifest says {said.get('shape')}."
+        elif zeros < said.get("pruned", 0):
+            yield f"layer {name} has {zeros} zeros, fewer than the {said['pruned']} weights said to be pruned."
+        elif values_digest(state.weight) != said.get("digest"):
+            yield f"layer {name} does not decode to the values that were measured."
+        elif state.grid is not None and state.grid.bits != said.get("bits"):
+            yield f"layer {name} has {state.grid.bits} bits, the manifest says {said.get('bits')}."
+        elif not _keeps_pattern(state.weight, said.get("pattern")):
+            yield f"layer {name} does not keep the pattern {said.get('pattern')}."
+    for name in sorted(layers):
+        yield f"layer {name} is in the manifest and not in the weights."
+
+
+def _keeps_pattern(weight: Tensor, pattern: Any) -> bool:
+    found = re.fullmatch(r"([1-9][0-9]?):([1-9][0-9]?)", pattern) if isinstance(pattern, str) else None
+    if not found or weight.shape[1] % int(found[2]):
+        return pattern is None
+    return bool((weight.view(len(weight), -1, int(found[2])).count_nonzero(-1) <= int(found[1])).all())

@@ -1,0 +1,1 @@
+"""Running a model on data and keeping what the compression methods ask about it."""

@@ -1,0 +1,37 @@
+"""Accumulators of what is known about the inputs of a layer: column norms and `X^T X`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optimum_order.layer import Statistics
+
+
+class Accumulator:
+    """Sums over the tokens of one input that one or more layers read.
+
+    Args:
+        inputs: Width of the input.
+        gram: Whether to keep `X^T X` and not only its diagonal.
+        device: Where the sums live.
+    """
+
+    def __init__(self, inputs: int, *, gram: bool, device: torch.device):
+        self.tokens = 0
+        self.sums = torch.zeros((inputs, inputs) if gram else (inputs,), dtype=torch.float32, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in more tokens, (..., in); summed in float32 whatever their dtype."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += len(rows)
+        if self.sums.ndim == 2:
+            self.sums.addmm_(rows.T, rows)
+        else:
+            self.sums += rows.square().sum(0)
+
+    def result(self) -> Statistics:
+        """What is known so far."""
+        if self.sums.ndim == 2:
+            return Statistics(self.tokens, self.sums.diagonal().contiguous(), self.sums)
+        return Statistics(self.tokens, self.sums)

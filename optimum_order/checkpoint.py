@@ -1,0 +1,205 @@
+"""Where a model comes from: a Hub id or folder that can be loaded again and again, or a model in memory."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from optimum_order.errors import ModelError
+
+EMBEDDED = ("tiny-llama",)
+"""Models that ship inside the package and can be named like a Hub id."""
+
+# The auto classes a checkpoint may be loaded with, by the architecture its config names; nothing else is imported.
+_AUTO = [
+    (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (transformers.AutoModelForImageClassification, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+    (transformers.AutoModelForSequenceClassification, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    (transformers.AutoModelForTokenClassification, modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    (transformers.AutoModelForQuestionAnswering, modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    (transformers.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    (transformers.AutoModel, modeling_auto.MODEL_MAPPING_NAMES),
+]
+
+
+def auto_class(config: Any) -> type:
+    """The transformers auto class that loads a model with this config.
+
+    Raises:
+        ModelError: If transformers has no such architecture.
+    """
+    architecture = next(iter(config.architectures or []), None)
+    for auto, names in _AUTO:
+        known = names.get(config.model_type, ())
+        if (architecture is None and known) or architecture in ((known,) if isinstance(known, str) else known):
+            return auto
+        if auto.__name__ in getattr(config, "auto_map", {}):
+            return auto
+    raise ModelError(
+        f"The architecture {architecture!r} (model type {config.model_type!r}) is not one that transformers "
+        f"{transformers.__version__} loads as a causal LM, classifier, encoder or masked LM."
+    )
+
+
+def refuse_quantized(config: Any, name: str) -> None:
+    """Raise ModelError if the model's weights are already codes."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise ModelError(
+            f"'{name}' is already quantised ({values.get('quant_method', 'unknown method')}). Compression starts from "
+            "dense weights: give the model it was made from."
+        )
+
+
+class Checkpoint:
+    """A model on the Hub or in a folder. Its config and processor are read at once, its weights by `load`.
+
+    Args:
+        model: A Hub id, a folder, or the name of an embedded model.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token; never stored or printed.
+        dtype: "auto" for the checkpoint's own, or a torch dtype or its name.
+        trust_remote_code: Whether to run code that comes with the model.
+
+    Raises:
+        ModelError: If there is no such model, or it is already quantised.
+    """
+
+    def __init__(
+        self, model: str | Path, *, revision: str | None, token: str | None, dtype: str, trust_remote_code: bool
+    ):
+        self.id = str(model)
+        self.revision = revision
+        self.embedded = self.id in EMBEDDED and not Path(self.id).exists()
+        self._path = str(resources.files("optimum_order") / "assets" / self.id) if self.embedded else self.id
+        if not self.embedded and (self.id.startswith((".", "/", "~")) or self.id.count("/") > 1):
+            self._path = str(Path(self.id).expanduser())
+            if not Path(self._path).is_dir():
+                raise ModelError(
+                    f"There is no folder '{self.id}'. Give a folder, a Hub id, or one of {list(EMBEDDED)}."
+                )
+        self._dtype = _read_dtype(dtype)
+        self._hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        try:
+            self.config = transformers.AutoConfig.from_pretrained(self._path, **self._hub)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"Cannot read the model '{self.id}': {_first_line(error)}") from error
+        refuse_quantized(self.config, self.id)
+        self.auto = auto_class(self.config)
+        self.processor = _processor(self._path, self._hub)
+        self.commit = getattr(self.config, "_commit_hash", None)
+
+    def load(self) -> nn.Module:
+        """The model, fresh from the checkpoint, in evaluation mode on the CPU.
+
+        Raises:
+            ModelError: If the weights cannot be read, are not safetensors, or do not fill the model.
+        """
+        try:
+            model, info = self.auto.from_pretrained(
+                self._path, dtype=self._dtype, use_safetensors=True, output_loading_info=True, **self._hub
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"Cannot load the weights of '{self.id}': {_first_line(error)}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise ModelError(
+                f"The checkpoint '{self.id}' lacks {len(missing)} weights of {type(model).__name__}, such as "
+                f"'{missing[0]}': they would be random. Give a complete checkpoint."
+            )
+        return model.eval()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files on disk, or 0 where they cannot be found."""
+        folder = Path(self._path)
+        if not folder.is_dir():
+            found = try_to_load_from_cache(self.id, "config.json", revision=self.commit or self.revision)
+            if not isinstance(found, str):
+                return 0
+            folder = Path(found).parent
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A model that is already loaded; its weights are copied once, and every `load` is a copy of that copy."""
+
+    model: nn.Module
+    processor: Any = None
+    id: str = "in-memory"
+    revision: str | None = None
+    commit: str | None = None
+    embedded: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, processor: Any = None) -> InMemory:
+        """Copy the model.
+
+        Raises:
+            ModelError: If it is not a transformers model, or is already quantised.
+        """
+        if not isinstance(model, transformers.PreTrainedModel):
+            raise ModelError(f"A transformers model is needed, got {type(model).__name__}.")
+        name = model.config.name_or_path or type(model).__name__
+        refuse_quantized(model.config, name)
+        return cls(copy.deepcopy(model).eval().cpu(), processor, name)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights, each counted once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def load(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over every tensor of the model: name, dtype, shape and bytes, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's values as bytes, row by row."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto" or dtype in allowed.values():
+        return dtype
+    if dtype not in allowed:
+        raise ModelError(f"'dtype' must be one of auto, {', '.join(allowed)}, got {dtype!r}.")
+    return allowed[dtype]
+
+
+def _processor(path: str, hub: dict) -> Any:
+    """The tokenizer or image processor that comes with the model, or None if none does."""
+    for auto in (transformers.AutoProcessor, transformers.AutoTokenizer):
+        try:
+            return auto.from_pretrained(path, **hub)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

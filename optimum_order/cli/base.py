@@ -1,0 +1,66 @@
+"""What every command shares: where a result, an error or an interruption becomes output and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from abc import abstractmethod
+from typing import Any, NoReturn
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+from optimum_order.errors import OptimumOrderError
+
+
+class Command(BaseOptimumCLICommand):
+    """One command, under `optimum-order` and `optimum-cli order` alike.
+
+    A subclass declares its arguments in `parse_args`, finds its result in `work` and prints it in `show`. Heavy
+    imports belong inside those two, so that help texts appear at once.
+    """
+
+    @abstractmethod
+    def work(self) -> dict[str, Any]:
+        """The result: what `--json` prints. Whatever is printed on the way goes to stderr.
+
+        Raises:
+            OptimumOrderError: If it cannot be done; becomes one line and exit code 2.
+        """
+
+    @abstractmethod
+    def show(self, result: dict[str, Any]) -> None:
+        """Print the result on stdout, for people."""
+
+    def exit_code(self, result: dict[str, Any]) -> int:
+        """0 unless the result is bad news."""
+        return 0
+
+    def run(self) -> NoReturn:
+        """Do the work and leave: 0 done, 1 bad news, 2 cannot be done, 130 interrupted."""
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result and nothing else
+                result = self.work()
+        except OptimumOrderError as error:
+            _leave(2, f"error: {error}")
+        except KeyboardInterrupt:
+            _leave(130, "interrupted")
+        if getattr(self.args, "json", False):
+            print(json.dumps(result, indent=2, allow_nan=False))
+        else:
+            self.show(result)
+        sys.exit(self.exit_code(result))
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    print("optimum-order: " + " ".join(message.splitlines()), file=sys.stderr)
+    sys.exit(code)
+
+
+def size(count: int) -> str:
+    """A number of bytes in the largest decimal unit that keeps it above one: `11.7 MB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

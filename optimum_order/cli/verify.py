@@ -1,0 +1,33 @@
+"""`optimum-order verify`: whether a saved model is still, bit for bit, what its manifest says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optimum_order.cli.base import Command
+
+
+class VerifyCommand(Command):
+    """Exit code 0 if everything agrees, 1 if anything differs."""
+
+    @staticmethod
+    def parse_args(parser):
+        parser.description = (
+            "Check a saved model against its manifest: the digest of every file, and that pruned weights are zero and "
+            "quantised weights lie on their grid. Exit code 0 if all agrees, 1 if anything differs."
+        )
+        parser.add_argument("path", metavar="PATH", help="a folder that 'optimum-order export' wrote")
+
+    def work(self) -> dict[str, Any]:
+        from optimum_order.artifact import verify
+
+        return {"path": self.args.path, "problems": verify(self.args.path)}
+
+    def show(self, result: dict[str, Any]) -> None:
+        for problem in result["problems"]:
+            print(problem)
+        if not result["problems"]:
+            print(f"{result['path']} is what its manifest says.")
+
+    def exit_code(self, result: dict[str, Any]) -> int:
+        return 1 if result["problems"] else 0

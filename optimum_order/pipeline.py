@@ -1,0 +1,216 @@
+"""One run: a model in memory and an order in, the states of its layers out. No search, no files, no Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from optimum_order.backends import Allocator, Backend, Measured, canonical, method
+from optimum_order.calibration.walk import walk
+from optimum_order.errors import DataError, ModelError, OrderError, unknown
+from optimum_order.layer import LayerState, Statistics
+from optimum_order.order import Order, Stage
+from optimum_order.targets import Target, Unit
+
+SCHEDULES = ("stage", "block")
+
+Pass = dict[str, list[Backend]]
+"""One walk over the model: what is done to each layer, by name, when the walk is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRecord:
+    """What one stage did to one layer, for the manifest.
+
+    Args:
+        stage: The concrete stage, as canonical text.
+        relative_error: Squared error it added over the squared size of what it found.
+        measured_on: "outputs" (`tr(dW H dW^T) / tr(W H W^T)`), "inputs" (the same with H's diagonal) or "weights".
+    """
+
+    stage: str
+    relative_error: float
+    measured_on: str
+
+
+@dataclasses.dataclass
+class Result:
+    """The layers after a run, and how they came to be."""
+
+    states: dict[str, LayerState]
+    records: dict[str, list[StageRecord]]
+    order: Order
+
+
+def check(order: Order, units: Sequence[Unit], schedule: str, *, calibrated: bool) -> Order:
+    """The canonical order, or an error for anything that would fail later: nothing is run here.
+
+    Raises:
+        OrderError: A method, option or schedule that does not exist, or a layer whose shape an option does not fit.
+        DataError: A stage needs calibration and there is none.
+    """
+    if schedule not in SCHEDULES:
+        raise OrderError(unknown("schedule", schedule, SCHEDULES))
+    order = canonical(order)
+    for stage in order:
+        chosen = method(stage)
+        backends = [method(s) for s in chosen.candidates()] if isinstance(chosen, Allocator) else [chosen]
+        refused = defaultdict(list)
+        for target in (target for unit in units for target in unit.targets):
+            if reason := backends[0].check_shape(tuple(target.view.shape)):
+                refused[reason].append(target.name)
+        for reason, names in refused.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise OrderError(f"Stage '{stage}' cannot compress {', '.join(names[:3])}{more}: {reason}.")
+        if not calibrated and (isinstance(chosen, Allocator) or any(backend.needs for backend in backends)):
+            raise DataError(
+                f"Stage '{stage}' needs calibration data and none was given. Pass calibration=... (a .txt, .jsonl or "
+                ".parquet path, a Hub dataset, or 'builtin'), or use only magnitude, rtn and bitsandbytes."
+            )
+    return order
+
+
+def run(
+    model: nn.Module,
+    units: Sequence[Unit],
+    order: Order,
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    schedule: str = "stage",
+    progress: bool = True,
+) -> Result:
+    """Apply every stage in turn; the model's weights end as the states' weights.
+
+    Args:
+        model: In evaluation mode; changed in place.
+        units: What to compress, from `find_units(model)`.
+        order: From `check`.
+        batches: Calibration inputs; may be empty if no stage needs statistics.
+        schedule: "stage" walks the whole model once per stage, so that a stage sees what all earlier stages made of
+            every layer; "block" applies all stages to a block, on one capture of its inputs, before it moves on.
+        progress: Whether to show a bar on stderr.
+
+    Raises:
+        ModelError: If a weight is NaN or infinite, or the model cannot be walked.
+    """
+    targets = {target.name: target for unit in units for target in unit.targets}
+    for name, target in targets.items():
+        if not torch.isfinite(target.view).all():
+            raise ModelError(
+                f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose weights are finite."
+            )
+    result = Result({name: LayerState(target.read()) for name, target in targets.items()}, defaultdict(list), order)
+    with tqdm(total=0, unit="block", disable=not progress) as bar:
+        for group in _groups(order, schedule):
+            if isinstance(group, Allocator):
+                table = _measure(model, units, group, result.states, batches, bar)
+                for chosen in group.allocate(table):
+                    stages: Pass = {name: [_backend(stage)] for name, stage in chosen.items()}
+                    _run_pass(model, units, stages, result, batches, bar, str(group.stage))
+            else:
+                label = " > ".join(str(backend.stage) for backend in group)
+                _run_pass(model, units, dict.fromkeys(targets, group), result, batches, bar, label)
+    return result
+
+
+def _groups(order: Order, schedule: str) -> list[Allocator | list[Backend]]:
+    """What is done in one walk: one stage, or as many as stand between two allocators, which need the whole model."""
+    groups: list[Allocator | list[Backend]] = []
+    for stage in order:
+        chosen = method(stage)
+        if isinstance(chosen, Allocator):
+            groups.append(chosen)
+        elif schedule == "block" and groups and isinstance(groups[-1], list):
+            groups[-1].append(_backend(stage))
+        else:
+            groups.append([_backend(stage)])
+    return groups
+
+
+def _backend(stage: Stage) -> Backend:
+    chosen = method(stage)
+    assert isinstance(chosen, Backend)  # allocators allocate for backends; `check` has read every stage
+    return chosen
+
+
+def _run_pass(
+    model: nn.Module, units: Sequence[Unit], stages: Pass, result: Result, batches: Sequence, bar: tqdm, label: str
+) -> None:
+    needs = {need for backends in stages.values() for backend in backends for need in backend.needs}
+    bar.set_description(label)
+    bar.total += len(units)
+    bar.refresh()
+
+    def visit(unit: Unit, statistics: dict[str, Statistics], leaders: dict[str, str]) -> None:
+        for target in unit.targets:
+            for backend in stages.get(target.name, []):
+                _apply(backend, target, statistics.get(target.name), result)
+        bar.update()
+
+    # Only the units that this pass changes, and what lies before the last of them, need to be run.
+    changed = [unit for unit in units if any(target.name in stages for target in unit.targets)]
+    if needs:
+        walk(model, changed, batches, visit, gram="gram" in needs)
+    else:
+        for unit in changed:
+            visit(unit, {}, {})
+
+
+def _apply(backend: Backend, target: Target, statistics: Statistics | None, result: Result) -> None:
+    before = result.states[target.name]
+    after = backend.apply(before, statistics, where=target.name)
+    target.write(after.weight)
+    result.states[target.name] = after
+    error, measured_on = relative_error(before.weight, after.weight, statistics)
+    result.records[target.name].append(StageRecord(str(backend.stage), error, measured_on))
+
+
+def relative_error(before: Tensor, after: Tensor, statistics: Statistics | None) -> tuple[float, str]:
+    """Squared error over squared size, and in what: the layer's outputs if H is known, else the nearest to it.
+
+    Args:
+        before: (out, in).
+        after: (out, in).
+        statistics: The layer's inputs, or None.
+    """
+    delta = after.float() - before.float()
+    if statistics is None or statistics.tokens == 0:
+        size, error, measured_on = before.float().square().sum().item(), delta.square().sum().item(), "weights"
+    else:
+        size, error = statistics.squared_error(before), statistics.squared_error(delta)
+        measured_on = "inputs" if statistics.gram is None else "outputs"
+    return (error / size if size else 0.0), measured_on
+
+
+def _measure(
+    model: nn.Module,
+    units: Sequence[Unit],
+    allocator: Allocator,
+    states: dict[str, LayerState],
+    batches: Sequence,
+    bar: tqdm,
+) -> list[Measured]:
+    """What each candidate of an allocator would do to each layer, with the rest of the model as it is."""
+    table: list[Measured] = []
+    backends = {stage: _backend(stage) for stage in allocator.candidates()}
+    bar.set_description(f"{allocator.stage}: measuring")
+    bar.total += len(units)
+    bar.refresh()
+
+    def visit(unit: Unit, statistics: dict[str, Statistics], leaders: dict[str, str]) -> None:
+        for target in unit.targets:
+            state, known = states[target.name], statistics[target.name]
+            for stage, backend in backends.items():
+                after = backend.apply(state, known, where=target.name)
+                error, _ = relative_error(state.weight, after.weight, known)
+                group = leaders.get(target.name, target.name)
+                table.append(Measured(target.name, group, state.weight.numel(), stage, after.bits, error))
+        bar.update()
+
+    walk(model, units, batches, visit, gram=True)
+    return table
