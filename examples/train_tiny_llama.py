@@ -6,7 +6,7 @@ The corpus is the English prose of Python itself: the docstrings of the standard
 installed package, and the packages' READMEs. The held-out text is the reference manual that CPython carries
 as `pydoc_data.topics`; no line of it that is long enough to mean anything is trained on.
 
-The recipe is small and current: a 4096-token byte-level BPE, a 5.8 M-parameter Llama with grouped-query
+The recipe is small and current: a 4096-token byte-level BPE, a 4.2 M-parameter Llama with grouped-query
 attention, Muon (Jordan et al. 2024) on the matrices and AdamW on the embedding and the norms, bfloat16
 matrix products, and a learning rate that decays linearly to zero over the second half of the time budget.
 The figure it reports is bits per byte of the *whole* held-out text.
@@ -35,7 +35,7 @@ BOS, EOS = "<|begin|>", "<|end|>"
 CONFIG = dict(
     hidden_size=256,
     intermediate_size=768,
-    num_hidden_layers=6,
+    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=2 * WINDOW,
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--batch", type=int, default=16, help="windows of 512 tokens a step")
+    parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens a step")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -191,7 +191,7 @@ def main() -> None:
         if step % 100 == 0:
             seen, seconds = step * args.batch * WINDOW, time.monotonic() - begin
             print(f"step {step}  {progress:6.1%}  loss {mean:.3f}  {seen / 1e6:.1f} M tokens  {seen / seconds:.0f}/s", flush=True)
-        if step % 1000 == 0:
+        if step % 500 == 0:
             save(model, tokenizer, args.output, {"unfinished": True})
             print(f"  held out: {bits_per_byte(model, tokenizer):.3f} bits per byte", flush=True)
 

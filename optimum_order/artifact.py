@@ -97,21 +97,22 @@ def save(
         OutputError: If the folder cannot be written; nothing is left half-written.
     """
     path = Path(path)
-    chosen = formats.choose(layers, format)
+    chosen = formats.choose(model, layers, format)
     with staging(path, overwrite=overwrite) as folder:
         header = {manifest.KEY: facts["order"]}
-        checkpoint.write(model, layers, chosen, folder, header=header, max_shard_size=max_shard_size)
+        stored = checkpoint.write(model, layers, chosen, folder, header=header, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         config[manifest.KEY] = {"schema": manifest.SCHEMA, "order": facts["order"], "manifest": manifest.FILE}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        weights = checkpoint.weight_bytes(folder)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return manifest.write(
             facts
             | {
                 "format": chosen.name,
+                "layers": {name: layer | {"stored": stored.get(name)} for name, layer in facts["layers"].items()},
                 "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits_per_weight(layers, chosen)},
                 "files": {
                     str(file.relative_to(folder)): {"sha256": manifest.sha256(file), "bytes": file.stat().st_size}
@@ -194,12 +195,11 @@ def _orders(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _layers(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
-    layers = dict(stated["layers"])
-    for name, state in checkpoint.read(folder, layers).items():
-        said = layers.pop(name, None)
-        if not isinstance(said, dict):
-            yield f"layer {name} is in the weights and not in the manifest."
-            continue
+    layers = stated["layers"]
+    if not all(isinstance(said, dict) for said in layers.values()):
+        raise ArtifactError("the manifest's layers cannot be read.")
+    for name, state in checkpoint.read(folder, {name: said.get("stored") for name, said in layers.items()}):
+        said = layers[name]
         zeros = int((state.weight == 0).sum())
         if list(state.weight.shape) != said.get("shape"):
             yield f"layer {name} has shape {list(state.weight.shape)}, the manifest says {said.get('shape')}."
@@ -211,8 +211,6 @@ def _layers(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
             yield f"layer {name} has {state.grid.bits} bits, the manifest says {said.get('bits')}."
         elif not _keeps_pattern(state.weight, said.get("pattern")):
             yield f"layer {name} does not keep the pattern {said.get('pattern')}."
-    for name in sorted(layers):
-        yield f"layer {name} is in the manifest and not in the weights."
 
 
 def _keeps_pattern(weight: Tensor, pattern: Any) -> bool:

@@ -238,7 +238,7 @@ class CompressedModel:
             progress: Whether to show a bar on stderr.
         """
         windows = self._compressor._evaluation(source)
-        chosen = formats.choose(self._pairs(), format)
+        chosen = formats.choose(self.model, self._pairs(), format)
         if chosen.runs_dense:
             found = Perplexity().measure(self.model, windows, progress=progress)
         else:
@@ -265,7 +265,7 @@ class CompressedModel:
             OutputError: If the folder cannot be written. Nothing is left half-written.
         """
         written = self._save(path, format=format, overwrite=overwrite)
-        self._saved = {key: written[key] for key in ("format", "bytes", "files")}
+        self._saved = {key: written[key] for key in ("format", "bytes", "files", "layers")}
         return written["format"]
 
     def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:

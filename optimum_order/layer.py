@@ -116,11 +116,15 @@ class UniformGrid(Grid):
             high = torch.maximum(-low, high)
             low = -high
 
+        # Scales no smaller than float32, in which codes are computed, holds in full; none so large that one of the
+        # grid's values overflows.
+        info = torch.finfo(weight.dtype)
+        least, most = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny), info.max / 2**bits
+
         def grid(shrink: float) -> UniformGrid:
-            tiny = torch.finfo(weight.dtype).tiny
-            scale = ((high - low) * (shrink / (2**bits - 1))).clamp(min=tiny).to(weight.dtype)
+            scale = ((high - low) * (shrink / (2**bits - 1))).clamp(least, most).to(weight.dtype)
             # A wholly pruned group has no range; any finite positive scale keeps its zeros exact.
-            scale = torch.where((high - low) * shrink <= tiny * 2**bits, torch.ones_like(scale), scale)
+            scale = torch.where(high == low, torch.ones_like(scale), scale)
             zero = None if symmetric else (-low * shrink / scale.float()).round().clamp(0, 2**bits - 1).short()
             return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
 
@@ -131,14 +135,14 @@ class UniformGrid(Grid):
         def error(candidate: UniformGrid) -> Tensor:
             return (candidate.nearest(weight).float().view_as(groups) - groups).square().sum(-1)
 
-        scale, zero, least = best.scale, best.zero_point, error(best)
+        scale, zero, lowest = best.scale, best.zero_point, error(best)
         for step in range(1, 33):
             candidate = grid(1.0 - 0.02 * step)
             found = error(candidate)
-            better = found < least
+            better = found < lowest
             scale = torch.where(better, candidate.scale, scale)
             zero = None if zero is None else torch.where(better, candidate.zero_point, zero)
-            least = torch.where(better, found, least)
+            lowest = torch.where(better, found, lowest)
         return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
 
     @property
@@ -169,8 +173,15 @@ class UniformGrid(Grid):
     def quantize(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
         scale, zero = self._affine(columns)
         low = -(2 ** (self.bits - 1)) if self.symmetric else 0
-        codes = (weight.float() / scale.float()).round_() + zero
-        return codes.clamp_(low, low + 2**self.bits - 1).short()
+        high = low + 2**self.bits - 1
+        codes = ((weight.float() / scale.float()).round_() + zero).clamp_(low, high).short()
+        if max(-low, high) * torch.finfo(self.dtype).eps <= 1:
+            return codes
+        # Such codes have more digits than the dtype (8 bit without sign in bfloat16): what is stored may have been
+        # rounded past the middle between two of them.
+        near = torch.stack([codes, (codes - 1).clamp_(min=low), (codes + 1).clamp_(max=high)])
+        distance = (self.dequantize(near, columns).float() - weight.float()).abs()
+        return near.gather(0, distance.argmin(0, keepdim=True))[0]
 
     def dequantize(self, codes: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
         scale, zero = self._affine(columns)
@@ -220,7 +231,7 @@ class LayerState:
                 raise broken("the mask is not a boolean tensor of the weight's shape")
             held = self.weight[self.pruned]
             if held.any() or torch.signbit(held).any():
-                raise broken(f"{int(held.count_nonzero())} pruned weights are no longer +0.0")
+                raise broken(f"{int(((held != 0) | torch.signbit(held)).sum())} pruned weights are no longer +0.0")
         if self.grid is not None:
             if self.grid.dtype != self.weight.dtype:
                 raise broken(f"the grid is in {self.grid.dtype}, the weight in {self.weight.dtype}")

@@ -24,7 +24,7 @@ Value = bool | int | float | str | tuple
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _WORD = re.compile(r"[A-Za-z0-9_.:/+-]+")
-_MAX_LENGTH, _MAX_DEPTH = 20_000, 8
+_MAX_LENGTH, _MAX_DEPTH, _MAX_DIGITS = 20_000, 8, 18
 
 
 def _print_value(value: Value) -> str:
@@ -35,16 +35,20 @@ def _print_value(value: Value) -> str:
     return repr(value) if isinstance(value, (int, float)) else value
 
 
-def _checked(value: object, where: str) -> Value:
+def _checked(value: object, where: str, depth: int = 0) -> Value:
     """The value in the one form it has after printing and parsing, or an error."""
     if isinstance(value, (list, tuple)):
-        return tuple(_checked(item, where) for item in value)
-    if isinstance(value, bool) or (isinstance(value, int) and abs(value) < 10**18):
+        if depth >= _MAX_DEPTH:
+            raise OrderError(f"{where} must have lists nested at most {_MAX_DEPTH} deep.")
+        return tuple(_checked(item, where, depth + 1) for item in value)
+    if isinstance(value, bool):
         return value
+    if isinstance(value, int) and abs(value) < 10**_MAX_DIGITS:
+        return int(value)  # not a subclass that prints otherwise, such as numpy's float below
     if isinstance(value, float):
         if not math.isfinite(value):
             raise OrderError(f"{where} must be a finite number, got {value}.")
-        return value
+        return float(value)
     if isinstance(value, str) and _WORD.fullmatch(value) and _parse_word(value) == value:
         return value
     raise OrderError(
@@ -57,7 +61,7 @@ def _parse_word(word: str) -> Value:
     if word in ("true", "false"):
         return word == "true"
     if _INTEGER.fullmatch(word):
-        return int(word) if abs(int(word[:20])) < 10**18 else word
+        return int(word) if len(word.lstrip("+-").lstrip("0")) <= _MAX_DIGITS else word
     try:
         number = float(word) if word[-1].isdigit() or word[-1] == "." else math.nan
     except ValueError:
@@ -100,7 +104,7 @@ class Stage:
         """The one stage that `text` spells."""
         order = Order.parse(text)
         if len(order) != 1:
-            raise OrderError(f"Expected one stage, got {len(order)}: '{text}'.")
+            raise OrderError(f"Expected one stage, got {len(order)}: {text[:200]!r}.")
         return order[0]
 
     def __str__(self) -> str:
@@ -127,6 +131,8 @@ class Order:
             if not isinstance(stage, Stage):
                 raise OrderError(f"An order is made of Stage objects or their text, got {stage!r}.")
         object.__setattr__(self, "stages", stages)
+        if len(str(self)) > _MAX_LENGTH:
+            raise OrderError(f"An order is at most {_MAX_LENGTH} characters long, got {len(str(self))}.")
 
     @classmethod
     def parse(cls, text: str) -> Order:
@@ -244,6 +250,6 @@ class _Parser:
     def fail(self, expected: str) -> None:
         got = repr(self.text[self.at : self.at + 20]) if self.at < len(self.text) else "the end"
         raise OrderError(
-            f"Cannot read the order '{self.text[:200]}': expected {expected} at character {self.at + 1}, got {got}. "
+            f"Cannot read the order {self.text[:200]!r}: expected {expected} at character {self.at + 1}, got {got}. "
             "Write it like 'wanda:0.5 > gptq(bits=4, group_size=64)'."
         )

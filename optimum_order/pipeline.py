@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_order.backends import Allocator, Backend, Measured, canonical, method
-from optimum_order.calibration.walk import walk
+from optimum_order.calibration.walk import Visit, walk
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
 from optimum_order.layer import LayerState, Statistics
 from optimum_order.order import Order, Stage
@@ -146,7 +146,7 @@ def _run_pass(
     bar.total += len(units)
     bar.refresh()
 
-    def visit(unit: Unit, statistics: dict[str, Statistics], leaders: dict[str, str]) -> None:
+    def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
         for target in unit.targets:
             for backend in stages.get(target.name, []):
                 _apply(backend, target, statistics.get(target.name), result)
@@ -155,10 +155,10 @@ def _run_pass(
     # Only the units that this pass changes, and what lies before the last of them, need to be run.
     changed = [unit for unit in units if any(target.name in stages for target in unit.targets)]
     if needs:
-        walk(model, changed, batches, visit, gram="gram" in needs)
+        walk(model, changed, batches, lambda at: treat(at.unit, at.statistics), gram="gram" in needs)
     else:
         for unit in changed:
-            visit(unit, {}, {})
+            treat(unit, {})
 
 
 def _apply(backend: Backend, target: Target, statistics: Statistics | None, result: Result) -> None:
@@ -195,22 +195,32 @@ def _measure(
     batches: Sequence,
     bar: tqdm,
 ) -> list[Measured]:
-    """What each candidate of an allocator would do to each layer, with the rest of the model as it is."""
+    """What each candidate of an allocator would do to each group of layers, with the rest of the model as it is."""
     table: list[Measured] = []
     backends = {stage: _backend(stage) for stage in allocator.candidates()}
     bar.set_description(f"{allocator.stage}: measuring")
     bar.total += len(units)
     bar.refresh()
 
-    def visit(unit: Unit, statistics: dict[str, Statistics], leaders: dict[str, str]) -> None:
-        for target in unit.targets:
-            state, known = states[target.name], statistics[target.name]
+    def visit(at: Visit) -> None:
+        groups: dict[str, list[Target]] = defaultdict(list)
+        for target in at.unit.targets:
+            leader = at.leaders.get(target.name, target.name) if allocator.fused else target.name
+            groups[leader].append(target)
+        before = at.outputs()
+        for group in groups.values():
+            names = tuple(target.name for target in group)
+            weights = sum(states[name].weight.numel() for name in names)
             for stage, backend in backends.items():
-                after = backend.apply(state, known, where=target.name)
-                error, _ = relative_error(state.weight, after.weight, known)
-                group = leaders.get(target.name, target.name)
-                table.append(Measured(target.name, group, state.weight.numel(), stage, after.bits, error))
+                for target in group:
+                    after = backend.apply(states[target.name], at.statistics[target.name], where=target.name)
+                    target.write(after.weight)
+                error = ((at.outputs() - before).square().sum() / before.square().sum()).item()
+                table.append(Measured(names, weights, stage, after.bits, error))
+            for target in group:
+                target.write(states[target.name].weight)
         bar.update()
 
-    walk(model, units, batches, visit, gram=True)
+    needs = {need for backend in backends.values() for need in backend.needs}
+    walk(model, units, batches, visit, gram="gram" in needs)
     return table

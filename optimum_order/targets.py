@@ -77,8 +77,8 @@ def find_units(
         ignore: Patterns of layers to leave alone, which win.
 
     Raises:
-        ModelError: If nothing is left to compress, a pattern matches nothing, or a target is tied to another
-            weight.
+        ModelError: If nothing is left to compress, a pattern matches nothing or cannot be read, or a target is tied
+            to another weight.
     """
     targets, ignore = list(targets or []), list(ignore or [])
     layers = [target for name, module in model.named_modules() for target in _targets_of(name, module)]
@@ -145,9 +145,16 @@ def _targets_of(name: str, module: nn.Module) -> list[Target]:
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(
-        re.fullmatch(pattern[3:], name) if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
+        _regex(pattern).fullmatch(name) if pattern.startswith("re:") else fnmatch.fnmatchcase(name, pattern)
         for pattern in patterns
     )
+
+
+def _regex(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise ModelError(f"'{pattern}' is not a regular expression after 're:': {error}.") from error
 
 
 def _refuse_tied(model: nn.Module, chosen: list[Target]) -> None:

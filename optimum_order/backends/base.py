@@ -156,6 +156,8 @@ class Backend(Method):
             raise InvariantError(f"{where}: the backend changed the weight's shape or dtype.")
         if state.pruned is not None and (result.pruned is None or (state.pruned & ~result.pruned).any()):
             raise InvariantError(f"{where}: the backend brought pruned weights back.")
+        if state.grid is not None and result.grid is None and not getattr(self.options, "off_grid", False):
+            raise InvariantError(f"{where}: the backend dropped the quantisation grid, and no 'off_grid' asked it to.")
         result.check(where)
         return result
 
@@ -163,9 +165,14 @@ class Backend(Method):
 class Allocator(Method):
     """A method that decides across layers, such as mixed precision.
 
-    The pipeline measures every candidate of every layer, `allocate` turns that table into one concrete stage per
-    layer, and the per-layer maths stays in the backend it allocates for.
+    The pipeline measures every candidate of every group of layers, `allocate` turns that table into one concrete
+    stage per layer, and the per-layer maths stays in the backend it allocates for.
     """
+
+    @property
+    @abstractmethod
+    def fused(self) -> bool:
+        """Whether layers that read the same input are one group and get the same stage."""
 
     @abstractmethod
     def candidates(self) -> list[Stage]:
@@ -176,7 +183,7 @@ class Allocator(Method):
         """Choose.
 
         Args:
-            table: One row per layer and candidate.
+            table: One row per group and candidate.
 
         Returns:
             Passes over the model, each naming the stage of the layers it treats; every layer in exactly one.
@@ -188,19 +195,17 @@ class Allocator(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one candidate would do to one layer.
+    """What one candidate would do to one group of layers.
 
     Args:
-        layer: Its name.
-        group: Layers of one group read the same input and must be given the same stage.
-        weights: How many weights it has.
+        layers: Their names.
+        weights: How many weights they have together.
         stage: The candidate.
         bits: Width of one weight after it.
-        error: Relative squared error of the layer's output, `tr(dW H dW^T) / tr(W H W^T)`.
+        error: Relative squared error of the output of the block they are in, all else left as it was.
     """
 
-    layer: str
-    group: str
+    layers: tuple[str, ...]
     weights: int
     stage: Stage
     bits: int

@@ -1,9 +1,10 @@
-"""Mixed precision: the bits of each layer from what they cost it, under a budget on the average.
+"""Mixed precision: the bits of each layer from what they cost, under a budget on the average.
 
-Minimise `sum_l error_l(bits_l)` subject to `sum_l n_l bits_l <= bits * sum_l n_l`, a multiple-choice knapsack
-solved exactly as an integer programme. The error of a width is the relative squared error of the layer's output
-under the named quantiser, `tr(dW H dW^T) / tr(W H W^T)`, each layer alone; layers that read the same input get
-the same width, since serving engines fuse them.
+Minimise `sum_g error_g(bits_g)` subject to `sum_g n_g bits_g <= bits * sum_g n_g`, a multiple-choice knapsack
+solved exactly as an integer programme. The error of a width is the relative squared error of the output of the
+*block*, with that group alone quantised by the named method: the error of a layer's own output does not say how
+much of it reaches the residual stream. Layers that read the same input are one group by default, since serving
+engines fuse them.
 """
 
 from __future__ import annotations
@@ -67,36 +68,36 @@ class MixedPrecision(Allocator):
             )
         return options
 
+    @property
+    def fused(self) -> bool:
+        return self.options.fuse
+
     def candidates(self) -> list[Stage]:
         options = self.options
         return [Stage(options.quantizer, bits=width, group_size=options.group_size) for width in options.widths]
 
     def allocate(self, table: list[Measured]) -> list[dict[str, Stage]]:
-        group_of = {row.layer: row.group if self.options.fuse else row.layer for row in table}
-        groups = sorted(set(group_of.values()))
         stages = self.candidates()
-        weights = {layer: row.weights for row in table for layer in [row.layer]}
-        place = {
-            (group, stage): g * len(stages) + s for g, group in enumerate(groups) for s, stage in enumerate(stages)
-        }
-        error, size = np.zeros(len(place)), np.zeros(len(place))
+        sizes = {row.layers: row.weights for row in table}
+        groups = list(sizes)
+        shape = (len(groups), len(stages))
+        error, bits = np.zeros(shape), np.zeros(shape)
         for row in table:
-            error[place[group_of[row.layer], row.stage]] += row.error
-            size[place[group_of[row.layer], row.stage]] += row.bits * row.weights
-        one_each = np.kron(np.eye(len(groups)), np.ones(len(stages)))
-        budget = self.options.bits * sum(weights.values())
+            at = groups.index(row.layers), stages.index(row.stage)
+            error[at], bits[at] = row.error, row.bits * row.weights
+        one_each = np.kron(np.eye(shape[0]), np.ones(shape[1]))
+        budget = self.options.bits * sum(sizes.values())
         solved = milp(
-            error,
-            integrality=np.ones(len(place)),
+            error.ravel() * (1e6 / (error.max() or 1.0)),  # the solver takes costs within 1e-6 of each other as equal
+            integrality=np.ones(error.size),
             bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size, -math.inf, budget * (1 + 1e-9))],
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits.ravel(), -math.inf, budget)],
             options={"mip_rel_gap": 0.0},
         )
         if not solved.success:
             raise OrderError(f"Stage '{self.stage}': no choice of widths meets the budget ({solved.message}).")
-        chosen = solved.x.reshape(len(groups), len(stages)).argmax(1)
-        stage_of = dict(zip(groups, (stages[s] for s in chosen), strict=True))
-        concrete = {layer: stage_of[group] for layer, group in group_of.items()}
+        chosen = solved.x.reshape(shape).argmax(1)
+        concrete = {layer: stages[s] for group, s in zip(groups, chosen, strict=True) for layer in group}
         if self.options.first == "together":
             return [concrete]
         used = [stage for stage in stages if stage in concrete.values()]

@@ -107,8 +107,9 @@ def keep_better_rows(swept: Tensor, plain: Tensor, original: Tensor, gram: Tenso
     Returns:
         The weight (out, in) and how many rows were taken from `plain`.
     """
-    worse = row_errors(swept.float() - original.float(), gram) > row_errors(plain.float() - original.float(), gram)
-    return torch.where(worse[:, None], plain, swept), int(worse.sum())
+    # Asked this way round, a correction that overflowed and has no error to compare is not kept either.
+    fine = row_errors(swept.float() - original.float(), gram) <= row_errors(plain.float() - original.float(), gram)
+    return torch.where(fine[:, None], swept, plain), int((~fine).sum())
 
 
 def remarks(stage: Stage, asked: float, damping: float, lost: int, rows: int) -> tuple[str, ...]:

@@ -23,10 +23,10 @@ class UniformOptions:
     )
     symmetric: bool = option(True, "no zero point; what packed formats reload exactly")
     clip: str = option(
-        "none",
-        "none spans each group's extremes, mse searches for the range that rounds with least error",
-        check=lambda v: v in ("none", "mse"),
-        allowed="none or mse",
+        "mse",
+        "mse searches for the range that rounds with least error, none spans each group's extremes",
+        check=lambda v: v in ("mse", "none"),
+        allowed="mse or none",
     )
 
     def group_for(self, inputs: int) -> int:
@@ -46,7 +46,8 @@ class UniformQuantizer(Backend):
         size = self.options.group_for(shape[1])
         if size != -1 and shape[1] % size:
             fits = [str(d) for d in range(8, shape[1] + 1) if shape[1] % d == 0 and d <= 1024]
-            return f"group_size {size} does not divide its {shape[1]} inputs; {', '.join(fits)} or -1 do"
+            advice = f"{', '.join(fits)} or -1 do" if fits else "-1 does"
+            return f"group_size {size} does not divide its {shape[1]} inputs; {advice}"
         return None
 
     def fit(self, state: LayerState) -> UniformGrid:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from optimum_order.calibration.statistics import Accumulator
-from optimum_order.errors import InvariantError
+from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layer import Statistics
 from optimum_order.targets import Target
 
@@ -74,12 +74,22 @@ class Capture(TorchFunctionMode):
         self._last[leader] = x
 
     def statistics(self) -> dict[str, Statistics]:
-        """What is known about every watched layer, by name; zero tokens where none came by."""
+        """What is known about every watched layer, by name; zero tokens where none came by.
+
+        Raises:
+            ModelError: If an input was NaN or infinite.
+        """
         results = {leader: accumulator.result() for leader, accumulator in self.accumulators.items()}
         for target in self.watched.values():
             if target.name not in self.leaders:
                 inputs, device = target.view.shape[1], target.view.device
                 results[target.name] = Accumulator(inputs, gram=self.gram, device=device).result()
+        for name, statistics in results.items():
+            if not torch.isfinite(statistics.squared_norms).all():
+                raise ModelError(
+                    f"The inputs of '{name}' are NaN or infinite on the calibration data, so nothing can be learnt "
+                    "from them. Load the model with dtype='float32', or leave the layer out with 'ignore'."
+                )
         return {target.name: results[self.leaders.get(target.name, target.name)] for target in self.watched.values()}
 
 

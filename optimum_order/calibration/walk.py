@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,29 @@ from optimum_order.errors import ModelError
 from optimum_order.layer import Statistics
 from optimum_order.targets import Unit
 
-Visitor = Callable[[Unit, dict[str, Statistics], dict[str, str]], None]
-"""Called at each unit with the statistics of its layers, and for each layer the first that reads the same input."""
+
+@dataclass(frozen=True)
+class Visit:
+    """What the walk knows at one unit.
+
+    Args:
+        unit: Where it is.
+        statistics: What is known about the input of each of the unit's layers, by name.
+        leaders: For each layer that was reached, the first layer that read the same input.
+        outputs: Runs the unit as it is now and returns its outputs on the first batches, (tokens, hidden) float32.
+    """
+
+    unit: Unit
+    statistics: dict[str, Statistics]
+    leaders: dict[str, str]
+    outputs: Callable[[], Tensor]
+
+
+Visitor = Callable[[Visit], None]
+
+
+_PROBES = 2
+"""Batches on which `Visit.outputs` runs a unit."""
 
 
 class _Stop(BaseException):
@@ -119,21 +141,23 @@ def walk(
         model: In evaluation mode; its weights may be changed by `visit`.
         units: From `find_units(model)`.
         batches: Keyword arguments of the model's forward, one mapping per batch.
-        visit: Given the statistics of the unit's layers on inputs that earlier units, as they are by now, produce.
+        visit: Called at each unit, with statistics of the inputs that earlier units, as they are by now, produce.
         gram: Whether the statistics hold `X^T X`.
 
     Raises:
         ModelError: If the forward does not reach each unit exactly once.
     """
     device = next(model.parameters()).device
-    arguments = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    # A block is run more than once on the same arguments, which a cache would not survive.
+    text_config = model.config.get_text_config()  # the config itself, but for a model of several modalities
+    arguments = {"use_cache": False} if getattr(text_config, "use_cache", None) is not None else {}
 
     def forward(batch: dict[str, Tensor]) -> Callable[[], Any]:
         return lambda: model(**{k: v.to(device) for k, v in batch.items()}, **arguments)
 
     forwards = [_Forward(forward(batch)) for batch in batches]
     remaining = {unit.name for unit in units}
-    with torch.inference_mode(), _eager_experts(model), _paused(units, forwards):
+    with torch.inference_mode(), _eager_experts(model), _headless(model, units), _paused(units, forwards):
         for each in forwards:
             each.resume()
         while remaining:
@@ -151,12 +175,28 @@ def walk(
                     f"({type(unit.module).__name__}). Leave it out with ignore=['{unit.name}*'], or use methods that "
                     "need no calibration: magnitude, rtn, bitsandbytes."
                 )
-            visit(unit, capture.statistics(), capture.leaders)
+            probes = [each.arrival[1:] for each in forwards[:_PROBES]]
+
+            def outputs(unit=unit, call=call, probes=probes) -> Tensor:
+                return torch.cat([_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes])
+
+            if not remaining:  # what comes after is nobody's input, but it must not be a unit once more
+                _, args, kwargs = forwards[0].arrival
+                forwards[0].resume(call(unit.module, *args, **kwargs))
+                if forwards[0].arrival:
+                    _common(forwards[:1], remaining)
+            visit(Visit(unit, capture.statistics(), capture.leaders, outputs))
             if not remaining:
-                return  # what comes after the last unit is nobody's input
+                return
             for each in forwards:
                 _, args, kwargs = each.arrival
                 each.resume(call(unit.module, *args, **kwargs))
+
+
+def _hidden(output: Any) -> Tensor:
+    """A unit's output as (tokens, hidden) float32: the tensor it returns, or the first of several."""
+    tensor = output if isinstance(output, Tensor) else next(part for part in output if isinstance(part, Tensor))
+    return tensor.flatten(0, -2).float()
 
 
 def _common(forwards: list[_Forward], remaining: set[str]) -> Unit:
@@ -174,6 +214,24 @@ def _common(forwards: list[_Forward], remaining: set[str]) -> Unit:
             "Use methods that need no calibration: magnitude, rtn, bitsandbytes."
         )
     return unit
+
+
+@contextlib.contextmanager
+def _headless(model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
+    """End a forward where it would compute logits: they are large and nobody needs them."""
+
+    def stop(*_) -> None:
+        raise _Stop
+
+    head = model.get_output_embeddings()
+    if head is None or any(unit.module is head for unit in units):
+        yield
+        return
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

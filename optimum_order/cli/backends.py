@@ -35,15 +35,15 @@ class BackendsCommand(Command):
         for method in result["methods"]:
             data = "needs calibration data" if method["calibration"] else "needs no data"
             table = Table(title=f"{method['name']}: {method['summary']}; {data}", title_justify="left", expand=True)
-            for column in ("option", "default", "allowed", "meaning"):
-                table.add_column(column)
+            table.add_column("option", no_wrap=True)
+            table.add_column("default", no_wrap=True)
+            table.add_column("allowed", ratio=3)
+            table.add_column("meaning", ratio=4)
             for option in method["options"]:
                 default = "required" if option["required"] else _text(option["default"])
                 table.add_row(option["name"], default, option["allowed"], option["help"])
             console.print(table, "")
-        table = Table(title="formats", title_justify="left", expand=True)
-        table.add_column("format")
-        table.add_column("meaning")
+        table = Table("format", "meaning", title="formats", title_justify="left", expand=True)
         for each in result["formats"]:
             table.add_row(each["name"], each["summary"])
         console.print(table)

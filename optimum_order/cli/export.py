@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from optimum_order.cli.base import Command, size
+from optimum_order.errors import FormatError, unknown
+from optimum_order.order import Order
 
 DESCRIPTION = """\
 Compress MODEL by the stages of an order, first to last, and save it to OUTPUT: a folder that
@@ -18,9 +21,9 @@ transformers loads by itself, without optimum-order.
 EPILOG = """\
 how an order is written:
   stage > stage > ...              quote it: the shell would take '>' for itself
-  a stage is  method               such as  gptq
-              method:value         such as  wanda:0.5 (remove half), gptq:4 (4 bit)
+  a stage is  method:value         such as  wanda:0.5 (remove half) or gptq:4 (4 bit)
               method(key=value)    such as  gptq(bits=4, group_size=64)
+              method               with its options as they are by default
   'optimum-order backends' lists the methods with all their options.
 
 examples:
@@ -30,7 +33,10 @@ examples:
       --calibration my-text.txt --evaluate my-held-out-text.txt
 """
 
-SOURCE = "a .txt, .jsonl or .parquet file, a Hub dataset as id[:config][:split][:column], or 'builtin' (Python's own documentation, no network)"
+SOURCE = (
+    "a .txt, .jsonl or .parquet file, a Hub dataset as id[:config][:split][:column], or 'builtin' (Python's own "
+    "documentation, no network)"
+)
 
 
 class ExportCommand(Command):
@@ -106,13 +112,13 @@ class ExportCommand(Command):
         from optimum_order import artifact, formats
         from optimum_order.backends import canonical
         from optimum_order.compressor import JointCompressor
-        from optimum_order.order import Order
 
         _hush_libraries()
         args, output = self.args, Path(self.args.output)
         # What can be refused at once is refused before anything is read or computed.
         order = canonical(Order.parse(args.order))
-        formats.check_name(args.format)
+        if args.format not in (allowed := ["auto", *formats.available()]):
+            raise FormatError(unknown("format", args.format, allowed))
         artifact.check_output(output, overwrite=args.overwrite)
         compressor = JointCompressor.from_pretrained(
             args.model,
@@ -182,3 +188,4 @@ def _hush_libraries() -> None:
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends optional kernels on every CPU

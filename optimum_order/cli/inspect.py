@@ -8,6 +8,8 @@ from typing import Any
 from optimum_order.cli.base import Command, size
 from optimum_order.errors import ArtifactError
 
+_NOTES = 8
+
 
 class InspectCommand(Command):
     """Shows the manifest; with `--json`, all of it."""
@@ -26,8 +28,8 @@ class InspectCommand(Command):
 
         found = manifest.load(self.args.path)
         try:  # a manifest may come from anywhere: its form was checked at the top level only
-            self.overview, self.layers = _overview(found), _layers(found)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.overview, self.layers, self.notes = _overview(found), _layers(found), _notes(found)
+        except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise ArtifactError(
                 f"The manifest in '{self.args.path}' is damaged ({type(error).__name__}: {error}). Run 'optimum-order "
                 "verify' on it, or get the model again."
@@ -44,17 +46,19 @@ class InspectCommand(Command):
             table.add_row(*map(_printable, row))
         console.print(table)
         table = Table()
-        for column in ("layer", "shape", "bits", "group", "pruned", "relative error, stage by stage"):
-            table.add_column(column, justify="left" if column == "layer" else "right")
+        table.add_column("layer", overflow="fold")
+        for column in ("shape", "bits", "group", "pruned", "error, stage by stage"):
+            table.add_column(column, justify="right")
         for row in self.layers:
             table.add_row(*map(_printable, row))
         console.print(table)
-        for name, layer in result["layers"].items():
-            for note in layer["notes"]:
-                console.print(_printable(f"{name}: {note}"))
+        for note in self.notes[:_NOTES]:
+            console.print(_printable(note), soft_wrap=True)
+        if len(self.notes) > _NOTES:
+            console.print(f"... and {len(self.notes) - _NOTES} more notes; --json shows them all")
 
 
-def _overview(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _overview(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
     base, bytes_ = manifest["base_model"], manifest["bytes"]
     rows = [
         ("base model", base["id"] + (f" at {base['revision']}" if base["revision"] else "")),
@@ -74,21 +78,25 @@ def _overview(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _layers(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, layer in manifest["layers"].items():
-        rows_, columns = layer["shape"]
+        outputs, inputs = layer["shape"]
         group = layer["group_size"]
         rows.append(
             (
                 name,
-                f"{rows_} x {columns}",
+                f"{outputs} x {inputs}",
                 str(layer["bits"]),
                 "-" if group is None else "row" if group == -1 else str(group),
-                f"{layer['pruned'] / (rows_ * columns):.1%}",
+                f"{layer['pruned'] / (outputs * inputs):.1%}",
                 ", ".join(f"{stage['relative_error']:.2g}" for stage in layer["stages"]),
             )
         )
     return rows
+
+
+def _notes(manifest: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {note}" for name, layer in manifest["layers"].items() for note in layer["notes"]]
 
 
 def _printable(text: str) -> str:

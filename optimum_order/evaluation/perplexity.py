@@ -1,0 +1,60 @@
+"""Perplexity: the exponential of the mean negative log-likelihood, in nats per predicted token.
+
+Over windows x^1 .. x^n of T tokens, each read on its own,
+
+    log PPL = -1 / (n (T - 1)) * sum_i sum_{t=2..T} log p(x^i_t | x^i_1 .. x^i_{t-1})
+
+The first token of a window is only read: it is BOS where the tokenizer has one. The standard error is that of
+log PPL over windows, and bits per byte are the same likelihood without the tokenizer's say in it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from optimum_order.errors import ModelError
+from optimum_order.evaluation.base import Metric, Windows
+
+_LARGEST = 700.0  # exp of more than this is not a float64
+
+
+class Perplexity(Metric):
+    """Perplexity of a causal language model; lower is better."""
+
+    name = "perplexity"
+    summary = "exp of the mean negative log-likelihood per token, for causal language models"
+    higher_is_better = False
+
+    def check(self, model: PreTrainedModel, windows: Windows) -> None:
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise ModelError(
+                f"Perplexity is for causal language models, such as LlamaForCausalLM; {type(model).__name__} has no "
+                "causal language-model head. Load the checkpoint as one, or leave the evaluation out."
+            )
+        super().check(model, windows)
+
+    def score(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        # one window at a time: float32 logits of a large vocabulary are the most memory this ever takes
+        nats = [functional.cross_entropy(logits[i, :-1].float(), ids[i, 1:]) for i in range(len(ids))]
+        return torch.stack(nats)
+
+    def value(self, mean: float) -> float:
+        if mean > _LARGEST:
+            raise ModelError(
+                f"The mean negative log-likelihood is {mean:g} nats per token, so there is no finite perplexity: the "
+                "model is broken. Use a milder compression."
+            )
+        return math.exp(mean)
+
+    def details(self, mean: float, windows: Windows) -> dict[str, float]:
+        found = {"log_perplexity": mean}
+        if windows.bytes:
+            predicted = windows.tokens - len(windows.ids)
+            found["bits_per_byte"] = mean * predicted / math.log(2) / windows.bytes
+        return found

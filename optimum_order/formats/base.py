@@ -1,0 +1,185 @@
+"""What a format on disk is: which layers it holds exactly, their tensors there and back, and its config.json entry."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+from optimum_order.layer import LayerState
+from optimum_order.targets import Target
+
+Layers = Mapping[str, tuple[Target, LayerState]]
+"""Every layer that was compressed, by name."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one parameter, or of one expert in it, as they lie in one tensor of a checkpoint.
+
+    Args:
+        key: The name of the stored tensor.
+        at: Where they begin in it, seen as a matrix of its last dimension.
+        start: Where they begin in the parameter's own matrix.
+        rows: How many there are.
+        whole: Whether the stored tensor is a matrix that holds these rows and nothing else.
+    """
+
+    key: str
+    at: int
+    start: int
+    rows: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where stock `save_pretrained` puts the parameters of a model.
+
+    transformers keeps old checkpoints readable: it renames parameters on the way to disk, and takes fused ones
+    apart, such as the experts of a Mixtral, which become `block_sparse_moe.experts.0.w1.weight` and so on.
+
+    Args:
+        model: The model.
+        converted: Stored tensors named `*.weight` that are not simply one parameter under a possibly different name.
+    """
+
+    model: PreTrainedModel
+    converted: frozenset[str] = frozenset()
+    _pieces: Mapping[tuple[str, int], tuple[Piece, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Layout:
+        """Ask transformers, one block at a time, by sending numbered rows through its own conversion."""
+        blocks: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in model.state_dict().items():
+            block = re.match(r"(.*?\.\d+)\.", key)
+            blocks.setdefault(block[1] if block else key, {})[key] = tensor
+        pieces: dict[tuple[str, int], list[Piece]] = {}
+        converted: set[str] = set()
+        for tensors in blocks.values():
+            numbered, owners, first = {}, [], 0
+            for key, tensor in tensors.items():
+                rows = tensor.shape[:-1] if tensor.ndim > 1 else tensor.shape
+                ids = torch.arange(first, first + rows.numel(), dtype=torch.int32).view(rows)
+                numbered[key] = ids[..., None].expand(tensor.shape) if tensor.ndim > 1 else ids
+                owners.append((first, key, tensor.shape))
+                first += rows.numel()
+            for key, ids in revert_weight_conversion(model, numbered).items():
+                found = _runs(key, ids, owners)
+                for owner, slot, piece in found:
+                    pieces.setdefault((owner, slot), []).append(piece)
+                renamed = any(ids is tensor for tensor in numbered.values())
+                if key.endswith(".weight") and not renamed:
+                    converted.add(key)
+        ordered = {at: tuple(sorted(found, key=lambda piece: piece.start)) for at, found in pieces.items()}
+        return cls(model, frozenset(converted), ordered)
+
+    def pieces(self, name: str, target: Target) -> tuple[Piece, ...]:
+        """Where a layer's matrix lies, first row to last; empty if it is not stored as whole rows."""
+        parameter = f"{name}.weight" if target.expert is None else name.rpartition(".")[0]
+        found = self._pieces.get((parameter, target.expert or 0), ())
+        rows = target.parameter.shape[-2]
+        return found if sum(piece.rows for piece in found) == rows else ()
+
+
+def _runs(key: str, ids: Tensor, owners: list) -> list[tuple[str, int, Piece]]:
+    """Which parameters' rows a stored tensor consists of: (parameter, slot of its first dimension, piece)."""
+    if ids.ndim < 2 or not ids.numel():
+        return []
+    column = ids.reshape(-1, ids.shape[-1])[:, 0]
+    starts = [0, *(torch.nonzero(column.diff() != 1).flatten() + 1).tolist(), len(column)]
+    found = []
+    for begin, end in itertools.pairwise(starts):
+        at = begin
+        while at < end:
+            value = int(column[at])
+            first, owner, shape = next(o for o in reversed(owners) if o[0] <= value)
+            if len(shape) < 2 or shape[-1] != ids.shape[-1]:
+                break  # transposed: these are no rows
+            slot, start = divmod(value - first, shape[-2])
+            rows = min(end - at, shape[-2] - start)
+            whole = ids.ndim == 2 and rows == len(column)
+            found.append((owner, slot, Piece(key, at, start, rows, whole)))
+            at += rows
+    return found
+
+
+class Format(ABC):
+    """One way to hold compressed layers on disk that stock transformers reads.
+
+    A subclass is one file. `decode(encode(state), scheme(state))` gives back the weight and the grid bit for bit;
+    `pruned` is not stored. A layer that the format does not encode is stored dense beside those it does.
+    """
+
+    name: ClassVar[str]
+    """What `--format` calls it, and the `quant_method` that config.json gives."""
+    summary: ClassVar[str]
+    """What it is, in one line."""
+    tensors: ClassVar[tuple[str, ...]]
+    """The local names a layer's tensors may have."""
+    runs_dense: ClassVar[bool] = True
+    """Whether transformers computes with the decoded weights, so that a dense model measures what will load."""
+
+    @abstractmethod
+    def why_not(self, target: Target, state: LayerState) -> str | None:
+        """Why this layer cannot be held exactly, as the end of a sentence, or None if it can."""
+
+    @abstractmethod
+    def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
+        """Why these layers cannot be held together in this model, as a sentence, or None if they can."""
+
+    def encodes(self, state: LayerState) -> bool:
+        """Whether this layer is stored as other tensors than its plain weight."""
+        return state.grid is not None
+
+    @abstractmethod
+    def scheme(self, state: LayerState) -> dict[str, Any]:
+        """What config.json has to say about an encoded layer before its tensors can be read."""
+
+    @abstractmethod
+    def encode(self, state: LayerState) -> dict[str, Tensor]:
+        """The tensors that stand for a layer, by local name: "weight", "weight_packed", "weight_scale" and so on."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
+        """The layer again.
+
+        Raises:
+            ArtifactError: If the tensors do not fit together; they come from a file nobody has checked.
+        """
+
+    @abstractmethod
+    def quantization_config(self, layout: Layout, layers: Layers) -> dict[str, Any] | None:
+        """What goes under that name into config.json, with no key that is not the format's own."""
+
+    @abstractmethod
+    def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """What a config.json says about the encoded layer known by these names, in the model and in the checkpoint.
+
+        Raises:
+            ArtifactError: If it says nothing.
+        """
+
+
+def quantized(layers: Layers) -> dict[str, tuple[Target, LayerState]]:
+    """Those layers that lie on a grid."""
+    return {name: (target, state) for name, (target, state) in layers.items() if state.grid is not None}
+
+
+def patched(model: nn.Module, method: str) -> str | None:
+    """The module, if any, that transformers swaps for another of a different layout when it loads this format."""
+    for name, module in model.named_modules():
+        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+        if patch is not None and method in cast(list, patch["quantization_methods"]):
+            return f"'{name}' ({type(module).__name__})"
+    return None

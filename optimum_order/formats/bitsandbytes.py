@@ -1,0 +1,236 @@
+"""Stock bitsandbytes checkpoints, 4 bit (nf4, fp4) and 8 bit, with the codes of the layer as it is.
+
+Nothing is quantised again on the way to disk: that would move the scales of a layer that was pruned since.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from optimum_order.backends.bitsandbytes import (
+    BLOCKSIZES,
+    NESTED_BLOCKSIZE,
+    BlockGrid,
+    NestedScales,
+    RowGrid,
+    levels,
+    nested_levels,
+)
+from optimum_order.errors import ArtifactError
+from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
+from optimum_order.layer import LayerState
+from optimum_order.targets import Target
+
+_QUANT_STATE = "weight.quant_state.bitsandbytes__"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BitsAndBytes(Format):
+    """Two codes a byte with a quant state beside them, or int8 codes with one scale for each row."""
+
+    name = "bitsandbytes"
+    summary = "stock 4-bit (nf4, fp4) and 8-bit checkpoints; read by transformers"
+    runs_dense = False
+    tensors = (
+        "weight",
+        "weight.absmax",
+        "weight.quant_map",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        f"{_QUANT_STATE}nf4",
+        f"{_QUANT_STATE}fp4",
+        "SCB",
+        "weight_format",
+    )
+
+    def why_not(self, target: Target, state: LayerState) -> str | None:
+        if state.grid is None:
+            return None
+        if not isinstance(state.grid, (BlockGrid, RowGrid)):
+            return f"its {type(state.grid).__name__} is not a grid of the bitsandbytes library"
+        if target.kind == "expert":
+            return "it is a fused expert, which the library has no module for"
+        return None
+
+    def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
+        encoded = quantized(layers)
+        if not encoded:
+            return "No layer is quantised."
+        if found := patched(layout.model, self.name):
+            return f"transformers replaces {found} when it loads this format."
+        for name, (target, _) in encoded.items():
+            pieces = layout.pieces(name, target)
+            if len(pieces) != 1 or not pieces[0].whole or pieces[0].key in layout.converted:
+                return f"Layer '{name}' is not stored as a matrix of its own in this model's checkpoints."
+            if type(layout.model.get_submodule(name)) not in (nn.Linear, Conv1D):
+                return f"Layer '{name}' is a subclass of nn.Linear, which transformers would not replace."
+        schemes = {json.dumps(self.scheme(state)) for _, state in encoded.values()}
+        if len(schemes) > 1:
+            return f"All layers must have one data type, these have {len(schemes)}: {', '.join(sorted(schemes))}."
+        # The patterns are transformers' own, and those of models that keep modules in float32 are added to ours.
+        keep = cast("list[str] | None", layout.model._keep_in_fp32_modules)
+        skip = HfQuantizer.get_modules_to_not_convert(layout.model, self._skip(layout, encoded), keep)
+        for name in encoded:
+            if not should_convert_module(name, skip):
+                return f"transformers would load layer '{name}' dense: it cannot be told apart from those left alone."
+        return None
+
+    def scheme(self, state: LayerState) -> dict[str, Any]:
+        dtype = str(state.weight.dtype).removeprefix("torch.")
+        if isinstance(state.grid, BlockGrid):
+            nested = state.grid.nested is not None
+            return {"data_type": state.grid.data_type, "dtype": dtype, "double_quant": nested}
+        return {"data_type": "int8", "dtype": dtype}
+
+    def encode(self, state: LayerState) -> dict[str, Tensor]:
+        if isinstance(state.grid, RowGrid):
+            return {
+                "weight": state.grid.quantize(state.weight).to(torch.int8),
+                "SCB": state.grid.absmax,
+                "weight_format": torch.tensor(0, dtype=torch.uint8),  # rows, the only one there is
+            }
+        if isinstance(state.grid, BlockGrid):
+            return self._encode_blocks(state.grid, state.grid.quantize(state.weight).to(torch.uint8))
+        return {"weight": state.weight}
+
+    def _encode_blocks(self, grid: BlockGrid, codes: Tensor) -> dict[str, Tensor]:
+        from bitsandbytes.functional import QuantState  # here: importing the library costs seconds
+
+        nested = grid.nested
+        inner = nested and QuantState(
+            absmax=nested.absmax,
+            code=nested_levels(codes.device).clone(),  # safetensors stores no tensor twice
+            blocksize=NESTED_BLOCKSIZE,
+            dtype=torch.float32,
+        )
+        outer = QuantState(
+            absmax=nested.codes if nested else grid.absmax,
+            shape=codes.shape,
+            code=levels(grid.data_type, codes.device).clone(),
+            blocksize=grid.blocksize,
+            quant_type=grid.data_type,
+            dtype=grid.dtype,
+            offset=nested and nested.offset,
+            state2=inner,
+        )
+        pairs = codes.flatten()
+        pairs = torch.cat([pairs, pairs.new_full((pairs.numel() % 2,), grid.zero)]).view(-1, 2)
+        packed = (pairs[:, :1] << 4) | pairs[:, 1:]
+        return {"weight": packed, **{f"weight.{key}": value for key, value in outer.as_dict(packed=True).items()}}
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
+        if scheme["data_type"] == "int8":
+            return self._decode_rows(tensors, _DTYPES[scheme["dtype"]])
+        return self._decode_blocks(tensors, scheme)
+
+    def _decode_rows(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> LayerState:
+        weight, absmax = tensors.get("weight"), tensors.get("SCB")
+        if weight is None or absmax is None or weight.dtype != torch.int8 or weight.ndim != 2:
+            raise ArtifactError("an int8 layer has an int8 matrix 'weight' and its scales 'SCB'")
+        _check_scales(absmax, len(weight))
+        if (weight == -128).any():
+            raise ArtifactError("int8 codes lie in -127 ... 127")
+        grid = RowGrid(absmax, weight.shape[1], dtype)
+        return LayerState(grid.dequantize(weight.short()), grid=grid)
+
+    def _decode_blocks(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
+        from bitsandbytes.utils import unpack_tensor_to_dict
+
+        device = torch.device("cpu")
+        name = f"{_QUANT_STATE}{scheme['data_type']}"
+        wanted = {"weight", "weight.absmax", "weight.quant_map", name}
+        if scheme["double_quant"]:
+            wanted |= {"weight.nested_absmax", "weight.nested_quant_map"}
+        if set(tensors) != wanted:
+            raise ArtifactError(f"a 4-bit layer has the tensors {', '.join(sorted(wanted))}, got {', '.join(tensors)}")
+        try:
+            facts = unpack_tensor_to_dict(tensors[name])
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"its quant state cannot be read: {error}") from error
+        if not isinstance(facts, dict):
+            raise ArtifactError("its quant state is no JSON object")
+        shape, blocksize = facts.get("shape"), facts.get("blocksize")
+        if (
+            not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape))
+            or blocksize not in BLOCKSIZES
+            or facts.get("quant_type") != scheme["data_type"]
+            or facts.get("dtype") != scheme["dtype"]
+        ):
+            raise ArtifactError(f"its quant state does not fit config.json: {json.dumps(facts)[:200]}")
+        weights, packed = shape[0] * shape[1], tensors["weight"]
+        blocks = -(-weights // blocksize)
+        if packed.dtype != torch.uint8 or packed.numel() != -(-weights // 2):
+            raise ArtifactError(f"{packed.numel()} {packed.dtype} codes are not a 4-bit layer of {shape}")
+        if not torch.equal(tensors["weight.quant_map"], levels(scheme["data_type"], device)):
+            raise ArtifactError(f"its quant map is not that of {scheme['data_type']}")
+        absmax, nested = tensors["weight.absmax"], None
+        if scheme["double_quant"]:
+            offset = facts.get("nested_offset")
+            inner = tensors["weight.nested_absmax"]
+            if (
+                absmax.dtype != torch.uint8
+                or absmax.shape != (blocks,)
+                or inner.dtype != torch.float32
+                or inner.shape != (-(-blocks // NESTED_BLOCKSIZE),)
+                or not isinstance(offset, float)
+                or facts.get("nested_blocksize") != NESTED_BLOCKSIZE
+                or not torch.equal(tensors["weight.nested_quant_map"], nested_levels(device))
+            ):
+                raise ArtifactError("its nested scales do not fit the layer")
+            nested = NestedScales(absmax, inner, torch.tensor(offset))
+            absmax = nested.dequantize()
+        _check_scales(absmax, blocks)
+        flat = packed.flatten()
+        codes = torch.stack([flat >> 4, flat & 15], dim=1).flatten()[:weights].view(shape).short()
+        grid = BlockGrid(scheme["data_type"], absmax, blocksize, shape[1], _DTYPES[scheme["dtype"]], nested)
+        return LayerState(grid.dequantize(codes), grid=grid)
+
+    def quantization_config(self, layout: Layout, layers: Layers) -> dict[str, Any] | None:
+        encoded = quantized(layers)
+        scheme = self.scheme(next(iter(encoded.values()))[1])
+        skip = self._skip(layout, encoded)
+        if scheme["data_type"] == "int8":
+            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        else:
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=scheme["data_type"],
+                bnb_4bit_use_double_quant=scheme["double_quant"],
+                bnb_4bit_compute_dtype=scheme["dtype"],
+                llm_int8_skip_modules=skip,
+            )
+        return config.to_dict()
+
+    def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        entry = config["quantization_config"]
+        dtype = config.get("dtype")
+        if dtype not in _DTYPES:
+            raise ArtifactError(f"config.json must give 'dtype' as {', '.join(_DTYPES)}, got {dtype!r}")
+        if entry.get("load_in_8bit") is True:
+            return {"data_type": "int8", "dtype": dtype}
+        data_type, double_quant = entry.get("bnb_4bit_quant_type"), entry.get("bnb_4bit_use_double_quant")
+        if data_type not in ("nf4", "fp4") or not isinstance(double_quant, bool):
+            raise ArtifactError(f"quantization_config names no data type of bitsandbytes, got {data_type!r}")
+        return {"data_type": data_type, "dtype": dtype, "double_quant": double_quant}
+
+    @staticmethod
+    def _skip(layout: Layout, encoded: Layers) -> list[str]:
+        """The modules that transformers would replace if it were not told to leave them alone."""
+        modules = layout.model.named_modules()
+        return [name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)) and name not in encoded]
+
+
+def _check_scales(absmax: Tensor, count: int) -> None:
+    if absmax.dtype != torch.float32 or absmax.shape != (count,):
+        raise ArtifactError(f"expected {count} float32 scales, got {absmax.dtype} of shape {tuple(absmax.shape)}")
+    if not (absmax > 0).all() or not torch.isfinite(absmax).all():
+        raise ArtifactError("scales must be finite and positive")

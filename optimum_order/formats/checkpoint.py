@@ -1,0 +1,276 @@
+"""Writing a model with some of its layers encoded, and reading them back: config.json and safetensors, nothing else.
+
+Stock `save_pretrained` writes everything first, under the names that checkpoints of this architecture have; then
+each shard is rewritten with the encoded tensors in place of the dense ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_order.errors import ArtifactError, InvariantError
+from optimum_order.formats import available
+from optimum_order.formats.base import Format, Layers, Layout, Piece
+from optimum_order.layer import LayerState, UniformGrid
+
+_CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def write(
+    model: PreTrainedModel,
+    layers: Layers,
+    format: Format,
+    folder: str | Path,
+    *,
+    header: Mapping[str, str],
+    max_shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """Save a model so that stock `from_pretrained(folder)` gives it back, its layers held in `format`.
+
+    Args:
+        model: The compressed model, every layer's weight in it dense and equal to its state's.
+        layers: Every layer that was compressed, by name.
+        format: What `choose` returned for these layers.
+        folder: Where to; a config.json and weights in it are replaced.
+        header: What every shard says in its safetensors metadata.
+        max_shard_size: Of a dense shard, as `save_pretrained` takes it; an encoded one is smaller.
+
+    Returns:
+        What `read` must be told about those layers that are not simply stored as `<name>.weight`, ready for JSON:
+        the rows `[key, first, count]` that a layer consists of, and whether they are its columns.
+
+    Raises:
+        InvariantError: If the model does not hold the weights that the layers have.
+    """
+    folder = Path(folder)
+    for stale in [*folder.glob("model*.safetensors"), folder / _INDEX]:
+        stale.unlink(missing_ok=True)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    layout = Layout.of(model)
+    stored: dict[str, Any] = {}
+    places: dict[str, list[tuple[str, Piece]]] = {}
+    for name, (target, _) in layers.items():
+        pieces = layout.pieces(name, target)
+        if not pieces:
+            raise InvariantError(f"Layer '{name}' is stored in a way that this package cannot follow.")
+        for piece in pieces:
+            places.setdefault(piece.key, []).append((name, piece))
+        if target.transposed or [(piece.key, piece.whole) for piece in pieces] != [(f"{name}.weight", True)]:
+            rows = [[piece.key, piece.at, piece.rows] for piece in pieces]
+            stored[name] = {"rows": rows, "transposed": target.transposed}
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in _shards(folder):
+        tensors: dict[str, Tensor] = {}
+        for key, dense in load_file(folder / shard).items():
+            tensors |= _replace(key, dense, places.pop(key, []), layers, format)
+        beside = folder / f"{shard}.new"
+        save_file(tensors, beside, metadata={**header, "format": "pt"})
+        os.replace(beside, folder / shard)
+        weight_map |= dict.fromkeys(tensors, shard)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if places:
+        raise InvariantError(f"'{min(places)}' is missing from what transformers saved.")
+    if (folder / _INDEX).exists():
+        index = _load_json(folder / _INDEX)
+        index["metadata"]["total_size"] = total
+        _dump_json(folder / _INDEX, index | {"weight_map": weight_map})
+    entry = format.quantization_config(layout, layers)
+    if entry is not None:
+        _dump_json(folder / _CONFIG, _load_json(folder / _CONFIG) | {"quantization_config": entry})
+    return stored
+
+
+def _replace(
+    key: str, dense: Tensor, found: list[tuple[str, Piece]], layers: Layers, format: Format
+) -> dict[str, Tensor]:
+    """What to store for one dense tensor, after checking that it holds what the layers in it have."""
+    encoded: dict[str, Tensor] = {}
+    for name, piece in found:
+        target, state = layers[name]
+        matrix = state.weight.T if target.transposed else state.weight
+        held = dense.reshape(-1, dense.shape[-1])[piece.at : piece.at + piece.rows]
+        if not torch.equal(held, matrix[piece.start : piece.start + piece.rows].cpu()):
+            raise InvariantError(f"The model does not hold the weight that layer '{name}' has.")
+        if format.encodes(state):
+            part = state if piece.rows == len(matrix) else _rows(state, piece)
+            prefix = key.removesuffix("weight")
+            encoded |= {prefix + local: t.cpu().contiguous() for local, t in format.encode(part).items()}
+    return encoded or {key: dense}
+
+
+def _rows(state: LayerState, piece: Piece) -> LayerState:
+    rows = slice(piece.start, piece.start + piece.rows)
+    grid = state.grid
+    if isinstance(grid, UniformGrid):
+        zero = None if grid.zero_point is None else grid.zero_point[rows]
+        grid = dataclasses.replace(grid, scale=grid.scale[rows], zero_point=zero)
+    return dataclasses.replace(state, weight=state.weight[rows], pruned=None, grid=grid)
+
+
+def read(folder: str | Path, layers: Mapping[str, Any] | None = None) -> Iterator[tuple[str, LayerState]]:
+    """Decode the layers of a saved model, one after the other, from config.json and its safetensors alone.
+
+    Nothing in the folder is trusted: what does not fit together is an error, and no path out of it is followed.
+
+    Args:
+        folder: Of the model.
+        layers: The layers wanted, each with what `write` returned about it or None; by default every matrix there
+            is, by its name in the checkpoint.
+
+    Raises:
+        ArtifactError: If a file is missing or damaged, or a layer is not there or cannot be decoded.
+    """
+    folder = Path(folder)
+    config = _load_json(folder / _CONFIG)
+    entry = config.get("quantization_config")
+    name = "dense" if entry is None else entry.get("quant_method") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or name not in available():
+        raise ArtifactError(
+            f"{folder / _CONFIG} names the quantisation {name!r}, which is none of {', '.join(available())}."
+        )
+    with ExitStack() as files:
+        checkpoint = _Checkpoint(folder, config, available()[name](), files)
+        for layer in checkpoint.matrices() if layers is None else layers:
+            try:
+                state = checkpoint.layer(layer, layers and layers[layer])
+            except ArtifactError as error:
+                raise ArtifactError(f"Layer '{layer}' in {folder}: {error}.") from error
+            yield layer, state
+
+
+def header(file: str | Path) -> dict[str, str]:
+    """The metadata of one safetensors file; what `write` was given is in there.
+
+    Raises:
+        ArtifactError: If the file cannot be read.
+    """
+    with _open(Path(file)) as opened:
+        return opened.metadata() or {}
+
+
+class _Checkpoint:
+    """The open shards of one folder, and which of their tensors belong together."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], format: Format, files: ExitStack):
+        self.config, self.format = config, format
+        self.shards: dict[str, Any] = {}
+        self.parts: dict[str, set[str]] = {}
+        locals_ = sorted({"weight", *format.tensors}, key=len, reverse=True)
+        for shard in _shards(folder):
+            opened = files.enter_context(_open(folder / shard))
+            for key in opened.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                if key in self.shards:
+                    raise ArtifactError(f"{folder} holds the tensor '{key}' twice.")
+                self.shards[key] = opened
+                local = next((local for local in locals_ if key.endswith(f".{local}")), None)
+                if local is not None:
+                    self.parts.setdefault(key.removesuffix(f".{local}"), set()).add(local)
+
+    def matrices(self) -> list[str]:
+        """The prefixes of everything that is encoded or is a matrix called `weight`."""
+        return [p for p, parts in self.parts.items() if parts != {"weight"} or len(self._shape(f"{p}.weight")) == 2]
+
+    def layer(self, name: str, stored: Any) -> LayerState:
+        """One layer, put together from the rows that `stored` lists."""
+        if stored is None:
+            return self._part(name, name)
+        if not isinstance(stored, dict) or not isinstance(stored.get("rows"), list) or not stored["rows"]:
+            raise ArtifactError("the list of its rows cannot be read")
+        parts = []
+        for row in stored["rows"]:
+            if not (isinstance(row, list) and [type(item) for item in row] == [str, int, int]):
+                raise ArtifactError("the list of its rows cannot be read")
+            key, first, count = row
+            prefix = key.removesuffix(".weight")
+            if key in self.shards and self.parts.get(prefix, {"weight"}) == {"weight"}:
+                tensor = self.shards[key].get_tensor(key)
+                rows = tensor.reshape(-1, tensor.shape[-1])[first : first + count]
+                parts.append(LayerState(rows.T.contiguous() if stored.get("transposed") is True else rows))
+            else:
+                parts.append(self._part(prefix, name))
+        return parts[0] if len(parts) == 1 else _stack(parts)
+
+    def _part(self, prefix: str, name: str) -> LayerState:
+        parts = self.parts.get(prefix)
+        if parts is None:
+            raise ArtifactError("there is no such tensor")
+        tensors = {local: self.shards[f"{prefix}.{local}"].get_tensor(f"{prefix}.{local}") for local in parts}
+        if parts == {"weight"}:
+            return available()["dense"]().decode(tensors, {})
+        return self.format.decode(tensors, self.format.scheme_in(self.config, (name, prefix)))
+
+    def _shape(self, key: str) -> list[int]:
+        return self.shards[key].get_slice(key).get_shape()
+
+
+def _stack(parts: list[LayerState]) -> LayerState:
+    """Parts of one layer, the first rows first."""
+    grids = [part.grid for part in parts]
+    uniform = [grid for grid in grids if isinstance(grid, UniformGrid) and grid.symmetric]
+    grid = None
+    if len(uniform) == len(parts) and len({(g.bits, g.unit, g.dtype) for g in uniform}) == 1:
+        grid = dataclasses.replace(uniform[0], scale=torch.cat([g.scale for g in uniform]))
+    elif any(g is not None for g in grids):
+        raise ArtifactError("its parts lie on different grids")
+    return LayerState(torch.cat([part.weight for part in parts]), grid=grid)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file} cannot be read: {error}.") from error
+
+
+def weight_bytes(folder: str | Path) -> int:
+    """How many bytes the weights of a saved model take on disk.
+
+    Raises:
+        ArtifactError: If it has none, or one of them is missing.
+    """
+    return sum((Path(folder) / shard).stat().st_size for shard in _shards(Path(folder)))
+
+
+def _shards(folder: Path) -> list[str]:
+    """The names of the weight files, in order, all of them in the folder itself."""
+    if not (folder / _INDEX).exists():
+        names = [_SINGLE]
+    else:
+        weight_map = _load_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ArtifactError(f"{folder / _INDEX} has no 'weight_map' from tensors to files.")
+        names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ArtifactError(f"{folder / _INDEX} names the file '{name}', which is not a .safetensors beside it.")
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name} is missing.")
+    return names
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _dump_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

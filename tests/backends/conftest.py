@@ -1,0 +1,75 @@
+"""Layers and inputs of every awkward kind that the methods must live with."""
+
+import pytest
+import torch
+
+from optimum_order.layer import Statistics
+
+KINDS = ("independent", "correlated", "low rank", "dead columns", "outliers", "one token", "silent")
+
+
+def _inputs(kind: str, tokens: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(tokens, width, generator=generator)
+    if kind == "correlated":
+        X = X[:, : width // 4] @ torch.randn(width // 4, width, generator=generator) + 0.3 * X
+    elif kind == "low rank":
+        X = X[:, : width // 4] @ torch.randn(width // 4, width, generator=generator)
+    elif kind == "dead columns":
+        X[:, ::3] = 0
+    elif kind == "outliers":
+        X[:, :: max(1, width // 3)] *= 100
+    elif kind == "one token":
+        X = X[:1]
+    elif kind == "silent":
+        X = torch.zeros_like(X)
+    return X
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    """A kind of inputs."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def inputs():
+    """`inputs(kind, tokens, width, seed) -> Statistics` of random inputs X (tokens, width)."""
+
+    def make(kind="correlated", tokens=64, width=32, seed=0) -> Statistics:
+        X = _inputs(kind, tokens, width, seed)
+        return Statistics(len(X), X.square().sum(0), X.T @ X)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gaussian():
+    """`gaussian(out, in, seed, dtype)`: a random weight."""
+
+    def make(rows=16, width=32, seed=0, dtype=torch.float32) -> torch.Tensor:
+        return torch.randn(rows, width, generator=torch.Generator().manual_seed(1000 + seed)).to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def row_errors():
+    """`row_errors(after, before, statistics)`: `diag(dW H dW^T)` in float64, (out,)."""
+
+    def measure(after, before, statistics) -> torch.Tensor:
+        delta = after.double() - before.double()
+        return torch.einsum("oi,ij,oj->o", delta, statistics.gram.double(), delta)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def not_worse():
+    """`not_worse(a, b, delta, statistics)`: whether errors a (out,) are at most b, but for float32 noise."""
+
+    def check(a, b, deltas, statistics) -> bool:
+        noise = 1e-6 * statistics.gram.diagonal().sum().item() * sum(d.double().square().sum(1) for d in deltas)
+        return bool((a <= b * (1 + 1e-4) + noise).all())
+
+    return check

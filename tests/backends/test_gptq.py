@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from optimum_order.backends import method
+from optimum_order.errors import OrderError
+from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.order import Stage
+
+
+def reference(weight, gram, grid, order, pruned):
+    """GPTQ in float64 with explicit inverses, a column at a time."""
+    W, free = weight.double().clone(), list(order)
+    H = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    while free:
+        j, inverse = free[0], torch.linalg.inv(H[free][:, free])
+        q = grid.nearest(W[:, j : j + 1].float(), slice(j, j + 1))[:, 0].double().masked_fill(pruned[:, j], 0)
+        W[:, free] -= torch.outer((W[:, j] - q) / inverse[0, 0], inverse[0])
+        W[:, j] = q
+        free = free[1:]
+    return W
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize(("width", "symmetric"), [(32, True), (144, False)])
+def test_is_the_papers_method(inputs, gaussian, row_errors, act_order, sparsity, width, symmetric):
+    statistics = inputs("correlated", 4 * width, width)
+    before = method(Stage("magnitude", sparsity)).apply(LayerState(gaussian(8, width)))
+    options = {"bits": 3, "group_size": 16, "symmetric": symmetric, "clip": "mse" if symmetric else "none"}
+    state = method(Stage("gptq", **options, act_order=act_order)).apply(before, statistics)
+    grid = UniformGrid.fit(before.weight, **options)
+    largest = sorted(range(width), key=lambda j: -statistics.gram[j, j].item())
+    order = largest if act_order else range(width)
+    expected = reference(before.weight, statistics.gram, grid, order, before.pruned)
+    plain = grid.nearest(before.weight)
+    kept = row_errors(expected, before.weight, statistics) < row_errors(plain, before.weight, statistics)
+    assert kept.float().mean() > 0.5
+    assert torch.equal(grid.scale, state.grid.scale)
+    assert torch.allclose(state.weight.double(), torch.where(kept[:, None], expected, plain.double()), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_pruned_layer_keeps_its_zeros_and_beats_rounding(inputs, gaussian, row_errors, not_worse, kind, dtype):
+    """Removed weights drift while earlier columns are fixed; their own turn hands the drift on."""
+    statistics = inputs(kind)
+    before = method(Stage("wanda", 0.5)).apply(LayerState(gaussian(dtype=dtype)), statistics)
+    gptq = method(Stage("gptq", 3)).apply(before, statistics)
+    rtn = method(Stage("rtn", 3)).apply(before)
+    assert torch.equal(gptq.pruned, before.pruned)
+    assert not gptq.weight[before.pruned].any()
+    assert not torch.signbit(gptq.weight[before.pruned]).any()
+    mine, plain = (row_errors(s.weight, before.weight, statistics) for s in (gptq, rtn))
+    assert not_worse(mine, plain, [s.weight - before.weight for s in (gptq, rtn)], statistics)
+    if kind in ("correlated", "low rank"):
+        assert mine.sum() < 0.8 * plain.sum()
+
+
+def test_drift_of_removed_weights_is_passed_on(inputs, gaussian, row_errors):
+    """Forcing them to zero without passing it on would be worse on correlated inputs."""
+    statistics = inputs("correlated", 256, 64)
+    before = method(Stage("magnitude", 0.5)).apply(LayerState(gaussian(32, 64)))
+    state = method(Stage("gptq", 4)).apply(before, statistics)
+    dense = method(Stage("gptq", 4)).apply(LayerState(before.weight), statistics)
+    forced = dense.weight.masked_fill(before.pruned, 0.0)
+    mine = row_errors(state.weight, before.weight, statistics).sum()
+    assert mine < 0.8 * row_errors(forced, before.weight, statistics).sum()
+
+
+def test_act_order_starts_with_the_largest_inputs(inputs, gaussian, row_errors):
+    """With one huge input its column is rounded first, so nothing else pushes it off its nearest value."""
+    statistics = inputs("outliers", 256)
+    largest = statistics.gram.diagonal().argmax()
+    state = method(Stage("gptq", 2)).apply(LayerState(gaussian()), statistics)
+    assert torch.equal(state.weight[:, largest], state.grid.nearest(gaussian())[:, largest])
+
+
+def test_rounds_to_nearest_where_no_token_came_by(inputs, gaussian):
+    state = method(Stage("gptq", 3)).apply(LayerState(gaussian()), inputs("silent", tokens=0))
+    assert torch.equal(state.weight, method(Stage("rtn", 3)).apply(LayerState(gaussian())).weight)
+    assert state.notes == ("gptq:3: no calibration token reached this layer; its inputs were taken as white noise",)
+
+
+@pytest.mark.parametrize("damping", [0, -1, 1.5, "much"])
+def test_damping_is_a_positive_fraction(damping):
+    with pytest.raises(OrderError, match=r"'damping' .* must be in \(0, 1\]"):
+        method(Stage("gptq", bits=4, damping=damping))

@@ -1,0 +1,145 @@
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimum_order.backends import Measured, method
+from optimum_order.errors import OrderError
+from optimum_order.order import Stage
+
+WIDTHS = (2, 3, 4, 8)
+
+
+def allocator(bits, **options):
+    return method(Stage("mixed_precision", bits=bits, widths=WIDTHS, **options))
+
+
+def table_of(chosen, sizes, errors, overhead=0):
+    """One row per group and candidate; group g is two layers when g is odd."""
+    layers = [(f"l{g}",) if g % 2 == 0 else (f"l{g}.q", f"l{g}.k") for g in range(len(sizes))]
+    return [
+        Measured(layers[g], sizes[g], stage, width, errors[g][w])
+        for g in range(len(sizes))
+        for w, (stage, width) in enumerate(zip(chosen.candidates(), WIDTHS, strict=True))
+    ]
+
+
+def outcome(table, passes):
+    """The summed error and the average bits of an allocation."""
+    chosen = {layer: stage for each in passes for layer, stage in each.items()}
+    rows = [row for row in table if row.stage == chosen[row.layers[0]]]
+    assert all(chosen[layer] == row.stage for row in rows for layer in row.layers)
+    size = sum({row.layers: row.weights for row in table}.values())
+    return sum(row.error for row in rows), sum(row.bits * row.weights for row in rows) / size
+
+
+def best(sizes, errors, budget):
+    """By trying everything."""
+    total = sum(sizes)
+    feasible = (
+        sum(errors[g][w] for g, w in enumerate(choice))
+        for choice in itertools.product(range(len(WIDTHS)), repeat=len(sizes))
+        if sum(WIDTHS[w] * sizes[g] for g, w in enumerate(choice)) <= budget * total
+    )
+    return min(feasible)
+
+
+@given(
+    sizes=st.lists(st.sampled_from([64, 1000, 4096, 12_345, 1_000_000]), min_size=1, max_size=5),
+    bits=st.sampled_from([2.0, 2.5, 3.1, 4.0, 5.7, 8.0]),
+    scale=st.sampled_from([1.0, 1e-4, 1e-8]),
+    seed=st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_other_choice_within_the_budget_is_better(sizes, bits, scale, seed):
+    errors = [[scale * seed.random() * 4.0**-width for width in WIDTHS] for _ in sizes]
+    chosen = allocator(bits)
+    table = table_of(chosen, sizes, errors)
+    error, average = outcome(table, chosen.allocate(table))
+    assert average <= bits * (1 + 1e-12)
+    assert error == pytest.approx(best(sizes, errors, bits), rel=1e-6, abs=1e-11 * max(map(max, errors)))
+
+
+def test_a_sensitive_layer_gets_the_bits_that_a_dull_one_does_not_need():
+    chosen = allocator(5)
+    table = table_of(chosen, [100, 100], [[1, 1, 1, 0.5], [1e-3, 1e-4, 1e-5, 1e-6]])
+    (only,) = chosen.allocate(table)
+    assert dict(only["l0"].options)["bits"] == 8
+    assert dict(only["l1.q"].options)["bits"] == 2
+
+
+def test_layers_of_one_group_get_one_width():
+    chosen = allocator(3)
+    (only,) = chosen.allocate(
+        table_of(chosen, [10, 20, 30, 40], [[4.0**-w * (g + 1) for w in WIDTHS] for g in range(4)])
+    )
+    assert set(only) == {"l0", "l1.q", "l1.k", "l2", "l3.q", "l3.k"}
+    assert only["l1.q"] == only["l1.k"]
+    assert only["l3.q"] == only["l3.k"]
+
+
+def test_first_says_which_layers_come_first():
+    errors = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+
+    def passes(first):
+        chosen = allocator(4.25, first=first)
+        return chosen.allocate(table_of(chosen, [10] * 4, errors))
+
+    def widths(found):
+        return [{dict(stage.options)["bits"] for stage in each.values()} for each in found]
+
+    together, weaker, stronger = passes("together"), passes("weaker"), passes("stronger")
+    assert widths(together) == [{2, 3, 4, 8}]
+    assert widths(weaker) == [{8}, {4}, {3}, {2}]
+    assert widths(stronger) == [{2}, {3}, {4}, {8}]
+    for found in (weaker, stronger):
+        names = [name for each in found for name in each]
+        assert len(names) == len(set(names))
+        assert {name: stage for each in found for name, stage in each.items()} == together[0]
+
+
+@pytest.mark.parametrize("quantiser", ["gptq", "rtn"])
+def test_candidates_are_the_named_quantisers(quantiser):
+    chosen = allocator(4, quantizer=quantiser, group_size=32)
+    assert [str(stage) for stage in chosen.candidates()] == [
+        f"{quantiser}(bits={width}, group_size=32)" for width in WIDTHS
+    ]
+    for stage in chosen.candidates():
+        assert method(stage).name == quantiser
+
+
+def test_fused_is_what_fuse_says():
+    assert allocator(4).fused
+    assert not allocator(4, fuse=False).fused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 1.5}, r"'bits' \(average bits per weight\) must be a number in \[2, 8\], got 1.5"),
+        ({"bits": 9}, r"'bits' .* must be a number in \[2, 8\], got 9"),
+        ({}, "must give 'bits'"),
+        ({"bits": 2.5, "widths": (3, 4)}, "'bits' must be at least the smallest of its widths, 3, got 2.5"),
+        ({"bits": 4, "widths": (4, 3)}, "'widths' .* must be a rising list of integers in 2..8"),
+        ({"bits": 4, "widths": (3, 3)}, "'widths' .* must be a rising list"),
+        ({"bits": 4, "widths": ()}, "'widths' .* must be a rising list"),
+        ({"bits": 4, "widths": (1, 4)}, "'widths' .* must be a rising list"),
+        ({"bits": 4, "widths": (2, 4.0)}, "'widths' .* must be a rising list"),
+        ({"bits": 4, "widths": 4}, "'widths' .* must be a rising list"),
+        ({"bits": 4, "quantizer": "wanda"}, "'quantizer' .* must be gptq or rtn, got 'wanda'"),
+        ({"bits": 4, "first": "last"}, "'first' .* must be together, weaker or stronger"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(OrderError, match=message):
+        method(Stage("mixed_precision", **options))
+
+
+def test_a_budget_that_nothing_meets_is_refused():
+    """Which a measured width beyond the smallest would make it."""
+    chosen = allocator(2)
+    table = [row for row in table_of(chosen, [10], [[1, 1, 1, 1]])]
+    wider = [Measured(row.layers, row.weights, row.stage, row.bits + 1, row.error) for row in table]
+    with pytest.raises(OrderError, match="no choice of widths meets the budget"):
+        chosen.allocate(wider)

@@ -1,0 +1,359 @@
+import threading
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from optimum_order.backends import method
+from optimum_order.calibration.walk import walk
+from optimum_order.errors import ModelError
+from optimum_order.layer import LayerState
+from optimum_order.order import Stage
+from optimum_order.targets import find_units
+
+WALKED = [
+    "llama",
+    "qwen3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "gemma",
+    "gemma3_text",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "bert",
+]
+MIXTURES = ["mixtral", "qwen3_moe", "gpt_oss"]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def observe(model, units, batches):
+    """For each layer, all its inputs X (tokens, in) in float64, seen by hooks on the whole model's own forward."""
+    seen = {target.name: [] for unit in units for target in unit.targets}
+    handles = []
+
+    def see(name, x):
+        seen[name].append(x.reshape(-1, x.shape[-1]).double())
+
+    def see_experts(module, name, args, kwargs):
+        hidden, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
+        for expert in range(len(module.down_proj)):
+            rows = hidden[(chosen == expert).any(-1)]
+            see(f"{name}.gate_up_proj.{expert}", rows)
+            weight = module.gate_up_proj[expert]
+            gate_up = rows @ (weight if module.is_transposed else weight.T)
+            if module.has_bias:
+                gate_up = gate_up + module.gate_up_proj_bias[expert]
+            see(f"{name}.down_proj.{expert}", module._apply_gate(gate_up))
+
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and name in seen:
+            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: see(name, args[0])))
+        elif hasattr(module, "is_transposed"):
+            hook = lambda m, args, kwargs, name=name: see_experts(m, name, args, kwargs)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def collect(model, units, batches, change=lambda visit: None, gram=True):
+    """The statistics of every layer by name, and the units in the order of the walk."""
+    statistics, visited = {}, []
+
+    def visit(at):
+        visited.append(at.unit.name)
+        assert set(at.statistics) == {target.name for target in at.unit.targets}
+        statistics.update(at.statistics)
+        change(at)
+
+    walk(model, units, batches, visit, gram=gram)
+    return statistics, visited
+
+
+def agree(statistics, X):
+    gram = X.T @ X
+    scale = gram.diagonal().max().clamp(min=1e-9)
+    return (
+        statistics.tokens == len(X)
+        and torch.allclose(statistics.gram.double(), gram, rtol=1e-4, atol=1e-5 * scale)
+        and torch.allclose(statistics.squared_norms.double(), gram.diagonal(), rtol=1e-4, atol=1e-5 * scale)
+    )
+
+
+@pytest.mark.parametrize("architecture", WALKED)
+def test_sees_what_hooks_on_the_whole_model_see_and_leaves_no_trace(make_model, batches, architecture):
+    model = make_model(architecture)
+    units = find_units(model)
+    expected = observe(model, units, batches)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    implementation = getattr(model.config, "_experts_implementation", None)
+    with torch.no_grad():
+        output = model(**batches[0])[0]
+
+    statistics, visited = collect(model, units, batches)
+
+    assert visited == [unit.name for unit in units]
+    assert set(statistics) == set(expected)
+    for name, X in expected.items():
+        assert agree(statistics[name], X), name
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert not [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    assert getattr(model.config, "_experts_implementation", None) == implementation
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0])[0], output)
+
+
+@pytest.mark.parametrize("architecture", WALKED)
+def test_later_blocks_see_what_changed_earlier_ones_produce(make_model, batches, architecture):
+    model = make_model(architecture)
+    units = find_units(model)
+    untouched = observe(model, units, batches)
+
+    def change(at):
+        if at.unit is units[0]:
+            for target in at.unit.targets:
+                target.write(target.read() * 0.5)
+
+    statistics, _ = collect(model, units, batches, change)
+
+    changed = observe(model, units, batches)  # of the model as it is now, with only its first block changed
+    for target in units[1].targets:
+        assert agree(statistics[target.name], changed[target.name]), target.name
+    first = units[1].targets[0].name
+    assert not agree(statistics[first], untouched[first])
+
+
+def test_padding_masks_reach_the_blocks(make_model, batches):
+    """A padded batch, whose second sequence is half as long."""
+    model = make_model("llama")
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, :8] = 0
+    padded = [{**batches[0], "attention_mask": mask}]
+    units = find_units(model)
+    expected, unmasked = observe(model, units, padded), observe(model, units, batches[:1])
+    statistics, _ = collect(model, units, padded)
+    name = "model.layers.1.mlp.down_proj"
+    assert agree(statistics[name], expected[name])
+    assert not agree(statistics[name], unmasked[name])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shared"),
+    [
+        ("llama", [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]),
+        ("bert", [["attention.self.query", "attention.self.key", "attention.self.value"]]),
+        ("opt", [["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"]]),
+        ("mixtral", [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]]),
+        ("gpt2", []),
+    ],
+)
+def test_layers_that_read_one_input_share_one_set_of_statistics(make_model, batches, architecture, shared):
+    model = make_model(architecture)
+    groups = {}
+
+    def visit(at):
+        for target in at.unit.targets:
+            name = target.name.removeprefix(f"{at.unit.name}.")
+            if target.name in at.leaders:  # an expert may have been idle
+                leader = at.leaders[target.name].removeprefix(f"{at.unit.name}.")
+                groups.setdefault(leader, set()).add(name)
+                assert at.statistics[target.name] is at.statistics[at.leaders[target.name]]
+
+    walk(model, find_units(model), batches, visit, gram=True)
+    assert sorted(map(sorted, (group for group in groups.values() if len(group) > 1))) == sorted(map(sorted, shared))
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_every_expert_sees_the_tokens_routed_to_it(make_model, batches, architecture):
+    """Two experts for each of the tokens, and at least one expert for a different number of them."""
+    model = make_model(architecture)
+    statistics, _ = collect(model, find_units(model), batches)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    for block in range(2):
+        for name in ("gate_up_proj", "down_proj"):
+            seen = [statistics[f"model.layers.{block}.mlp.experts.{name}.{i}"].tokens for i in range(4)]
+            assert sum(seen) == 2 * tokens
+            assert len(set(seen)) > 1
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_an_idle_expert_has_no_tokens_and_is_compressed_with_a_note(make_model, architecture):
+    model = make_model(architecture)
+    units = find_units(model)
+    one_token = [{"input_ids": torch.tensor([[5]])}]
+    statistics, _ = collect(model, units, one_token)
+    idle = [t for t in units[0].targets if statistics[t.name].tokens == 0]
+    assert len(idle) == 4  # of two experts, both matrices
+    for stage in (Stage("gptq", 4), Stage("sparsegpt", 0.5), Stage("wanda", 0.5)):
+        state = method(stage).apply(LayerState(idle[0].read()), statistics[idle[0].name])
+        assert "no calibration token reached this layer" in state.notes[0]
+
+
+def test_norms_alone_hold_no_matrix(make_model, batches):
+    model = make_model("llama")
+    statistics, _ = collect(model, find_units(model), batches, gram=False)
+    expected = observe(model, find_units(model), batches)
+    for name, known in statistics.items():
+        assert known.gram is None
+        assert torch.allclose(known.squared_norms.double(), expected[name].square().sum(0), rtol=1e-4)
+
+
+def test_only_the_units_it_is_given_are_visited(make_model, batches):
+    model = make_model("llama")
+    units = find_units(model, targets=["model.layers.1.mlp.*"])
+    expected = observe(model, units, batches)
+    statistics, visited = collect(model, units, batches)
+    assert visited == ["model.layers.1"]
+    assert all(agree(statistics[name], X) for name, X in expected.items())
+
+
+def test_a_head_is_visited_after_the_blocks(make_model, batches):
+    model = make_model("llama")
+    units = find_units(model, targets=["lm_head", "*.q_proj"])
+    expected = observe(model, units, batches)
+    statistics, visited = collect(model, units, batches)
+    assert visited == ["model.layers.0", "model.layers.1", "lm_head"]
+    assert agree(statistics["lm_head"], expected["lm_head"])
+
+
+def test_logits_are_not_computed(make_model, batches):
+    model = make_model("llama")
+    computed = []
+    handle = model.lm_head.register_forward_hook(lambda *_: computed.append(1))
+    collect(model, find_units(model), batches)
+    assert not computed
+    handle.remove()
+
+
+def test_outputs_are_those_of_the_unit_as_it_is(make_model, batches):
+    model = make_model("llama")
+    found = {}
+
+    def visit(at):
+        before = at.outputs()
+        target = at.unit.targets[-1]
+        weight = target.read()
+        target.write(torch.zeros_like(weight))
+        without = at.outputs()
+        target.write(weight)
+        found[at.unit.name] = (before, without, at.outputs())
+
+    walk(model, find_units(model), batches, visit, gram=False)
+    with torch.no_grad():
+        hidden = [model.model(**batch, output_hidden_states=True).hidden_states[1] for batch in batches[:2]]
+    before, without, after = found["model.layers.0"]
+    assert torch.allclose(before, torch.cat([h.flatten(0, 1) for h in hidden]), atol=1e-5)
+    assert not torch.allclose(before, without, atol=1e-2)
+    assert torch.equal(before, after)
+
+
+class TestFailing:
+    def unharmed(self, model, batches, expected):
+        assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+        assert not [name for name, module in model.named_modules() if module._forward_pre_hooks]
+        with torch.no_grad():
+            return torch.equal(model(**batches[0])[0], expected)
+
+    @pytest.fixture
+    def model(self, make_model):
+        return make_model("mixtral")
+
+    @pytest.fixture
+    def expected(self, model, batches):
+        with torch.no_grad():
+            return model(**batches[0])[0]
+
+    @pytest.mark.parametrize("block", [0, 1])
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_a_visitor_that_raises(self, model, batches, expected, block, error):
+        def change(at):
+            if at.unit.name.endswith(str(block)):
+                raise error("enough")
+
+        with pytest.raises(error, match="enough"):
+            collect(model, find_units(model), batches, change)
+        assert self.unharmed(model, batches, expected)
+
+    @pytest.mark.parametrize("where", ["model.embed_tokens", "model.layers.0.mlp", "model.layers.1.self_attn"])
+    def test_a_forward_that_raises(self, model, batches, expected, where):
+        def fail(*_):
+            raise RuntimeError("out of memory, say")
+
+        handle = model.get_submodule(where).register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory, say"):
+            collect(model, find_units(model), batches)
+        handle.remove()
+        assert self.unharmed(model, batches, expected)
+
+    def test_a_forward_that_raises_between_blocks(self, model, batches, expected):
+        """On a thread of the walk: a norm after the last block, and a rotary embedding before the first."""
+        for where in ("model.norm", "model.rotary_emb"):
+            handle = model.get_submodule(where).register_forward_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                collect(model, find_units(model), batches)
+            handle.remove()
+        assert self.unharmed(model, batches, expected)
+
+    def test_one_batch_that_does_not_fit_the_model(self, model, batches, expected):
+        with pytest.raises(IndexError):
+            collect(model, find_units(model), [*batches, {"input_ids": torch.tensor([[64]])}])
+        assert self.unharmed(model, batches, expected)
+
+    @pytest.mark.parametrize("groups", [1, 3])
+    def test_a_model_that_runs_a_block_twice(self, make_model, batches, groups):
+        model = make_model("albert", num_hidden_layers=6, num_hidden_groups=groups)
+        visited = []
+        with pytest.raises(
+            ModelError, match=r"runs 'encoder\.albert_layer_groups\.0' more than once .* \(shared layers\)"
+        ):
+            walk(model, find_units(model), batches, lambda at: visited.append(at.unit.name), gram=True)
+        assert len(visited) < groups  # refused before the last unit is worked on
+
+    def test_a_block_that_is_never_run(self, model, batches, expected):
+        units = find_units(model)
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        with pytest.raises(ModelError, match=r"does not run the blocks model\.layers\.1 for every input"):
+            collect(model, units, batches)
+
+    def test_inputs_that_overflow(self, make_model, batches):
+        model = make_model("llama")
+        model.model.embed_tokens.weight.data[:, 3] = torch.inf
+        with pytest.raises(
+            ModelError, match=r"The inputs of 'model\.layers\.0\.self_attn\.q_proj' are NaN or infinite"
+        ):
+            collect(model, find_units(model), batches)
+
+
+def test_a_model_of_several_modalities_is_walked_without_a_cache(batches):
+    """Its config holds `use_cache` in the part for text."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = small | {"vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    config = Gemma3Config(
+        text_config=text
+        | {"layer_types": ["sliding_attention", "full_attention"], "bos_token_id": 1, "eos_token_id": 2},
+        vision_config=small | {"image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=70,
+        boi_token_index=61,
+        eoi_token_index=62,
+    )
+    model = Gemma3ForConditionalGeneration(config).eval()
+    units = find_units(model, targets=["*.language_model.*"])
+    expected = observe(model, units, batches)
+    statistics, _ = collect(model, units, batches)
+    assert all(agree(statistics[name], X) for name, X in expected.items())

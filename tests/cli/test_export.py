@@ -1,0 +1,160 @@
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+
+from optimum_order import JointCompressor, manifest
+from optimum_order.cli.export import ExportCommand
+
+
+@pytest.fixture
+def arguments(tiny_llama_folder, text_file, tmp_path):
+    """A small export to `out`; later arguments win over earlier ones."""
+    small = ["--calibration-samples", 4, "--sequence-length", 64]
+    order = ["--order", "wanda:0.5 > gptq:4"]
+    return ["export", tiny_llama_folder, tmp_path / "out", *order, "--calibration", text_file, *small]
+
+
+def test_json_is_one_object_with_these_keys(program, arguments, text_file, tmp_path):
+    done = program(*arguments, "--evaluate", text_file, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert list(result) == ["output", "order", "format", "schedule", "seconds", "bytes", "sparsity", "metrics"]
+    assert result["output"] == str(tmp_path / "out")
+    assert result["order"] == "wanda:0.5 > gptq:4"
+    assert (result["format"], result["schedule"]) == ("compressed-tensors", "stage")
+    assert result["sparsity"] == 0.5
+    assert set(result["bytes"]) == {"before", "after", "per_weight_bits"}
+    assert result["bytes"]["after"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+    assert 4 < result["bytes"]["per_weight_bits"] < 5
+    perplexity = result["metrics"]["perplexity"]
+    assert set(perplexity) == {"before", "after"} and perplexity["before"] != perplexity["after"]
+    seconds = result["seconds"]
+    assert list(seconds) == ["evaluate_before", "compress", "evaluate_after", "save", "total"]
+    assert seconds["total"] >= seconds["compress"] > 0
+
+
+def test_what_it_writes_is_what_the_api_would_have_written(program, arguments, tiny_llama_folder, text_file, tmp_path):
+    assert program(*arguments, "--seed", "3").code == 0
+    compressor = JointCompressor.from_pretrained(
+        tiny_llama_folder, calibration=str(text_file), calibration_samples=4, sequence_length=64, seed=3
+    )
+    expected = compressor.compress("wanda:0.5 > gptq:4", progress=False).model
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected(ids).logits)
+
+
+def test_every_option_reaches_the_run(program, arguments, tmp_path):
+    options = ["--format", "dense", "--schedule", "block", "--dtype", "bfloat16", "--device", "cpu"]
+    assert program(*arguments, *options, "--targets", "*_proj", "--ignore", "*.o_proj", "re:.*1.*").code == 0
+    stated = manifest.load(tmp_path / "out")
+    assert (stated["format"], stated["schedule"]) == ("dense", "block")
+    assert set(stated["layers"]) == {
+        f"model.layers.0.{name}_proj"
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down")
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_people_see_the_result(program, arguments, text_file, tmp_path):
+    done = program(*arguments, "--evaluate", text_file)
+    assert done.code == 0
+    for text in ("wanda:0.5 → gptq:4", "perplexity", "50.0%", "compressed-tensors", str(tmp_path / "out")):
+        assert text in done.out
+
+
+def test_a_folder_that_is_not_empty_is_replaced_only_if_told(program, arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("precious")
+    done = program(*arguments)
+    assert done.code == 2 and "--overwrite" in done.err
+    assert (tmp_path / "out" / "precious.txt").read_text() == "precious"
+    assert program(*arguments, "--overwrite").code == 0
+    assert not (tmp_path / "out" / "precious.txt").exists()
+
+
+BAD = {
+    "an unknown method": (["--order", "wandaa:0.5"], "Did you mean 'wanda'?"),
+    "an unknown option": (["--order", "gptq(bits=4, grup_size=32)"], "Did you mean 'group_size'?"),
+    "a value that is not allowed": (["--order", "gptq:9"], "must be an integer in 2..8, got 9"),
+    "all weights removed": (["--order", "wanda:1"], "must be a number in [0, 1), got 1"),
+    "no stage": (["--order", ""], "at least one stage"),
+    "an order that cannot be read": (["--order", "wanda:0.5 >"], "the name of a method"),
+    "a group size that does not divide": (["--order", "rtn(bits=4, group_size=48)"], "8, 16, 32, 64"),
+    "an unknown format": (["--format", "compresed-tensors"], "Did you mean 'compressed-tensors'?"),
+    "a format that cannot hold it": (["--order", "rtn:4", "--format", "bitsandbytes"], "compressed-tensors"),
+    "an unknown schedule": (["--schedule", "blok"], "Did you mean 'block'?"),
+    "an unknown dtype": (["--dtype", "float8"], "bfloat16"),
+    "an unknown device": (["--device", "toaster"], "'toaster'"),
+    "a pattern that matches nothing": (["--ignore", "*.q_prj"], "*.q_prj"),
+    "a calibration file that is missing": (["--calibration", "./missing.txt"], "missing.txt"),
+    "an evaluation file that is missing": (["--evaluate", "./missing.txt"], "missing.txt"),
+    "no samples": (["--calibration-samples", "0"], "positive integer"),
+}
+
+
+@pytest.mark.parametrize(("extra", "says"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_writes_nothing(program, arguments, tmp_path, extra, says):
+    done = program(*arguments, *extra)
+    assert done.code == 2 and done.out == ""
+    *progress, line = done.err.splitlines()
+    assert line.startswith("optimum-order: error: ") and says in line
+    assert not any("Traceback" in each for each in progress)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_missing(program, tmp_path):
+    done = program("export", tmp_path / "missing", tmp_path / "out", "--order", "rtn:4")
+    assert done.code == 2 and "missing" in done.err and done.err.count("\n") == 1
+
+
+def test_a_method_that_needs_data_says_so(program, tiny_llama_folder, tmp_path):
+    done = program("export", tiny_llama_folder, tmp_path / "out", "--order", "rtn:4 > wanda:0.5")
+    assert done.code == 2 and "calibration" in done.err and "magnitude" in done.err
+    assert program("export", tiny_llama_folder, tmp_path / "out", "--order", "rtn:4 > magnitude:0.5").code == 0
+
+
+def test_the_order_is_read_before_the_model(program, tmp_path):
+    done = program("export", tmp_path / "missing", tmp_path / "out", "--order", "wandaa")
+    assert "Did you mean 'wanda'?" in done.err
+
+
+def test_the_defaults_are_those_of_the_api(program, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ExportCommand, "run", lambda self: seen.append(vars(self.args)))
+    program("export", "model", "out", "--order", "rtn:4")
+    (given,) = seen
+    parameters = inspect.signature(JointCompressor.from_pretrained).parameters
+    for name in set(parameters) & set(given) - {"model"}:
+        assert given[name] == parameters[name].default, name
+    assert given["schedule"] == inspect.signature(JointCompressor.compress).parameters["schedule"].default
+
+
+def test_an_interrupted_run_leaves_nothing(tiny_llama_folder, text_file, tmp_path):
+    command = ["export", tiny_llama_folder, tmp_path / "out", "--order", " > ".join(["sparsegpt:0.5", "gptq:4"] * 200)]
+    command += ["--calibration", text_file, "--calibration-samples", 64, "--sequence-length", 128]
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from optimum_order.cli import main; main()", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = ""
+    while "block" not in seen:  # the bar of the first stage
+        character = child.stderr.read(1)
+        assert character, f"it ended before it began: {seen}"
+        seen += character
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and out == ""
+    assert err.endswith("optimum-order: interrupted\n") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []

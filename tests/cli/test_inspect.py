@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from optimum_order import manifest
+
+
+def test_json_is_the_manifest(program, saved):
+    done = program("inspect", saved, "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == manifest.load(saved)
+
+
+def test_people_see_what_was_done(program, saved, tiny_llama_folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = program("inspect", saved).out
+    stated = manifest.load(saved)
+    assert str(tiny_llama_folder) in text
+    assert "wanda:0.5 → gptq:4" in text
+    before, after = (stated["metrics"]["perplexity"][when]["value"] for when in ("before", "after"))
+    assert f"{before:.4g} → {after:.4g}" in text
+    for name, layer in stated["layers"].items():
+        (row,) = [line for line in text.splitlines() if f" {name} " in line]
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        errors = ", ".join(f"{stage['relative_error']:.2g}" for stage in layer["stages"])
+        rows, columns = layer["shape"]
+        assert cells == [
+            name,
+            f"{rows} x {columns}",
+            "4",
+            str(layer["group_size"]).replace("-1", "row"),
+            "50.0%",
+            errors,
+        ]
+
+
+def test_a_folder_without_a_manifest(program, tmp_path):
+    done = program("inspect", tmp_path)
+    assert done.code == 2 and "optimum_order.json" in done.err and done.err.count("\n") == 1
+
+
+def rewrite(folder, change):
+    file = folder / manifest.FILE
+    stated = json.loads(file.read_text())
+    change(stated)
+    file.write_text(json.dumps(stated))
+
+
+DAMAGE = {
+    "no shape": lambda m: next(iter(m["layers"].values())).pop("shape"),
+    "a shape of three": lambda m: next(iter(m["layers"].values())).update(shape=[1, 2, 3]),
+    "words for numbers": lambda m: m["bytes"].update(before="many"),
+    "an empty layer": lambda m: next(iter(m["layers"].values())).update(shape=[0, 0]),
+    "notes that are no list": lambda m: next(iter(m["layers"].values())).update(notes=7),
+    "no base model": lambda m: m.update(base_model={}),
+    "a metric that is a number": lambda m: m["metrics"].update(perplexity=3.5),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_manifest_is_one_line(program, copied, change):
+    rewrite(copied, change)
+    done = program("inspect", copied)
+    assert done.code == 2 and done.out == ""
+    assert done.err.startswith("optimum-order: error: ") and done.err.count("\n") == 1 and "damaged" in done.err
+
+
+def test_a_manifest_cannot_write_to_the_screen(program, copied):
+    rewrite(copied, lambda m: m["base_model"].update(id="\x1b[2Jgone [bold]not markup[/bold]"))
+    text = program("inspect", copied).out
+    assert "\x1b" not in text and "?[2Jgone [bold]not markup[/bold]" in text

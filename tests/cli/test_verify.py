@@ -1,0 +1,41 @@
+import json
+
+from optimum_order import manifest
+
+
+def test_an_untouched_folder_is_good(program, saved):
+    done = program("verify", saved)
+    assert done.code == 0 and done.err == ""
+    assert str(saved) in done.out
+
+
+def test_a_changed_byte_is_found_and_named(program, copied):
+    file = copied / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    done = program("verify", copied)
+    assert done.code == 1 and "model.safetensors" in done.out and "sha256" in done.out
+
+
+def test_every_difference_has_its_own_line(program, copied):
+    (copied / "config.json").unlink()
+    (copied / "extra.txt").write_text("not ours")
+    done = program("verify", copied)
+    assert done.code == 1
+    assert any("config.json is missing" in line for line in done.out.splitlines())
+    assert any(line.startswith("extra.txt") for line in done.out.splitlines())
+
+
+def test_a_folder_without_a_manifest_cannot_be_verified(program, tmp_path):
+    done = program("verify", tmp_path)
+    assert done.code == 2 and done.out == "" and "optimum_order.json" in done.err
+
+
+def test_a_manifest_that_was_edited_is_found(program, copied):
+    file = copied / manifest.FILE
+    stated = json.loads(file.read_text())
+    stated["order"] = "gptq:4 > wanda:0.5"
+    file.write_text(json.dumps(stated))
+    done = program("verify", copied)
+    assert done.code == 1 and manifest.FILE in done.out

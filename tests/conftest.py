@@ -1,0 +1,129 @@
+"""What several test files share: a tiny model in a folder, and text it can read. No test needs a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def prose() -> str:
+    """About 60 kB of English that every machine has."""
+    return "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:16])
+
+
+@pytest.fixture(scope="session")
+def text_file(prose, tmp_path_factory) -> Path:
+    """`prose` as a .txt file."""
+    file = tmp_path_factory.mktemp("text") / "prose.txt"
+    file.write_text(prose, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(prose, tmp_path_factory) -> Path:
+    """A saved Llama of random weights (two blocks, 64 wide) with a byte-level BPE tokenizer. Do not write into it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        [prose],
+        trainers.BpeTrainer(
+            vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = _SMALL | {"num_key_value_heads": 2}
+_ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ARCHITECTURES = {
+    "albert": _SMALL | {"embedding_size": 16},
+    "bert": _SMALL,
+    "gemma": _GROUPED | {"head_dim": 8},
+    "gemma3_text": _GROUPED
+    | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
+    | {"eos_token_id": 2},
+    "gpt_neox": _SMALL,
+    "gpt_oss": _GROUPED
+    | _ROUTED
+    | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+    "llama": _GROUPED,
+    "mixtral": _GROUPED | _ROUTED,
+    "opt": _SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "qwen3": _GROUPED | {"head_dim": 8},
+    "qwen3_moe": _GROUPED | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """`make_model("llama")`: a two-block model of random weights, in evaluation mode. Any architecture above.
+
+    Its weights, biases and norms are all large enough to matter, so that no mistake hides in a near-zero.
+    """
+    import torch
+    import transformers
+
+    def make(architecture, **changes):
+        config = transformers.AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | changes))
+        auto = transformers.AutoModel if architecture in ("albert", "bert") else transformers.AutoModelForCausalLM
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = auto.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.15)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batches():
+    """Three batches of token ids, two of them of two sequences, none of the same length."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 64, shape, generator=generator)} for shape in [(2, 16), (1, 9), (2, 12)]]

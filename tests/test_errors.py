@@ -1,0 +1,32 @@
+import inspect
+import re
+
+import pytest
+
+from optimum_order import errors
+
+
+def test_the_tree_is_the_one_its_docstring_draws():
+    drawn = dict(re.findall(r"[├└]── (\w+) \((\w+)\)", errors.__doc__))
+    classes = {
+        name: cls
+        for name, cls in vars(errors).items()
+        if inspect.isclass(cls) and cls.__module__ == errors.__name__ and cls is not errors.OptimumOrderError
+    }
+    assert {name: cls.__bases__[1].__name__ for name, cls in classes.items()} == drawn
+    assert all(cls.__bases__[0] is errors.OptimumOrderError for cls in classes.values())
+
+
+def test_every_error_is_caught_by_its_builtin_kind():
+    with pytest.raises(ValueError, match="bad order"):
+        raise errors.OrderError("bad order")
+    with pytest.raises(OSError, match="full"):
+        raise errors.OutputError("full")
+
+
+@pytest.mark.parametrize(
+    ("got", "hint"), [("wandaa", " Did you mean 'wanda'?"), ("sparsgpt", " Did you mean 'sparsegpt'?"), ("zzzz", "")]
+)
+def test_unknown_suggests_the_nearest_and_lists_what_is_allowed(got, hint):
+    message = errors.unknown("method", got, ["wanda", "sparsegpt", "rtn"])
+    assert message == f"Unknown method '{got}'.{hint} Allowed: rtn, sparsegpt, wanda."

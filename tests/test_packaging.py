@@ -1,0 +1,227 @@
+"""The package as pip installs it: both programs, the data files, what it declares, and other people's plug-ins.
+
+Every environment here is thrown away, borrows its dependencies from this one, and downloads nothing.
+"""
+
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from optimum_order import backends, formats
+
+ROOT = Path(__file__).parent.parent
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+INSTALL = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed"]
+
+
+def run(*command, **options) -> str:
+    """The output of a command; a failure shows all of it."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """What a fresh clone holds, so that building writes nothing into the repository and finds no old build there."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("optimum_order", "optimum"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["normal", "editable"])
+def installed(request, source, tmp_path_factory) -> Path:
+    """The bin folder of an environment with the package installed in one of the two ways."""
+    environment = tmp_path_factory.mktemp(request.param)
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # Our dependencies, but none of the .pth files beside them: those would bring in the checkout under test.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    editable = ["--editable"] if request.param == "editable" else []
+    run(*PIP, "--python", python, *INSTALL, *editable, source)
+    where = run(python, "-c", "import optimum_order; print(optimum_order.__file__)", cwd=environment).strip()
+    assert Path(where).is_relative_to(source if editable else site), "another copy of the package is being tested"
+    return environment / "bin"
+
+
+def test_optimum_order_knows_the_commands(installed, tmp_path):
+    check_program([installed / "optimum-order"], tmp_path)
+
+
+def test_optimum_cli_knows_the_commands(installed, tmp_path):
+    # optimum's own script lies where optimum was installed; this is all it does
+    main = "from optimum.commands.optimum_cli import main; main()"
+    check_program([installed / "python", "-c", main, "order"], tmp_path)
+
+
+def check_program(program, folder):
+    text = run(*program, "--help", cwd=folder)
+    assert all(name in text for name in ("export", "inspect", "verify", "backends"))
+    listed = json.loads(run(*program, "backends", "--json", cwd=folder))
+    assert {"wanda", "gptq"} <= {method["name"] for method in listed["methods"]}
+
+
+def test_the_embedded_model_is_installed(installed, tmp_path):
+    code = """
+        from importlib import resources
+        folder = resources.files("optimum_order") / "assets" / "tiny-llama"
+        print(*sorted(file.name for file in folder.iterdir()))
+    """
+    names = run(installed / "python", "-c", textwrap.dedent(code), cwd=tmp_path).split()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(source, tmp_path):
+    run(*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        str(file.relative_to(source))
+        for folder in ("optimum_order", "optimum")
+        for file in (source / folder).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert inside == expected
+    assert not any(name.startswith("optimum/") and name.endswith("__init__.py") for name in inside)
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".pickle")) for name in inside)
+
+
+def test_registering_the_commands_and_their_help_import_no_torch():
+    code = """
+        import sys
+        import optimum.commands.register.register_order
+        from optimum_order.cli import main
+        for arguments in (["--help"], ["export", "--help"], ["backends", "--help"]):
+            try:
+                main(arguments)
+            except SystemExit as end:
+                assert end.code == 0
+        print("heavy:", [name for name in ("torch", "transformers", "datasets", "rich") if name in sys.modules])
+    """
+    assert run(sys.executable, "-c", textwrap.dedent(code)).endswith("heavy: []\n")
+
+
+def test_everything_imported_is_declared():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    declared = {
+        re.match(r"[A-Za-z0-9_-]+", line).group().lower().replace("_", "-")
+        for line in config["options"]["install_requires"].split("\n")
+        if line
+    }
+    imported = set()
+    for folder in ("optimum_order", "optimum"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    imported.add(node.module.split(".")[0])
+    imported -= {*sys.stdlib_module_names, "optimum_order", "optimum"}
+    owners = packages_distributions()
+    missing = {name for name in imported if not {d.lower().replace("_", "-") for d in owners[name]} & declared}
+    assert missing == set()
+
+
+PLUGIN = """
+    import dataclasses
+
+    from optimum_order import Backend
+    from optimum_order.backends import option
+    from optimum_order.formats.dense import Dense
+
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        every: int = option(2, "which inputs are removed: each n-th", check=lambda v: v >= 2, allowed="2 or more")
+
+
+    class Stripes(Backend):
+        name = "stripes"
+        summary = "prune every n-th input"
+        kind = "prune"
+        Options = Options
+
+        def compress(self, state, statistics):
+            pruned = state.weight.new_zeros(state.weight.shape, dtype=bool)
+            pruned[:, :: self.options.every] = True
+            if state.pruned is not None:
+                pruned |= state.pruned
+            return dataclasses.replace(state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned)
+
+
+    class Plain(Dense):
+        name = "plain"
+        summary = "dense under another name"
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory) -> Path:
+    """A folder with a third-party package installed into it from another one; to be put on PYTHONPATH."""
+    project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
+    (project / "stripes.py").write_text(textwrap.dedent(PLUGIN))
+    (project / "pyproject.toml").write_text(
+        textwrap.dedent("""
+            [build-system]
+            requires = ["setuptools"]
+            build-backend = "setuptools.build_meta"
+
+            [project]
+            name = "somebody-elses-stripes"
+            version = "1.0"
+
+            [project.entry-points."optimum_order.backends"]
+            stripes = "stripes:Stripes"
+
+            [project.entry-points."optimum_order.formats"]
+            plain = "stripes:Plain"
+
+            [tool.setuptools]
+            py-modules = ["stripes"]
+        """)
+    )
+    run(*PIP, *INSTALL, "--target", site, project)
+    return site
+
+
+def test_a_third_party_backend_and_format_are_used_by_their_names(plugin, tiny_llama_folder, text_file, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(plugin)}
+    program = [sys.executable, "-c", "from optimum_order.cli import main; main()"]
+    listed = json.loads(run(*program, "backends", "--json", env=environment))
+    (stripes,) = [method for method in listed["methods"] if method["name"] == "stripes"]
+    assert stripes["options"][0]["allowed"] == "2 or more"
+    assert "plain" in [each["name"] for each in listed["formats"]]
+
+    out = tmp_path / "out"
+    small = ["--calibration", text_file, "--calibration-samples", 2, "--sequence-length", 64]
+    order = ["--order", "stripes:4 > gptq:4 > stripes:8", "--format", "plain"]
+    done = run(*program, "export", tiny_llama_folder, out, *order, *small, "--json", env=environment)
+    result = json.loads(done)
+    assert (result["format"], result["sparsity"]) == ("plain", 0.25)
+    assert run(*program, "verify", out, env=environment)
+
+    code = "import sys, transformers; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    code += "; print(m.model.layers[1].mlp.up_proj.weight[:, ::4].count_nonzero().item())"
+    assert run(sys.executable, "-c", code, out).strip() == "0"
+
+
+def test_without_the_package_its_names_are_unknown():
+    assert "stripes" not in backends.available() and "plain" not in formats.available()

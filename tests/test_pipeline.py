@@ -1,0 +1,290 @@
+import pytest
+import torch
+
+from optimum_order import pipeline
+from optimum_order.backends import method
+from optimum_order.calibration.walk import walk
+from optimum_order.errors import DataError, ModelError, OrderError
+from optimum_order.layer import LayerState, Statistics
+from optimum_order.order import Order, Stage
+from optimum_order.targets import find_units
+
+
+def run(model, order, batches=(), schedule="stage", **choice):
+    units = find_units(model, **choice)
+    order = pipeline.check(Order.of(order), units, schedule, calibrated=bool(batches))
+    return pipeline.run(model, units, order, batches, schedule=schedule, progress=False)
+
+
+def weights_of(model):
+    return {target.name: target.read() for unit in find_units(model) for target in unit.targets}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class TestCheck:
+    @pytest.fixture
+    def units(self, make_model):
+        return find_units(make_model("llama"))
+
+    def test_gives_the_canonical_order(self, units):
+        order = pipeline.check(Order.parse("wanda(sparsity=0.5) > gptq(bits=4)"), units, "stage", calibrated=True)
+        assert str(order) == "wanda:0.5 > gptq:4"
+
+    @pytest.mark.parametrize(
+        ("order", "message"),
+        [
+            ("wandaa:0.5", "Unknown method 'wandaa'. Did you mean 'wanda'?"),
+            ("rtn:4 > wanda:1", "'sparsity' (fraction of weights removed) must be a number in [0, 1), got 1."),
+            (
+                "gptq(bits=4, group_size=20)",
+                "Stage 'gptq(bits=4, group_size=20)' cannot compress model.layers.0.self_attn.q_proj, "
+                "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj and 9 more: group_size 20 does not "
+                "divide its 32 inputs; 8, 16, 32 or -1 do.",
+            ),
+            (
+                "rtn(bits=4, group_size=32)",
+                "cannot compress model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj: group_size 32 does not "
+                "divide its 48 inputs; 8, 12, 16, 24, 48 or -1 do.",
+            ),
+            ("mixed_precision(bits=4, group_size=20)", "group_size 20 does not divide its 32 inputs"),
+            ("rtn:4 > magnitude(pattern=3:5)", "pattern 3:5 needs a multiple of 5 inputs, it has 32"),
+        ],
+    )
+    def test_what_cannot_be_run_is_refused(self, units, order, message):
+        with pytest.raises(OrderError) as caught:
+            pipeline.check(Order.parse(order), units, "stage", calibrated=True)
+        assert message in str(caught.value)
+
+    def test_an_unknown_schedule_is_refused(self, units):
+        with pytest.raises(
+            OrderError, match=r"Unknown schedule 'blok'\. Did you mean 'block'\? Allowed: block, stage\."
+        ):
+            pipeline.check(Order.parse("rtn:4"), units, "blok", calibrated=True)
+
+    @pytest.mark.parametrize("stage", ["wanda:0.5", "sparsegpt:0.5", "gptq:4", "mixed_precision:4"])
+    def test_a_stage_that_needs_calibration_is_named(self, units, stage):
+        with pytest.raises(DataError, match=rf"Stage '{method(Stage.parse(stage)).stage}' needs calibration data"):
+            pipeline.check(Order.parse(f"magnitude:0.5 > {stage}"), units, "stage", calibrated=False)
+
+    def test_others_need_none(self, units):
+        pipeline.check(Order.parse("magnitude:0.5 > rtn:4 > bitsandbytes:int8"), units, "stage", calibrated=False)
+
+
+@pytest.mark.parametrize("schedule", pipeline.SCHEDULES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss", "bert"])
+def test_the_model_ends_with_the_weights_of_the_states(make_model, batches, architecture, schedule):
+    model, before = make_model(architecture), make_model(architecture).state_dict()
+    result = run(model, "wanda:0.5 > gptq:4", batches, schedule)
+    weights = weights_of(model)
+    assert set(result.states) == set(weights)
+    for name, state in result.states.items():
+        state.check(name)
+        assert torch.equal(weights[name], state.weight)
+        assert state.grid.bits == 4
+        assert state.sparsity == pytest.approx(0.5)
+        assert [record.stage for record in result.records[name]] == ["wanda:0.5", "gptq:4"]
+    compressed = {id(target.parameter) for unit in find_units(model) for target in unit.targets}
+    for name, parameter in model.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == (id(parameter) in compressed), name  # biases, norms, embeddings and routers stay
+
+
+def test_layers_that_were_left_out_stay(make_model, batches):
+    model, before = make_model("llama"), weights_of(make_model("llama"))
+    result = run(model, "gptq:4", batches, ignore=["*.down_proj", "model.layers.0.*"])
+    assert set(result.states) == {name for name in before if "layers.1" in name and "down" not in name}
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, before[name]) == (name not in result.states)
+
+
+def test_the_order_matters_and_is_kept(make_model, batches):
+    first, second = make_model("llama"), make_model("llama")
+    pruned_first = run(first, "wanda:0.5 > gptq:3", batches)
+    quantised_first = run(second, "gptq:3 > wanda:0.5", batches)
+    assert not equal(weights_of(first), weights_of(second))
+    for name in pruned_first.states:
+        assert [record.stage for record in pruned_first.records[name]] == ["wanda:0.5", "gptq:3"]
+        assert [record.stage for record in quantised_first.records[name]] == ["gptq:3", "wanda:0.5"]
+    assert str(pruned_first.order) == "wanda:0.5 > gptq:3"
+
+
+def test_the_same_run_gives_the_same_weights(make_model, batches):
+    models = [make_model("mixtral") for _ in range(2)]
+    for model in models:
+        run(model, "sparsegpt:0.5 > gptq:4", batches)
+    assert equal(*map(weights_of, models))
+
+
+def test_schedule_stage_shows_a_stage_what_earlier_ones_made_of_the_whole_model(make_model, batches):
+    """So two stages in one run are two runs one after the other."""
+    together, apart = make_model("llama"), make_model("llama")
+    run(together, "gptq:4 > wanda(sparsity=0.5, off_grid=true)", batches, "stage")
+    run(apart, "gptq:4", batches)
+    run(apart, "wanda:0.5", batches)
+    assert equal(weights_of(together), weights_of(apart))
+
+
+def test_schedule_block_applies_all_stages_on_one_capture(make_model, batches):
+    model, by_hand, staged = make_model("llama"), make_model("llama"), make_model("llama")
+    order = Order.parse("gptq:4 > wanda(sparsity=0.5, off_grid=true)")
+    run(model, order, batches, "block")
+
+    def visit(at):
+        for target in at.unit.targets:
+            state = LayerState(target.read())
+            for stage in order:
+                state = method(stage).apply(state, at.statistics[target.name])
+            target.write(state.weight)
+
+    walk(by_hand, find_units(by_hand), batches, visit, gram=True)
+    assert equal(weights_of(model), weights_of(by_hand))
+    run(staged, order, batches, "stage")
+    assert not equal(weights_of(model), weights_of(staged))
+
+
+@pytest.mark.parametrize("schedule", pipeline.SCHEDULES)
+def test_stages_that_need_nothing_run_without_data(make_model, schedule):
+    model = make_model("gpt2")
+    before = weights_of(model)
+    result = run(model, "magnitude:0.5 > rtn:4", (), schedule)
+    for name, weight in before.items():
+        state = method(Stage("rtn", 4)).apply(method(Stage("magnitude", 0.5)).apply(LayerState(weight)))
+        assert torch.equal(result.states[name].weight, state.weight)
+
+
+class TestRecords:
+    def test_errors_are_measured_in_what_is_known(self, make_model, batches):
+        model, before = make_model("llama"), weights_of(make_model("llama"))
+        result = run(model, "rtn:3 > wanda:0.3 > gptq:2", batches)
+        assert {tuple(r.measured_on for r in records) for records in result.records.values()} == {
+            ("weights", "inputs", "outputs")
+        }
+        for name, (rounded, *_) in result.records.items():
+            after = method(Stage("rtn", 3)).apply(LayerState(before[name])).weight
+            expected = (after - before[name]).square().sum() / before[name].square().sum()
+            assert rounded.relative_error == pytest.approx(expected.item(), rel=1e-4)
+            assert all(0 < record.relative_error < 1 for record in result.records[name])
+
+    def test_more_bits_leave_less_error(self, make_model, batches):
+        def mean(order):
+            records = run(make_model("llama"), order, batches).records.values()
+            return sum(record.relative_error for (record,) in records) / len(records)
+
+        assert mean("gptq:8") < mean("gptq:4") < mean("gptq:2")
+        assert mean("gptq:3") < mean("wanda:0.9")
+
+    def test_relative_error_is_that_of_the_outputs(self):
+        generator = torch.Generator().manual_seed(0)
+        X, before, after = (torch.randn(n, 8, generator=generator) for n in (30, 4, 4))
+        outputs = ((X @ (after - before).T).square().sum() / (X @ before.T).square().sum()).item()
+        known = Statistics(30, X.square().sum(0), X.T @ X)
+        assert pipeline.relative_error(before, after, known) == (pytest.approx(outputs, rel=1e-4), "outputs")
+        by_column = Statistics(30, torch.ones(8))
+        weights = ((after - before).square().sum() / before.square().sum()).item()
+        assert pipeline.relative_error(before, after, by_column) == (pytest.approx(weights, rel=1e-4), "inputs")
+        for unknown in (None, Statistics(0, torch.zeros(8), torch.zeros(8, 8))):
+            assert pipeline.relative_error(before, after, unknown) == (pytest.approx(weights, rel=1e-4), "weights")
+
+    def test_a_layer_of_zeros_has_no_error(self):
+        assert pipeline.relative_error(torch.zeros(2, 2), torch.zeros(2, 2), None) == (0.0, "weights")
+
+    def test_idle_experts_are_noted(self, make_model):
+        result = run(make_model("mixtral"), "gptq:4", [{"input_ids": torch.tensor([[5]])}])
+        idle = [
+            name for name, state in result.states.items() if state.notes and "no calibration token" in state.notes[0]
+        ]
+        assert len(idle) >= 4
+        assert all(".experts." in name for name in idle)
+        assert {result.records[name][0].measured_on for name in idle} == {"weights"}
+
+
+class TestMixedPrecision:
+    def bits(self, result):
+        return {name: state.grid.bits for name, state in result.states.items()}
+
+    @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+    def test_meets_the_budget_with_one_width_for_layers_that_read_one_input(self, make_model, batches, quantizer):
+        order = f"mixed_precision(bits=3.6, quantizer={quantizer}, widths=[2,3,4,6])"
+        result = run(make_model("llama"), order, batches)
+        bits, sizes = self.bits(result), {name: state.weight.numel() for name, state in result.states.items()}
+        average = sum(bits[name] * sizes[name] for name in bits) / sum(sizes.values())
+        assert 3 < average <= 3.6
+        assert len(set(bits.values())) > 1
+        for i in range(2):
+            for fused in (("self_attn.q", "self_attn.k", "self_attn.v"), ("mlp.gate", "mlp.up")):
+                assert len({bits[f"model.layers.{i}.{name}_proj"] for name in fused}) == 1
+        for name, records in result.records.items():
+            assert [record.stage for record in records] == [f"{quantizer}:{bits[name]}"]
+
+    def test_may_part_them_if_told_so(self, make_model, batches):
+        result = run(make_model("llama"), "mixed_precision(bits=3, fuse=false, widths=[2,8])", batches)
+        bits = self.bits(result)
+        assert any(len({bits[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv"}) > 1 for i in range(2))
+
+    def test_gives_few_bits_to_what_hardly_reaches_the_residual_stream(self, make_model, batches):
+        """Attention's own relative errors are as large as ever: what counts is the block's output."""
+        model = make_model("llama")
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.data *= 1e-3
+        result = run(model, "mixed_precision(bits=4, quantizer=rtn, widths=[2,4,8])", batches)
+        for name, bits in self.bits(result).items():
+            assert bits == 2 if ".self_attn." in name else bits >= 4
+
+    def test_of_one_width_is_that_quantiser(self, make_model, batches):
+        """Measuring the candidates has left nothing behind in the model."""
+        mixed, plain = make_model("llama"), make_model("llama")
+        run(mixed, "mixed_precision(bits=4, widths=[4])", batches)
+        run(plain, "gptq:4", batches)
+        assert equal(weights_of(mixed), weights_of(plain))
+
+    @pytest.mark.parametrize("first", ["weaker", "stronger"])
+    def test_treats_every_layer_once_whichever_come_first(self, make_model, batches, first):
+        result = run(make_model("llama"), f"mixed_precision(bits=3.6, widths=[2,3,4,6], first={first})", batches)
+        assert all(len(records) == 1 for records in result.records.values())
+        assert len(set(self.bits(result).values())) > 1
+
+    @pytest.mark.parametrize("schedule", pipeline.SCHEDULES)
+    @pytest.mark.parametrize(
+        "order", ["sparsegpt:0.5 > mixed_precision:4", "mixed_precision:4 > wanda:0.5 > magnitude:0.6"]
+    )
+    def test_stands_anywhere_in_an_order(self, make_model, batches, order, schedule):
+        result = run(make_model("qwen3_moe"), order, batches, schedule)
+        for name, state in result.states.items():
+            state.check(name)
+            assert state.grid is not None
+            assert state.sparsity >= 0.5
+            assert len(result.records[name]) == len(Order.parse(order))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused_before_anything_is_done(make_model, batches, value):
+    model = make_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    before = weights_of(model)
+    with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.up_proj' holds a weight that is NaN or infinite"):
+        run(model, "wanda:0.5", batches)
+    after = weights_of(model)
+    assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_what_it_is(make_model, batches, dtype):
+    result = run(make_model("llama").to(dtype), "sparsegpt:0.5 > gptq:4", batches)
+    for state in result.states.values():
+        assert state.weight.dtype == state.grid.dtype == dtype
+
+
+def test_progress_is_shown_on_stderr_or_not_at_all(make_model, capsys):
+    model = make_model("llama")
+    units = find_units(model)
+    order = pipeline.check(Order.parse("magnitude:0.5 > rtn:4"), units, "stage", calibrated=False)
+    pipeline.run(model, units, order, (), progress=True)
+    shown = capsys.readouterr()
+    assert "rtn:4" in shown.err
+    assert "4/4" in shown.err
+    assert not shown.out
+    pipeline.run(make_model("llama"), units, order, (), progress=False)
+    assert not any(capsys.readouterr())

@@ -1,0 +1,223 @@
+import fnmatch
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_order.errors import ModelError
+from optimum_order.targets import find_units
+
+LLAMA = {
+    "self_attn.q_proj": (32, 32),
+    "self_attn.k_proj": (16, 32),
+    "self_attn.v_proj": (16, 32),
+    "self_attn.o_proj": (32, 32),
+    "mlp.gate_proj": (48, 32),
+    "mlp.up_proj": (48, 32),
+    "mlp.down_proj": (32, 48),
+}
+ATTENTION = {name: shape for name, shape in LLAMA.items() if name.startswith("self_attn")}
+
+
+def experts(gate_up, down):
+    return {
+        f"mlp.experts.{name}.{i}": shape
+        for name, shape in [("gate_up_proj", gate_up), ("down_proj", down)]
+        for i in range(4)
+    }
+
+
+EXPECTED = {
+    "albert": (
+        "encoder.albert_layer_groups",
+        1,
+        {f"albert_layers.0.attention.{name}": (32, 32) for name in ("query", "key", "value", "dense")}
+        | {"albert_layers.0.ffn": (48, 32), "albert_layers.0.ffn_output": (32, 48)},
+    ),
+    "bert": (
+        "encoder.layer",
+        2,
+        {f"attention.self.{name}": (32, 32) for name in ("query", "key", "value")}
+        | {"attention.output.dense": (32, 32), "intermediate.dense": (48, 32), "output.dense": (32, 48)},
+    ),
+    "gemma": ("model.layers", 2, LLAMA),
+    "gemma3_text": ("model.layers", 2, LLAMA),
+    "gpt2": (
+        "transformer.h",
+        2,
+        {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)},
+    ),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        2,
+        {
+            "attention.query_key_value": (96, 32),
+            "attention.dense": (32, 32),
+            "mlp.dense_h_to_4h": (48, 32),
+            "mlp.dense_4h_to_h": (32, 48),
+        },
+    ),
+    "gpt_oss": ("model.layers", 2, ATTENTION | experts((96, 32), (32, 48))),
+    "llama": ("model.layers", 2, LLAMA),
+    "mixtral": ("model.layers", 2, ATTENTION | experts((96, 32), (32, 48))),
+    "opt": (
+        "model.decoder.layers",
+        2,
+        {f"self_attn.{name}_proj": (32, 32) for name in "kvq"}
+        | {"self_attn.out_proj": (32, 32), "fc1": (48, 32), "fc2": (32, 48)},
+    ),
+    "qwen3": ("model.layers", 2, LLAMA),
+    "qwen3_moe": ("model.layers", 2, ATTENTION | experts((48, 32), (32, 24))),
+}
+
+
+def names(units):
+    return [target.name for unit in units for target in unit.targets]
+
+
+def linear_input(model, target, x):
+    """What the model's own module makes of x (tokens, in), less its bias."""
+    if target.kind == "expert":
+        parameter = target.parameter[target.expert]
+        return x @ parameter if target.transposed else nn.functional.linear(x, parameter)
+    module = model.get_submodule(target.name)
+    bias = 0 if module.bias is None else module.bias
+    return module(x) - bias
+
+
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_every_block_and_layer_by_name_and_shape(make_model, architecture):
+    blocks, count, layers = EXPECTED[architecture]
+    units = find_units(make_model(architecture))
+    assert [unit.name for unit in units] == [f"{blocks}.{i}" for i in range(count)]
+    for unit in units:
+        found = {target.name: tuple(target.view.shape) for target in unit.targets}
+        assert found == {f"{unit.name}.{name}": shape for name, shape in layers.items()}
+
+
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_the_view_is_what_multiplies_an_input(make_model, architecture):
+    model = make_model(architecture)
+    for target in find_units(model)[0].targets:
+        x = torch.randn(5, target.view.shape[1], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.allclose(linear_input(model, target, x), x @ target.view.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_what_is_written_is_what_the_model_has_and_nothing_else_changes(make_model, architecture):
+    model = make_model(architecture)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for target in find_units(model)[0].targets:
+        weight = target.read()
+        assert weight.is_contiguous()
+        assert torch.equal(weight, target.view)
+        assert weight.data_ptr() != target.view.data_ptr()
+        new = torch.randn_like(weight)
+        target.write(new)
+        assert torch.equal(target.read(), new)
+        assert torch.equal(target.view, new)
+        target.write(weight)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_expert_is_one_slice(make_model):
+    model = make_model("gpt_oss")
+    target = next(t for t in find_units(model)[1].targets if t.name == "model.layers.1.mlp.experts.gate_up_proj.2")
+    parameter = model.model.layers[1].mlp.experts.gate_up_proj
+    before = parameter.detach().clone()
+    target.write(torch.zeros(96, 32))
+    assert not parameter[2].any()
+    others = [0, 1, 3]
+    assert torch.equal(parameter[others], before[others])
+
+
+class TestChoosing:
+    def test_targets_alone_are_compressed(self, make_model):
+        model = make_model("llama")
+        assert names(find_units(model, targets=["*.q_proj", "*.v_proj"])) == [
+            f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qv"
+        ]
+        units = find_units(model, targets=[r"re:model\.layers\.1\.mlp\..*"])
+        assert [unit.name for unit in units] == ["model.layers.1"]
+        assert len(names(units)) == 3
+
+    def test_ignore_wins(self, make_model):
+        model = make_model("llama")
+        every = names(find_units(model))
+        assert names(find_units(model, ignore=["*.down_proj"])) == [n for n in every if not n.endswith("down_proj")]
+        both = find_units(model, targets=["*.q_proj"], ignore=["model.layers.0.*"])
+        assert names(both) == ["model.layers.1.self_attn.q_proj"]
+
+    def test_single_experts_can_be_chosen(self, make_model):
+        found = names(find_units(make_model("mixtral"), targets=["*.experts.*.3"]))
+        assert found == fnmatch.filter(names(find_units(make_model("mixtral"))), "*.experts.*.3")
+        assert len(found) == 4
+
+    @pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3_moe", "gpt_oss", "opt", "gpt2", "gemma"])
+    def test_heads_embeddings_and_routers_are_left_alone(self, make_model, architecture):
+        model = make_model(architecture)
+        chosen = {id(target.parameter) for unit in find_units(model) for target in unit.targets}
+        assert id(model.get_output_embeddings().weight) not in chosen
+        assert id(model.get_input_embeddings().weight) not in chosen
+        left = {
+            name.removesuffix(".weight").rsplit(".", 1)[-1]
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and id(parameter) not in chosen
+        }
+        assert left <= {"lm_head", "embed_tokens", "embed_positions", "wte", "wpe", "gate", "router"} | {
+            "gate_up_proj_bias",
+            "down_proj_bias",
+        }
+
+    def test_a_linear_router_is_left_alone_unless_asked_for(self):
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.gate, self.up = nn.Linear(4, 2), nn.Linear(4, 4)
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers, self.head = nn.ModuleList([Block()]), nn.Linear(4, 2)
+
+        assert names(find_units(Model())) == ["layers.0.up"]
+        assert names(find_units(Model(), targets=["*.gate"])) == ["layers.0.gate"]
+        outside = find_units(Model(), targets=["head", "*.up"])
+        assert [(unit.name, [t.name for t in unit.targets]) for unit in outside] == [
+            ("layers.0", ["layers.0.up"]),
+            ("head", ["head"]),
+        ]
+
+    def test_an_untied_head_can_be_asked_for(self, make_model):
+        model = make_model("llama")
+        (unit,) = find_units(model, targets=["lm_head"])
+        assert unit.module is model.lm_head
+        assert tuple(unit.targets[0].view.shape) == (64, 32)
+
+
+class TestRefusing:
+    @pytest.mark.parametrize("architecture", ["gpt2", "gemma", "opt"])
+    def test_a_tied_head(self, make_model, architecture):
+        with pytest.raises(ModelError, match=r"'lm_head' shares its weight with .*embed_tokens\.weight|wte\.weight"):
+            find_units(make_model(architecture), targets=["lm_head"])
+
+    def test_a_pattern_that_matches_nothing(self, make_model):
+        with pytest.raises(
+            ModelError, match=r"'\*\.query' matches no layer of LlamaForCausalLM\. .* 'model\.layers\.0"
+        ):
+            find_units(make_model("llama"), targets=["*.q_proj", "*.query"])
+        with pytest.raises(ModelError, match="'nothing' matches no layer"):
+            find_units(make_model("llama"), ignore=["nothing"])
+
+    def test_a_pattern_that_is_no_regular_expression(self, make_model):
+        with pytest.raises(ModelError, match=r"'re:\(' is not a regular expression"):
+            find_units(make_model("llama"), targets=["re:("])
+
+    def test_a_choice_that_leaves_nothing(self, make_model):
+        with pytest.raises(ModelError, match=r"no layer to compress.* targets=\['\*\.q_proj'\], ignore=\['model"):
+            find_units(make_model("llama"), targets=["*.q_proj"], ignore=["model.*"])
+
+    def test_a_model_without_blocks(self):
+        with pytest.raises(ModelError, match=r"Sequential has no layer to compress\. .* it has 0 blocks\."):
+            find_units(nn.Sequential(nn.Linear(4, 4)))
