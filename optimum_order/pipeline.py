@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from optimum_order.backends import Allocator, Backend, Measured, canonical, method
 from optimum_order.calibration.walk import Visit, walk
@@ -76,7 +77,7 @@ def check(order: Order, units: Sequence[Unit], schedule: str, *, calibrated: boo
 
 
 def run(
-    model: nn.Module,
+    model: PreTrainedModel,
     units: Sequence[Unit],
     order: Order,
     batches: Sequence[dict[str, Tensor]],
@@ -139,7 +140,13 @@ def _backend(stage: Stage) -> Backend:
 
 
 def _run_pass(
-    model: nn.Module, units: Sequence[Unit], stages: Pass, result: Result, batches: Sequence, bar: tqdm, label: str
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    stages: Pass,
+    result: Result,
+    batches: Sequence,
+    bar: tqdm,
+    label: str,
 ) -> None:
     needs = {need for backends in stages.values() for backend in backends for need in backend.needs}
     bar.set_description(label)
@@ -188,7 +195,7 @@ def relative_error(before: Tensor, after: Tensor, statistics: Statistics | None)
 
 
 def _measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     units: Sequence[Unit],
     allocator: Allocator,
     states: dict[str, LayerState],

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from optimum_order import JointCompressor, Order, Stage
+from optimum_order import JointCompressor, Stage
 from optimum_order.artifact import verify
 from optimum_order.errors import DataError, FormatError, ModelError, OptimumOrderError, OrderError, OutputError
 
@@ -70,7 +70,8 @@ def test_pairs_keep_the_invariants_and_reload_exactly(pairs, order):
             held = state.weight[state.pruned]
             assert not held.any() and not torch.signbit(held).any()
             expected = max(SPARSITY.get(stage, 0.5) for stage in stages if stage.split(":")[0].split("(")[0] in PRUNERS)
-            assert state.sparsity == pytest.approx(expected, abs=0.02)
+            # More where an N:M pattern has to hold on top of what is already gone.
+            assert expected - 0.02 < state.sparsity < expected + (0.15 if "pattern" in order else 0.02)
         else:
             assert state.pruned is None
         got = loaded[f"{name}.weight"].to(state.weight.dtype)
@@ -104,7 +105,7 @@ def test_block_schedule_reuses_one_capture(compressor):
     stage = compressor.compress("sparsegpt:0.5 > gptq:4", progress=False)
     block = compressor.compress("sparsegpt:0.5 > gptq:4", schedule="block", progress=False)
     assert block.manifest["schedule"] == "block"
-    first, last = list(stage.layers)[0], list(stage.layers)[-1]
+    first, *_, last = stage.layers
     # In the first block nothing has changed when its inputs are captured; further on they differ.
     assert torch.equal(stage.layers[first].pruned, block.layers[first].pruned)
     assert not torch.equal(stage.layers[last].weight, block.layers[last].weight)

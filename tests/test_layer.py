@@ -128,7 +128,8 @@ def test_every_level_keeps_its_value(dtype, bits, symmetric):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_grid_spans_the_group(symmetric):
     """No weight is moved by more than half a step, or one step at the far end of a symmetric grid."""
-    weight = gaussian(torch.float32)
+    names = ["gaussian", "positive", "negative", "shifted", "zeros"]
+    weight = torch.cat([SHAPES[name](gaussian(torch.float32), None) for name in names])
     grid = UniformGrid.fit(weight, bits=4, group_size=8, symmetric=symmetric)
     steps = (grid.nearest(weight) - weight).abs() / grid.scale[:, grid._group]
     assert steps.max() <= (0.5 + 1e-5 if symmetric else 1 + 1e-5)

@@ -105,7 +105,7 @@ def lowest(score: Tensor, options: PruningOptions, before: Tensor | None, *, per
         shape, count = (-1, of), of - kept
     else:
         shape = (1, score.numel()) if per == "layer" else tuple(score.shape)
-        # Guard against 0.3 * 10 = 2.9999999999999996.
+        # Guard against 0.29 * 100 = 28.999999999999996.
         count = math.floor(options.sparsity * shape[1] + 1e-9)
     mask = smallest(score.reshape(shape), count).view_as(score)
     return mask if before is None else mask | before

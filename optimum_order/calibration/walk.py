@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import Capture
 from optimum_order.errors import ModelError
@@ -128,7 +129,7 @@ def _paused(units: Sequence[Unit], forwards: list[_Forward]) -> Iterator[None]:
 
 
 def walk(
-    model: nn.Module,
+    model: PreTrainedModel,
     units: Sequence[Unit],
     batches: Iterable[dict[str, Tensor]],
     visit: Visitor,
@@ -217,7 +218,7 @@ def _common(forwards: list[_Forward], remaining: set[str]) -> Unit:
 
 
 @contextlib.contextmanager
-def _headless(model: nn.Module, units: Sequence[Unit]) -> Iterator[None]:
+def _headless(model: PreTrainedModel, units: Sequence[Unit]) -> Iterator[None]:
     """End a forward where it would compute logits: they are large and nobody needs them."""
 
     def stop(*_) -> None:

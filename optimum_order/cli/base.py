@@ -57,7 +57,7 @@ def _leave(code: int, message: str) -> NoReturn:
     sys.exit(code)
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """A number of bytes in the largest decimal unit that keeps it above one: `11.7 MB`."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:

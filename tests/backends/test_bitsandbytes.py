@@ -118,7 +118,17 @@ def test_zero_has_its_own_code():
     for data_type, zero in (("nf4", 7), ("fp4", 0), ("int8", 0)):
         grid = run(f"bitsandbytes:{data_type}", weight).grid
         assert (grid.quantize(weight)[:, 1:] == zero).all()
-        assert (grid.quantize(-weight * 1e-9)[:, 1:] == zero).all()
+        for nothing in (1e-9, -1e-9):  # fp4 has a zero for each sign
+            assert (grid.quantize(torch.full_like(weight, nothing)) == zero).all()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_underflows_is_plus_zero(stage):
+    """SparseGPT rounds float32 values to a grid in half precision, in which they can come out as -0.0."""
+    grid = run(stage, torch.full((32, 128), 2.4e-7).half()).grid
+    values = -torch.linspace(0, 1e-7, 128).expand(32, 128)
+    assert negative_zeros(grid.nearest(values)) == 0
+    assert (grid.nearest(values) == 0).any() and (grid.nearest(values) < 0).any()
 
 
 def test_nested_scales_never_reach_zero():

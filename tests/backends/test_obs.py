@@ -58,8 +58,8 @@ class TestInverseFactor:
         assert torch.equal(gram, before)
 
     def test_raises_the_damping_step_by_step_until_it_is_enough(self):
-        gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))  # positive definite once 0.05 / mean is added
-        U, used = inverse_factor(gram, 0.001)
+        gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))  # positive definite once 0.07 of the mean is added
+        U, used = inverse_factor(gram, 1e-4)
         assert used == pytest.approx(0.1)
         assert torch.isfinite(U).all()
         assert torch.allclose(U.double().T @ U.double(), torch.linalg.inv(damped(gram, used)), rtol=1e-4)

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,16 @@ def test_outputs_are_untouched_and_nothing_is_seen_afterwards(layers, X):
         assert torch.equal(layer(X), expected)
     layer(X)
     assert capture.statistics()["a"].tokens == 10
+
+
+def test_no_input_is_held_afterwards(layers):
+    X = torch.randn(2, 4)
+    held = weakref.ref(X)
+    with Capture([linear("a", layers[0])], gram=True) as capture:
+        layers[0](X)
+        del X
+    assert held() is None
+    assert capture.statistics()["a"].tokens == 2
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

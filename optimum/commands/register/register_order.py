@@ -1,4 +1,4 @@
-"""Makes `optimum-cli order` exist. Optimum imports every module of this namespace, so nothing heavy is imported here."""
+"""Makes `optimum-cli order` exist. Optimum imports every module of this namespace: import nothing heavy here."""
 
 from optimum_order.cli import OrderCommand
 
