@@ -13,22 +13,21 @@ The figure it reports is bits per byte of the *whole* held-out text.
 """
 
 import argparse
-import ast
 import hashlib
 import importlib.metadata
 import json
 import math
-import pydoc_data.topics
 import random
 import re
 import sysconfig
 import time
-import warnings
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from optimum_order.calibration.data import docstrings, reference_topics
 
 VOCABULARY, WINDOW = 4096, 512
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -44,34 +43,15 @@ CONFIG = dict(
 )
 
 
-def held_out() -> list[str]:
-    """The evaluation text: the topics of CPython's reference manual, one document each."""
-    topics = pydoc_data.topics.topics
-    return [topics[name] for name in sorted(topics)]
-
-
-def docstrings(file: Path):
-    """Yield every docstring of a Python source file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other people's invalid escapes are not our business
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if text := ast.get_docstring(node):
-                yield text
-
-
 def corpus() -> list[str]:
     """Unique prose, one document per docstring: a paragraph that was seen before, or is held out, is dropped."""
-    forbidden = {line.strip() for text in held_out() for line in text.splitlines() if len(line.strip()) >= 40}
+    forbidden = {line.strip() for text in reference_topics() for line in text.splitlines() if len(line.strip()) >= 40}
     standard = Path(sysconfig.get_path("stdlib"))
     site = Path(sysconfig.get_path("purelib"))
     files = [file for file in sorted(standard.rglob("*.py")) if "site-packages" not in file.parts]
     files = [file for file in files if "pydoc_data" not in file.parts] + sorted(site.rglob("*.py"))
-    readmes = (d.metadata.get_payload() or d.metadata.get("Description") or "" for d in importlib.metadata.distributions())
+    installed = (distribution.metadata for distribution in importlib.metadata.distributions())
+    readmes = (each.get_payload() or each.get("Description") or "" for each in installed)
     documents, seen = [], set()
     for text in [*readmes, *(text for file in files for text in docstrings(file))]:
         kept = []
@@ -112,7 +92,8 @@ def stream(tokenizer, documents: list[str]) -> torch.Tensor:
     bos = tokenizer.bos_token_id
     pieces = []
     for start in range(0, len(documents), 4096):
-        for ids in tokenizer(documents[start : start + 4096], add_special_tokens=False)["input_ids"]:
+        texts = documents[start : start + 4096]
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             pieces.append(bos)
             pieces.extend(ids)
     return torch.tensor(pieces, dtype=torch.int32)
@@ -121,8 +102,8 @@ def stream(tokenizer, documents: list[str]) -> torch.Tensor:
 @torch.inference_mode()
 def bits_per_byte(model, tokenizer) -> float:
     """Bits per byte of all topics, in windows of 512 tokens that do not see one another."""
-    text = "\n\n".join(held_out())
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = "\n\n".join(reference_topics())
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     nats = 0.0
     bos = torch.tensor([tokenizer.bos_token_id])
     for window in ids.split(WINDOW - 1):
@@ -178,7 +159,7 @@ def main() -> None:
         starts, order = order[: args.batch], order[args.batch :]
         batch = torch.stack([tokens[s : s + WINDOW + 1] for s in starts.tolist()]).long()
         rate = min(1.0, (step + 1) / 100, 2 * (1 - progress))
-        for optimizer, lr in zip(optimizers, base):
+        for optimizer, lr in zip(optimizers, base, strict=True):
             optimizer.param_groups[0]["lr"] = lr * rate
         loss = compiled(batch)
         loss.backward()
@@ -190,7 +171,8 @@ def main() -> None:
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if step % 100 == 0:
             seen, seconds = step * args.batch * WINDOW, time.monotonic() - begin
-            print(f"step {step}  {progress:6.1%}  loss {mean:.3f}  {seen / 1e6:.1f} M tokens  {seen / seconds:.0f}/s", flush=True)
+            rate = f"{seen / 1e6:.1f} M tokens  {seen / seconds:.0f}/s"
+            print(f"step {step}  {progress:6.1%}  loss {mean:.3f}  {rate}", flush=True)
         if step % 500 == 0:
             save(model, tokenizer, args.output, {"unfinished": True})
             print(f"  held out: {bits_per_byte(model, tokenizer):.3f} bits per byte", flush=True)
@@ -212,6 +194,7 @@ def main() -> None:
 def save(model, tokenizer, output: Path, recipe: dict) -> None:
     """Write bfloat16 weights, tokenizer and recipe; training goes on in float32."""
     state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    del state["lm_head.weight"]  # tied to the embedding
     model.config.dtype = torch.bfloat16
     model.save_pretrained(output, state_dict=state)
     tokenizer.save_pretrained(output)

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from optimum_order import formats, manifest
+from optimum_order.checkpoint import tensor_bytes
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.formats import checkpoint
 from optimum_order.layer import LayerState
@@ -67,7 +69,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
 
 def save(
-    model: nn.Module,
+    model: PreTrainedModel,
     processor: Any,
     layers: Layers,
     facts: dict[str, Any],
@@ -131,8 +133,6 @@ def bits_per_weight(layers: Layers, format: formats.Format) -> float:
 
 def values_digest(weight: Tensor) -> str:
     """sha256 of a layer's dequantised values, (out, in) row by row: what `verify` compares with."""
-    from optimum_order.checkpoint import tensor_bytes
-
     return hashlib.sha256(tensor_bytes(weight)).hexdigest()
 
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from optimum_order.errors import ModelError
@@ -100,7 +101,7 @@ class Checkpoint:
         self.processor = _processor(self._path, self._hub)
         self.commit = getattr(self.config, "_commit_hash", None)
 
-    def load(self) -> nn.Module:
+    def load(self) -> PreTrainedModel:
         """The model, fresh from the checkpoint, in evaluation mode on the CPU.
 
         Raises:
@@ -135,7 +136,7 @@ class Checkpoint:
 class InMemory:
     """A model that is already loaded; its weights are copied once, and every `load` is a copy of that copy."""
 
-    model: nn.Module
+    model: PreTrainedModel
     processor: Any = None
     id: str = "in-memory"
     revision: str | None = None
@@ -164,7 +165,7 @@ class InMemory:
         """Size of the weights, each counted once."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
-    def load(self) -> nn.Module:
+    def load(self) -> PreTrainedModel:
         return copy.deepcopy(self.model)
 
 
@@ -179,7 +180,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's values as bytes, row by row."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

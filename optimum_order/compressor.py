@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from optimum_order import artifact, formats, manifest, pipeline
 from optimum_order.backends import method
@@ -21,6 +22,8 @@ from optimum_order.evaluation.perplexity import Perplexity
 from optimum_order.layer import LayerState
 from optimum_order.order import Order, Stage
 from optimum_order.targets import Target, find_units
+
+logger = logging.getLogger(__name__)
 
 _TOKENS_PER_BATCH = 4096
 
@@ -47,7 +50,7 @@ class JointCompressor:
 
     def __init__(
         self,
-        model: nn.Module | Checkpoint,
+        model: PreTrainedModel | Checkpoint,
         processor: Any = None,
         *,
         calibration: Any = None,
@@ -138,13 +141,15 @@ class JointCompressor:
         units = find_units(model, self.targets, self.ignore)
         order = pipeline.check(order, units, schedule, calibrated=self.calibration is not None)
         windows = self._windows() if any(_needs_data(stage) for stage in order) else None
+        if windows and windows.note:
+            logger.warning(windows.note)
         base = {
             "id": self.source.id,
             "revision": self.source.commit or self.source.revision,
             "architecture": type(model).__name__,
             "digest": weights_digest(model),
         }
-        model.to(self.device)
+        model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
         size = max(1, _TOKENS_PER_BATCH // self.sequence_length)
         batches = [{"input_ids": ids} for ids in windows.batches(size)] if windows else []
         result = pipeline.run(model, units, order, batches, schedule=schedule, progress=progress)
@@ -161,7 +166,8 @@ class JointCompressor:
         windows = self._evaluation(source)
         key = ("perplexity", windows.digest)
         if key not in self._measured:
-            model = self.source.load().to(self.device)
+            model = self.source.load()
+            model.to(self.device)  # type: ignore[arg-type]
             self._measured[key] = Perplexity().measure(model, windows, progress=progress)
         return self._measured[key]
 
@@ -193,7 +199,7 @@ class CompressedModel:
     def __init__(
         self,
         compressor: JointCompressor,
-        model: nn.Module,
+        model: PreTrainedModel,
         units: list,
         result: pipeline.Result,
         schedule: str,
@@ -301,6 +307,7 @@ class CompressedModel:
                 "sequence_length": compressor.sequence_length,
                 "tokens": windows.tokens,
                 "digest": windows.digest,
+                "note": windows.note,
             },
             "seed": compressor.seed,
             "versions": manifest.versions(),

@@ -146,7 +146,7 @@ class UniformGrid(Grid):
         return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.scale.dtype
 
     @property

@@ -87,12 +87,16 @@ def read_json(file: Path) -> dict[str, Any]:
         ArtifactError: If it is not one.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"'{file}' is not readable JSON ({type(error).__name__}).") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"'{file}' must hold a JSON object, got {type(data).__name__}.")
     return data
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def sha256(file: Path) -> str:

@@ -63,7 +63,7 @@ def check(order: Order, units: Sequence[Unit], schedule: str, *, calibrated: boo
         backends = [method(s) for s in chosen.candidates()] if isinstance(chosen, Allocator) else [chosen]
         refused = defaultdict(list)
         for target in (target for unit in units for target in unit.targets):
-            if reason := backends[0].check_shape(tuple(target.view.shape)):
+            if reason := backends[0].check_shape((target.view.shape[0], target.view.shape[1])):
                 refused[reason].append(target.name)
         for reason, names in refused.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -149,9 +149,10 @@ def _run_pass(
     label: str,
 ) -> None:
     needs = {need for backends in stages.values() for backend in backends for need in backend.needs}
+    # Only the units that this pass changes, and what lies before the last of them, need to be run.
+    changed = [unit for unit in units if any(target.name in stages for target in unit.targets)]
+    bar.total += len(changed)
     bar.set_description(label)
-    bar.total += len(units)
-    bar.refresh()
 
     def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
         for target in unit.targets:
@@ -159,8 +160,6 @@ def _run_pass(
                 _apply(backend, target, statistics.get(target.name), result)
         bar.update()
 
-    # Only the units that this pass changes, and what lies before the last of them, need to be run.
-    changed = [unit for unit in units if any(target.name in stages for target in unit.targets)]
     if needs:
         walk(model, changed, batches, lambda at: treat(at.unit, at.statistics), gram="gram" in needs)
     else:
@@ -205,9 +204,8 @@ def _measure(
     """What each candidate of an allocator would do to each group of layers, with the rest of the model as it is."""
     table: list[Measured] = []
     backends = {stage: _backend(stage) for stage in allocator.candidates()}
-    bar.set_description(f"{allocator.stage}: measuring")
     bar.total += len(units)
-    bar.refresh()
+    bar.set_description(f"{allocator.stage}: measuring")
 
     def visit(at: Visit) -> None:
         groups: dict[str, list[Target]] = defaultdict(list)

@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -104,9 +105,9 @@ def find_units(
     _refuse_tied(model, chosen)
     units = []
     for name, module in blocks.items():
-        inside = tuple(target for target in chosen if target.name.startswith(f"{name}."))
-        if inside:
-            units.append(Unit(name, module, inside))
+        within = tuple(target for target in chosen if target.name.startswith(f"{name}."))
+        if within:
+            units.append(Unit(name, module, within))
     covered = {target.name for unit in units for target in unit.targets}
     for target in chosen:
         if target.name not in covered:
@@ -127,17 +128,17 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def _targets_of(name: str, module: nn.Module) -> list[Target]:
     if isinstance(module, nn.Linear):
-        return [Target(name, "linear", module.weight)]
+        return [Target(name, "linear", cast(nn.Parameter, module.weight))]
     if isinstance(module, Conv1D):
-        return [Target(name, "conv1d", module.weight, transposed=True)]
+        return [Target(name, "conv1d", cast(nn.Parameter, module.weight), transposed=True)]
     found = []
     # transformers' own mark on every module of fused experts, and how their matrices lie
-    if hasattr(module, "is_transposed"):
+    if isinstance(transposed := getattr(module, "is_transposed", None), bool):
         for parameter_name in _EXPERTS:
             parameter = getattr(module, parameter_name, None)
-            if isinstance(parameter, nn.Parameter) and parameter.ndim == 3:
+            if isinstance(parameter, nn.Parameter) and parameter.dim() == 3:
                 found += [
-                    Target(f"{name}.{parameter_name}.{i}", "expert", parameter, module.is_transposed, i)
+                    Target(f"{name}.{parameter_name}.{i}", "expert", parameter, transposed, i)
                     for i in range(len(parameter))
                 ]
     return found

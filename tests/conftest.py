@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors one thread is faster; inherited by child processes
 
 import pydoc_data.topics
 from pathlib import Path

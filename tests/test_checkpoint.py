@@ -74,7 +74,7 @@ def test_missing_weights_are_refused_not_made_up(copy):
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="up_proj.*would be random"):
+    with pytest.raises(ModelError, match=r"up_proj.*would be random"):
         open_checkpoint(copy).load()
 
 

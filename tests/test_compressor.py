@@ -1,4 +1,4 @@
-"""The front door: every pair of methods keeps its promises and loads as it was measured; bad input is one clear line."""
+"""The front door: every pair of methods keeps its promises and loads as measured; bad input is one clear line."""
 
 import copy
 import json

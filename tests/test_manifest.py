@@ -1,5 +1,6 @@
-"""The manifest is sealed with its own digest, and whatever a file holds, reading it is an error of ours or a success."""
+"""The manifest is sealed with its own digest; whatever a file holds, reading it is an error of ours or a success."""
 
+import contextlib
 import json
 
 import pytest
@@ -69,7 +70,5 @@ def test_any_file_is_an_error_of_ours(tmp_path_factory, content):
 def test_any_value_is_read_or_refused(tmp_path_factory, key, value):
     folder = tmp_path_factory.mktemp("fuzz")
     manifest.write(GOOD | {key: value}, folder)
-    try:
+    with contextlib.suppress(ArtifactError):
         assert manifest.load(folder)[key] == value
-    except ArtifactError:
-        pass

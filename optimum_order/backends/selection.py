@@ -104,7 +104,7 @@ def lowest(score: Tensor, options: PruningOptions, before: Tensor | None, *, per
         kept, of = options.keep
         shape, count = (-1, of), of - kept
     else:
-        shape = (1, score.numel()) if per == "layer" else tuple(score.shape)
+        shape = (1, score.numel()) if per == "layer" else (score.shape[0], score.shape[1])
         # Guard against 0.29 * 100 = 28.999999999999996.
         count = math.floor(options.sparsity * shape[1] + 1e-9)
     mask = smallest(score.reshape(shape), count).view_as(score)

@@ -170,7 +170,8 @@ def walk(
                 _, args, kwargs = each.arrival
                 with capture:
                     call(unit.module, *args, **kwargs)
-            if not capture.leaders:
+            # Experts that no token was routed to have no input; any other layer does, if it could be seen at all.
+            if not capture.leaders and any(target.kind != "expert" for target in unit.targets):
                 raise ModelError(
                     f"Running '{unit.name}' multiplied none of its weights with an input in a way that is understood "
                     f"({type(unit.module).__name__}). Leave it out with ignore=['{unit.name}*'], or use methods that "
