@@ -35,6 +35,7 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
         OutputError: If `path` holds something and `overwrite` is False, or cannot be written, or the disk is full.
     """
     check_output(path, overwrite=overwrite)
+    path = path.resolve()  # a link stays, what it leads to is replaced
     scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
     try:
         scratch.mkdir(parents=True)
@@ -42,7 +43,11 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
         if path.exists():
             old = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
             path.rename(old)
-            scratch.rename(path)
+            try:
+                scratch.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             scratch.rename(path)
@@ -63,9 +68,12 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"'{path}' is a file; give a folder.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"'{path}' is not empty. Choose another folder, or pass overwrite=True (--overwrite).")
-    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"'{parent}' cannot be written; choose another folder.")
+    path = path.resolve()
+    if path == Path.cwd() or path in Path.cwd().parents:
+        raise OutputError(f"'{path}' holds the current folder and cannot be replaced; choose another folder.")
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"Nothing can be made in '{parent}'; choose another folder.")
 
 
 def save(
@@ -104,7 +112,7 @@ def save(
         header = {manifest.KEY: facts["order"]}
         stored = checkpoint.write(model, layers, chosen, folder, header=header, max_shard_size=max_shard_size)
         if processor is not None:
-            processor.save_pretrained(folder)
+            _save_processor(processor, folder)
         config = json.loads((folder / "config.json").read_text())
         config[manifest.KEY] = {"schema": manifest.SCHEMA, "order": facts["order"], "manifest": manifest.FILE}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -123,6 +131,15 @@ def save(
             },
             folder,
         )
+
+
+def _save_processor(processor: Any, folder: Path) -> None:
+    try:
+        processor.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing more specific when a disk is full
+        if "os error" not in str(error):
+            raise
+        raise OSError(str(error)) from error
 
 
 def bits_per_weight(layers: Layers, format: formats.Format) -> float:
@@ -146,11 +163,16 @@ def verify(path: str | Path) -> list[str]:
         One sentence per difference.
 
     Raises:
-        ArtifactError: If there is no manifest, or it cannot be read at all.
+        ArtifactError: If there is no such folder.
     """
     folder = Path(path)
-    stated = manifest.load(folder)
-    problems = []
+    if not folder.is_dir():
+        raise ArtifactError(f"There is no folder '{path}'.")
+    problems: list[str] = []
+    try:
+        stated = manifest.load(folder)
+    except ArtifactError as error:
+        return [str(error)]
     if manifest.digest(stated) != stated["digest"]:
         problems.append(f"{manifest.FILE} was changed after it was written: its digest does not match.")
     problems += _files(folder, stated["files"])
@@ -196,21 +218,34 @@ def _orders(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
 
 def _layers(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
     layers = stated["layers"]
-    if not all(isinstance(said, dict) for said in layers.values()):
+    if not all(_is_layer(said) for said in layers.values()):
         raise ArtifactError("the manifest's layers cannot be read.")
+    pruned = sum(said["pruned"] for said in layers.values())
+    total = sum(said["shape"][0] * said["shape"][1] for said in layers.values())
+    if total and stated.get("sparsity") != round(pruned / total, 6):
+        yield f"the manifest's sparsity is {stated.get('sparsity')}, that of its layers {pruned / total:.6f}."
     for name, state in checkpoint.read(folder, {name: said.get("stored") for name, said in layers.items()}):
         said = layers[name]
         zeros = int((state.weight == 0).sum())
         if list(state.weight.shape) != said.get("shape"):
             yield f"layer {name} has shape {list(state.weight.shape)}, the manifest says {said.get('shape')}."
-        elif zeros < said.get("pruned", 0):
+        elif zeros < said["pruned"]:
             yield f"layer {name} has {zeros} zeros, fewer than the {said['pruned']} weights said to be pruned."
         elif values_digest(state.weight) != said.get("digest"):
             yield f"layer {name} does not decode to the values that were measured."
         elif state.grid is not None and state.grid.bits != said.get("bits"):
             yield f"layer {name} has {state.grid.bits} bits, the manifest says {said.get('bits')}."
+        elif state.grid is not None and getattr(state.grid, "group_size", None) != said.get("group_size"):
+            yield f"layer {name} has groups of {state.grid.group_size}, the manifest says {said.get('group_size')}."
         elif not _keeps_pattern(state.weight, said.get("pattern")):
             yield f"layer {name} does not keep the pattern {said.get('pattern')}."
+
+
+def _is_layer(said: Any) -> bool:
+    """Whether what a manifest says of a layer has the form that is relied on below."""
+    if not isinstance(said, dict) or type(said.get("pruned")) is not int or not isinstance(said.get("shape"), list):
+        return False
+    return len(said["shape"]) == 2 and all(type(size) is int and size > 0 for size in said["shape"])
 
 
 def _keeps_pattern(weight: Tensor, pattern: Any) -> bool:

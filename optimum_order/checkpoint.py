@@ -15,8 +15,10 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
 
-from optimum_order.errors import ModelError
+from optimum_order.errors import ArtifactError, ModelError
+from optimum_order.formats.checkpoint import weight_bytes
 
 EMBEDDED = ("tiny-llama",)
 """Models that ship inside the package and can be named like a Hub id."""
@@ -80,26 +82,27 @@ class Checkpoint:
     def __init__(
         self, model: str | Path, *, revision: str | None, token: str | None, dtype: str, trust_remote_code: bool
     ):
-        self.id = str(model)
+        given = str(model)
         self.revision = revision
-        self.embedded = self.id in EMBEDDED and not Path(self.id).exists()
-        self._path = str(resources.files("optimum_order") / "assets" / self.id) if self.embedded else self.id
-        if not self.embedded and (self.id.startswith((".", "/", "~")) or self.id.count("/") > 1):
-            self._path = str(Path(self.id).expanduser())
+        self.embedded = given in EMBEDDED and not Path(given).exists()
+        self._path = str(resources.files("optimum_order") / "assets" / given) if self.embedded else given
+        if not self.embedded and (given.startswith((".", "/", "~")) or given.count("/") > 1):
+            self._path = str(Path(given).expanduser())
             if not Path(self._path).is_dir():
-                raise ModelError(
-                    f"There is no folder '{self.id}'. Give a folder, a Hub id, or one of {list(EMBEDDED)}."
-                )
+                raise ModelError(f"There is no folder '{given}'. Give a folder, a Hub id, or one of {list(EMBEDDED)}.")
+        self.id = given if self.embedded else _public_name(self._path)
         self._dtype = _read_dtype(dtype)
         self._hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         try:
             self.config = transformers.AutoConfig.from_pretrained(self._path, **self._hub)
         except (OSError, ValueError) as error:
-            raise ModelError(f"Cannot read the model '{self.id}': {_first_line(error)}") from error
+            raise ModelError(f"Cannot read the model '{given}': {_first_line(error)}") from error
         refuse_quantized(self.config, self.id)
         self.auto = auto_class(self.config)
-        self.processor = _processor(self._path, self._hub)
         self.commit = getattr(self.config, "_commit_hash", None)
+        if self.commit:  # a branch may move between two loads
+            self._hub["revision"] = self.commit
+        self.processor = _processor(self._path, self._hub)
 
     def load(self) -> PreTrainedModel:
         """The model, fresh from the checkpoint, in evaluation mode on the CPU.
@@ -125,11 +128,14 @@ class Checkpoint:
         """Size of the weight files on disk, or 0 where they cannot be found."""
         folder = Path(self._path)
         if not folder.is_dir():
-            found = try_to_load_from_cache(self.id, "config.json", revision=self.commit or self.revision)
+            found = try_to_load_from_cache(self._path, "config.json", revision=self.commit or self.revision)
             if not isinstance(found, str):
                 return 0
             folder = Path(found).parent
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        try:
+            return weight_bytes(folder)
+        except ArtifactError:
+            return 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class InMemory:
             raise ModelError(f"A transformers model is needed, got {type(model).__name__}.")
         name = model.config.name_or_path or type(model).__name__
         refuse_quantized(model.config, name)
-        return cls(copy.deepcopy(model).eval().cpu(), processor, name)
+        return cls(copy.deepcopy(model).eval().cpu(), processor, _public_name(name))
 
     @property
     def config(self) -> Any:
@@ -192,13 +198,39 @@ def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return allowed[dtype]
 
 
+def _public_name(path: str) -> str:
+    """What a manifest may call a model: of a local folder its name only."""
+    return Path(path).resolve().name if Path(path).is_dir() else path
+
+
+_PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
 def _processor(path: str, hub: dict) -> Any:
     """The tokenizer or image processor that comes with the model, or None if none does."""
     for auto in (transformers.AutoProcessor, transformers.AutoTokenizer):
         try:
             return auto.from_pretrained(path, **hub)
-        except (OSError, ValueError):
-            continue
+        except (OSError, ValueError) as caught:
+            error = caught
+    for name in _PROCESSOR_FILES:
+        if cached_file(
+            path,
+            name,
+            revision=hub["revision"],
+            token=hub["token"],
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        ):
+            raise ModelError(f"The model has a '{name}' that cannot be used: {_first_line(error)}") from error
     return None
 
 

@@ -217,7 +217,8 @@ class CompressedModel:
         self._records = result.records
         self._windows = windows
         self._base = base
-        self._measured: dict[tuple[str, str], Measurement] = {}
+        self._measured: list[tuple[bool, Measurement]] = []
+        """Each with whether it was measured on the dense values or on the format's own modules."""
         self._saved: dict[str, Any] = {}
 
     @property
@@ -229,7 +230,7 @@ class CompressedModel:
     @property
     def manifest(self) -> dict[str, Any]:
         """What was done, to what, with which result; complete with files and bytes once saved."""
-        return self._facts() | self._saved | {"metrics": self._metrics()}
+        return self._facts() | {"metrics": self._metrics()} | self._saved
 
     def evaluate(self, source: Any = "builtin", *, format: str = "auto", progress: bool = True) -> Measurement:
         """Perplexity of the compressed model, on what will load.
@@ -252,7 +253,7 @@ class CompressedModel:
                 self._save(Path(folder) / "model", format=chosen.name)
                 model = type(self.model).from_pretrained(Path(folder) / "model")
                 found = Perplexity().measure(model, windows, progress=progress)
-        self._measured["perplexity", windows.digest] = found
+        self._measured.append((chosen.runs_dense, found))
         return found
 
     def save_pretrained(self, path: str | Path, format: str = "auto", *, overwrite: bool = False) -> str:
@@ -271,22 +272,30 @@ class CompressedModel:
             OutputError: If the folder cannot be written. Nothing is left half-written.
         """
         written = self._save(path, format=format, overwrite=overwrite)
-        self._saved = {key: written[key] for key in ("format", "bytes", "files", "layers")}
+        self._saved = {key: written[key] for key in ("format", "bytes", "files", "layers", "metrics")}
         return written["format"]
 
     def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
-        facts = self._facts() | {"metrics": self._metrics()}
+        chosen = formats.choose(self.model, self._pairs(), format)
+        facts = self._facts() | {"metrics": self._metrics(chosen.runs_dense)}
         processor = self._compressor.source.processor
-        return artifact.save(self.model, processor, self._pairs(), facts, path, format=format, overwrite=overwrite)
+        return artifact.save(self.model, processor, self._pairs(), facts, path, format=chosen.name, overwrite=overwrite)
 
     def _pairs(self) -> dict[str, tuple[Target, LayerState]]:
         return {name: (self._targets[name], state) for name, state in self.layers.items()}
 
-    def _metrics(self) -> dict[str, Any]:
+    def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
+        """What was measured, by name; of an artifact only what was measured on the values that load from it."""
         before = self._compressor._measured
         found: dict[str, Any] = {}
-        for key, after in self._measured.items():
-            found[key[0]] = {"before": before[key].as_dict() if key in before else None, "after": after.as_dict()}
+        for dense, after in self._measured:
+            if runs_dense in (None, dense):
+                first = found.get(after.name, {"after": after.as_dict()})["after"]["digest"] == after.digest
+                original = before.get((after.name, after.digest))
+                found[after.name if first else f"{after.name} on {after.source}"] = {
+                    "before": original and original.as_dict(),
+                    "after": after.as_dict(),
+                }
         return found
 
     def _facts(self) -> dict[str, Any]:
@@ -322,6 +331,7 @@ class CompressedModel:
             "shape": list(state.weight.shape),
             "bits": state.bits,
             "group_size": getattr(state.grid, "group_size", None),
+            "sparsity": round(state.sparsity, 6),
             "pruned": 0 if state.pruned is None else int(state.pruned.sum()),
             "pattern": next((p for p in reversed(patterns) if p != "none"), None),
             "stages": [

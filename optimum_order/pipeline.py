@@ -100,8 +100,8 @@ def run(
         ModelError: If a weight is NaN or infinite, or the model cannot be walked.
     """
     targets = {target.name: target for unit in units for target in unit.targets}
-    for name, target in targets.items():
-        if not torch.isfinite(target.view).all():
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
             raise ModelError(
                 f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose weights are finite."
             )
@@ -203,6 +203,7 @@ def _measure(
 ) -> list[Measured]:
     """What each candidate of an allocator would do to each group of layers, with the rest of the model as it is."""
     table: list[Measured] = []
+    experts: dict[Stage, list[Measured]] = defaultdict(list)
     backends = {stage: _backend(stage) for stage in allocator.candidates()}
     bar.total += len(units)
     bar.set_description(f"{allocator.stage}: measuring")
@@ -210,8 +211,8 @@ def _measure(
     def visit(at: Visit) -> None:
         groups: dict[str, list[Target]] = defaultdict(list)
         for target in at.unit.targets:
-            leader = at.leaders.get(target.name, target.name) if allocator.fused else target.name
-            groups[leader].append(target)
+            alone = "experts" if target.kind == "expert" else at.leaders.get(target.name, target.name)
+            groups[alone if allocator.fused else target.name].append(target)
         before = at.outputs()
         for group in groups.values():
             names = tuple(target.name for target in group)
@@ -221,11 +222,16 @@ def _measure(
                     after = backend.apply(states[target.name], at.statistics[target.name], where=target.name)
                     target.write(after.weight)
                 error = ((at.outputs() - before).square().sum() / before.square().sum()).item()
-                table.append(Measured(names, weights, stage, after.bits, error))
+                fused = experts[stage] if allocator.fused and group[0].kind == "expert" else table
+                fused.append(Measured(names, weights, stage, after.bits, error))
             for target in group:
                 target.write(states[target.name].weight)
         bar.update()
 
     needs = {need for backend in backends.values() for need in backend.needs}
     walk(model, units, batches, visit, gram="gram" in needs)
+    for stage, rows in experts.items():  # packed formats hold fused experts under one scheme only
+        names = tuple(name for row in rows for name in row.layers)
+        weights, error = sum(row.weights for row in rows), sum(row.error for row in rows)
+        table.append(Measured(names, weights, stage, rows[0].bits, error))
     return table

@@ -8,6 +8,7 @@ expert parameters inside it. Embeddings, the output head, norms and routers are 
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_order.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -93,7 +96,7 @@ def find_units(
     chosen = []
     for target in layers:
         inside = any(target.name.startswith(f"{name}.") for name in blocks)
-        router = target.name.rsplit(".", 1)[-1] in _ROUTERS
+        router = not _ROUTERS.isdisjoint(target.name.split("."))
         if (_matches(target.name, targets) if targets else inside and not router) and not _matches(target.name, ignore):
             chosen.append(target)
     if not chosen:
@@ -103,6 +106,12 @@ def find_units(
             + (f", and targets={targets}, ignore={ignore} leave none." if targets or ignore else ".")
         )
     _refuse_tied(model, chosen)
+    seen = {id(target.parameter) for target in layers}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and id(parameter) not in seen and any(name.startswith(f"{b}.") for b in blocks):
+            logger.warning(
+                "'%s' %s is not one of the layers understood here and stays dense.", name, tuple(parameter.shape)
+            )
     units = []
     for name, module in blocks.items():
         within = tuple(target for target in chosen if target.name.startswith(f"{name}."))

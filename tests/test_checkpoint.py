@@ -78,6 +78,19 @@ def test_missing_weights_are_refused_not_made_up(copy):
         open_checkpoint(copy).load()
 
 
+def test_a_tokenizer_that_is_there_and_broken_is_an_error(copy):
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer.*cannot be used"):
+        open_checkpoint(copy)
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert open_checkpoint(copy).processor is None
+
+
+def test_a_local_path_is_not_given_away(tiny_llama_folder):
+    assert open_checkpoint(tiny_llama_folder).id == tiny_llama_folder.name
+
+
 def test_quantised_checkpoints_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))

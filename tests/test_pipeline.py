@@ -264,7 +264,9 @@ def test_weights_that_are_no_numbers_are_refused_before_anything_is_done(make_mo
     model = make_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
     before = weights_of(model)
-    with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.up_proj' holds a weight that is NaN or infinite"):
+    with pytest.raises(
+        ModelError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds a weight that is NaN or infinite"
+    ):
         run(model, "wanda:0.5", batches)
     after = weights_of(model)
     assert all(torch.equal(before[name].nan_to_num(), after[name].nan_to_num()) for name in before)

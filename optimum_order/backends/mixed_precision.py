@@ -42,7 +42,7 @@ class MixedPrecisionOptions:
         check=lambda v: v in ("auto", -1) or (isinstance(v, int) and v > 0),
         allowed="auto, -1 for the whole row, or a positive integer",
     )
-    fuse: bool = option(True, "one width for layers that read the same input, such as q, k and v")
+    fuse: bool = option(True, "one width for layers that read the same input, such as q, k and v, and for all experts")
     first: str = option(
         "together",
         "which layers are quantised first: together goes block by block, weaker starts with the widest, stronger "

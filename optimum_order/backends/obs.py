@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from optimum_order.errors import InvariantError
 from optimum_order.layer import Grid
 from optimum_order.order import Stage
 
@@ -43,7 +44,7 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
             if not failed and torch.isfinite(upper).all():
                 return upper / mean**0.5, damping
         if damping > 1e6:
-            raise ArithmeticError(f"a Gram matrix of size {size} has no Cholesky factor even with damping {damping:g}")
+            raise InvariantError(f"a Gram matrix of size {size} has no Cholesky factor even with damping {damping:g}")
         damping *= 10
 
 

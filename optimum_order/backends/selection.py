@@ -73,6 +73,11 @@ class Pruner(Backend):
             )
         return dataclasses.replace(options, sparsity=None)
 
+    @property
+    def resolved(self):
+        keep = self.options.keep
+        return super().resolved | ({"sparsity": 1 - keep[0] / keep[1]} if keep else {})
+
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         keep = self.options.keep
         if keep and shape[1] % keep[1]:
@@ -82,8 +87,16 @@ class Pruner(Backend):
 
 def remove(state: LayerState, pruned: Tensor, *, off_grid: bool) -> LayerState:
     """The state with these weights at +0.0 and all others as they were."""
-    grid = None if off_grid else state.grid
-    return dataclasses.replace(state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned, grid=grid)
+    state = leave_grid(state) if off_grid else state
+    return dataclasses.replace(state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned)
+
+
+def leave_grid(state: LayerState) -> LayerState:
+    """The state without its grid; its notes say so, since such a layer can only be saved dense."""
+    if state.grid is None:
+        return state
+    note = f"left its {state.grid.bits}-bit grid (off_grid): it can only be saved dense"
+    return dataclasses.replace(state, grid=None, notes=(*state.notes, note))
 
 
 def lowest(score: Tensor, options: PruningOptions, before: Tensor | None, *, per: str) -> Tensor:

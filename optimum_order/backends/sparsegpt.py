@@ -12,7 +12,7 @@ import torch
 
 from optimum_order.backends.base import option
 from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, remarks, sweep
-from optimum_order.backends.selection import Pruner, PruningOptions, lowest, smallest
+from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid, lowest, smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class SparseGPT(Pruner):
 
     def compress(self, state, statistics):
         options, weight = self.options, state.weight
-        grid = None if options.off_grid else state.grid
+        state = leave_grid(state) if options.off_grid else state
+        grid = state.grid
         before = torch.zeros_like(weight, dtype=torch.bool) if state.pruned is None else state.pruned
         U, damping = inverse_factor(statistics.gram, options.damping)
 

@@ -53,8 +53,13 @@ class Command(BaseOptimumCLICommand):
 
 
 def _leave(code: int, message: str) -> NoReturn:
-    print("optimum-order: " + " ".join(message.splitlines()), file=sys.stderr)
+    print("optimum-order: " + printable(" ".join(message.splitlines())), file=sys.stderr)
     sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """Without control characters, which text from elsewhere could use to rewrite the screen."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def size(count: float) -> str:

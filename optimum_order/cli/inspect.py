@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_order.cli.base import Command, size
+from optimum_order.cli.base import Command, printable, size
 from optimum_order.errors import ArtifactError
 
 _NOTES = 8
@@ -43,17 +43,17 @@ class InspectCommand(Command):
         console = Console(markup=False, highlight=False)
         table = Table(show_header=False)
         for row in self.overview:
-            table.add_row(*map(_printable, row))
+            table.add_row(*map(printable, row))
         console.print(table)
         table = Table()
         table.add_column("layer", overflow="fold")
         for column in ("shape", "bits", "group", "pruned", "error, stage by stage"):
             table.add_column(column, justify="right")
         for row in self.layers:
-            table.add_row(*map(_printable, row))
+            table.add_row(*map(printable, row))
         console.print(table)
         for note in self.notes[:_NOTES]:
-            console.print(_printable(note), soft_wrap=True)
+            console.print(printable(note), soft_wrap=True)
         if len(self.notes) > _NOTES:
             console.print(f"... and {len(self.notes) - _NOTES} more notes; --json shows them all")
 
@@ -97,8 +97,3 @@ def _layers(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _notes(manifest: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {note}" for name, layer in manifest["layers"].items() for note in layer["notes"]]
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which a manifest from elsewhere could use to rewrite the screen."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum_order.cli.base import Command
+from optimum_order.cli.base import Command, printable
 
 
 class VerifyCommand(Command):
@@ -13,8 +13,9 @@ class VerifyCommand(Command):
     @staticmethod
     def parse_args(parser):
         parser.description = (
-            "Check a saved model against its manifest: the digest of every file, and that pruned weights are zero and "
-            "quantised weights lie on their grid. Exit code 0 if all agrees, 1 if anything differs."
+            "Check a saved model against its manifest: the digest of every file, the order wherever it is written, and "
+            "that every layer decodes to the values that were measured, with its bits, groups, zeros and N:M pattern. "
+            "Exit code 0 if all agrees, 1 if anything differs."
         )
         parser.add_argument("path", metavar="PATH", help="a folder that 'optimum-order export' wrote")
 
@@ -25,7 +26,7 @@ class VerifyCommand(Command):
 
     def show(self, result: dict[str, Any]) -> None:
         for problem in result["problems"]:
-            print(problem)
+            print(printable(problem))
         if not result["problems"]:
             print(f"{result['path']} is what its manifest says.")
 

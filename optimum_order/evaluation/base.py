@@ -83,7 +83,7 @@ class Measurement:
         return {
             "name": self.name,
             "value": self.value,
-            "standard_error": self.standard_error,
+            "standard_error_of_mean_score": self.standard_error,
             **self.details,
             "sequences": len(self.per_sequence),
             "tokens": self.tokens,

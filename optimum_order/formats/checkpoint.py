@@ -191,13 +191,20 @@ class _Checkpoint:
         if not isinstance(stored, dict) or not isinstance(stored.get("rows"), list) or not stored["rows"]:
             raise ArtifactError("the list of its rows cannot be read")
         parts = []
+        taken: dict[str, list[tuple[int, int]]] = {}
         for row in stored["rows"]:
             if not (isinstance(row, list) and [type(item) for item in row] == [str, int, int]):
                 raise ArtifactError("the list of its rows cannot be read")
             key, first, count = row
+            # Rows that overlap could be listed without end, and make much out of a small file.
+            if first < 0 or count < 1 or any(a < first + count and first < b for a, b in taken.setdefault(key, [])):
+                raise ArtifactError("the list of its rows cannot be read")
+            taken[key].append((first, first + count))
             prefix = key.removesuffix(".weight")
             if key in self.shards and self.parts.get(prefix, {"weight"}) == {"weight"}:
                 tensor = self.shards[key].get_tensor(key)
+                if tensor.ndim < 2 or not tensor.numel():
+                    raise ArtifactError(f"'{key}' is no matrix")
                 rows = tensor.reshape(-1, tensor.shape[-1])[first : first + count]
                 parts.append(LayerState(rows.T.contiguous() if stored.get("transposed") is True else rows))
             else:
@@ -219,6 +226,8 @@ class _Checkpoint:
 
 def _stack(parts: list[LayerState]) -> LayerState:
     """Parts of one layer, the first rows first."""
+    if len({(part.weight.shape[1], part.weight.dtype) for part in parts}) > 1:
+        raise ArtifactError("its parts are of different widths or dtypes")
     grids = [part.grid for part in parts]
     uniform = [grid for grid in grids if isinstance(grid, UniformGrid) and grid.symmetric]
     grid = None

@@ -15,7 +15,7 @@ def test_people_see_what_was_done(program, saved, tiny_llama_folder, monkeypatch
     monkeypatch.setenv("COLUMNS", "200")
     text = program("inspect", saved).out
     stated = manifest.load(saved)
-    assert str(tiny_llama_folder) in text
+    assert tiny_llama_folder.name in text and str(tiny_llama_folder) not in text
     assert "wanda:0.5 → gptq:4" in text
     before, after = (stated["metrics"]["perplexity"][when]["value"] for when in ("before", "after"))
     assert f"{before:.4g} → {after:.4g}" in text

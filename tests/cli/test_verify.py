@@ -27,9 +27,11 @@ def test_every_difference_has_its_own_line(program, copied):
     assert any(line.startswith("extra.txt") for line in done.out.splitlines())
 
 
-def test_a_folder_without_a_manifest_cannot_be_verified(program, tmp_path):
+def test_a_folder_without_a_manifest_is_not_an_artifact(program, tmp_path):
     done = program("verify", tmp_path)
-    assert done.code == 2 and done.out == "" and "optimum_order.json" in done.err
+    assert done.code == 1 and "optimum_order.json" in done.out
+    missing = program("verify", tmp_path / "nowhere")
+    assert missing.code == 2 and missing.out == "" and "no folder" in missing.err
 
 
 def test_a_manifest_that_was_edited_is_found(program, copied):

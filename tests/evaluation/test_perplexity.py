@@ -123,5 +123,5 @@ def test_the_result_is_json_without_single_sequences(model, windows):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["name"] == "perplexity" and found["sequences"] == 11 and found["tokens"] == 11 * 24
     assert found["source"] == "prose" and found["digest"] == windows.digest
-    assert {"value", "standard_error", "log_perplexity", "bits_per_byte"} < set(found)
+    assert {"value", "standard_error_of_mean_score", "log_perplexity", "bits_per_byte"} < set(found)
     assert not any(isinstance(value, (list, tuple)) for value in found.values())
