@@ -62,6 +62,11 @@ def test_the_demo(tiny_llama_folder, text_file, tmp_path):
     assert "The import statement" in text
 
 
+def test_no_correction_makes_a_layer_of_the_embedded_model_worse(tmp_path):
+    text = run(ROOT / "benchmarks" / "layer_error.py", "--samples", "4", folder=tmp_path)
+    assert "28 layers, 0 where a correction made it worse." in text
+
+
 def test_the_code_in_the_readme_runs(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from optimum_order.backends.base import Allocator, Measured, option
+from optimum_order.backends.uniform import group_size_option
 from optimum_order.errors import OrderError
 from optimum_order.order import Stage
 
@@ -36,12 +37,7 @@ class MixedPrecisionOptions:
     quantizer: str = option(
         "gptq", "the method that rounds", check=lambda v: v in ("gptq", "rtn"), allowed="gptq or rtn"
     )
-    group_size: int | str = option(
-        "auto",
-        "inputs that share a scale",
-        check=lambda v: v in ("auto", -1) or (isinstance(v, int) and v > 0),
-        allowed="auto, -1 for the whole row, or a positive integer",
-    )
+    group_size: int | str = group_size_option()
     fuse: bool = option(True, "one width for layers that read the same input, such as q, k and v, and for all experts")
     first: str = option(
         "together",

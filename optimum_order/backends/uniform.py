@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from optimum_order.backends.base import Backend, option
 from optimum_order.layer import LayerState, UniformGrid
+
+
+def group_size_option() -> Any:
+    """The field for how many inputs share a scale, in every method that has one."""
+    return option(
+        "auto",
+        "inputs that share a scale",
+        check=lambda v: v in ("auto", -1) or (isinstance(v, int) and v > 0),
+        allowed="auto, -1 for the whole row, or a positive integer",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,12 +26,7 @@ class UniformOptions:
     bits: int = option(
         dataclasses.MISSING, "width of a weight", check=lambda v: 2 <= v <= 8, allowed="an integer in 2..8"
     )
-    group_size: int | str = option(
-        "auto",
-        "inputs that share a scale",
-        check=lambda v: v in ("auto", -1) or (isinstance(v, int) and v > 0),
-        allowed="auto, -1 for the whole row, or a positive integer",
-    )
+    group_size: int | str = group_size_option()
     symmetric: bool = option(True, "no zero point; what packed formats reload exactly")
     clip: str = option(
         "mse",
