@@ -123,7 +123,9 @@ class Order:
 
     stages: tuple[Stage, ...]
 
-    def __init__(self, stages: Iterable[Stage | str]):
+    def __init__(self, stages: str | Iterable[Stage | str]):
+        if isinstance(stages, str):
+            stages = _Parser(stages).order()
         stages = tuple(Stage.parse(s) if isinstance(s, str) else s for s in stages)
         if not stages:
             raise OrderError("An order needs at least one stage, such as 'wanda:0.5 > gptq:4', got none.")
@@ -141,7 +143,9 @@ class Order:
         Raises:
             OrderError: With the position and the piece of text that could not be read.
         """
-        return cls(_Parser(text).order())
+        if not isinstance(text, str):
+            raise OrderError(f"An order is text such as 'wanda:0.5 > gptq:4', got {text!r}.")
+        return cls(text)
 
     @classmethod
     def of(cls, order: Order | Stage | str | Iterable[Stage | str]) -> Order:
@@ -177,8 +181,6 @@ class _Parser:
     """Recursive descent over one line; every failure says where it stood."""
 
     def __init__(self, text: str):
-        if not isinstance(text, str):
-            raise OrderError(f"An order is text such as 'wanda:0.5 > gptq:4', got {text!r}.")
         if len(text) > _MAX_LENGTH:
             raise OrderError(f"An order is at most {_MAX_LENGTH} characters long, got {len(text)}.")
         self.text, self.at = text, 0

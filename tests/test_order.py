@@ -240,3 +240,7 @@ def test_permutations_are_every_distinct_order_once_and_this_one_first(written):
 def test_knows_no_torch():
     code = "import sys, optimum_order.order; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_order_from_text_is_the_order_it_spells():
+    assert Order("wanda:0.5 > gptq:4") == Order.parse("wanda:0.5 > gptq:4") == Order.of("wanda:0.5 > gptq:4")

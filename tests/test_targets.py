@@ -196,6 +196,21 @@ class TestChoosing:
         assert tuple(unit.targets[0].view.shape) == (64, 32)
 
 
+def test_a_router_inside_a_router_is_left_alone():
+    """JetMoe and DBRX keep the router's matrix a level deeper."""
+    block = nn.ModuleDict({"router": nn.ModuleDict({"layer": nn.Linear(4, 2)}), "up": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block])})
+    assert [target.name for unit in find_units(model) for target in unit.targets] == ["layers.0.up"]
+
+
+def test_three_dimensional_weights_that_are_not_understood_are_named(caplog):
+    block = nn.Linear(4, 4)
+    block.experts = nn.Parameter(torch.zeros(2, 4, 4))
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": block})])})
+    find_units(model)
+    assert "'layers.0.up.experts' (2, 4, 4)" in caplog.text and "stays dense" in caplog.text
+
+
 class TestRefusing:
     @pytest.mark.parametrize("architecture", ["gpt2", "gemma", "opt"])
     def test_a_tied_head(self, make_model, architecture):
