@@ -83,7 +83,7 @@ def save(
     facts: dict[str, Any],
     path: str | Path,
     *,
-    format: str = "auto",
+    format: formats.Format,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def save(
         layers: Each compressed layer with its state.
         facts: What the manifest says of the run; the format, bytes, files and digest are added here.
         path: The folder.
-        format: A format's name, or "auto" for the smallest that holds every layer exactly.
+        format: What `formats.choose` returned for these layers.
         overwrite: Whether a folder that is not empty may be replaced.
         max_shard_size: Of one weight file.
 
@@ -103,14 +103,12 @@ def save(
         The manifest as written.
 
     Raises:
-        FormatError: If the format cannot hold a layer.
         OutputError: If the folder cannot be written; nothing is left half-written.
     """
     path = Path(path)
-    chosen = formats.choose(model, layers, format)
     with staging(path, overwrite=overwrite) as folder:
         header = {manifest.KEY: facts["order"]}
-        stored = checkpoint.write(model, layers, chosen, folder, header=header, max_shard_size=max_shard_size)
+        stored = checkpoint.write(model, layers, format, folder, header=header, max_shard_size=max_shard_size)
         if processor is not None:
             _save_processor(processor, folder)
         config = json.loads((folder / "config.json").read_text())
@@ -121,9 +119,9 @@ def save(
         return manifest.write(
             facts
             | {
-                "format": chosen.name,
+                "format": format.name,
                 "layers": {name: layer | {"stored": stored.get(name)} for name, layer in facts["layers"].items()},
-                "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits_per_weight(layers, chosen)},
+                "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits_per_weight(layers, format)},
                 "files": {
                     str(file.relative_to(folder)): {"sha256": manifest.sha256(file), "bytes": file.stat().st_size}
                     for file in files

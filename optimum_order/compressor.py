@@ -279,7 +279,7 @@ class CompressedModel:
         chosen = formats.choose(self.model, self._pairs(), format)
         facts = self._facts() | {"metrics": self._metrics(chosen.runs_dense)}
         processor = self._compressor.source.processor
-        return artifact.save(self.model, processor, self._pairs(), facts, path, format=chosen.name, overwrite=overwrite)
+        return artifact.save(self.model, processor, self._pairs(), facts, path, format=chosen, overwrite=overwrite)
 
     def _pairs(self) -> dict[str, tuple[Target, LayerState]]:
         return {name: (self._targets[name], state) for name, state in self.layers.items()}

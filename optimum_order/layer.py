@@ -205,6 +205,11 @@ class LayerState:
     notes: tuple[str, ...] = ()
 
     @property
+    def mask(self) -> Tensor:
+        """`pruned`, or a mask of nothing: (out, in) bool."""
+        return torch.zeros_like(self.weight, dtype=torch.bool) if self.pruned is None else self.pruned
+
+    @property
     def sparsity(self) -> float:
         """The fraction of weights removed, between 0 and 1."""
         return 0.0 if self.pruned is None else self.pruned.float().mean(dtype=torch.float64).item()

@@ -89,7 +89,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"'{file}' is not readable JSON ({type(error).__name__}).") from error
+        raise ArtifactError(f"'{file}' cannot be read: {error}.") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"'{file}' must hold a JSON object, got {type(data).__name__}.")
     return data

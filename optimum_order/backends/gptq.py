@@ -31,7 +31,7 @@ class GPTQ(UniformQuantizer):
 
     def compress(self, state, statistics):
         weight, gram = state.weight, statistics.gram
-        pruned = torch.zeros_like(weight, dtype=torch.bool) if state.pruned is None else state.pruned
+        pruned = state.mask
         columns = torch.arange(weight.shape[1], device=weight.device)
         if self.options.act_order:
             columns = torch.argsort(gram.diagonal(), descending=True, stable=True)

@@ -84,7 +84,7 @@ class MixedPrecision(Allocator):
         one_each = np.kron(np.eye(shape[0]), np.ones(shape[1]))
         budget = self.options.bits * sum(sizes.values())
         solved = milp(
-            error.ravel() * (1e6 / (error.max() or 1.0)),  # the solver takes costs within 1e-6 of each other as equal
+            error.ravel() / (error.max() or 1.0) * 1e6,  # the solver takes costs within 1e-6 of each other as equal
             integrality=np.ones(error.size),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits.ravel(), -math.inf, budget)],

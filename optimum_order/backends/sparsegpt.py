@@ -6,13 +6,12 @@ so that the result can still be shipped quantised; `off_grid=true` leaves the gr
 """
 
 import dataclasses
-import math
 
 import torch
 
 from optimum_order.backends.base import option
 from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, remarks, sweep
-from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid, lowest, smallest
+from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid, lowest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +33,11 @@ class SparseGPT(Pruner):
         options, weight = self.options, state.weight
         state = leave_grid(state) if options.off_grid else state
         grid = state.grid
-        before = torch.zeros_like(weight, dtype=torch.bool) if state.pruned is None else state.pruned
+        before = state.mask
         U, damping = inverse_factor(statistics.gram, options.damping)
 
         def choose(w, d, start):
-            score = (w / d).square().masked_fill(before[:, start : start + w.shape[1]], -1.0)
-            if options.keep:
-                return lowest(score, options, before[:, start : start + w.shape[1]], per="row")
-            count = math.floor(options.sparsity * score.numel() + 1e-9)
-            return smallest(score.reshape(1, -1), count).view_as(score) | before[:, start : start + w.shape[1]]
+            return lowest((w / d).square(), options, before[:, start : start + w.shape[1]], per="layer")
 
         columns = torch.arange(weight.shape[1], device=weight.device)
         span = options.keep[1] if options.keep else BLOCK

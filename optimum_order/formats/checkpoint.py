@@ -24,6 +24,7 @@ from optimum_order.errors import ArtifactError, InvariantError
 from optimum_order.formats import available
 from optimum_order.formats.base import Format, Layers, Layout, Piece
 from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.manifest import read_json
 
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -85,12 +86,12 @@ def write(
     if places:
         raise InvariantError(f"'{min(places)}' is missing from what transformers saved.")
     if (folder / _INDEX).exists():
-        index = _load_json(folder / _INDEX)
+        index = read_json(folder / _INDEX)
         index["metadata"]["total_size"] = total
         _dump_json(folder / _INDEX, index | {"weight_map": weight_map})
     entry = format.quantization_config(layout, layers)
     if entry is not None:
-        _dump_json(folder / _CONFIG, _load_json(folder / _CONFIG) | {"quantization_config": entry})
+        _dump_json(folder / _CONFIG, read_json(folder / _CONFIG) | {"quantization_config": entry})
     return stored
 
 
@@ -135,7 +136,7 @@ def read(folder: str | Path, layers: Mapping[str, Any] | None = None) -> Iterato
         ArtifactError: If a file is missing or damaged, or a layer is not there or cannot be decoded.
     """
     folder = Path(folder)
-    config = _load_json(folder / _CONFIG)
+    config = read_json(folder / _CONFIG)
     entry = config.get("quantization_config")
     name = "dense" if entry is None else entry.get("quant_method") if isinstance(entry, dict) else None
     if not isinstance(name, str) or name not in available():
@@ -259,7 +260,7 @@ def _shards(folder: Path) -> list[str]:
     if not (folder / _INDEX).exists():
         names = [_SINGLE]
     else:
-        weight_map = _load_json(folder / _INDEX).get("weight_map")
+        weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ArtifactError(f"{folder / _INDEX} has no 'weight_map' from tensors to files.")
         names = sorted(set(weight_map.values()))
@@ -269,16 +270,6 @@ def _shards(folder: Path) -> list[str]:
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder / name} is missing.")
     return names
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
 
 
 def _dump_json(path: Path, content: dict[str, Any]) -> None:
