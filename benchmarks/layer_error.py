@@ -48,7 +48,7 @@ def main() -> None:
         for target in at.unit.targets:
             rows.append((target.name, *errors(LayerState(target.read()), at.statistics[target.name], target.name)))
 
-    walk(model, find_units(model), [{"input_ids": ids} for ids in windows.batches(8)], visit, gram=True)
+    walk(model, find_units(model), list(windows.batches(8)), visit, gram=True)
 
     table = Table(title=f"{args.model}: relative squared output error", title_justify="left")
     table.add_column("layer", no_wrap=True)

@@ -151,7 +151,7 @@ class JointCompressor:
         }
         model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
         size = max(1, _TOKENS_PER_BATCH // self.sequence_length)
-        batches = [{"input_ids": ids} for ids in windows.batches(size)] if windows else []
+        batches = list(windows.batches(size)) if windows else []
         result = pipeline.run(model, units, order, batches, schedule=schedule, progress=progress)
         seconds = time.perf_counter() - begin
         return CompressedModel(self, model, units, result, schedule, windows, base, seconds)

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_order.errors import DataError
-from optimum_order.evaluation.base import Windows
+from optimum_order.evaluation.samples import Windows
 
 __all__ = ["Windows", "docstrings", "load", "reference_topics", "standard_library_docstrings"]
 

@@ -3,10 +3,11 @@
 import functools
 import sys
 
-from optimum_order.evaluation.base import Measurement, Metric, Windows
+from optimum_order.evaluation.base import Measurement, Metric
+from optimum_order.evaluation.samples import Images, Samples, Windows
 from optimum_order.registry import discover
 
-__all__ = ["Measurement", "Metric", "Windows", "available"]
+__all__ = ["Images", "Measurement", "Metric", "Samples", "Windows", "available"]
 
 
 @functools.cache

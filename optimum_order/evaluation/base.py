@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,42 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from optimum_order.errors import DataError, ModelError
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Windows of tokens, all of one length: what a model is calibrated or measured on.
-
-    Args:
-        ids: (samples, length) int64.
-        source: Where the text came from, as the user gave it; of a local path only the file's name.
-        bytes: UTF-8 bytes of the text that the predicted tokens spell, which are all but the first of each window;
-            None where it is not known.
-        dropped: Tokens of the text that are in no window.
-        note: What a user should know about them, or "".
-    """
-
-    ids: Tensor
-    source: str
-    bytes: int | None = None
-    dropped: int = 0
-    note: str = ""
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens there are in all windows together."""
-        return self.ids.numel()
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """sha256 of the ids and their shape. This goes into a manifest, the text never does."""
-        shape = "x".join(map(str, self.ids.shape))
-        return hashlib.sha256(f"{shape}:".encode() + self.ids.numpy().astype("<i8").tobytes()).hexdigest()
-
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The windows in order, as (b, length) tensors with b at most `batch_size`."""
-        return iter(self.ids.split(batch_size))
+from optimum_order.errors import ModelError
+from optimum_order.evaluation.samples import Samples, Windows
 
 
 @dataclass(frozen=True)
@@ -61,11 +25,12 @@ class Measurement:
         name: The metric's name.
         value: The figure it is known by.
         standard_error: Of the mean of `per_sequence`; None where there is only one sequence.
-        per_sequence: Each sequence's score, in the order of the windows. They are kept so that two models measured
-            on the same windows can be compared pair by pair.
-        tokens: How many tokens the model read.
+        per_sequence: Each sample's score, in their order. They are kept so that two models measured on the same
+            samples can be compared pair by pair.
+        higher_is_better: Whether a better model has higher scores.
         source: What it was measured on.
         digest: Digest of what it was measured on.
+        tokens: How many tokens the model read; None for images.
         details: Further figures by name.
     """
 
@@ -73,10 +38,22 @@ class Measurement:
     value: float
     standard_error: float | None
     per_sequence: tuple[float, ...] = field(repr=False)
-    tokens: int
+    higher_is_better: bool
     source: str
     digest: str
+    tokens: int | None = None
     details: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def performances(self) -> Tensor:
+        """M of each sample, higher is better: (samples,) float64. Minus log-perplexity for language."""
+        scores = torch.tensor(self.per_sequence, dtype=torch.float64)
+        return scores if self.higher_is_better else -scores
+
+    @property
+    def performance(self) -> float:
+        """M, the mean of `performances`."""
+        return self.performances.mean().item()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the single sequences' scores, ready for JSON."""
@@ -85,8 +62,8 @@ class Measurement:
             "value": self.value,
             "standard_error_of_mean_score": self.standard_error,
             **self.details,
-            "sequences": len(self.per_sequence),
-            "tokens": self.tokens,
+            "samples": len(self.per_sequence),
+            **({} if self.tokens is None else {"tokens": self.tokens}),
             "source": self.source,
             "digest": self.digest,
         }
@@ -105,14 +82,28 @@ class Metric(ABC):
     """What it is, in one line."""
     higher_is_better: ClassVar[bool]
     """Whether a better model has a higher value."""
+    needs_reference: ClassVar[bool] = False
+    """Whether it compares with the model before compression."""
+
+    def __init__(self, reference: PreTrainedModel | None = None):
+        """
+        Args:
+            reference: The model before compression, in evaluation mode; only where `needs_reference`.
+
+        Raises:
+            ModelError: If it is needed and missing.
+        """
+        if self.needs_reference and reference is None:
+            raise ModelError(f"The metric '{self.name}' compares with the original model: give it as 'reference'.")
+        self.reference = reference
 
     @abstractmethod
-    def score(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
-        """Each sequence's score: a mean over its tokens, on a scale on which scores may be averaged.
+    def score(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        """Each sample's score, on a scale on which scores may be averaged.
 
         Args:
-            model: In evaluation mode, on the device of `ids`.
-            ids: (b, length) int64.
+            model: In evaluation mode, on the device of the batch.
+            batch: From `Samples.batches`: the arguments of the forward, and "labels" if they are known.
 
         Returns:
             (b,) floats.
@@ -122,66 +113,53 @@ class Metric(ABC):
         """The figure the metric is known by, from the mean score."""
         return mean
 
-    def details(self, mean: float, windows: Windows) -> dict[str, float]:
+    def details(self, mean: float, samples: Samples) -> dict[str, float]:
         """Further figures by name."""
         return {}
 
-    def check(self, model: PreTrainedModel, windows: Windows) -> None:
-        """Refuse a model that this metric says nothing about, or windows that the model cannot read.
+    def check(self, model: PreTrainedModel, samples: Samples) -> None:
+        """Refuse a model that this metric says nothing about, or samples that the model cannot read.
 
         Raises:
             ModelError: If the model is of the wrong kind.
-            DataError: If the windows are too long for the model or from another vocabulary.
+            DataError: If the samples do not suit the model or the metric.
         """
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        length = windows.ids.shape[1]
-        if longest is not None and length > longest:
-            raise DataError(
-                f"{type(model).__name__} reads at most {longest} tokens at once, got windows of {length}. Use a "
-                f"sequence length of at most {longest}."
-            )
-        embedding: Any = model.get_input_embeddings()
-        known, largest = embedding.weight.shape[0], int(windows.ids.max())
-        if largest >= known:
-            raise DataError(
-                f"{type(model).__name__} knows tokens 0 to {known - 1}, got token {largest} from {windows.source}. Use "
-                "the tokenizer that belongs to the model."
-            )
+        samples.check(model)
 
     def measure(
-        self, model: PreTrainedModel, windows: Windows, *, batch_size: int = 8, progress: bool = True
+        self, model: PreTrainedModel, samples: Samples, *, batch_size: int = 8, progress: bool = True
     ) -> Measurement:
-        """Run the model over the windows, on its own device.
+        """Run the model over the samples, on its own device.
 
         Args:
             model: It is left in the mode (training or evaluation) it was in.
-            windows: What to run it on.
-            batch_size: Windows at a time; changes the result by no more than rounding.
+            samples: What to run it on.
+            batch_size: Samples at a time; changes the result by no more than rounding.
             progress: Whether to show a bar on stderr.
 
         Raises:
             ModelError: If the model is of the wrong kind, or its outputs are not finite.
-            DataError: If the model cannot read the windows.
+            DataError: If the model cannot read the samples.
         """
-        self.check(model, windows)
+        self.check(model, samples)
         training = model.training
         scores: list[float] = []
         model.eval()
         try:
             with (
                 torch.inference_mode(),
-                tqdm(total=len(windows.ids), desc=self.name, unit="window", disable=not progress) as bar,
+                tqdm(total=len(samples), desc=self.name, unit=samples.unit, disable=not progress) as bar,
             ):
-                for ids in windows.batches(batch_size):
-                    batch = self.score(model, ids.to(model.device)).double().cpu()
-                    if not batch.isfinite().all():
-                        at = len(scores) + int((~batch.isfinite()).nonzero()[0])
+                for batch in samples.batches(batch_size):
+                    found = self.score(model, {k: v.to(model.device) for k, v in batch.items()}).double().cpu()
+                    if not found.isfinite().all():
+                        at = len(scores) + int((~found.isfinite()).nonzero()[0])
                         raise ModelError(
-                            f"The {self.name} of window {at + 1} of {len(windows.ids)} is not finite: the model "
+                            f"The {self.name} of {samples.unit} {at + 1} of {len(samples)} is not finite: the model "
                             "computes NaN or infinity. Use a milder compression, or float32 in place of float16."
                         )
-                    scores += batch.tolist()
-                    bar.update(len(ids))
+                    scores += found.tolist()
+                    bar.update(len(found))
         finally:
             model.train(training)
         per_sequence = torch.tensor(scores, dtype=torch.float64)
@@ -192,8 +170,9 @@ class Metric(ABC):
             value=self.value(mean),
             standard_error=error,
             per_sequence=tuple(scores),
-            tokens=windows.tokens,
-            source=windows.source,
-            digest=windows.digest,
-            details=self.details(mean, windows),
+            higher_is_better=self.higher_is_better,
+            source=samples.source,
+            digest=samples.digest,
+            tokens=samples.tokens if isinstance(samples, Windows) else None,
+            details=self.details(mean, samples),
         )

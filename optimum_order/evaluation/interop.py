@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_order.evaluation.base import Metric, Windows
+from optimum_order.evaluation.base import Metric
+from optimum_order.evaluation.samples import Windows
 
 if TYPE_CHECKING:
     import evaluate
@@ -30,6 +31,6 @@ def to_evaluate(metric: Metric) -> evaluate.Metric:
 
         def _compute(self, predictions: list[list[int]], **options: Any) -> dict[str, Any]:
             windows = Windows(torch.tensor(predictions), "ids in memory")
-            return metric.measure(windows=windows, **options).as_dict()
+            return metric.measure(samples=windows, **options).as_dict()
 
     return Module(config_name=metric.name, keep_in_memory=True)

@@ -11,14 +11,16 @@ log PPL over windows, and bits per byte are the same likelihood without the toke
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from optimum_order.errors import ModelError
-from optimum_order.evaluation.base import Metric, Windows
+from optimum_order.errors import DataError, ModelError
+from optimum_order.evaluation.base import Metric
+from optimum_order.evaluation.samples import Samples, Windows
 
 _LARGEST = 700.0  # exp of more than this is not a float64
 
@@ -30,15 +32,18 @@ class Perplexity(Metric):
     summary = "exp of the mean negative log-likelihood per token, for causal language models"
     higher_is_better = False
 
-    def check(self, model: PreTrainedModel, windows: Windows) -> None:
+    def check(self, model: PreTrainedModel, samples: Samples) -> None:
         if not model.can_generate() or model.config.is_encoder_decoder:
             raise ModelError(
                 f"Perplexity is for causal language models, such as LlamaForCausalLM; {type(model).__name__} has no "
                 "causal language-model head. Load the checkpoint as one, or leave the evaluation out."
             )
-        super().check(model, windows)
+        if not isinstance(samples, Windows):
+            raise DataError(f"Perplexity is measured on text, got {samples.source}, which are {samples.unit}s.")
+        super().check(model, samples)
 
-    def score(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+    def score(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+        ids = batch["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits
         # one window at a time: float32 logits of a large vocabulary are the most memory this ever takes
         nats = [functional.cross_entropy(logits[i, :-1].float(), ids[i, 1:]) for i in range(len(ids))]
@@ -52,9 +57,9 @@ class Perplexity(Metric):
             )
         return math.exp(mean)
 
-    def details(self, mean: float, windows: Windows) -> dict[str, float]:
+    def details(self, mean: float, samples: Samples) -> dict[str, float]:
         found = {"log_perplexity": mean}
-        if windows.bytes:
-            predicted = windows.tokens - len(windows.ids)
-            found["bits_per_byte"] = mean * predicted / math.log(2) / windows.bytes
+        if isinstance(samples, Windows) and samples.bytes:
+            predicted = samples.tokens - len(samples)
+            found["bits_per_byte"] = mean * predicted / math.log(2) / samples.bytes
         return found

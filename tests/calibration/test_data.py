@@ -173,7 +173,7 @@ class TestCalibrationWindows:
 class TestWindows:
     def test_batches_are_all_windows_in_order(self, tokenizer, prose):
         windows = load([prose], tokenizer, samples=7, length=32)
-        batches = list(windows.batches(3))
+        batches = [batch["input_ids"] for batch in windows.batches(3)]
         assert [tuple(batch.shape) for batch in batches] == [(3, 32), (3, 32), (1, 32)]
         assert torch.equal(torch.cat(batches), windows.ids)
 

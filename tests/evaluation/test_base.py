@@ -16,7 +16,8 @@ class FirstToken(Metric):
     summary = "a metric for tests"
     higher_is_better = True
 
-    def score(self, model, ids):
+    def score(self, model, batch):
+        ids = batch["input_ids"]
         self.mode = (model.training, torch.is_inference_mode_enabled(), ids.device)
         return ids[:, 0].float()
 
@@ -68,8 +69,8 @@ def test_the_model_runs_in_evaluation_mode_and_is_left_as_it_was(model, windows,
 
 def test_the_mode_is_restored_after_a_failure(model, windows):
     class Broken(FirstToken):
-        def score(self, model, ids):
-            return torch.full((len(ids),), torch.nan)
+        def score(self, model, batch):
+            return torch.full((len(batch["input_ids"]),), torch.nan)
 
     model.train()
     with pytest.raises(ModelError, match="first_token of window 1 of 3 is not finite"):
@@ -79,8 +80,8 @@ def test_the_mode_is_restored_after_a_failure(model, windows):
 
 def test_the_window_that_is_not_finite_is_named(model, windows):
     class Broken(FirstToken):
-        def score(self, model, ids):
-            return torch.where(ids[:, 0] == 6, torch.inf, 0.0)
+        def score(self, model, batch):
+            return torch.where(batch["input_ids"][:, 0] == 6, torch.inf, 0.0)
 
     with pytest.raises(ModelError, match="window 3 of 3"):
         Broken().measure(model, windows, batch_size=2, progress=False)

@@ -121,7 +121,7 @@ def test_a_loss_that_has_no_exponential(model, windows):
 def test_the_result_is_json_without_single_sequences(model, windows):
     found = measure(model, windows).as_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["name"] == "perplexity" and found["sequences"] == 11 and found["tokens"] == 11 * 24
+    assert found["name"] == "perplexity" and found["samples"] == 11 and found["tokens"] == 11 * 24
     assert found["source"] == "prose" and found["digest"] == windows.digest
     assert {"value", "standard_error_of_mean_score", "log_perplexity", "bits_per_byte"} < set(found)
     assert not any(isinstance(value, (list, tuple)) for value in found.values())
