@@ -174,6 +174,20 @@ def test_columns_are_rounded_as_they_are_in_the_whole_matrix():
     assert torch.equal(grid.nearest(weight[:, 5:11], slice(5, 11)), whole[:, 5:11])
 
 
+@pytest.mark.parametrize(("dtype", "bits", "symmetric"), CASES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sweep_rounds_as_the_whole_matrix_does(dtype, bits, symmetric, shape):
+    weight = SHAPES[shape](gaussian(dtype), torch.finfo(dtype))
+    grid = UniformGrid.fit(weight, bits=bits, group_size=8, symmetric=symmetric)
+    shifted = (weight.float() * 1.1).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)  # off the grid and beyond
+    whole = grid.nearest(shifted).float()
+    columns = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(1))
+    rounder = grid.rounder(columns)
+    for i, column in enumerate(columns.tolist()):
+        found = rounder(i, shifted[:, column])
+        assert torch.equal(found, whole[:, column]) and torch.equal(found.signbit(), whole[:, column].signbit())
+
+
 def test_holds_is_exact():
     weight = gaussian(torch.float32)
     grid = UniformGrid.fit(weight, bits=4)

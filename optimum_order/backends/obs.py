@@ -81,12 +81,13 @@ def sweep(
         block, errors = rows[start:end], torch.empty_like(rows[start:end])
         factor = U[start:end, start:end]
         diagonal = factor.diagonal().tolist()
+        nearest = None if grid is None else grid.rounder(order[start:end])
         for i in range(end - start):
             if i % span == 0:
                 stop = min(i + span, end - start)
                 removed[start + i : start + stop] = choose(block[i:stop].T, factor.diagonal()[i:stop], start + i).T
             w = block[i]
-            q = w if grid is None else grid.nearest(w[:, None], order[start + i : start + i + 1])[:, 0].float()
+            q = w if nearest is None else nearest(i, w)
             q = q.masked_fill(removed[start + i], 0.0)
             errors[i] = (w - q) / diagonal[i]
             block[i] = q
