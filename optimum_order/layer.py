@@ -17,6 +17,8 @@ from torch import Tensor
 
 from optimum_order.errors import InvariantError
 
+_WEIGHTS_AT_A_TIME = 2**16
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -123,7 +125,17 @@ class UniformGrid(Grid):
             clip: "none" covers the extremes; "mse" tries 32 narrower ranges and keeps the best for each group.
         """
         rows, inputs = weight.shape
-        groups = weight.float().view(rows, -1, inputs if group_size == -1 else group_size)  # (out, groups, size)
+        size = inputs if group_size == -1 else group_size
+        # Rows have nothing to do with each other; few at a time stay in the processor's cache.
+        parts = weight.split(max(1, _WEIGHTS_AT_A_TIME // inputs)) if weight.device.type == "cpu" else [weight]
+        found = [cls._fit(part, bits, size, symmetric=symmetric, clip=clip) for part in parts]
+        zero = None if symmetric else torch.cat([grid.zero_point for grid in found])
+        return cls(bits=bits, scale=torch.cat([grid.scale for grid in found]), zero_point=zero, inputs=inputs)
+
+    @classmethod
+    def _fit(cls, weight: Tensor, bits: int, size: int, *, symmetric: bool, clip: str) -> UniformGrid:
+        rows, inputs = weight.shape
+        groups = weight.float().view(rows, -1, size)  # (out, groups, size)
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         if symmetric:
             high = torch.maximum(-low, high)
@@ -141,13 +153,19 @@ class UniformGrid(Grid):
             zero = None if symmetric else (-low * shrink / scale.float()).round().clamp(0, 2**bits - 1).short()
             return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
 
+        def error(candidate: UniformGrid) -> Tensor:
+            """Squared, of each group, (out, groups)."""
+            if not candidate._codes_are_exact:
+                return (candidate.nearest(weight).float().view_as(groups) - groups).square().sum(-1)
+            # `nearest` without gathering each weight's scale; a product of two short floats is exact in float32
+            scale, (least_code, most_code) = candidate.scale.float()[..., None], candidate._codes
+            zero = 0 if candidate.zero_point is None else candidate.zero_point.float()[..., None]
+            steps = torch.clamp((groups / scale).round_(), least_code - zero, most_code - zero)
+            return (steps.mul_(scale).to(weight.dtype).float() - groups).square_().sum(-1)
+
         best = grid(1.0)
         if clip == "none":
             return best
-
-        def error(candidate: UniformGrid) -> Tensor:
-            return (candidate.nearest(weight).float().view_as(groups) - groups).square().sum(-1)
-
         scale, zero, lowest = best.scale, best.zero_point, error(best)
         for step in range(1, 33):
             candidate = grid(1.0 - 0.02 * step)
