@@ -15,12 +15,12 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_vision_available
 
-from optimum_order.errors import ArtifactError, ModelError
+from optimum_order.errors import ArtifactError, ModelError, chainable, redacted
 from optimum_order.formats.checkpoint import weight_bytes
 
-EMBEDDED = ("tiny-llama",)
+EMBEDDED = ("tiny-llama", "tiny-resnet", "tiny-vit")
 """Models that ship inside the package and can be named like a Hub id."""
 
 # The auto classes a checkpoint may be loaded with, by the architecture its config names; nothing else is imported.
@@ -92,17 +92,20 @@ class Checkpoint:
                 raise ModelError(f"There is no folder '{given}'. Give a folder, a Hub id, or one of {list(EMBEDDED)}.")
         self.id = given if self.embedded else _public_name(self._path)
         self._dtype = _read_dtype(dtype)
-        self._hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        self._hub: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        self.commit = None
         try:
+            if not Path(self._path).is_dir():  # a branch may move between two loads
+                self.commit = Path(cached_file(self._path, "config.json", revision=revision, token=token)).parent.name
+                self._hub["revision"] = self.commit
             self.config = transformers.AutoConfig.from_pretrained(self._path, **self._hub)
         except (OSError, ValueError) as error:
-            raise ModelError(f"Cannot read the model '{given}': {_first_line(error)}") from error
+            raise ModelError(f"Cannot read the model '{given}': {_first_line(error, token)}") from chainable(
+                error, token
+            )
         refuse_quantized(self.config, self.id)
         self.auto = auto_class(self.config)
-        self.commit = getattr(self.config, "_commit_hash", None)
-        if self.commit:  # a branch may move between two loads
-            self._hub["revision"] = self.commit
-        self.processor = _processor(self._path, self._hub)
+        self.processor = load_processor(self._path, self._hub)
 
     def load(self) -> PreTrainedModel:
         """The model, fresh from the checkpoint, in evaluation mode on the CPU.
@@ -115,13 +118,23 @@ class Checkpoint:
                 self._path, dtype=self._dtype, use_safetensors=True, output_loading_info=True, **self._hub
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"Cannot load the weights of '{self.id}': {_first_line(error)}") from error
+            token = self._hub["token"]
+            reason = _first_line(error, token)
+            raise ModelError(f"Cannot load the weights of '{self.id}': {reason}") from chainable(error, token)
         if missing := sorted(info["missing_keys"]):
             raise ModelError(
                 f"The checkpoint '{self.id}' lacks {len(missing)} weights of {type(model).__name__}, such as "
                 f"'{missing[0]}': they would be random. Give a complete checkpoint."
             )
         return model.eval()
+
+    @property
+    def main_input_name(self) -> str:
+        """What the model reads: "input_ids", "pixel_values" and so on. Of a model with its own code, "input_ids"."""
+        known = next(names for auto, names in _AUTO if auto is self.auto).get(self.config.model_type)
+        if known is None:
+            return "input_ids"
+        return getattr(transformers, known if isinstance(known, str) else known[0]).main_input_name
 
     @property
     def bytes(self) -> int:
@@ -160,11 +173,16 @@ class InMemory:
             raise ModelError(f"A transformers model is needed, got {type(model).__name__}.")
         name = model.config.name_or_path or type(model).__name__
         refuse_quantized(model.config, name)
-        return cls(copy.deepcopy(model).eval().cpu(), processor, _public_name(name))
+        copied = copy.deepcopy(model).eval().to("cpu", memory_format=torch.contiguous_format)
+        return cls(copied, processor, _public_name(name))
 
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def main_input_name(self) -> str:
+        return self.model.main_input_name
 
     @property
     def bytes(self) -> int:
@@ -214,7 +232,7 @@ _PROCESSOR_FILES = (
 )
 
 
-def _processor(path: str, hub: dict) -> Any:
+def load_processor(path: str, hub: dict[str, Any]) -> Any:
     """The tokenizer or image processor that comes with the model, or None if none does."""
     for auto in (transformers.AutoProcessor, transformers.AutoTokenizer):
         try:
@@ -230,9 +248,13 @@ def _processor(path: str, hub: dict) -> Any:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         ):
-            raise ModelError(f"The model has a '{name}' that cannot be used: {_first_line(error)}") from error
+            token = hub["token"]
+            reason = _first_line(error, token)
+            if name == "preprocessor_config.json" and not is_vision_available():
+                reason = "it needs the library Pillow. Install it with pip install 'optimum-order[vision]'"
+            raise ModelError(f"The model has a '{name}' that cannot be used: {reason}") from chainable(error, token)
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _first_line(error: BaseException, token: str | None) -> str:
+    return (redacted(str(error), token).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -5,10 +5,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors one thread is faster; inherited by child processes
 
+import importlib.util
+import json
 import pydoc_data.topics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +127,51 @@ def make_model():
     return make
 
 
+_TRANSFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2]}
+IMAGE_CLASSIFIERS = {
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "deit": _TRANSFORMER | {"image_size": 16, "patch_size": 4, "architectures": ["DeiTForImageClassification"]},
+    "regnet": _STAGES | {"groups_width": 4},
+    "resnet": _STAGES | {"layer_type": "basic"},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 16, "patch_size": 2}
+    | {"window_size": 4},
+    "vit": _TRANSFORMER | {"image_size": 16, "patch_size": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def make_image_model():
+    """`make_image_model("resnet")`: an image classifier of random weights and ten classes, in evaluation mode."""
+    import torch
+    import transformers
+
+    def make(architecture, **changes):
+        options = {"num_labels": 10} | IMAGE_CLASSIFIERS[architecture] | changes
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = transformers.AutoConfig.for_model(architecture, **options)
+            model = transformers.AutoModelForImageClassification.from_config(config)
+            with torch.no_grad():
+                for name, tensor in model.named_buffers():
+                    if name.endswith(("running_mean", "running_var")):  # what training would have left there
+                        tensor.add_(torch.rand_like(tensor))
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def image_batches():
+    """Three batches of pixels, one of them of a single image."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [{"pixel_values": torch.randn(count, 3, 16, 16, generator=generator)} for count in (3, 1, 2)]
+
+
 @pytest.fixture(scope="session")
 def batches():
     """Three batches of token ids, two of them of two sequences, none of the same length."""
@@ -128,3 +179,79 @@ def batches():
 
     generator = torch.Generator().manual_seed(0)
     return [{"input_ids": torch.randint(0, 64, shape, generator=generator)} for shape in [(2, 16), (1, 9), (2, 12)]]
+
+
+class Hub:
+    """A Hub on this machine, and a process that talks to it as a user's would: see hub_server.py and hub_client.py."""
+
+    def __init__(self, home: Path):
+        spec = importlib.util.spec_from_file_location("hub_server", HERE / "hub_server.py")
+        module = sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self.tokens = {user: token for token, user in module.TOKENS.items()}
+        self.server = module.HubServer()
+        self.environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {
+            "HF_ENDPOINT": self.server.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": self.tokens["me"],
+            "HF_HUB_DISABLE_XET": "1",  # for Xet there would have to be a second server
+            "NO_PROXY": "127.0.0.1",
+        }
+        self.log = home / "stderr"
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, HERE / "hub_client.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self.environment,
+                cwd=home,
+            )
+
+    def _call(self, name, arguments, options) -> dict:
+        asked = {"call": name, "arguments": arguments, "options": options}
+        self._process.stdin.write(json.dumps(asked, default=str) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, f"the client has ended:\n{self.log.read_text()[-3000:]}"
+        return json.loads(answer)
+
+    def call(self, name, *arguments, **options):
+        """What a function of hub_client.py returns."""
+        answer = self._call(name, arguments, options)
+        assert "error" not in answer, answer["traceback"]
+        return answer["result"]
+
+    def fail(self, name, *arguments, **options) -> dict:
+        """The "error" that a function of hub_client.py raises, its "message" and "traceback"."""
+        answer = self._call(name, arguments, options)
+        assert "error" in answer, answer
+        return answer
+
+    def fresh(self, code: str, home: Path, *arguments, **variables) -> str:
+        """The output of Python code in a new process with nothing in its cache."""
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        environment = self.environment | {"HF_HOME": str(home)} | variables
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
+        assert done.returncode == 0, f"{code}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait(30)
+        self.server.close()
+
+
+@pytest.fixture(scope="session")
+def hub_process(tmp_path_factory):
+    hub = Hub(tmp_path_factory.mktemp("hub"))
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def hub(hub_process):
+    """A Hub with nothing on it, `hub.server`, and someone logged in there: `hub.call("push", folder, "me/model")`."""
+    hub_process.server.clear()
+    return hub_process

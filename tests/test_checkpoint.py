@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_order.checkpoint import Checkpoint, InMemory, auto_class, weights_digest
+from optimum_order.checkpoint import EMBEDDED, Checkpoint, InMemory, auto_class, weights_digest
 from optimum_order.errors import ModelError
 
 
@@ -30,6 +32,50 @@ def test_loads_afresh_each_time(tiny_llama_folder):
     assert second.lm_head.weight.any() and not second.training
     assert checkpoint.processor.bos_token == "<s>"
     assert checkpoint.bytes == (tiny_llama_folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("architecture", ["vit", "deit", "resnet"])
+def test_what_a_model_reads_is_known_before_it_is_loaded(make_image_model, tiny_llama_folder, architecture, tmp_path):
+    model = make_image_model(architecture)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.main_input_name == InMemory.of(model).main_input_name == "pixel_values"
+    assert type(checkpoint.load()) is type(model)
+    assert open_checkpoint(tiny_llama_folder).main_input_name == "input_ids"
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_embedded_models(name):
+    checkpoint = open_checkpoint(name)
+    assert checkpoint.embedded and checkpoint.id == name and checkpoint.processor is not None
+    assert 0 < checkpoint.bytes < 10_000_000
+    assert (checkpoint.main_input_name == "input_ids") == (name == "tiny-llama")
+    assert not checkpoint.load().training
+
+
+def test_an_image_processor_without_pillow_says_what_to_install(tmp_path):
+    code = """
+import sys
+sys.modules["PIL"] = sys.modules["PIL.Image"] = None
+from optimum_order import JointCompressor
+from optimum_order.errors import ModelError
+try:
+    JointCompressor.from_pretrained("tiny-vit")
+except ModelError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "'preprocessor_config.json' that cannot be used: it needs the library Pillow" in done.stdout
+    assert "pip install 'optimum-order[vision]'" in done.stdout
+
+
+def test_weights_in_memory_lie_row_after_row(make_image_model):
+    """However they lay before: a convolution's filters are seen as rows of a matrix."""
+    model = make_image_model("resnet").to(memory_format=torch.channels_last)
+    copied = InMemory.of(model).load()
+    assert all(tensor.is_contiguous() for tensor in copied.state_dict().values())
+    assert not all(tensor.is_contiguous() for tensor in model.state_dict().values())  # the user's own
+    assert weights_digest(copied) == weights_digest(model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

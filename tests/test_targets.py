@@ -132,6 +132,117 @@ def test_an_expert_is_one_slice(make_model):
     assert torch.equal(parameter[others], before[others])
 
 
+def stage(index, depth, first):
+    """The layers of a stage of 3 x 3 convolutions, 8 or 16 wide, with a shortcut in its first block."""
+    width = 8 * (index + 1)
+    found = {}
+    for block in range(depth):
+        name = f"resnet.encoder.stages.{index}.layers.{block}"
+        if block == 0 and first != width:
+            found[f"{name}.shortcut.convolution"] = (width, first)
+        found[f"{name}.layer.0.convolution"] = (width, 9 * (width if block else first))
+        found[f"{name}.layer.1.convolution"] = (width, 9 * width)
+    return found
+
+
+class TestConvolutions:
+    def test_the_blocks_of_a_resnet_are_those_inside_its_stages(self, make_image_model):
+        units = find_units(make_image_model("resnet"))
+        assert [unit.name for unit in units] == [
+            f"resnet.encoder.stages.{block}" for block in ("0.layers.0", "1.layers.0", "1.layers.1")
+        ]
+        found = {target.name: tuple(target.view.shape) for unit in units for target in unit.targets}
+        assert found == stage(0, 1, 8) | stage(1, 2, 8)  # neither the stem nor the classifier
+        assert {target.kind for unit in units for target in unit.targets} == {"conv2d"}
+
+    @pytest.mark.parametrize("architecture", ["vit", "deit"])
+    def test_patches_and_heads_are_left_alone(self, make_image_model, architecture):
+        units = find_units(make_image_model(architecture))
+        assert [unit.name for unit in units] == [f"{architecture}.layers.{i}" for i in range(2)]
+        layers = {name.removeprefix(f"{architecture}.layers.0.") for name in names(units[:1])}
+        assert layers == {f"attention.{x}_proj" for x in "qkvo"} | {"mlp.fc1", "mlp.fc2"}
+
+    def test_a_stem_can_be_asked_for(self, make_image_model):
+        model = make_image_model("resnet")
+        (unit,) = find_units(model, targets=["*.embedder.*"])
+        assert unit.module is model.resnet.embedder.embedder.convolution
+        assert tuple(unit.targets[0].view.shape) == (8, 3 * 7 * 7)
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("kernel", [1, (3, 2)])
+    def test_the_view_is_what_multiplies_a_patch(self, groups, kernel):
+        block = nn.Conv2d(8, 6, kernel, groups=groups, bias=False)
+        targets = find_units(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"a": block})])}))[0].targets
+        assert len(targets) == groups
+        x = torch.randn(5, 8, *block.kernel_size, generator=torch.Generator().manual_seed(0))
+        parts = [part.flatten(1) @ target.view.T for part, target in zip(x.chunk(groups, 1), targets, strict=True)]
+        with torch.no_grad():
+            assert torch.allclose(block(x)[:, :, 0, 0], torch.cat(parts, 1), atol=1e-5)
+
+    def test_a_group_is_its_filters_alone(self, make_image_model):
+        model = make_image_model("regnet")
+        unit = find_units(model)[-1]
+        grouped = [target for target in unit.targets if target.rows]
+        name = "regnet.encoder.stages.1.layers.1.layer.1.convolution"
+        assert [target.name for target in grouped] == [f"{name}.weight.{i}" for i in range(4)]
+        assert {tuple(target.view.shape) for target in grouped} == {(4, 36)}
+        parameter = model.get_parameter(f"{name}.weight")
+        before = parameter.detach().clone()
+        weight = grouped[2].read()
+        assert weight.is_contiguous() and torch.equal(weight, before[8:12].flatten(1))
+        grouped[2].write(torch.zeros(4, 36))
+        assert not parameter[8:12].any()
+        kept = [*range(8), *range(12, 16)]
+        assert torch.equal(parameter[kept], before[kept])
+
+    def test_groups_outside_the_blocks_are_one_unit(self):
+        model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)]), "stem": nn.Conv2d(4, 8, 3, groups=2)})
+        (unit,) = find_units(model, targets=["stem.*"])
+        assert unit.module is model["stem"] and names([unit]) == ["stem.weight.0", "stem.weight.1"]
+
+    def test_what_is_written_is_what_the_model_has_and_nothing_else_changes(self, make_image_model):
+        model = make_image_model("regnet")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for target in (target for unit in find_units(model) for target in unit.targets):
+            weight = target.read()
+            new = torch.randn_like(weight)
+            target.write(new)
+            assert torch.equal(target.read(), new)
+            target.write(weight)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_depthwise_convolutions_stay_dense_and_one_line_says_so(self, make_image_model, caplog):
+        found = names(find_units(make_image_model("convnext")))
+        assert not any("dwconv" in name for name in found) and any("downsampling_layer" in name for name in found)
+        (line,) = caplog.messages
+        assert line.startswith("2 depthwise convolutions, such as 'convnext.encoder.stages.0.layers.0.dwconv', stay")
+
+    def test_what_changes_its_weight_before_it_is_used_stays_dense(self, caplog):
+        class Standardised(nn.Conv2d):
+            def forward(self, x):
+                weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+                return self._conv_forward(x, weight, self.bias)
+
+        block = nn.ModuleDict({"a": Standardised(4, 4, 3), "b": nn.Conv2d(4, 4, 3), "c": nn.ConvTranspose2d(4, 4, 3)})
+        model = nn.ModuleDict({"layers": nn.ModuleList([block])})
+        assert names(find_units(model)) == ["layers.0.b"]
+        assert [message.split(" is not")[0] for message in caplog.messages] == [
+            f"'layers.0.{name}.weight' (4, 4, 3, 3)" for name in "ac"
+        ]
+
+    def test_a_wrapper_of_more_than_a_sequential_is_one_block(self):
+        def blocks():
+            return nn.Sequential(*[nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2)])
+
+        wrapper = nn.ModuleDict({"layers": blocks()})
+        both = nn.ModuleDict({"layers": blocks(), "norm": nn.LayerNorm(4)})
+        layers = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))})
+        model = nn.ModuleDict({"stages": nn.ModuleList([wrapper, both, layers])})
+        units = find_units(model)
+        assert [unit.name for unit in units] == ["stages.0.layers.0", "stages.0.layers.1", "stages.1", "stages.2"]
+        assert [len(unit.targets) for unit in units] == [1, 1, 2, 2]
+
+
 class TestChoosing:
     def test_targets_alone_are_compressed(self, make_model):
         model = make_model("llama")

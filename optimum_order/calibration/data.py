@@ -93,7 +93,7 @@ def load(
             f"{name} has {len(ids)} tokens of text, and one window of {length} needs {taken}. Give more text"
             + (f", or a sequence length of at most {len(ids) + length - taken}." if len(ids) > 1 else ".")
         )
-    chosen, note = _choose(count, samples, seed if purpose == "calibration" else None, draw, name)
+    chosen, note = choose(count, samples, seed if purpose == "calibration" else None, draw, name, "windows")
     windows = ids[: count * taken].view(count, taken)[chosen]
     if begin is not None:
         windows = torch.cat([torch.full((len(windows), 1), begin), windows], dim=1)
@@ -104,20 +104,32 @@ def load(
     return Windows(windows, name, size, len(ids) - len(windows) * taken, note)
 
 
-def _choose(count: int, samples: int | None, seed: int | None, draw: int, name: str) -> tuple[Tensor, str]:
-    """Indices of the windows to take, of `count`, and a note where they are fewer than asked for."""
+def choose(count: int, samples: int | None, seed: int | None, draw: int, name: str, unit: str) -> tuple[Tensor, str]:
+    """Indices of the samples to take, of `count`, and a note where they are fewer than asked for.
+
+    Args:
+        count: How many there are.
+        samples: How many to take; None for all.
+        seed: Which permutation they are taken from; None for their own order.
+        draw: Which block of `samples` of it.
+        name: Of the source, for messages.
+        unit: What they are called there.
+
+    Raises:
+        DataError: If too few are left for this draw.
+    """
     samples = count if samples is None else samples
     first = draw * samples
     if draw and first + samples > count:
         raise DataError(
-            f"{name} has {count} windows, enough for {count // samples} disjoint draws of {samples}; asked for draw "
-            f"{draw} (the first is 0). Give more text, or ask for fewer or shorter windows."
+            f"{name} has {count} {unit}, enough for {count // samples} disjoint draws of {samples}; asked for draw "
+            f"{draw} (the first is 0). Give more data, or ask for fewer {unit}."
         )
     if seed is None:
         order = torch.arange(count)
     else:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    note = f"{name} has {count} windows, {samples} were asked for" if samples > count else ""
+    note = f"{name} has {count} {unit}, {samples} were asked for" if samples > count else ""
     return order[first : first + samples], note
 
 
@@ -230,7 +242,9 @@ def _documents(source: Any, purpose: Purpose) -> tuple[str, Sequence[str]]:
         return _from_file(Path(found["path"]), found["kind"].lower(), found["column"])
     if Path(source).is_file():
         raise DataError(f"'{Path(source).name}' is not a .txt, .jsonl or .parquet file. Convert it to one of these.")
-    return _from_dataset(source, purpose)
+    name, found, column = dataset(source, purpose, "a .txt, .jsonl or .parquet file")
+    textual = {key: getattr(f, "dtype", None) in ("string", "large_string") for key, f in found.features.items()}
+    return name, [text for text in found[_column(textual, column, name)] if text]
 
 
 def _from_file(path: Path, kind: str, column: str | None) -> tuple[str, Sequence[str]]:
@@ -305,8 +319,20 @@ def _column(textual: Mapping[str, bool], wanted: str | None, name: str) -> str:
     )
 
 
-def _from_dataset(source: str, purpose: Purpose) -> tuple[str, Sequence[str]]:
-    """A dataset of the Hub, or of a local folder, that the `datasets` library can load."""
+def dataset(source: str, purpose: Purpose, instead: str) -> tuple[str, Any, str | None]:
+    """One split of a dataset of the Hub, or of a local folder, that the `datasets` library can load.
+
+    Args:
+        source: `id[:config][:split][:column]`.
+        purpose: Chooses the split where none is named.
+        instead: What else could be given, for messages.
+
+    Returns:
+        What to call it, the split, and the column that is named, if one is.
+
+    Raises:
+        DataError: If there is no such dataset or split.
+    """
     import datasets
 
     parts = re.split(r":(?![^\[]*\])", source)  # train[:100] is a split
@@ -325,7 +351,7 @@ def _from_dataset(source: str, purpose: Purpose) -> tuple[str, Sequence[str]]:
         reason = str(error).strip().split("\n")[0][:300] if plain else type(error).__name__
         raise DataError(
             f"'{name}' is no file here, and as a dataset id[:config][:split][:column] it could not be loaded: "
-            f"{reason.rstrip('.')}. Check the name and the connection, or give a .txt, .jsonl or .parquet file."
+            f"{reason.rstrip('.')}. Check the name and the connection, or give {instead}."
         ) from None
     if isinstance(found, dict):
         choice = next((s for s in _SPLITS[purpose] if s in found), None)
@@ -335,8 +361,7 @@ def _from_dataset(source: str, purpose: Purpose) -> tuple[str, Sequence[str]]:
                 f"splits are: {', '.join(found)}. Name one: id:config:split."
             )
         found = found[choice]
-    textual = {key: getattr(f, "dtype", None) in ("string", "large_string") for key, f in found.features.items()}
-    return name, [text for text in found[_column(textual, column, name)] if text]
+    return name, found, column
 
 
 # --- the built-in text -----------------------------------------------------------------------------------------------

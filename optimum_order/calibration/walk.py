@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import Capture
 from optimum_order.errors import ModelError
+from optimum_order.evaluation.samples import placed
 from optimum_order.layer import Statistics
 from optimum_order.targets import Unit
 
@@ -33,7 +34,8 @@ class Visit:
         unit: Where it is.
         statistics: What is known about the input of each of the unit's layers, by name.
         leaders: For each layer that was reached, the first layer that read the same input.
-        outputs: Runs the unit as it is now and returns its outputs on the first batches, (tokens, hidden) float32.
+        outputs: Runs the unit as it is now and returns its outputs on the first batches, (tokens, hidden) or
+            (positions, channels) float32.
     """
 
     unit: Unit
@@ -148,13 +150,12 @@ def walk(
     Raises:
         ModelError: If the forward does not reach each unit exactly once.
     """
-    device = next(model.parameters()).device
     # A block is run more than once on the same arguments, which a cache would not survive.
     text_config = model.config.get_text_config()  # the config itself, but for a model of several modalities
     arguments = {"use_cache": False} if getattr(text_config, "use_cache", None) is not None else {}
 
     def forward(batch: dict[str, Tensor]) -> Callable[[], Any]:
-        return lambda: model(**{k: v.to(device) for k, v in batch.items()}, **arguments)
+        return lambda: model(**placed(batch, model), **arguments)
 
     forwards = [_Forward(forward(batch)) for batch in batches]
     remaining = {unit.name for unit in units}
@@ -196,8 +197,13 @@ def walk(
 
 
 def _hidden(output: Any) -> Tensor:
-    """A unit's output as (tokens, hidden) float32: the tensor it returns, or the first of several."""
+    """A unit's output as (tokens, hidden) float32: the tensor it returns, or the first of several.
+
+    Of images (b, channels, h, w) each position is a token.
+    """
     tensor = output if isinstance(output, Tensor) else next(part for part in output if isinstance(part, Tensor))
+    if tensor.ndim == 4:
+        tensor = tensor.movedim(1, -1)
     return tensor.flatten(0, -2).float()
 
 

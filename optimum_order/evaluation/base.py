@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_order.errors import ModelError
-from optimum_order.evaluation.samples import Samples, Windows
+from optimum_order.evaluation.samples import Samples, Windows, placed
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Metric(ABC):
                 tqdm(total=len(samples), desc=self.name, unit=samples.unit, disable=not progress) as bar,
             ):
                 for batch in samples.batches(batch_size):
-                    found = self.score(model, {k: v.to(model.device) for k, v in batch.items()}).double().cpu()
+                    found = self.score(model, placed(batch, model)).double().cpu()
                     if not found.isfinite().all():
                         at = len(scores) + int((~found.isfinite()).nonzero()[0])
                         raise ModelError(

@@ -6,31 +6,59 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimum_order.errors import DataError
 from optimum_order.evaluation.base import Metric
-from optimum_order.evaluation.samples import Windows
+from optimum_order.evaluation.samples import Images, Samples, Windows
 
 if TYPE_CHECKING:
     import evaluate
 
 
-def to_evaluate(metric: Metric) -> evaluate.Metric:
+def to_evaluate(metric: Metric | type[Metric]) -> evaluate.Metric:
     """A module of the `evaluate` library, made here and not fetched from anywhere.
 
-        to_evaluate(Perplexity()).compute(predictions=ids, model=model)
+        to_evaluate(Perplexity).compute(predictions=ids, model=model)
+        to_evaluate(Fidelity).compute(predictions=pixels, model=model, reference=original)
+        to_evaluate(Accuracy).compute(predictions=pixels, references=labels, model=model)
 
-    Its predictions are token ids, one list of one length for each sequence; it takes what `Metric.measure` takes
-    by name and returns `Measurement.as_dict()`.
+    Its predictions are what a model reads: token ids, one list of one length for each sequence, or images as
+    (channels, height, width); its references are the images' class numbers, or left out. It takes what
+    `Metric.measure` takes by name, and the `reference` model too where it was made from a class, and returns
+    `Measurement.as_dict()`.
     """
     import datasets  # both take seconds to import
     import evaluate
 
     class Module(evaluate.Metric):
         def _info(self) -> evaluate.MetricInfo:
-            features = datasets.Features({"predictions": datasets.Sequence(datasets.Value("int64"))})
+            row, label = datasets.Sequence(datasets.Value("float32")), datasets.Value("int64")
+            kinds = (datasets.Sequence(datasets.Value("int64")), datasets.Sequence(datasets.Sequence(row)))
+            features = [datasets.Features({"predictions": kind, "references": label}) for kind in kinds]
             return evaluate.MetricInfo(description=metric.summary, citation="", features=features)
 
-        def _compute(self, predictions: list[list[int]], **options: Any) -> dict[str, Any]:
-            windows = Windows(torch.tensor(predictions), "ids in memory")
-            return metric.measure(samples=windows, **options).as_dict()
+        def add_batch(self, *, predictions: Any = None, references: Any = None, **options: Any) -> None:
+            """Add a batch of what a model reads, and of its labels if they are known."""
+            if references is None and predictions is not None:
+                references = [None] * len(predictions)
+            super().add_batch(predictions=predictions, references=references, **options)
+
+        def _compute(self, predictions: list, references: list[int | None], **options: Any) -> dict[str, Any]:
+            made = metric(options.pop("reference", None)) if isinstance(metric, type) else metric
+            return made.measure(samples=_samples(predictions, references), **options).as_dict()
 
     return Module(config_name=metric.name, keep_in_memory=True)
+
+
+def _samples(predictions: list, references: list[int | None]) -> Samples:
+    labelled = [label is not None for label in references]
+    if any(labelled) and not all(labelled):
+        raise DataError(f"References must be given for all samples or for none, got {sum(labelled)} of them.")
+    try:
+        inputs = torch.tensor(predictions)
+    except ValueError as error:
+        raise DataError(f"Predictions must all be of one shape: {error}.") from None
+    if inputs.ndim == 2:
+        if any(labelled):
+            raise DataError("References are the class numbers of images; token ids have none, so leave them out.")
+        return Windows(inputs, "ids in memory")
+    return Images(inputs, "pixels in memory", torch.tensor(references) if any(labelled) else None)

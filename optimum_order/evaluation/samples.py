@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -36,11 +36,15 @@ class Samples(ABC):
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """In order, the arguments of a model's forward for at most `batch_size` samples, and their "labels" if known."""
+        """In order, a forward's arguments for at most `batch_size` samples each, and their "labels" if known."""
 
     @abstractmethod
+    def take(self, index: Tensor) -> Samples:
+        """Those of an index (k,) int64, in its order."""
+
     def head(self, count: int) -> Samples:
         """The first `count` of them, or all there are."""
+        return self if count >= len(self) else self.take(torch.arange(count))
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:
@@ -88,12 +92,14 @@ class Windows(Samples):
         for ids in self.ids.split(batch_size):
             yield {"input_ids": ids}
 
-    def head(self, count: int) -> Windows:
-        return self if count >= len(self) else replace(self, ids=self.ids[:count], bytes=None)
+    def take(self, index: Tensor) -> Windows:
+        return replace(self, ids=self.ids[index], bytes=None)
 
     def check(self, model: PreTrainedModel) -> None:
         if model.main_input_name != "input_ids":
-            raise DataError(f"{type(model).__name__} reads '{model.main_input_name}', got {self.source}, which is text.")
+            raise DataError(
+                f"{type(model).__name__} reads '{model.main_input_name}', got {self.source}, which is text."
+            )
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         length = self.ids.shape[1]
         if longest is not None and length > longest:
@@ -143,20 +149,25 @@ class Images(Samples):
                 batch["labels"] = self.labels[start : start + batch_size]
             yield batch
 
-    def head(self, count: int) -> Images:
-        if count >= len(self):
-            return self
-        return replace(self, pixels=self.pixels[:count], labels=None if self.labels is None else self.labels[:count])
+    def take(self, index: Tensor) -> Images:
+        return replace(self, pixels=self.pixels[index], labels=None if self.labels is None else self.labels[index])
 
     def check(self, model: PreTrainedModel) -> None:
         if model.main_input_name != "pixel_values":
-            raise DataError(f"{type(model).__name__} reads '{model.main_input_name}', got {self.source}, which are images.")
+            raise DataError(
+                f"{type(model).__name__} reads '{model.main_input_name}', got {self.source}, which are images."
+            )
         channels = getattr(model.config, "num_channels", None)
         if channels not in (None, self.pixels.shape[1]):
             raise DataError(
                 f"{type(model).__name__} reads images of {channels} channels, got {self.pixels.shape[1]} from "
                 f"{self.source}. Use the image processor that belongs to the model."
             )
+
+
+def placed(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch on the model's device, and its pixels in the model's dtype, to which not every model casts them."""
+    return {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
 
 
 def _digest(*arrays: Any) -> str:

@@ -53,8 +53,21 @@ def observe(model, units, batches):
                 gate_up = gate_up + module.gate_up_proj_bias[expert]
             see(f"{name}.down_proj.{expert}", module._apply_gate(gate_up))
 
+    def see_patches(module, name, x):
+        """The patches that a convolution without zeros around them cuts out of an image, by a loop."""
+        padded = torch.nn.functional.pad(x, [side for side in module.padding[::-1] for _ in range(2)])
+        (kh, kw), (sh, sw) = module.kernel_size, module.stride
+        for group, channels in enumerate(padded.chunk(module.groups, 1)):
+            for top in range(0, padded.shape[2] - kh + 1, sh):
+                for left in range(0, padded.shape[3] - kw + 1, sw):
+                    patch = channels[:, :, top : top + kh, left : left + kw].flatten(1)
+                    see(name if module.groups == 1 else f"{name}.weight.{group}", patch)
+
     for name, module in model.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and name in seen:
+        if isinstance(module, torch.nn.Conv2d) and {name, f"{name}.weight.0"} & set(seen):
+            hook = lambda m, args, name=name: see_patches(m, name, args[0])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+        elif isinstance(module, (torch.nn.Linear, Conv1D)) and name in seen:
             handles.append(module.register_forward_pre_hook(lambda m, args, name=name: see(name, args[0])))
         elif hasattr(module, "is_transposed"):
             hook = lambda m, args, kwargs, name=name: see_experts(m, name, args, kwargs)  # noqa: E731
@@ -113,6 +126,68 @@ def test_sees_what_hooks_on_the_whole_model_see_and_leaves_no_trace(make_model, 
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with torch.no_grad():
         assert torch.equal(model(**batches[0])[0], output)
+
+
+@pytest.mark.parametrize("architecture", ["vit", "deit", "resnet", "regnet", "swin", "convnext"])
+def test_image_classifiers_are_walked_likewise(make_image_model, image_batches, architecture):
+    model = make_image_model(architecture)
+    units = find_units(model)
+    expected = observe(model, units, image_batches)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    computed = []
+    handle = model.classifier.register_forward_hook(lambda *_: computed.append(1))
+
+    statistics, visited = collect(model, units, image_batches)
+
+    handle.remove()
+    assert visited == [unit.name for unit in units] and len(computed) <= 1
+    assert set(statistics) == set(expected)
+    for name, X in expected.items():
+        assert agree(statistics[name], X), name
+    # running averages of batch normalisation too
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["vit", "resnet"])
+def test_later_blocks_of_an_image_classifier_see_what_changed_earlier_ones_produce(
+    make_image_model, image_batches, architecture
+):
+    model = make_image_model(architecture)
+    units = find_units(model)
+
+    def change(at):
+        if at.unit is units[0]:
+            for target in at.unit.targets:
+                target.write(target.read() * 0.5)
+
+    statistics, _ = collect(model, units, image_batches, change)
+    changed = observe(model, units, image_batches)
+    for target in units[1].targets:
+        assert agree(statistics[target.name], changed[target.name]), target.name
+
+
+def test_a_position_of_an_image_is_a_token(make_image_model, image_batches):
+    model = make_image_model("resnet")
+    found = {}
+
+    def visit(at):
+        found[at.unit.name] = at.outputs()
+
+    walk(model, find_units(model), image_batches, visit, gram=False)
+    with torch.no_grad():
+        hidden = [model.resnet.embedder(batch["pixel_values"]) for batch in image_batches[:2]]
+        expected = torch.cat([model.resnet.encoder.stages[0](x) for x in hidden])
+    assert torch.allclose(
+        found["resnet.encoder.stages.0.layers.0"], expected.permute(0, 2, 3, 1).flatten(0, 2), atol=1e-5
+    )
+
+
+def test_pixels_are_given_in_the_dtype_of_the_model(make_image_model, image_batches):
+    model = make_image_model("resnet").to(torch.bfloat16)
+    statistics, _ = collect(model, find_units(model), image_batches)
+    batches = [{"pixel_values": batch["pixel_values"].to(torch.bfloat16)} for batch in image_batches]
+    expected = observe(model, find_units(model), batches)
+    assert all(agree(statistics[name], X) for name, X in expected.items())
 
 
 @pytest.mark.parametrize("architecture", WALKED)

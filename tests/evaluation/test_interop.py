@@ -3,9 +3,12 @@
 import evaluate
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from optimum_order.evaluation import Windows
+from optimum_order.errors import DataError, ModelError
+from optimum_order.evaluation import Images, Metric, Windows
+from optimum_order.evaluation.accuracy import Accuracy
+from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.interop import to_evaluate
 from optimum_order.evaluation.perplexity import Perplexity
 
@@ -19,3 +22,90 @@ def test_it_gives_what_measure_gives(tiny_llama_folder):
     expected = Perplexity().measure(model, Windows(ids, "ids in memory"), progress=False).as_dict()
     assert found["value"] == pytest.approx(expected["value"], rel=1e-5)
     assert found["digest"] == expected["digest"] and set(found) == set(expected)
+
+
+class Labelled(Metric):
+    """How sure a classifier is of the true class."""
+
+    name = "labelled"
+    summary = "a metric for tests"
+    higher_is_better = True
+
+    def score(self, model, batch):
+        chances = model(pixel_values=batch["pixel_values"]).logits.softmax(-1)
+        return chances.gather(1, batch["labels"][:, None])[:, 0]
+
+
+@pytest.fixture
+def models():
+    """An image classifier and one that differs from it."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=3,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=5,
+    )
+    return ViTForImageClassification(config).eval(), ViTForImageClassification(config).eval()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return Images(torch.randn(6, 3, 8, 8, generator=generator), "pixels", torch.tensor([0, 1, 2, 3, 4, 0]))
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, lambda tensor: tensor])
+@pytest.mark.parametrize("metric", [Labelled, Accuracy])
+def test_images_and_their_labels(models, images, convert, metric):
+    module = to_evaluate(metric)
+    found = module.compute(
+        predictions=convert(images.pixels), references=convert(images.labels), model=models[0], progress=False
+    )
+    expected = metric().measure(models[0], images, progress=False).as_dict()
+    assert found == expected | {"source": "pixels in memory"}
+
+
+def test_the_original_model_is_given_by_name(models, images):
+    original, model = models
+    expected = Fidelity(original).measure(model, Images(images.pixels, "pixels"), progress=False).as_dict()
+    for module, options in [(to_evaluate(Fidelity), {"reference": original}), (to_evaluate(Fidelity(original)), {})]:
+        found = module.compute(predictions=images.pixels, model=model, progress=False, **options)
+        assert found == expected | {"source": "pixels in memory"} and found["value"] > 0
+
+
+def test_fidelity_of_a_language_model(make_model):
+    ids, original, other = torch.arange(40).view(4, 10), make_model("llama"), make_model("llama")
+    torch.nn.init.zeros_(other.lm_head.weight)
+    found = to_evaluate(Fidelity).compute(predictions=ids, model=other, reference=original, progress=False)
+    assert found["value"] == Fidelity(original).measure(other, Windows(ids, "ids"), progress=False).value > 0
+
+
+def test_a_class_that_needs_the_original_and_was_not_given_it(models, images):
+    with pytest.raises(ModelError, match="give it as 'reference'"):
+        to_evaluate(Fidelity).compute(predictions=images.pixels, model=models[0])
+
+
+def test_batches_are_added_up(models, images):
+    module = to_evaluate(Labelled)
+    for part in (slice(0, 2), slice(2, 6)):
+        module.add_batch(predictions=images.pixels[part], references=images.labels[part])
+    found = module.compute(model=models[0], progress=False)
+    assert found["samples"] == 6 and found["digest"] == images.digest
+
+
+@pytest.mark.parametrize(
+    "predictions, references, message",
+    [
+        ([[1, 2], [3, 4]], [0, 1], "token ids have none"),
+        ([[1, 2], [3]], None, "of one shape"),
+        (torch.zeros(2, 3, 8, 8), [0, None], "for all samples or for none, got 1"),
+    ],
+)
+def test_what_it_cannot_read(models, predictions, references, message):
+    with pytest.raises(DataError, match=message):
+        to_evaluate(Labelled).compute(predictions=predictions, references=references, model=models[0])

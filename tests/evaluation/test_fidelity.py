@@ -1,0 +1,226 @@
+"""Fidelity against torch's own KL divergence, and what it must refuse."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from optimum_order.errors import DataError, ModelError
+from optimum_order.evaluation import Images, Windows, available, fidelity
+from optimum_order.evaluation.fidelity import Fidelity
+
+BERT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+VIT = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "intermediate_size": 16}
+
+
+def vit(**changes):
+    torch.manual_seed(0)
+    settings = VIT | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 5} | changes
+    return ViTForImageClassification(ViTConfig(**settings)).eval()
+
+
+def disturbed(model, by=0.1):
+    """A copy with other weights."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return other
+
+
+def counted(model):
+    """The sizes of the batches that the model is run on, as they come."""
+    sizes, forward = [], model.forward
+
+    def count(*args, **inputs):
+        sizes.append(len(next(iter(inputs.values()))))
+        return forward(*args, **inputs)
+
+    model.forward = count
+    return sizes
+
+
+@pytest.fixture
+def windows():
+    return Windows(torch.randint(0, 64, (5, 12), generator=torch.Generator().manual_seed(0)), "made up")
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return Images(torch.randn(5, 1, 8, 8, generator=generator), "made up", torch.tensor([0, 1, 2, 3, 4]))
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama")
+
+
+def measure(reference, model, samples, **options):
+    return Fidelity(reference).measure(model, samples, progress=False, **options)
+
+
+def test_it_is_found_by_name():
+    assert available()["fidelity"] is Fidelity
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "classifier of text", "classifier of images"])
+def test_it_is_the_mean_kl_divergence_from_the_original(kind, make_model, windows, images):
+    torch.manual_seed(0)
+    original = {
+        "causal": lambda: make_model("llama"),
+        "masked": lambda: BertForMaskedLM(BertConfig(**BERT)).eval(),
+        "classifier of text": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)).eval(),
+        "classifier of images": vit,
+    }[kind]()
+    samples = images if "images" in kind else windows
+    other = disturbed(original)
+    inputs = {"pixel_values": images.pixels} if samples is images else {"input_ids": windows.ids}
+    with torch.no_grad():
+        p, q = (m(**inputs).logits.double().log_softmax(-1) for m in (original, other))
+    positions = 12 if p.ndim == 3 else 1
+    expected = [functional.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / positions for i in range(5)]
+    found = measure(original, other, samples, batch_size=2)
+    assert min(expected) > 1e-5
+    assert found.per_sequence == pytest.approx(expected, rel=1e-3, abs=1e-9)  # of float32 logits of other batches
+    assert found.value == pytest.approx(sum(expected) / 5, rel=1e-3)
+    assert found.performance == -found.value and not found.higher_is_better
+    backwards = measure(other, original, samples, batch_size=2)
+    assert backwards.value != pytest.approx(found.value, rel=1e-3)  # it is KL(original || model), not the reverse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_exactly_like_itself(model, windows, images, dtype):
+    model.to(dtype)
+    metric = Fidelity(model)
+    for _ in range(2):  # the second time against the kept logits
+        assert metric.measure(model, windows, batch_size=2, progress=False).per_sequence == (0,) * 5
+    original = vit()
+    assert measure(original, copy.deepcopy(original), images).per_sequence == (0,) * 5
+
+
+def test_labels_do_not_matter(images):
+    original = vit()
+    other = disturbed(original)
+    with_labels, without = (measure(original, other, s) for s in (images, Images(images.pixels, "made up")))
+    assert with_labels.per_sequence == without.per_sequence
+
+
+def test_a_small_difference_is_not_lost_in_rounding():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(8, 1000, generator=generator) * 3
+    q = p + 1e-4 * torch.randn(8, 1000, generator=generator)
+    probabilities = p.double().softmax(-1)
+    change = (q - p).double()
+    variance = (probabilities * change.square()).sum(-1) - (probabilities * change).sum(-1).square()
+    # to second order, KL is half the variance of the change of the logits; float32 would have lost 1e-9 in 1e-7
+    assert fidelity._divergence(p, q).item() == pytest.approx(variance.mean().item() / 2, rel=1e-3)
+
+
+def test_logits_of_any_size():
+    p, q = torch.tensor([[3e4, 0.0, -3e4]]), torch.tensor([[0.0, 3e4, -3e4]])
+    assert fidelity._divergence(p, q).item() == 3e4
+    ruled_out = torch.tensor([[0.0, 0.0, -math.inf]])
+    assert fidelity._divergence(ruled_out, torch.tensor([[1.0, 0.0, -math.inf]])).item() == pytest.approx(
+        math.log1p(math.e) - math.log(2) - 0.5
+    )
+    assert fidelity._divergence(torch.zeros(1, 3), ruled_out).item() == math.inf
+
+
+def test_slices_add_up(model, windows, monkeypatch):
+    other = disturbed(model)
+    expected = measure(model, other, windows).per_sequence
+    monkeypatch.setattr(fidelity, "_SLICE", 64 * 5)  # 12 positions as 5, 5 and 2
+    assert measure(model, other, windows).per_sequence == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_original_is_run_once(model, windows):
+    others, runs = [disturbed(model, by) for by in (0.1, 0.2)], counted(model)
+    metric = Fidelity(model)
+    first = [metric.measure(other, windows, batch_size=2, progress=False).value for other in others]
+    assert runs == [2, 2, 1]
+    again = [measure(model, other, windows, batch_size=2).value for other in others]
+    assert first == again and first[0] < first[1]
+
+
+def test_kept_logits_are_of_the_very_same_batch(model, windows):
+    other, metric = disturbed(model), Fidelity(model)
+    metric.measure(other, windows, progress=False)
+    changed = Windows(windows.ids.clone(), "made up")
+    changed.ids[0, 0] = (changed.ids[0, 0] + 1) % 64
+    expected = measure(model, other, changed).per_sequence
+    assert metric.measure(other, changed, progress=False).per_sequence == expected
+
+
+def test_no_more_is_kept_than_allowed(model, windows):
+    other, runs = disturbed(model), counted(model)
+    one_batch = 2 * 12 * 64 * 4
+    metric = Fidelity(model, cache_bytes=2 * one_batch - 1)
+    expected = metric.measure(other, windows, batch_size=2, progress=False).value
+    assert runs == [2, 2, 1]
+    # the first batch and the last, half as large, are kept
+    assert metric.measure(other, windows, batch_size=2, progress=False).value == expected
+    assert runs == [2, 2, 1, 2]
+
+
+def test_it_needs_the_original():
+    with pytest.raises(ModelError, match="'fidelity' compares with the original model: give it as 'reference'"):
+        Fidelity()
+
+
+def test_an_original_in_training_mode(model, windows):
+    with pytest.raises(ModelError, match="training mode"):
+        measure(copy.deepcopy(model).train(), model, windows)
+
+
+def test_a_model_without_logits(windows):
+    encoder = BertModel(BertConfig(**BERT)).eval()
+    with pytest.raises(ModelError, match=r"BertModel computes no logits\. Load .*AutoModelForMaskedLM"):
+        measure(encoder, encoder, windows)
+
+
+def test_a_model_with_one_output(images):
+    with pytest.raises(ModelError, match=r"logits of the shape \(5, 1\)"):
+        measure(vit(num_labels=1), vit(num_labels=1), images)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_outputs_that_are_no_distribution(images, problem):
+    with pytest.raises(ModelError, match=problem):
+        measure(vit(problem_type=problem), vit(), images)
+
+
+def test_two_inputs(windows):
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2)).eval()
+    with pytest.raises(ModelError, match="T5ForConditionalGeneration, whose decoder needs another"):
+        measure(t5, t5, windows)
+
+
+def test_another_model_than_the_original(images):
+    with pytest.raises(ModelError, match=r"the shape \(5, 5\).* \(5, 4\)"):
+        measure(vit(), vit(num_labels=4), images)
+
+
+def test_samples_that_one_of_the_two_cannot_read(model, images):
+    with pytest.raises(DataError, match="LlamaForCausalLM reads 'input_ids'"):
+        measure(model, vit(), images)
+
+
+def test_a_model_that_computes_no_numbers(model, windows):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="fidelity of window 1 of 5 is not finite"):
+        measure(model, broken, windows)
