@@ -33,7 +33,7 @@ def choose(model: PreTrainedModel, layers: Layers, name: str = "auto") -> Format
         model: The model, its weights dense.
         layers: Every layer that was compressed, by name.
         name: A format, or "auto" for the one of the fewest bytes, counted after encoding, among those that hold
-            every layer exactly.
+            every layer exactly and that stock transformers loads with nothing else installed.
 
     Raises:
         FormatError: If there is no such format or it cannot hold a layer.
@@ -41,6 +41,8 @@ def choose(model: PreTrainedModel, layers: Layers, name: str = "auto") -> Format
     formats = {key: cls() for key, cls in available().items()}
     if name != "auto" and name not in formats:
         raise FormatError(unknown("format", name, ["auto", *formats]))
+    if name == "auto":
+        formats = {key: format for key, format in formats.items() if format.stock}
     layout = Layout.of(model)
     refusals = {key: _refusal(format, layout, layers) for key, format in formats.items()}
     fitting = [key for key, reason in refusals.items() if reason is None]

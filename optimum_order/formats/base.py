@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -28,7 +28,7 @@ class Piece:
 
     Args:
         key: The name of the stored tensor.
-        at: Where they begin in it, seen as a matrix of its last dimension.
+        at: Where they begin in it, seen as by `as_matrix`.
         start: Where they begin in the parameter's own matrix.
         rows: How many there are.
         whole: Whether the stored tensor is a matrix that holds these rows and nothing else.
@@ -69,9 +69,9 @@ class Layout:
         for tensors in blocks.values():
             numbered, owners, first = {}, [], 0
             for key, tensor in tensors.items():
-                rows = tensor.shape[:-1] if tensor.ndim > 1 else tensor.shape
-                ids = torch.arange(first, first + rows.numel(), dtype=torch.int32).view(rows)
-                numbered[key] = ids[..., None].expand(tensor.shape) if tensor.ndim > 1 else ids
+                rows = _rows(tensor.shape)
+                ids = torch.arange(first, first + rows.numel(), dtype=torch.int32)
+                numbered[key] = ids.view(list(rows) + [1] * (tensor.ndim - len(rows))).expand(tensor.shape)
                 owners.append((first, key, tensor.shape))
                 first += rows.numel()
             for key, ids in revert_weight_conversion(model, numbered).items():
@@ -86,17 +86,37 @@ class Layout:
 
     def pieces(self, name: str, target: Target) -> tuple[Piece, ...]:
         """Where a layer's matrix lies, first row to last; empty if it is not stored as whole rows."""
-        parameter = f"{name}.weight" if target.expert is None else name.rpartition(".")[0]
+        whole = target.expert is None and target.rows is None
+        parameter = f"{name}.weight" if whole else name.rpartition(".")[0]
         found = self._pieces.get((parameter, target.expert or 0), ())
-        rows = target.parameter.shape[-2]
-        return found if sum(piece.rows for piece in found) == rows else ()
+        if sum(piece.rows for piece in found) != _rows(target.parameter.shape)[-1]:
+            return ()
+        return found if target.rows is None else tuple(_cut(found, target.rows))
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A stored tensor as the matrix whose rows are a layer's: (..., in), and for a convolution (out, in * kh * kw)."""
+    return tensor.flatten(1) if tensor.ndim == 4 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _rows(shape: torch.Size) -> torch.Size:
+    """The dimensions of a tensor that count its rows: of a convolution the first, of others all but the last."""
+    return shape[:1] if len(shape) in (1, 4) else shape[:-1]
+
+
+def _cut(pieces: Iterable[Piece], rows: range) -> Iterator[Piece]:
+    """What of these pieces lies in some rows of their parameter, which are counted from the first of them."""
+    for piece in pieces:
+        first, last = max(piece.start, rows.start), min(piece.start + piece.rows, rows.stop)
+        if first < last:
+            yield Piece(piece.key, piece.at + first - piece.start, first - rows.start, last - first, whole=False)
 
 
 def _runs(key: str, ids: Tensor, owners: list) -> list[tuple[str, int, Piece]]:
     """Which parameters' rows a stored tensor consists of: (parameter, slot of its first dimension, piece)."""
     if ids.ndim < 2 or not ids.numel():
         return []
-    column = ids.reshape(-1, ids.shape[-1])[:, 0]
+    column, row = as_matrix(ids)[:, 0], ids.shape[len(_rows(ids.shape)) :]
     starts = [0, *(torch.nonzero(column.diff() != 1).flatten() + 1).tolist(), len(column)]
     found = []
     for begin, end in itertools.pairwise(starts):
@@ -104,10 +124,10 @@ def _runs(key: str, ids: Tensor, owners: list) -> list[tuple[str, int, Piece]]:
         while at < end:
             value = int(column[at])
             first, owner, shape = next(o for o in reversed(owners) if o[0] <= value)
-            if len(shape) < 2 or shape[-1] != ids.shape[-1]:
+            if len(shape) < 2 or shape[len(_rows(shape)) :] != row:
                 break  # transposed: these are no rows
-            slot, start = divmod(value - first, shape[-2])
-            rows = min(end - at, shape[-2] - start)
+            slot, start = divmod(value - first, _rows(shape)[-1])
+            rows = min(end - at, _rows(shape)[-1] - start)
             whole = ids.ndim == 2 and rows == len(column)
             found.append((owner, slot, Piece(key, at, start, rows, whole)))
             at += rows
@@ -117,8 +137,9 @@ def _runs(key: str, ids: Tensor, owners: list) -> list[tuple[str, int, Piece]]:
 class Format(ABC):
     """One way to hold compressed layers on disk that stock transformers reads.
 
-    A subclass is one file. `decode(encode(state), scheme(state))` gives back the weight and the grid bit for bit;
-    `pruned` is not stored. A layer that the format does not encode is stored dense beside those it does.
+    A subclass is one file. `decode(encode(state), scheme(state))` gives back the weight and the grid bit for bit, and
+    `pruned` if the format stores masks, as "sparse" does; otherwise it is None, whatever was pruned. A layer that the
+    format does not encode is stored dense beside those it does.
     """
 
     name: ClassVar[str]
@@ -129,6 +150,12 @@ class Format(ABC):
     """The local names a layer's tensors may have."""
     runs_dense: ClassVar[bool] = True
     """Whether transformers computes with the decoded weights, so that a dense model measures what will load."""
+    stock: ClassVar[bool] = True
+    """Whether stock transformers loads it with nothing else installed; "auto" takes no other."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """What must be installed to load it, besides torch and transformers."""
+    import_first: ClassVar[str | None] = None
+    """The module, if any, that has to be imported before transformers can load it."""
 
     @abstractmethod
     def why_not(self, target: Target, state: LayerState) -> str | None:
