@@ -7,12 +7,15 @@
     ├── FormatError (ValueError)       a format that cannot hold what it was given
     ├── OutputError (OSError)          a path that cannot be written
     ├── ArtifactError (ValueError)     a saved artifact that is not what it says it is
+    ├── HubError (OSError)             a model on the Hub that cannot be read or written
     └── InvariantError (RuntimeError)  a backend broke a promise; always a bug, never bad input
 
 A message says what was wrong, what is allowed, what was got and what to do.
 """
 
 import difflib
+import re
+import traceback
 from collections.abc import Iterable
 
 
@@ -44,8 +47,25 @@ class ArtifactError(OptimumOrderError, ValueError):
     """A saved artifact that is not what it says it is."""
 
 
+class HubError(OptimumOrderError, OSError):
+    """A model on the Hub that cannot be read or written."""
+
+
 class InvariantError(OptimumOrderError, RuntimeError):
     """A backend broke a promise that every stage keeps."""
+
+
+def redacted(text: str, *secrets: str | None) -> str:
+    """The text without these secrets, and without whatever else looks like a token: a server may repeat any header."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return re.sub(r"(?i:(?<=bearer ))\S+|\bhf_\w{8,}|\beyJ[\w-]+\.[\w-]+\.[\w-]*", "***", text)
+
+
+def chainable(error: BaseException, *secrets: str | None) -> BaseException | None:
+    """The error, for another to be raised from, or None if a traceback that shows it would show a secret."""
+    shown = "".join(traceback.format_exception(error))
+    return error if redacted(shown, *secrets) == shown else None
 
 
 def unknown(what: str, got: str, allowed: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ FILE = "optimum_order.json"
 SCHEMA = 1
 KEY = "optimum_order"
 """The top-level key of config.json and of each shard's header."""
+PLOT = "optimum_order.png"
+"""The picture in the model card."""
+DOCUMENTS = re.compile(rf"README\.md|{re.escape(PLOT)}|(LICENSE|NOTICE)(\.md|\.txt)?")
+"""Files that may stand beside an artifact. No program reads them, and people, and the Hub itself, edit them there."""
 
 _MAX_BYTES = 256 * 2**20
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
@@ -93,6 +98,15 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ArtifactError(f"'{file}' must hold a JSON object, got {type(data).__name__}.")
     return data
+
+
+def size(count: float) -> str:
+    """A number of bytes in the largest decimal unit that keeps it above one: `11.7 MB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def _refuse(constant: str) -> None:

@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_order.errors import OptimumOrderError
+from optimum_order.manifest import size as size
+
+PATH = "a folder that 'optimum-order export' wrote, or the id of such a model on the Hub: namespace/name"
 
 
 class Command(BaseOptimumCLICommand):
@@ -60,12 +63,3 @@ def _leave(code: int, message: str) -> NoReturn:
 def printable(text: str) -> str:
     """Without control characters, which text from elsewhere could use to rewrite the screen."""
     return "".join(character if character.isprintable() else "?" for character in text)
-
-
-def size(count: float) -> str:
-    """A number of bytes in the largest decimal unit that keeps it above one: `11.7 MB`."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -5,28 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_order.cli.base import Command, printable, size
+from optimum_order.cli.base import PATH, Command, printable, size
 from optimum_order.errors import ArtifactError
 
-_NOTES = 8
+_MOST = 8
 
 
 class InspectCommand(Command):
-    """Shows the manifest; with `--json`, all of it."""
+    """Shows the manifest, and whether it is true; with `--json`, all of it."""
 
     @staticmethod
     def parse_args(parser):
         parser.description = (
             "Show what was done to a saved model: base model, order, metrics and bytes before and after, and a table "
-            "of its layers. This reads the manifest only; 'optimum-order verify' checks that it is true."
+            "of its layers, and whether 'optimum-order verify' finds that all of it is true. Exit code 1 if not."
         )
-        parser.add_argument("path", metavar="PATH", help="a folder that 'optimum-order export' wrote")
-        parser.add_argument("--json", action="store_true", help="print the whole manifest as one JSON object")
+        parser.add_argument("path", metavar="PATH", help=PATH)
+        parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
+        parser.add_argument(
+            "--no-verify", action="store_true", help="read the manifest only; of a model on the Hub, download only that"
+        )
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            help="print the whole manifest as one JSON object, and under 'problems' what verify found",
+        )
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import manifest
+        from optimum_order import artifact, hub, manifest
 
-        found = manifest.load(self.args.path)
+        folder = hub.locate(self.args.path, revision=self.args.revision, manifest_only=self.args.no_verify)
+        found = manifest.load(folder)
         try:  # a manifest may come from anywhere: its form was checked at the top level only
             self.overview, self.layers, self.notes = _overview(found), _layers(found), _notes(found)
         except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -34,17 +43,17 @@ class InspectCommand(Command):
                 f"The manifest in '{self.args.path}' is damaged ({type(error).__name__}: {error}). Run 'optimum-order "
                 "verify' on it, or get the model again."
             ) from error
-        return found
+        return found | {"problems": None if self.args.no_verify else artifact.verify(folder)}
+
+    def exit_code(self, result: dict[str, Any]) -> int:
+        return 1 if result["problems"] else 0
 
     def show(self, result: dict[str, Any]) -> None:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         console = Console(markup=False, highlight=False)
-        table = Table(show_header=False)
-        for row in self.overview:
-            table.add_row(*map(printable, row))
-        console.print(table)
         table = Table()
         table.add_column("layer", overflow="fold")
         for column in ("shape", "bits", "group", "pruned", "error, stage by stage"):
@@ -52,10 +61,19 @@ class InspectCommand(Command):
         for row in self.layers:
             table.add_row(*map(printable, row))
         console.print(table)
-        for note in self.notes[:_NOTES]:
-            console.print(printable(note), soft_wrap=True)
-        if len(self.notes) > _NOTES:
-            console.print(f"... and {len(self.notes) - _NOTES} more notes; --json shows them all")
+        problems = result["problems"] or []
+        for lines, style in ((self.notes, None), (problems, "red")):
+            for line in lines[:_MOST]:
+                console.print(printable(line), style=style, soft_wrap=True)
+            if len(lines) > _MOST:
+                console.print(f"... and {len(lines) - _MOST} more; --json shows them all")
+        table = Table(show_header=False)  # last, so that it is still on the screen where there are many layers
+        for row in self.overview:
+            table.add_row(*map(printable, row))
+        if result["problems"] is not None:
+            no = Text(f"no: {problems[0]}" if len(problems) == 1 else f"no: {len(problems)} differences", "bold red")
+            table.add_row("verifies", no if problems else Text("yes", "bold green"))
+        console.print(table)
 
 
 def _overview(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -71,7 +89,7 @@ def _overview(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append((name, f"{before} → {both['after']['value']:.4g}"))
     return [
         *rows,
-        ("weights on disk", f"{size(bytes_['before'])} → {size(bytes_['after'])}"),
+        ("weights on disk", f"{size(bytes_['before']) if bytes_['before'] else 'not known'} → {size(bytes_['after'])}"),
         ("bits per compressed weight", f"{bytes_['per_weight_bits']:.2f}"),
         ("sparsity", f"{manifest['sparsity']:.1%}"),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum_order.cli.base import Command, printable
+from optimum_order.cli.base import PATH, Command, printable
 
 
 class VerifyCommand(Command):
@@ -17,12 +17,14 @@ class VerifyCommand(Command):
             "that every layer decodes to the values that were measured, with its bits, groups, zeros and N:M pattern. "
             "Exit code 0 if all agrees, 1 if anything differs."
         )
-        parser.add_argument("path", metavar="PATH", help="a folder that 'optimum-order export' wrote")
+        parser.add_argument("path", metavar="PATH", help=PATH)
+        parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
 
     def work(self) -> dict[str, Any]:
-        from optimum_order.artifact import verify
+        from optimum_order import artifact, hub
 
-        return {"path": self.args.path, "problems": verify(self.args.path)}
+        folder = hub.locate(self.args.path, revision=self.args.revision)
+        return {"path": self.args.path, "problems": artifact.verify(folder)}
 
     def show(self, result: dict[str, Any]) -> None:
         for problem in result["problems"]:

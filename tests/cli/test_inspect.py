@@ -5,10 +5,43 @@ import pytest
 from optimum_order import manifest
 
 
-def test_json_is_the_manifest(program, saved):
+def test_json_is_the_manifest_and_what_verify_found(program, saved, copied):
     done = program("inspect", saved, "--json")
     assert done.code == 0
-    assert json.loads(done.out) == manifest.load(saved)
+    assert json.loads(done.out) == manifest.load(saved) | {"problems": []}
+    (copied / "extra.py").write_text("not ours")
+    done = program("inspect", copied, "--json")
+    assert done.code == 1
+    assert json.loads(done.out)["problems"] == ["extra.py is in the folder and not in the manifest."]
+    done = program("inspect", copied, "--json", "--no-verify")
+    assert done.code == 0 and json.loads(done.out)["problems"] is None
+
+
+def test_people_see_whether_it_verifies(program, saved, copied, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def verdict(*arguments):
+        return [line.split("│")[2].strip() for line in program(*arguments).out.splitlines() if " verifies " in line]
+
+    assert verdict("inspect", saved) == ["yes"]
+    assert verdict("inspect", saved, "--no-verify") == []
+    (copied / "extra.py").write_text("not ours")
+    assert verdict("inspect", copied) == ["no: extra.py is in the folder and not in the manifest."]
+    (copied / "config.json").unlink()
+    assert verdict("inspect", copied) == ["no: 2 differences"]
+    assert "config.json is missing." in program("inspect", copied).out
+
+
+def test_a_model_on_the_hub(hub, saved):
+    hub.call("push", saved, "me/model", revision="dev")
+    done = hub.call("program", "inspect", "me/model", "--revision", "dev", "--no-verify", "--json")
+    assert done["code"] == 0 and json.loads(done["out"]) == manifest.load(saved) | {"problems": None}
+    assert not any(
+        "safetensors" in request or "/lfs/" in request for request in hub.server.requests if "GET" in request
+    )
+    done = hub.call("program", "inspect", "me/model", "--revision", "dev")
+    assert done["code"] == 0 and "yes" in done["out"].split("verifies")[1]
+    assert hub.call("program", "inspect", "me/nothing")["code"] == 2
 
 
 def test_people_see_what_was_done(program, saved, tiny_llama_folder, monkeypatch):

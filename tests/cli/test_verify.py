@@ -41,3 +41,15 @@ def test_a_manifest_that_was_edited_is_found(program, copied):
     file.write_text(json.dumps(stated))
     done = program("verify", copied)
     assert done.code == 1 and manifest.FILE in done.out
+
+
+def test_a_model_on_the_hub(hub, saved):
+    hub.call("push", saved, "me/model")
+    done = hub.call("program", "verify", "me/model")
+    assert done == {"code": 0, "out": "me/model is what its manifest says.\n"}
+    repository = hub.server.repositories["me/model"]
+    good = repository.branches["main"]
+    repository.commit("main", "edit", good.files | {"generation_config.json": b"{}"})
+    done = hub.call("program", "verify", "me/model")
+    assert done["code"] == 1 and "generation_config.json" in done["out"]
+    assert hub.call("program", "verify", "me/model", "--revision", good.oid)["code"] == 0
