@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from wrapt import when_imported
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -35,6 +37,12 @@ _HOME = {
     "Order": "order",
     "Stage": "order",
 }
+
+
+@when_imported("transformers.modeling_utils")
+def _register(_module):
+    """Have transformers load `sparse` checkpoints, as soon as it can load any; nothing heavy is imported before."""
+    import_module("optimum_order.formats.transformers_hook")
 
 
 def __getattr__(name: str):

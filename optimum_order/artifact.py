@@ -185,19 +185,31 @@ def verify(path: str | Path) -> list[str]:
 
 
 def _files(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
-    present = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and not f.name.startswith(".")}
+    names = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    present = {name for name in names if not name.startswith(".") and "/." not in name}
     for name in sorted(present - set(files) - {manifest.FILE}):
-        yield f"{name} is in the folder and not in the manifest."
+        if not manifest.DOCUMENTS.fullmatch(name):
+            yield f"{name} is in the folder and not in the manifest."
     for name, stated in sorted(files.items()):
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink() or not isinstance(stated, dict):
+        path = Path(name)
+        if path.is_absolute() or ".." in path.parts or not isinstance(stated, dict):
             yield f"the manifest names a file it may not: {name!r}."
-        elif name not in present:
+        elif name not in present:  # before anything asks the system about a name that it may not even take
             yield f"{name} is missing."
+        elif _leads_out(folder, file):
+            yield f"the manifest names a file it may not: {name!r}."
         elif file.stat().st_size != stated.get("bytes"):
             yield f"{name} has {file.stat().st_size} bytes, the manifest says {stated.get('bytes')}."
         elif manifest.sha256(file) != stated.get("sha256"):
             yield f"{name} was changed after it was written: its sha256 does not match."
+
+
+def _leads_out(folder: Path, file: Path) -> bool:
+    """Whether a file is a link; those into the store of the Hub's cache that the folder is a snapshot in are none."""
+    snapshots = folder.resolve().parent
+    cached = snapshots.name == "snapshots" and file.resolve().is_relative_to((snapshots.parent / "blobs").resolve())
+    return file.is_symlink() and not cached
 
 
 def _orders(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
@@ -227,6 +239,8 @@ def _layers(folder: Path, stated: Mapping[str, Any]) -> Iterator[str]:
         zeros = int((state.weight == 0).sum())
         if list(state.weight.shape) != said.get("shape"):
             yield f"layer {name} has shape {list(state.weight.shape)}, the manifest says {said.get('shape')}."
+        elif state.pruned is not None and int(state.pruned.sum()) != said["pruned"]:
+            yield f"layer {name} has a mask of {int(state.pruned.sum())} weights, the manifest says {said['pruned']}."
         elif zeros < said["pruned"]:
             yield f"layer {name} has {zeros} zeros, fewer than the {said['pruned']} weights said to be pruned."
         elif values_digest(state.weight) != said.get("digest"):
@@ -243,7 +257,9 @@ def _is_layer(said: Any) -> bool:
     """Whether what a manifest says of a layer has the form that is relied on below."""
     if not isinstance(said, dict) or type(said.get("pruned")) is not int or not isinstance(said.get("shape"), list):
         return False
-    return len(said["shape"]) == 2 and all(type(size) is int and size > 0 for size in said["shape"])
+    if len(said["shape"]) != 2 or not all(type(size) is int and size > 0 for size in said["shape"]):
+        return False
+    return 0 <= said["pruned"] <= said["shape"][0] * said["shape"][1]
 
 
 def _keeps_pattern(weight: Tensor, pattern: Any) -> bool:

@@ -5,27 +5,31 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from optimum_order import artifact, formats, manifest, pipeline
-from optimum_order.backends import method
-from optimum_order.calibration.data import Windows, load
+from optimum_order import artifact, evaluation, formats, hub, manifest, pipeline
+from optimum_order.backends import canonical, method
+from optimum_order.calibration.load import batch_size, inputs, samples_for
 from optimum_order.checkpoint import Checkpoint, InMemory, weights_digest
-from optimum_order.errors import DataError, ModelError
-from optimum_order.evaluation import Measurement
-from optimum_order.evaluation.perplexity import Perplexity
+from optimum_order.errors import DataError, ModelError, OrderError
+from optimum_order.evaluation import Measurement, Metric, Samples, Windows
 from optimum_order.layer import LayerState
 from optimum_order.order import Order, Stage
+from optimum_order.ordering import planner, report
+from optimum_order.ordering.planner import Plan
+from optimum_order.ordering.runner import Batches, Runner
+from optimum_order.ordering.study import Study, check_folder, quiet
 from optimum_order.targets import Target, find_units
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_PER_BATCH = 4096
+_WINDOWS, _IMAGES = 64, 1000
+"""What a study measures each trial on: enough for differences that matter, few enough to do it hundreds of times."""
 
 
 class JointCompressor:
@@ -33,13 +37,15 @@ class JointCompressor:
 
     Args:
         model: A transformers model in memory; its weights are copied once. See `from_pretrained` for the others.
-        processor: Its tokenizer or image processor; needed for text and saved with the result.
+        processor: Its tokenizer or image processor; needed for text or images and saved with the result.
         calibration: A .txt, .jsonl or .parquet path, a Hub dataset as `id[:config][:split][:column]`, `builtin`, a
-            list of texts, or a tensor of token ids. None is an error only if a stage needs it.
-        calibration_samples: How many windows of text.
+            list of texts, or a tensor of token ids. For a model that reads images a folder of them, a dataset,
+            `builtin`, a list of PIL images or uint8 arrays, or a tensor of pixels. None is an error only if a stage
+            needs it.
+        calibration_samples: How many windows of text, or images.
         sequence_length: Tokens in a window, of calibration and of evaluation; less where the model has fewer
             positions.
-        seed: Which windows are drawn.
+        seed: Which windows or images are drawn.
         device: "auto" takes a GPU where there is one.
         targets: Patterns of the layers to compress (`*.q_proj`, `re:...`); all inside the blocks by default.
         ignore: Patterns of layers to leave alone.
@@ -74,6 +80,7 @@ class JointCompressor:
         self.targets = list(targets) if targets else None
         self.ignore = list(ignore) if ignore else None
         self._measured: dict[tuple[str, str], Measurement] = {}
+        self._drawn: tuple[int, Samples] | None = None
 
     @classmethod
     def from_pretrained(
@@ -118,12 +125,19 @@ class JointCompressor:
         )
 
     def compress(
-        self, order: str | Order | Stage | Iterable[Stage | str], schedule: str = "stage", *, progress: bool = True
+        self,
+        order: str | Order | Stage | Iterable[Stage | str],
+        schedule: str = "stage",
+        *,
+        stages: Iterable[Stage | str] | None = None,
+        progress: bool = True,
     ) -> CompressedModel:
         """Apply the stages of an order, first to last, to a fresh copy of the model.
 
         Args:
-            order: `"wanda:0.5 > gptq:4"`, or stages.
+            order: `"wanda:0.5 > gptq:4"`, or stages; or "auto" for the order of `stages` that `plan` recommends. The
+                plan is then recorded in the manifest.
+            stages: What to put into an order, with "auto" only.
             schedule: "stage" walks the whole model once per stage; "block" applies all stages to a block, on one
                 capture of its inputs, before moving on.
             progress: Whether to show a bar on stderr.
@@ -134,55 +148,246 @@ class JointCompressor:
             ModelError: If the model cannot be loaded, walked or compressed.
         """
         begin = time.perf_counter()
-        order = Order.of(order)
+        if (stages is not None) != (order == "auto"):
+            raise OrderError("Give 'stages' with order='auto', and with no other order: they are what it is made of.")
+        found = None if stages is None else self.plan(stages, progress=progress)
+        order = Order.of(order) if found is None else found.order
         for stage in order:
             method(stage)  # the cheapest errors first, before any weight is read
         model = self.source.load()
         units = find_units(model, self.targets, self.ignore)
         order = pipeline.check(order, units, schedule, calibrated=self.calibration is not None)
-        windows = self._windows() if any(_needs_data(stage) for stage in order) else None
-        if windows and windows.note:
-            logger.warning(windows.note)
+        samples = self._calibration() if any(pipeline.needs_data(stage) for stage in order) else None
+        if samples and samples.note:
+            logger.warning(samples.note)
         base = {
             "id": self.source.id,
             "revision": self.source.commit or self.source.revision,
             "architecture": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "digest": weights_digest(model),
         }
         model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
-        size = max(1, _TOKENS_PER_BATCH // self.sequence_length)
-        batches = list(windows.batches(size)) if windows else []
+        batches = inputs(samples) if samples else []
         result = pipeline.run(model, units, order, batches, schedule=schedule, progress=progress)
         seconds = time.perf_counter() - begin
-        return CompressedModel(self, model, units, result, schedule, windows, base, seconds)
+        return CompressedModel(self, model, units, result, schedule, samples, base, seconds, found)
 
-    def evaluate(self, source: Any = "builtin", *, progress: bool = True) -> Measurement:
-        """Perplexity of the model before compression; remembered, and put into the manifests of what follows.
+    def evaluate(self, source: Any = "builtin", metric: str = "auto", *, progress: bool = True) -> Measurement:
+        """Measure the model before compression; remembered, and put into the manifests of what follows.
+
+        Args:
+            source: As for `calibration`; all of it is used.
+            metric: "perplexity", "accuracy", "fidelity", or "auto" for the usual one of the model's kind.
+            progress: Whether to show a bar on stderr.
 
         Raises:
-            DataError: If the text cannot be used.
-            ModelError: If the model has no language-model head.
+            DataError: If the text or the images cannot be used.
+            ModelError: If the metric says nothing about the model.
         """
-        windows = self._evaluation(source)
-        key = ("perplexity", windows.digest)
+        samples = self._evaluation(source)
+        model = self.source.load()
+        model.to(self.device)  # type: ignore[arg-type]
+        chosen = self._metric(model, metric)
+        key = (chosen.name, samples.digest)
         if key not in self._measured:
-            model = self.source.load()
-            model.to(self.device)  # type: ignore[arg-type]
-            self._measured[key] = Perplexity().measure(model, windows, progress=progress)
+            self._measured[key] = chosen.measure(model, samples, batch_size=batch_size(samples), progress=progress)
         return self._measured[key]
 
-    def _windows(self) -> Windows:
-        return load(
+    def plan(
+        self,
+        stages: Iterable[Stage | str],
+        strategy: str = "auto",
+        *,
+        metric: str = "auto",
+        evaluation: Any = "builtin",
+        evaluation_samples: int | None = None,
+        draws: int = 1,
+        progress: bool = True,
+    ) -> Plan:
+        """Rank every order of some stages.
+
+        Args:
+            stages: 2 to 5 of them, such as `["wanda:0.5", "gptq(bits=4, group_size=64)"]`.
+            strategy: "auto" runs every order on a small part of the data until one is surely ahead; "measure" runs
+                them in full; "pih" and "proxy" are the rules of thumb of `optimum_order.ordering.planner`.
+            metric: The performance M, as in `evaluate`.
+            evaluation: What it is measured on, as in `evaluate`.
+            evaluation_samples: How many windows from all over the text, or images; by default 64 or 1000, or all there
+                are if they are fewer.
+            draws: How many disjoint calibration draws "measure" runs.
+            progress: Whether to show bars on stderr.
+
+        Raises:
+            OrderError: If there are too few or too many stages, or one cannot be run on this model.
+            DataError: If the calibration or evaluation data is missing or too short.
+            ModelError: If the metric says nothing about the model.
+        """
+        planner.permutations(stages := list(stages))  # the cheapest error first
+        if draws < 1 or (evaluation_samples is not None and evaluation_samples < 4):
+            raise DataError(
+                "A plan needs a calibration draw or more and four samples or more to score with; got "
+                f"{draws=}, {evaluation_samples=}."
+            )
+        with quiet():
+            runner = self._runner(progress=False)
+            by = self._metric(runner.model, metric)
+            samples = self._evaluation(evaluation, self._usual if evaluation_samples is None else evaluation_samples)
+            if self.calibration is not None:
+                self._draw(draws - 1)
+            return planner.plan(
+                runner,
+                stages,
+                by,
+                samples,
+                strategy=strategy,
+                # right or wrong says little about a handful of images, the distribution over classes more
+                scorer=self._metric(runner.model, "fidelity") if by.name == "accuracy" else None,
+                calibration_samples=self.calibration_samples,
+                draws=draws,
+                batch_size=batch_size(samples),
+                progress=progress,
+            )
+
+    @property
+    def _usual(self) -> int:
+        """How many samples orders are compared on unless a user says otherwise."""
+        return _IMAGES if self.source.main_input_name == "pixel_values" else _WINDOWS
+
+    def study(
+        self,
+        orders: Iterable[str | Order],
+        folder: str | Path,
+        *,
+        draws: int | Sequence[int] = 3,
+        metric: str = "auto",
+        evaluation: Any = "builtin",
+        evaluation_samples: int | None = None,
+        prefix_limit: float = 16.0,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """Run every order, and each of its stages alone, and write down what the numbers say.
+
+        Trials are stored as they finish: what was stopped goes on from there when it is started again.
+
+        Args:
+            orders: Such as `optimum_order.ordering.study.grid` gives, or any others.
+            folder: Gets trials.sqlite, trials.csv, summary.json, plots and report.html; made if missing.
+            draws: How many disjoint calibration draws, each of `calibration_samples`; or their numbers, so that
+                several processes may share the work of one folder.
+            metric: The performance M, as in `evaluate`.
+            evaluation: What it is measured on, as in `evaluate`.
+            evaluation_samples: How many windows from all over the text, or images; by default 64 or 1000, or all there
+                are if they are fewer.
+            prefix_limit: How many GB of disk beginnings that orders share may take while the study runs.
+            progress: Whether to show a bar on stderr.
+
+        Returns:
+            What is in summary.json.
+
+        Raises:
+            OrderError: If an order cannot be run on this model. Nothing is computed first.
+            DataError: If the calibration data is missing or too short for these draws, or nothing can be measured on
+                the evaluation data.
+            ModelError: If the metric says nothing about the model.
+            OutputError: If the folder cannot be written, or holds another study.
+        """
+        folder, checked = Path(folder), [canonical(Order.of(order)) for order in orders]
+        numbers = range(draws) if isinstance(draws, int) else sorted(set(draws))
+        few = evaluation_samples is not None and evaluation_samples < 2
+        if not checked or not numbers or min(numbers) < 0 or few or not prefix_limit >= 0:
+            raise DataError(
+                "A study needs an order or more, a draw or more, numbered from 0, two samples or more to evaluate with "
+                f"and a limit of 0 GB or more; got {len(checked)} orders, {draws=}, {evaluation_samples=}, "
+                f"{prefix_limit=}."
+            )
+        check_folder(folder)
+        with quiet():
+            runner = self._runner(progress=False)
+            for order in checked:
+                runner.check(order)
+            by = self._metric(runner.model, metric)
+            samples = self._evaluation(evaluation, self._usual if evaluation_samples is None else evaluation_samples)
+            calibration = None
+            if self.calibration is not None:
+                self._draw(max(numbers))  # all of them in one reading, and an error now if there is too little
+                calibration = _describe(self._draw(0)) | {"seed": self.seed}
+                if note := calibration.pop("note"):
+                    logger.warning(note)
+            found = Study(
+                runner,
+                by,
+                samples,
+                folder,
+                settings={"calibration": calibration},
+                prefix_bytes=int(prefix_limit * 10**9),
+                batch_size=batch_size(samples),
+                progress=progress,
+            )
+            found.run(checked, numbers)
+            return report.write(found.trials, folder)
+
+    def _metric(self, model: PreTrainedModel, name: str) -> Metric:
+        chosen = evaluation.choose(model, name)
+        if not chosen.needs_reference:
+            return chosen()
+        reference = self.source.load()
+        reference.to(model.device)  # type: ignore[arg-type]
+        return chosen(reference)
+
+    def _calibration(self, draw: int = 0, samples: int | None = None) -> Samples:
+        return samples_for(
+            self.source,
             self.calibration,
             self.source.processor,
-            samples=self.calibration_samples,
+            samples=samples or self.calibration_samples,
             length=self.sequence_length,
             seed=self.seed,
             purpose="calibration",
+            draw=draw,
         )
 
-    def _evaluation(self, source: Any) -> Windows:
-        return load(source, self.source.processor, samples=None, length=self.sequence_length, purpose="evaluation")
+    def _draw(self, draw: int, samples: int | None = None) -> Samples:
+        """A calibration draw or its first few samples; the source is read once for all of them.
+
+        Raises:
+            DataError: If it is too short for so many draws.
+        """
+        size, draws = self.calibration_samples, draw + 1
+        if self._drawn is None or self._drawn[0] < draws:
+            found = self._calibration(samples=size * draws)
+            if draws > 1 and len(found) < size * draws:
+                raise DataError(
+                    f"{found.source} has {len(found)} {found.unit}s, enough for {len(found) // size} disjoint draws of "
+                    f"{size}, and {draws} are needed. Give more data, or ask for fewer draws or fewer {found.unit}s."
+                )
+            self._drawn = draws, found
+        first, drawn = draw * size, self._drawn[1]
+        return drawn.take(torch.arange(first, min(first + (samples or size), len(drawn))))
+
+    def _runner(self, *, progress: bool = True) -> Runner:
+        """Runs orders on a copy of the model, with any draw of the calibration data."""
+
+        def batches(draw: int, samples: int | None) -> Batches:
+            return inputs(self._draw(draw, samples))
+
+        return Runner(
+            self.source,
+            None if self.calibration is None else batches,
+            device=str(self.device),
+            targets=self.targets,
+            ignore=self.ignore,
+            progress=progress,
+        )
+
+    def _evaluation(self, source: Any, samples: int | None = None) -> Samples:
+        """All that a source has to evaluate with, or so many samples of it; windows of text from all over it."""
+        images = self.source.main_input_name == "pixel_values"
+        options = {"samples": samples if images else None, "length": self.sequence_length}
+        found = samples_for(self.source, source, self.source.processor, **options, purpose="evaluation")
+        if samples is None or samples >= len(found):
+            return found
+        return found.take(torch.arange(samples) * len(found) // samples)
 
 
 class CompressedModel:
@@ -193,7 +398,8 @@ class CompressedModel:
         layers: Each compressed layer's name -> `LayerState`.
         order: The canonical order.
         schedule: The schedule it was run with.
-        seconds: How long it took.
+        seconds: How long it took, planning included.
+        plan: How the order was found, if it was "auto".
     """
 
     def __init__(
@@ -203,19 +409,21 @@ class CompressedModel:
         units: list,
         result: pipeline.Result,
         schedule: str,
-        windows: Windows | None,
+        samples: Samples | None,
         base: dict[str, Any],
         seconds: float,
+        plan: Plan | None = None,
     ):
         self.model = model
         self.order = result.order
         self.schedule = schedule
         self.seconds = seconds
+        self.plan = plan
         self.layers: dict[str, LayerState] = result.states
         self._compressor = compressor
         self._targets: dict[str, Target] = {target.name: target for unit in units for target in unit.targets}
         self._records = result.records
-        self._windows = windows
+        self._samples = samples
         self._base = base
         self._measured: list[tuple[bool, Measurement]] = []
         """Each with whether it was measured on the dense values or on the format's own modules."""
@@ -232,27 +440,38 @@ class CompressedModel:
         """What was done, to what, with which result; complete with files and bytes once saved."""
         return self._facts() | {"metrics": self._metrics()} | self._saved
 
-    def evaluate(self, source: Any = "builtin", *, format: str = "auto", progress: bool = True) -> Measurement:
-        """Perplexity of the compressed model, on what will load.
+    def evaluate(
+        self, source: Any = "builtin", metric: str = "auto", *, format: str = "auto", progress: bool = True
+    ) -> Measurement:
+        """Measure the compressed model, on what will load.
 
         Dense and compressed-tensors artifacts load to the bits of `model`, which is measured as it is. A
         bitsandbytes artifact runs on that library's own kernels, so it is saved to a temporary folder, loaded from
         there as anyone would, and measured.
 
         Args:
-            source: As for `calibration`; the whole text is used.
+            source: As for `calibration`; all of it is used.
+            metric: "perplexity", "accuracy", "fidelity", or "auto" for the usual one of the model's kind.
             format: The format it is to be saved in.
             progress: Whether to show a bar on stderr.
+
+        Raises:
+            DataError: If the text or the images cannot be used.
+            ModelError: If the metric says nothing about the model.
         """
-        windows = self._compressor._evaluation(source)
+        samples = self._compressor._evaluation(source)
         chosen = formats.choose(self.model, self._pairs(), format)
+
+        def measure(model: PreTrainedModel) -> Measurement:
+            by = self._compressor._metric(model, metric)
+            return by.measure(model, samples, batch_size=batch_size(samples), progress=progress)
+
         if chosen.runs_dense:
-            found = Perplexity().measure(self.model, windows, progress=progress)
+            found = measure(self.model)
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self._save(Path(folder) / "model", format=chosen.name)
-                model = type(self.model).from_pretrained(Path(folder) / "model")
-                found = Perplexity().measure(model, windows, progress=progress)
+                found = measure(type(self.model).from_pretrained(Path(folder) / "model"))
         self._measured.append((chosen.runs_dense, found))
         return found
 
@@ -274,6 +493,47 @@ class CompressedModel:
         written = self._save(path, format=format, overwrite=overwrite)
         self._saved = {key: written[key] for key in ("format", "bytes", "files", "layers", "metrics")}
         return written["format"]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        format: str = "auto",
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Save to a temporary folder and upload that, with a model card, as one commit. See `optimum_order.hub.push`.
+
+        Args:
+            repo_id: `namespace/name`, or `name` for your own namespace; made if there is none.
+            format: As in `save_pretrained`.
+            private: Whether a new repository is private. One that is there and public is then refused.
+            revision: The branch to commit to, made if there is none; the main branch by default.
+            create_pr: Whether to open a pull request in place of committing to the branch.
+            token: Hub token; by default the one you are logged in with. It is never stored or printed.
+            commit_message: By default the order and the format.
+
+        Returns:
+            The address of the commit or the pull request.
+
+        Raises:
+            FormatError: As in `save_pretrained`.
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model", format)
+            return hub.push(
+                Path(folder) / "model",
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+                commit_message=commit_message,
+            )
 
     def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
         chosen = formats.choose(self.model, self._pairs(), format)
@@ -299,7 +559,7 @@ class CompressedModel:
         return found
 
     def _facts(self) -> dict[str, Any]:
-        windows, compressor = self._windows, self._compressor
+        compressor = self._compressor
         return {
             "schema": manifest.SCHEMA,
             "base_model": self._base,
@@ -308,17 +568,12 @@ class CompressedModel:
                 {"stage": str(stage), "method": stage.method, "options": method(stage).resolved} for stage in self.order
             ],
             "schedule": self.schedule,
-            "calibration": None
-            if windows is None
-            else {
-                "source": windows.source,
-                "samples": len(windows.ids),
-                "sequence_length": compressor.sequence_length,
-                "tokens": windows.tokens,
-                "digest": windows.digest,
-                "note": windows.note,
-            },
+            **({} if self.plan is None else {"plan": self.plan.as_dict()}),
+            "calibration": self._samples and _describe(self._samples),
+            "sequence_length": compressor.sequence_length,
             "seed": compressor.seed,
+            "targets": compressor.targets,
+            "ignore": compressor.ignore,
             "versions": manifest.versions(),
             "sparsity": round(self.sparsity, 6),
             "layers": {name: self._layer_facts(name, state) for name, state in self.layers.items()},
@@ -343,9 +598,14 @@ class CompressedModel:
         }
 
 
-def _needs_data(stage: Stage) -> bool:
-    chosen = method(stage)
-    return not hasattr(chosen, "needs") or bool(chosen.needs)
+def _describe(samples: Samples) -> dict[str, Any]:
+    """What a manifest says of the samples of a calibration."""
+    if isinstance(samples, Windows):
+        size: dict[str, Any] = {"sequence_length": samples.ids.shape[1], "tokens": samples.tokens}
+    else:
+        size = {"image_shape": list(samples.pixels.shape[1:])}
+    about = {"source": samples.source, "samples": len(samples)}
+    return about | size | {"digest": samples.digest, "note": samples.note}
 
 
 def _device(device: str) -> torch.device:

@@ -124,7 +124,7 @@ class UniformGrid(Grid):
             symmetric: Without a zero point.
             clip: "none" covers the extremes; "mse" tries 32 narrower ranges and keeps the best for each group.
         """
-        rows, inputs = weight.shape
+        inputs = weight.shape[1]
         size = inputs if group_size == -1 else group_size
         # Rows have nothing to do with each other; few at a time stay in the processor's cache.
         parts = weight.split(max(1, _WEIGHTS_AT_A_TIME // inputs)) if weight.device.type == "cpu" else [weight]
@@ -159,8 +159,12 @@ class UniformGrid(Grid):
                 return (candidate.nearest(weight).float().view_as(groups) - groups).square().sum(-1)
             # `nearest` without gathering each weight's scale; a product of two short floats is exact in float32
             scale, (least_code, most_code) = candidate.scale.float()[..., None], candidate._codes
-            zero = 0 if candidate.zero_point is None else candidate.zero_point.float()[..., None]
-            steps = torch.clamp((groups / scale).round_(), least_code - zero, most_code - zero)
+            steps = (groups / scale).round_()
+            if candidate.zero_point is None:
+                steps.clamp_(least_code, most_code)
+            else:
+                zero = candidate.zero_point.float()[..., None]
+                steps = torch.clamp(steps, least_code - zero, most_code - zero)
             return (steps.mul_(scale).to(weight.dtype).float() - groups).square_().sum(-1)
 
         best = grid(1.0)

@@ -177,6 +177,21 @@ class Order:
         return self.stages[index]
 
 
+def parse_stages(text: str) -> list[Stage]:
+    """Read stages in no order yet, separated by commas: `wanda:0.5, gptq(bits=4, group_size=64)`.
+
+    Raises:
+        OrderError: With the position and the piece of text that could not be read.
+    """
+    parser = _Parser(text)
+    stages = [parser.stage()]
+    while parser.accept(","):
+        stages.append(parser.stage())
+    if parser.peek():
+        parser.fail("',' and another stage, or the end")
+    return stages
+
+
 class _Parser:
     """Recursive descent over one line; every failure says where it stood."""
 

@@ -45,7 +45,24 @@ class Result:
 
     states: dict[str, LayerState]
     records: dict[str, list[StageRecord]]
-    order: Order
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def order(self) -> Order:
+        """The stages that were applied."""
+        return Order(self.stages)
+
+    @classmethod
+    def of(cls, units: Sequence[Unit]) -> Result:
+        """The layers as they are in the model, before any stage."""
+        states = {target.name: LayerState(target.read()) for unit in units for target in unit.targets}
+        return cls(states, {name: [] for name in states})
+
+    def write(self, units: Sequence[Unit]) -> None:
+        """Put the layers' weights into the model."""
+        for unit in units:
+            for target in unit.targets:
+                target.write(self.states[target.name].weight)
 
 
 def check(order: Order, units: Sequence[Unit], schedule: str, *, calibrated: bool) -> Order:
@@ -68,12 +85,18 @@ def check(order: Order, units: Sequence[Unit], schedule: str, *, calibrated: boo
         for reason, names in refused.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise OrderError(f"Stage '{stage}' cannot compress {', '.join(names[:3])}{more}: {reason}.")
-        if not calibrated and (isinstance(chosen, Allocator) or any(backend.needs for backend in backends)):
+        if not calibrated and needs_data(stage):
             raise DataError(
                 f"Stage '{stage}' needs calibration data and none was given. Pass calibration=... (a .txt, .jsonl or "
                 ".parquet path, a Hub dataset, or 'builtin'), or use only magnitude, rtn and bitsandbytes."
             )
     return order
+
+
+def needs_data(stage: Stage) -> bool:
+    """Whether a stage looks at the layers' inputs."""
+    chosen = method(stage)
+    return isinstance(chosen, Allocator) or bool(chosen.needs)
 
 
 def run(
@@ -83,6 +106,7 @@ def run(
     batches: Sequence[dict[str, Tensor]],
     *,
     schedule: str = "stage",
+    start: Result | None = None,
     progress: bool = True,
 ) -> Result:
     """Apply every stage in turn; the model's weights end as the states' weights.
@@ -94,6 +118,8 @@ def run(
         batches: Calibration inputs; may be empty if no stage needs statistics.
         schedule: "stage" walks the whole model once per stage, so that a stage sees what all earlier stages made of
             every layer; "block" applies all stages to a block, on one capture of its inputs, before it moves on.
+        start: What earlier stages left, if this run continues them; the model's layers are set to it. With the
+            schedule "stage" the end is bit for bit that of all stages in one run.
         progress: Whether to show a bar on stderr.
 
     Raises:
@@ -105,7 +131,12 @@ def run(
             raise ModelError(
                 f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose weights are finite."
             )
-    result = Result({name: LayerState(target.read()) for name, target in targets.items()}, defaultdict(list), order)
+    if start is None:
+        start = Result.of(units)
+    else:
+        start.write(units)
+    records = {name: list(found) for name, found in start.records.items()}
+    result = Result(dict(start.states), records, (*start.stages, *order))
     with tqdm(total=0, unit="block", disable=not progress) as bar:
         for group in _groups(order, schedule):
             if isinstance(group, Allocator):

@@ -11,24 +11,29 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 INPUTS = torch.arange(1, 25).view(2, 12) % 61
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)  # a model of smaller images gets a corner of these
 
 
 def outputs(model):
-    """The logits of a language model, or an encoder's last hidden state."""
+    """The logits of a language model or an image classifier, or an encoder's last hidden state."""
     model.eval()
+    size = getattr(model.config, "image_size", 32)
+    inputs = PIXELS[..., :size, :size] if model.main_input_name == "pixel_values" else INPUTS
     with torch.no_grad():
-        return model(INPUTS.to(model.device)).to_tuple()[0]
+        return model(inputs.to(model.device)).to_tuple()[0]
 
 
 def main(results, folders):
     torch.set_num_threads(1)
     for index, folder in enumerate(folders):
         config = json.loads(Path(folder, "config.json").read_text())
-        auto = AutoModelForCausalLM if config["architectures"][0].endswith(("LM", "LMHeadModel")) else AutoModel
+        name = config["architectures"][0]
+        auto = AutoModelForCausalLM if name.endswith(("LM", "LMHeadModel")) else AutoModel
+        auto = AutoModelForImageClassification if name.endswith("ForImageClassification") else auto
         model = auto.from_pretrained(folder, device_map="cpu")
         if hasattr(model, "ct_decompress_hook"):
             logits = outputs(model)  # the first forward pass unpacks
@@ -41,8 +46,8 @@ def main(results, folders):
         if not hasattr(model, "ct_decompress_hook"):
             logits = outputs(model)  # bitsandbytes may repack its weights here
         save_file({"outputs": logits.contiguous(), **tensors}, Path(results, f"{index}.safetensors"))
-    assert not any(name.startswith("optimum_order") for name in sys.modules)
 
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2:])
+    assert not any(name.startswith("optimum_order") for name in sys.modules)

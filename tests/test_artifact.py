@@ -1,7 +1,9 @@
 """A saved folder is whole or not there, and `verify` sees whatever is changed in it."""
 
 import json
+import random
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -10,10 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from optimum_order import JointCompressor, artifact, manifest
+from optimum_order import JointCompressor, artifact, formats, manifest
 from optimum_order.errors import ArtifactError, OutputError
 
 ORDER = "wanda(pattern=2:4) > rtn:4"
+SHARDED = "magnitude:0.5 > rtn(bits=4, group_size=32)"
+FORMATS = ("dense", "compressed-tensors", "gptq", "sparse")
+INDEX = "model.safetensors.index.json"
+LAYER = "model.layers.1.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +67,20 @@ def test_an_untouched_artifact_verifies(saved):
     assert artifact.verify(saved) == []
 
 
-def test_a_flipped_bit_in_any_file_is_seen(saved, tmp_path):
-    for file in sorted(saved.iterdir()):
-        folder = shutil.copytree(saved, tmp_path / file.name)
-        data = bytearray((folder / file.name).read_bytes())
-        data[len(data) // 2] ^= 1
-        (folder / file.name).write_bytes(data)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_flipped_bit_in_any_file_is_seen(saved, tmp_path, seed):
+    draw = random.Random(seed)
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
         assert artifact.verify(folder), file.name
+        file.write_bytes(whole[: draw.randrange(len(whole))])
+        assert artifact.verify(folder), file.name
+        file.write_bytes(whole)
+    assert artifact.verify(folder) == []
 
 
 def test_truncated_missing_and_added_files_are_seen(copy):
@@ -96,6 +109,161 @@ def test_an_order_edited_in_any_one_place_is_seen(copy, place):
         (copy / "config.json").write_text(json.dumps(config))
         restate(copy, "config.json")
     assert any("order" in problem for problem in artifact.verify(copy))
+
+
+@pytest.fixture(scope="module")
+def all_sharded(make_model, tmp_path_factory):
+    """The same layers in four formats, each in several files."""
+    root = tmp_path_factory.mktemp("sharded")
+    model = make_model("llama", intermediate_size=64, num_key_value_heads=4).to(torch.bfloat16)
+    model.save_pretrained(root / "source")
+    compressed = JointCompressor.from_pretrained(root / "source").compress(SHARDED, progress=False)
+    pairs, facts = compressed._pairs(), compressed._facts() | {"metrics": {}}
+    for name in FORMATS:
+        chosen = formats.choose(compressed.model, pairs, name)
+        artifact.save(compressed.model, None, pairs, facts, root / name, format=chosen, max_shard_size="20KB")
+        assert artifact.verify(root / name) == [] and (root / name / INDEX).exists()
+    return root
+
+
+@pytest.fixture(params=FORMATS)
+def sharded(all_sharded, tmp_path, request):
+    return shutil.copytree(all_sharded / request.param, tmp_path / request.param)
+
+
+@pytest.fixture
+def copy_of(all_sharded, tmp_path):
+    return lambda name: shutil.copytree(all_sharded / name, tmp_path / name)
+
+
+def change_tensor(folder, key, change):
+    """Change one tensor in place, and make the manifest agree with its file."""
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][key]
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    change(tensors[key])
+    save_file(tensors, file, metadata=header)
+    restate(folder, file.name)
+
+
+def test_swapped_shards_are_seen(sharded):
+    one, other = sorted(sharded.glob("*.safetensors"))[:2]
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    assert any(one.name in problem for problem in artifact.verify(sharded))
+    restate(sharded, one.name)
+    restate(sharded, other.name)
+    assert "in another file than it is" in artifact.verify(sharded)[0]
+
+
+def test_a_shard_with_other_weights_is_seen(copy_of):
+    folder = copy_of("dense")
+    change_tensor(folder, f"{LAYER}.weight", lambda weight: weight.copy_(weight.flip(0)))
+    assert artifact.verify(folder) == [f"layer {LAYER} does not decode to the values that were measured."]
+
+
+def test_an_order_edited_in_the_header_of_any_shard_is_seen(sharded):
+    for file in sorted(sharded.glob("*.safetensors")):
+        whole = file.read_bytes()
+        save_file(load_file(file), file, metadata={"optimum_order": "rtn:4", "format": "pt"})
+        restate(sharded, file.name)
+        assert any("says the order is 'rtn:4'" in problem for problem in artifact.verify(sharded)), file.name
+        file.write_bytes(whole)
+        restate(sharded, file.name)
+    assert artifact.verify(sharded) == []
+
+
+def test_a_weight_off_its_grid_is_seen(copy_of):
+    folder = copy_of("dense")
+
+    def nudge(weight):
+        weight.view(torch.int16)[3, torch.nonzero(weight[3])[0]] += 1  # to the next bfloat16
+
+    change_tensor(folder, f"{LAYER}.weight", nudge)
+    assert artifact.verify(folder) == [f"layer {LAYER} does not decode to the values that were measured."]
+
+
+def test_a_mask_that_does_not_match_the_codes_is_seen(copy_of):
+    folder = copy_of("sparse")
+    (rows, inputs), scales = (64, 32), 2 * 64
+    mask = slice(28 + scales, 28 + scales + rows * inputs // 8)  # after the header and the scales
+
+    def more(payload):
+        payload[mask][:4] = 0xFF
+
+    def moved(payload):
+        payload[mask].copy_(payload[mask].flip(0))
+
+    change_tensor(folder, f"{LAYER}.weight", more)
+    assert "whose mask keeps" in artifact.verify(folder)[0]
+    shutil.rmtree(folder)
+    folder = copy_of("sparse")
+    change_tensor(folder, f"{LAYER}.weight", moved)  # as many bits, elsewhere
+    assert artifact.verify(folder) == [f"layer {LAYER} does not decode to the values that were measured."]
+    shutil.rmtree(folder)
+    folder = copy_of("sparse")
+    edit(folder, lambda facts: facts["layers"][LAYER].update(pruned=facts["layers"][LAYER]["pruned"] - 1))
+    assert any("has a mask of 1024 weights, the manifest says 1023" in problem for problem in artifact.verify(folder))
+
+
+def test_a_newer_schema_asks_for_an_upgrade(copy):
+    edit(copy, lambda facts: facts.update(schema=manifest.SCHEMA + 1))
+    assert len(artifact.verify(copy)) == 1 and "Upgrade it" in artifact.verify(copy)[0]
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "nowhere.safetensors", "a\0b", "n" * 5000])
+def test_an_index_that_points_out_of_the_folder_or_nowhere_is_seen(sharded, name):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"][f"{LAYER}.weight"] = name
+    (sharded / INDEX).write_text(json.dumps(index))
+    restate(sharded, INDEX)
+    assert any("not a .safetensors beside it" in p or "is missing" in p for p in artifact.verify(sharded))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "n" * 5000, "nowhere/nothing", "./config.json"])
+def test_file_names_that_no_system_takes_are_seen(copy, name):
+    edit(copy, lambda facts: facts["files"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
+    assert artifact.verify(copy) == [f"{name} is missing."]
+
+
+def test_a_header_that_declares_more_than_the_file_holds_is_seen(sharded):
+    file = sorted(sharded.glob("*.safetensors"))[1]
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    key = next(key for key in header if key != "__metadata__")
+    for shape, end in (([2**31, 2**31], None), ([2**20, 2**20], 2**41), ([2**62, 4], 0), ([-1, 5], None)):
+        lie = header | {key: header[key] | {"shape": shape}}
+        if end is not None:
+            lie[key] = lie[key] | {"data_offsets": [lie[key]["data_offsets"][0], end]}
+        text = json.dumps(lie).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        restate(sharded, file.name)
+        assert f"{file} cannot be read" in artifact.verify(sharded)[0]
+    file.write_bytes(struct.pack("<Q", 2**62) + data[8:])
+    restate(sharded, file.name)
+    assert f"{file} cannot be read" in artifact.verify(sharded)[0]
+
+
+def test_layers_that_declare_more_than_their_bytes_hold_are_seen(copy_of):
+    def huge(folder, key, change):
+        change_tensor(folder, f"{LAYER}.{key}", change)
+        return artifact.verify(folder)[0]
+
+    def sparse_shape(payload):
+        payload[8:16] = torch.tensor([0xFF] * 7 + [0x7F], dtype=torch.uint8)  # rows, inputs
+
+    assert "has the header" in huge(copy_of("sparse"), "weight", sparse_shape)
+    packed = copy_of("compressed-tensors")
+    assert "are not a layer of" in huge(packed, "weight_shape", lambda shape: shape.fill_(2**40))
+    gptq = copy_of("gptq")
+    config = json.loads((gptq / "config.json").read_text())
+    config["quantization_config"]["bits"] = 2
+    (gptq / "config.json").write_text(json.dumps(config))
+    restate(gptq, "config.json")
+    assert "do not fit a layer" in artifact.verify(gptq)[0]
 
 
 def test_a_code_that_was_changed_is_seen(copy):
@@ -218,3 +386,32 @@ def test_a_disk_without_room_is_one_clear_error_and_leaves_nothing(tiny_llama_fo
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ran.stdout.startswith("OutputError Cannot write") and "make room" in ran.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_pages_for_people_and_hidden_folders_are_left_alone(copy):
+    for name in ("README.md", "optimum_order.png", "LICENSE", "NOTICE.txt", ".gitattributes"):
+        (copy / name).write_text("edited on the Hub")
+    (copy / ".git").mkdir()
+    (copy / ".git" / "config").write_text("of a clone")
+    assert artifact.verify(copy) == []
+    (copy / "docs").mkdir()
+    for name in ("README.md.py", "docs/README.md", "LICENSE.py"):
+        (copy / name).write_text("not ours")
+    assert [problem.split()[0] for problem in artifact.verify(copy)] == ["LICENSE.py", "README.md.py", "docs/README.md"]
+
+
+def test_a_link_is_only_followed_inside_a_cache_of_the_hub(saved, tmp_path):
+    store, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
+    store.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in saved.iterdir():
+        shutil.copy(file, store / file.name)
+        (snapshot / file.name).symlink_to(store / file.name)
+    assert artifact.verify(snapshot) == []
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(saved / "config.json")
+    assert artifact.verify(snapshot) == ["the manifest names a file it may not: 'config.json'."]
+    (tmp_path / "elsewhere").mkdir()
+    for file in saved.iterdir():
+        (tmp_path / "elsewhere" / file.name).symlink_to(store / file.name)
+    assert all("names a file it may not" in problem for problem in artifact.verify(tmp_path / "elsewhere"))

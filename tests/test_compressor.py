@@ -6,14 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTImageProcessorPil, pipeline
 
 from optimum_order import JointCompressor, Stage
 from optimum_order.artifact import verify
 from optimum_order.calibration.data import load
+from optimum_order.calibration.images import digits
 from optimum_order.errors import DataError, FormatError, ModelError, OptimumOrderError, OrderError, OutputError
 
 SCRIPT = Path(__file__).parent / "reload_stock.py"
@@ -312,3 +315,150 @@ def test_weights_outside_the_blocks_must_be_finite_too(tiny_llama_folder):
     model.model.embed_tokens.weight.data[3, 5] = float("nan")
     with pytest.raises(ModelError, match="embed_tokens"):
         JointCompressor(model).compress("rtn:4", progress=False)
+
+
+# --- models that read images ------------------------------------------------------------------------------------------
+
+VISION = [
+    "magnitude:0.5 > rtn:4",
+    "rtn(bits=3, group_size=32) > wanda:0.5",
+    "sparsegpt:0.5 > gptq:4",
+    "gptq:3 > sparsegpt(pattern=2:4)",
+    "wanda(pattern=2:4) > bitsandbytes:nf4",
+    "bitsandbytes:int8 > wanda:0.5",
+    "magnitude:0.5 > mixed_precision:4",
+]
+VISION_PAIRS = [(model, order) for model in ("tiny-vit", "tiny-resnet") for order in VISION]
+
+
+@pytest.fixture(scope="module")
+def classifiers():
+    """The embedded image classifiers, by name."""
+    return {
+        name: JointCompressor.from_pretrained(name, calibration_samples=32, device="cpu")
+        for name in ("tiny-vit", "tiny-resnet")
+    }
+
+
+@pytest.fixture(scope="module")
+def vision_pairs(classifiers, tmp_path_factory):
+    """As `pairs`, of the image classifiers."""
+    root = tmp_path_factory.mktemp("vision")
+    made = {pair: classifiers[pair[0]].compress(pair[1], progress=False) for pair in VISION_PAIRS}
+    folders = {pair: root / str(index) for index, pair in enumerate(VISION_PAIRS)}
+    for pair, compressed in made.items():
+        compressed.save_pretrained(folders[pair])
+    (root / "results").mkdir()
+    subprocess.run([sys.executable, SCRIPT, root / "results", *folders.values()], check=True, cwd=root)
+    return {
+        pair: (compressed, folders[pair], load_file(root / "results" / f"{index}.safetensors"))
+        for index, (pair, compressed) in enumerate(made.items())
+    }
+
+
+@pytest.mark.parametrize(("model", "order"), VISION_PAIRS)
+def test_pairs_on_image_classifiers_keep_the_invariants_and_reload_exactly(vision_pairs, model, order):
+    compressed, folder, loaded = vision_pairs[model, order]
+    for name, state in compressed.layers.items():
+        state.check(name)
+        assert state.grid is not None and 0.48 < state.sparsity < 0.52
+        assert torch.equal(compressed.model.get_parameter(f"{name}.weight").flatten(1), state.weight)
+    for name, parameter in compressed.model.named_parameters():  # all of them: nothing may come back random
+        assert torch.equal(loaded[name].to(parameter.dtype), parameter), name
+    config = json.loads((folder / "config.json").read_text())
+    method = config.get("quantization_config", {}).get("quant_method", "dense")
+    packed = "bitsandbytes" if "bitsandbytes" in order else "compressed-tensors"
+    assert method == (packed if model == "tiny-vit" else "dense")
+    if method != "bitsandbytes":
+        size = getattr(compressed.model.config, "image_size", 32)
+        pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)[..., :size, :size]
+        with torch.no_grad():
+            expected = compressed.model(pixels).logits
+        # a convolution of the same numbers elsewhere in memory may round otherwise
+        assert torch.allclose(loaded["outputs"], expected, rtol=0, atol=0 if model == "tiny-vit" else 1e-5)
+    assert verify(folder) == []
+
+
+def test_the_embedded_classifiers_are_as_good_as_their_recipes_say(classifiers):
+    for name, compressor in classifiers.items():
+        folder = Path(compressor.source._path)
+        recipe = json.loads((folder / "recipe.json").read_text())
+        found = compressor.evaluate(progress=False)
+        assert found.name == "accuracy" and len(found.per_sequence) == 900
+        # two images may be a matter of rounding on another processor
+        assert found.value > 0.95 and found.value == pytest.approx(recipe["accuracy_held_out"], abs=2.5 / 900), name
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet"])
+def test_compression_costs_accuracy_and_the_order_matters(classifiers, name):
+    """They are small enough that what an order does to them can be seen."""
+    before = classifiers[name].evaluate(progress=False).value
+    found = {
+        order: classifiers[name].compress(order, progress=False).evaluate(format="dense", progress=False).value
+        for order in ("gptq:4", "magnitude:0.65 > rtn:2", "wanda:0.5 > rtn:3", "rtn:3 > wanda:0.5")
+    }
+    assert found["gptq:4"] > before - 0.02
+    assert found["magnitude:0.65 > rtn:2"] < before - 0.3
+    assert found["wanda:0.5 > rtn:3"] != found["rtn:3 > wanda:0.5"]
+    assert max(found["wanda:0.5 > rtn:3"], found["rtn:3 > wanda:0.5"]) < before - 0.03
+
+
+def test_a_manifest_says_what_images_were_used(classifiers, tmp_path):
+    compressed = classifiers["tiny-resnet"].compress("wanda:0.5", progress=False)
+    classifiers["tiny-resnet"].evaluate(progress=False)
+    after = compressed.evaluate(progress=False)
+    compressed.save_pretrained(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "optimum_order.json").read_text())
+    calibration = manifest["calibration"]
+    assert len(calibration.pop("digest")) == 64
+    assert calibration == {"source": "builtin", "samples": 32, "image_shape": [3, 32, 32], "note": ""}
+    metric = manifest["metrics"]["accuracy"]
+    assert metric["after"]["value"] == after.value and metric["before"]["value"] > 0.95
+    assert metric["after"]["source"] == "builtin" and metric["after"]["digest"] == after.digest
+    classify = pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
+    image = Image.fromarray(digits("evaluation")[0][0])
+    assert classify(image)[0]["label"] == str(digits("evaluation")[1][0])
+
+
+def test_one_model_by_two_metrics(classifiers):
+    compressed = classifiers["tiny-vit"].compress("rtn:2", progress=False)
+    fidelity = compressed.evaluate(metric="fidelity", progress=False)
+    assert classifiers["tiny-vit"].evaluate(metric="fidelity", progress=False).value == 0
+    accuracy = compressed.evaluate(metric="accuracy", progress=False)
+    assert fidelity.value > 0.01
+    metrics = compressed.manifest["metrics"]
+    assert metrics["fidelity"]["after"]["value"] == fidelity.value and metrics["fidelity"]["before"]["value"] == 0
+    assert metrics["accuracy"]["after"]["value"] == accuracy.value
+    with pytest.raises(ModelError, match="Did you mean 'accuracy'"):
+        compressed.evaluate(metric="acuracy", progress=False)
+    with pytest.raises(ModelError, match="Perplexity is for causal language models"):
+        compressed.evaluate(metric="perplexity", progress=False)
+
+
+def test_a_classifier_in_memory_with_images_of_the_users_own(make_image_model):
+    """Its grouped convolutions are single targets; its weights lie channels last, as fast code likes them."""
+    model = make_image_model("regnet").to(memory_format=torch.channels_last)
+    images = [np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8) for i in range(6)]
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    compressor = JointCompressor(model, processor, calibration=images, calibration_samples=6)
+    compressed = compressor.compress("wanda:0.5 > gptq(bits=4, group_size=-1)", progress=False)
+    groups = [name for name in compressed.layers if ".weight." in name]
+    assert len(groups) == 2 + 4 + 4
+    for name, state in compressed.layers.items():
+        assert state.grid is not None and state.sparsity == 0.5
+        assert all(stage["measured_on"] != "weights" for stage in compressed.manifest["layers"][name]["stages"])
+    measured = compressed.evaluate((images, [0, 1, 2, 3, 4, 5]), progress=False)
+    assert measured.name == "accuracy" and len(measured.per_sequence) == 6
+    with pytest.raises(DataError, match="have no labels"):
+        compressed.evaluate(images, progress=False)
+    with pytest.raises(DataError, match="Images are a folder"):
+        JointCompressor(model, processor, calibration=7).compress("wanda:0.5", progress=False)
+    with pytest.raises(DataError, match=r"Image 1 must be a PIL image .* got str"):
+        JointCompressor(model, processor, calibration=["some text"]).compress("wanda:0.5", progress=False)
+
+
+def test_more_images_than_there_are_is_a_warning(classifiers, caplog):
+    pixels = torch.randn(5, 3, 8, 8)
+    chosen = JointCompressor.from_pretrained("tiny-vit", calibration=pixels)
+    chosen.compress("wanda:0.5", progress=False)
+    assert "pixels in memory has 5 images, 128 were asked for" in caplog.text

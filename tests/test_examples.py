@@ -1,5 +1,6 @@
 """Everything a newcomer is told to run does run: the examples, the demo, and the code in the README."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TRAINING = "train_tiny_llama.py"  # takes hours; only its command line is tried
-EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.py") if file.name != TRAINING)
+TRAINING = ("train_tiny_llama.py", "train_tiny_vision.py")  # take minutes or hours
+EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.py") if file.name not in TRAINING)
 
 
 def run(*command, folder) -> str:
@@ -32,14 +33,25 @@ def test_every_example_runs(name, tmp_path):
     assert run(ROOT / "examples" / name, folder=tmp_path)
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, TRAINING])
+@pytest.mark.parametrize("name", [*EXAMPLES, *TRAINING])
 def test_every_example_says_how_to_run_it(name):
     first, *_ = (ROOT / "examples" / name).read_text(encoding="utf-8").split('"""', 2)[1:]
     assert f"python examples/{name}" in first
 
 
 def test_the_training_script_explains_itself(tmp_path):
-    assert "--minutes" in run(ROOT / "examples" / TRAINING, "--help", folder=tmp_path)
+    assert "--minutes" in run(ROOT / "examples" / "train_tiny_llama.py", "--help", folder=tmp_path)
+
+
+@pytest.mark.parametrize(("model", "better_than"), [("vit", 0.35), ("resnet", 0.8)])
+def test_a_vision_model_is_trained_and_saved(model, better_than, tmp_path):
+    run(ROOT / "examples" / "train_tiny_vision.py", model, "--epochs", "4", "--output", "out", folder=tmp_path)
+    shipped = ROOT / "optimum_order" / "assets" / f"tiny-{model}"
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (tmp_path / "out" / name).read_text() == (shipped / name).read_text()
+    trained, recipe = (json.loads((f / "recipe.json").read_text()) for f in (tmp_path / "out", shipped))
+    assert set(trained) == set(recipe)
+    assert better_than < trained["accuracy_held_out"] < recipe["accuracy_held_out"]
 
 
 def test_the_demo(tiny_llama_folder, text_file, tmp_path):

@@ -14,8 +14,9 @@ ROOT = Path(optimum_order.__file__).parent
 FLOORS = [
     {"cli"},
     {"compressor"},
-    {"hub"},
+    {"card", "hub"},
     {"ordering"},
+    {"convert"},
     {"artifact"},
     {"checkpoint", "pipeline"},
     {"calibration"},

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from optimum_order import backends, formats
+from optimum_order.checkpoint import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -78,14 +79,21 @@ def check_program(program, folder):
     assert {"wanda", "gptq"} <= {method["name"] for method in listed["methods"]}
 
 
-def test_the_embedded_model_is_installed(installed, tmp_path):
+def test_the_embedded_models_are_installed(installed, tmp_path):
     code = """
         from importlib import resources
-        folder = resources.files("optimum_order") / "assets" / "tiny-llama"
-        print(*sorted(file.name for file in folder.iterdir()))
+        for folder in (resources.files("optimum_order") / "assets").iterdir():
+            print(*(f"{folder.name}/{file.name}" for file in folder.iterdir()))
     """
-    names = run(installed / "python", "-c", textwrap.dedent(code), cwd=tmp_path).split()
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)
+    names = set(run(installed / "python", "-c", textwrap.dedent(code), cwd=tmp_path).split())
+    for model in EMBEDDED:
+        reader = "tokenizer.json" if model == "tiny-llama" else "preprocessor_config.json"
+        assert {f"{model}/{file}" for file in ("config.json", "model.safetensors", "recipe.json", reader)} <= names
+
+
+@pytest.mark.parametrize("model", ["tiny-resnet", "tiny-vit"])
+def test_the_vision_models_are_small(model):
+    assert sum(file.stat().st_size for file in (ROOT / "optimum_order" / "assets" / model).iterdir()) < 1_000_000
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(source, tmp_path):
@@ -121,9 +129,10 @@ def test_registering_the_commands_and_their_help_import_no_torch():
 def test_everything_imported_is_declared():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
+    optional = config["options.extras_require"]["vision"]
     declared = {
         re.match(r"[A-Za-z0-9_-]+", line).group().lower().replace("_", "-")
-        for line in config["options"]["install_requires"].split("\n")
+        for line in (config["options"]["install_requires"] + optional).split("\n")
         if line
     }
     imported = set()

@@ -10,14 +10,20 @@ from optimum_order import __version__
 from optimum_order.cli.backends import BackendsCommand
 from optimum_order.cli.export import ExportCommand
 from optimum_order.cli.inspect import InspectCommand
+from optimum_order.cli.plan import PlanCommand
+from optimum_order.cli.push import PushCommand
+from optimum_order.cli.study import StudyCommand
 from optimum_order.cli.verify import VerifyCommand
 
 SUMMARY = "Prune and quantise a Hugging Face model, in the order that hurts it least."
 
 COMMANDS = (
     CommandInfo("export", "compress a model and save it", ExportCommand),
+    CommandInfo("study", "run many orders of a model and report what the order is worth", StudyCommand),
+    CommandInfo("plan", "find the order of some stages that hurts a model least", PlanCommand),
     CommandInfo("inspect", "show what was done to a saved model, and what it cost", InspectCommand),
     CommandInfo("verify", "check that a saved model is what it says it is", VerifyCommand),
+    CommandInfo("push", "upload a saved model to the Hub, with a model card", PushCommand),
     CommandInfo("backends", "list the compression methods with their options, and the formats", BackendsCommand),
 )
 

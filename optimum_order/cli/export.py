@@ -1,21 +1,21 @@
-"""`optimum-order export`: compress a model in the order that is asked for, and save it."""
+"""`optimum-order export`: compress a model in the order that is asked for, or convert one that is, and save it."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from optimum_order.cli import arguments
 from optimum_order.cli.base import Command, size
-from optimum_order.errors import FormatError, unknown
+from optimum_order.errors import FormatError, HubError, ModelError, OrderError, unknown
 from optimum_order.order import Order
 
 DESCRIPTION = """\
 Compress MODEL by the stages of an order, first to last, and save it to OUTPUT: a folder that
-transformers loads by itself, without optimum-order.
+transformers loads by itself, without optimum-order. Without an order, MODEL is one that was
+saved so, and is saved again with the same values in another format.
 """
 
 EPILOG = """\
@@ -28,15 +28,27 @@ how an order is written:
 
 examples:
   optimum-order export tiny-llama out --order "wanda:0.5 > gptq:4" --evaluate builtin
+  optimum-order export tiny-resnet out --order "gptq:4 > sparsegpt:0.5" --evaluate builtin
   optimum-order export ./my-model out --order "rtn:8" --format compressed-tensors
   optimum-order export some/model out --order "sparsegpt(sparsity=0.5, pattern=2:4) > gptq:4" \\
       --calibration my-text.txt --evaluate my-held-out-text.txt
+  optimum-order export out elsewhere --format sparse
 """
 
-SOURCE = (
-    "a .txt, .jsonl or .parquet file, a Hub dataset as id[:config][:split][:column], or 'builtin' (Python's own "
-    "documentation, no network)"
+
+_CONVERTING = (
+    "model",
+    "revision",
+    "output",
+    "order",
+    "format",
+    "overwrite",
+    "push_to_hub",
+    "private",
+    "create_pr",
+    "json",
 )
+"""What may be said where there is no order."""
 
 
 class ExportCommand(Command):
@@ -47,36 +59,16 @@ class ExportCommand(Command):
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         parser.description = DESCRIPTION
         parser.epilog = EPILOG
-        parser.add_argument(
-            "model", metavar="MODEL", help="a folder, a Hub id, or 'tiny-llama', the small model that comes with us"
-        )
+        arguments.model(parser)
         parser.add_argument("output", metavar="OUTPUT", help="the folder to write; refused if it is not empty")
-        parser.add_argument("--order", required=True, help='the stages, first to last, such as "wanda:0.5 > gptq:4"')
+        parser.add_argument("--order", help='the stages, first to last, such as "wanda:0.5 > gptq:4"')
         parser.add_argument(
             "--format",
             default="auto",
-            help="how to store it; auto (default) takes the smallest format that holds every layer exactly",
+            help="how to store it; auto (default) takes the smallest format that holds every layer exactly and needs "
+            "nothing but transformers to load; 'optimum-order backends' lists them",
         )
-        parser.add_argument(
-            "--calibration",
-            metavar="SRC",
-            help=f"text for the methods that look at a layer's inputs: {SOURCE}; default: builtin for tiny-llama, "
-            "otherwise required by every method but magnitude, rtn and bitsandbytes",
-        )
-        parser.add_argument(
-            "--calibration-samples",
-            metavar="N",
-            type=int,
-            default=128,
-            help="how many windows of that text (default %(default)s)",
-        )
-        parser.add_argument(
-            "--sequence-length",
-            metavar="N",
-            type=int,
-            default=512,
-            help="tokens in a window, in calibration and evaluation (default %(default)s)",
-        )
+        arguments.calibration(parser)
         parser.add_argument(
             "--schedule",
             default="stage",
@@ -84,53 +76,36 @@ class ExportCommand(Command):
             "block before the next block, which is faster",
         )
         parser.add_argument(
-            "--evaluate", metavar="SRC", help="measure perplexity on this text before and after (all of it is used)"
+            "--evaluate", metavar="SRC", help="measure the model on this before and after; all of it is used"
         )
+        arguments.metric(parser)
+        arguments.loading(parser)
         parser.add_argument(
-            "--seed", metavar="N", type=int, default=0, help="which windows are drawn (default %(default)s)"
+            "--push-to-hub", metavar="ID", help="then upload OUTPUT to namespace/name on the Hub, with a model card"
         )
-        parser.add_argument(
-            "--device", default="auto", help="auto (default) takes a GPU where there is one; or cpu, cuda, cuda:N"
-        )
-        parser.add_argument(
-            "--dtype", default="auto", help="auto (default) keeps the checkpoint's; or float32, bfloat16, float16"
-        )
-        parser.add_argument(
-            "--targets",
-            metavar="PATTERN",
-            nargs="+",
-            help="compress only these layers: a shell pattern on the full name such as '*.q_proj', or 're:' and a "
-            "regular expression; by default every layer inside the model's blocks",
-        )
-        parser.add_argument(
-            "--ignore", metavar="PATTERN", nargs="+", help="leave these layers alone; wins over --targets"
-        )
+        parser.add_argument("--private", action="store_true", help="make that repository private, if it is new")
+        parser.add_argument("--create-pr", action="store_true", help="open a pull request there in place of committing")
         parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is not empty")
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import artifact, formats
+        from optimum_order import artifact, evaluation, formats, hub
         from optimum_order.backends import canonical
-        from optimum_order.compressor import JointCompressor
 
-        _hush_libraries()
+        arguments.hush_libraries()
         args, output = self.args, Path(self.args.output)
         # What can be refused at once is refused before anything is read or computed.
-        order = canonical(Order.parse(args.order))
+        order = None if args.order is None else canonical(Order.parse(args.order))
         if args.format not in (allowed := ["auto", *formats.available()]):
             raise FormatError(unknown("format", args.format, allowed))
+        if args.metric not in (allowed := ["auto", *evaluation.available()]):
+            raise ModelError(unknown("metric", args.metric, allowed))
         artifact.check_output(output, overwrite=args.overwrite)
-        compressor = JointCompressor.from_pretrained(
-            args.model,
-            calibration=args.calibration,
-            calibration_samples=args.calibration_samples,
-            sequence_length=args.sequence_length,
-            seed=args.seed,
-            device=args.device,
-            dtype=args.dtype,
-            targets=args.targets,
-            ignore=args.ignore,
-        )
+        if args.push_to_hub:
+            hub.check(args.push_to_hub)
+        if order is None:
+            return self._convert(output)
+        compressor = arguments.compressor(args)
         seconds = {}
         begin = last = time.perf_counter()
 
@@ -139,29 +114,67 @@ class ExportCommand(Command):
             seconds[name], last = round(time.perf_counter() - last, 2), time.perf_counter()
 
         if args.evaluate:
-            compressor.evaluate(args.evaluate)
+            compressor.evaluate(args.evaluate, args.metric)
             lap("evaluate_before")
         compressed = compressor.compress(order, args.schedule)
         lap("compress")
         if args.evaluate:
-            compressed.evaluate(args.evaluate, format=args.format)
+            compressed.evaluate(args.evaluate, args.metric, format=args.format)
             lap("evaluate_after")
         chosen = compressed.save_pretrained(output, format=args.format, overwrite=args.overwrite)
         lap("save")
-        manifest = compressed.manifest
+        pushed = {"url": self._push(output)} if args.push_to_hub else {}
+        seconds["total"] = round(time.perf_counter() - begin, 2)
+        return self._result(compressed.manifest | {"format": chosen}, seconds) | pushed
+
+    def _convert(self, output: Path) -> dict[str, Any]:
+        from optimum_order import hub, manifest
+        from optimum_order.convert import convert
+
+        args = self.args
+        given = hub.locate(args.model, revision=args.revision) if "/" in args.model else Path(args.model)
+        if not (given / manifest.FILE).is_file():
+            raise OrderError(
+                f"'--order' must say what is to be done to '{args.model}'. Without it only a model that optimum-order "
+                "has saved can be exported, to save it in another format."
+            )
+        parser = argparse.ArgumentParser()
+        self.parse_args(parser)
+        default = vars(parser.parse_args([args.model, args.output]))
+        for name in default.keys() - _CONVERTING:
+            if getattr(args, name) != default[name]:
+                option = name.replace("_", "-")
+                raise OrderError(f"'--{option}' means nothing without '--order': '{args.model}' is only stored anew.")
+        begin = time.perf_counter()
+        converted = convert(given, output, args.format, overwrite=args.overwrite)
+        seconds = {"total": round(time.perf_counter() - begin, 2)}
+        return self._result(converted, seconds) | ({"url": self._push(output)} if args.push_to_hub else {})
+
+    def _result(self, manifest: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         return {
-            "output": str(output),
+            "output": str(Path(self.args.output)),
             "order": manifest["order"],
-            "format": chosen,
+            "format": manifest["format"],
             "schedule": manifest["schedule"],
-            "seconds": seconds | {"total": round(time.perf_counter() - begin, 2)},
+            "seconds": seconds,
             "bytes": manifest["bytes"],
             "sparsity": manifest["sparsity"],
             "metrics": {
-                name: {when: measured["value"] for when, measured in both.items()}
+                name: {when: measured and measured["value"] for when, measured in both.items()}
                 for name, both in manifest["metrics"].items()
             },
         }
+
+    def _push(self, output: Path) -> str:
+        from optimum_order import hub
+
+        repo_id = self.args.push_to_hub
+        try:
+            return hub.push(output, repo_id, private=self.args.private, create_pr=self.args.create_pr)
+        except HubError as error:
+            raise HubError(
+                f"{error} The model is saved in '{output}': 'optimum-order push {output} {repo_id}' tries again."
+            ) from error
 
     def show(self, result: dict[str, Any]) -> None:
         from rich.console import Console
@@ -170,7 +183,8 @@ class ExportCommand(Command):
         table = Table(show_header=False)
         table.add_row("order", result["order"].replace(" > ", " → "))
         for name, values in result["metrics"].items():
-            table.add_row(name, f"{values['before']:.4g} → {values['after']:.4g}")
+            before = "not measured" if values["before"] is None else f"{values['before']:.4g}"
+            table.add_row(name, f"{before} → {values['after']:.4g}")
         table.add_row("weights on disk", f"{size(result['bytes']['before'])} → {size(result['bytes']['after'])}")
         table.add_row("bits per compressed weight", f"{result['bytes']['per_weight_bits']:.2f}")
         table.add_row("sparsity", f"{result['sparsity']:.1%}")
@@ -178,14 +192,16 @@ class ExportCommand(Command):
         table.add_row("seconds", ", ".join(f"{name} {value:g}" for name, value in result["seconds"].items()))
         console = Console(markup=False, highlight=False)
         console.print(table)
-        console.print(f"Saved to {result['output']}; transformers loads it from there by itself.", soft_wrap=True)
+        console.print(f"Saved to {result['output']}; transformers loads it from there {_how(result)}.", soft_wrap=True)
+        if "url" in result:
+            console.print(f"Uploaded: {result['url']}", soft_wrap=True)
 
 
-def _hush_libraries() -> None:
-    """Keep the libraries' own progress bars and advice off the screen, unless their users asked to see them."""
-    import transformers
+def _how(result: dict[str, Any]) -> str:
+    """What transformers needs to load the result, as the end of a sentence."""
+    from optimum_order import formats
 
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends optional kernels on every CPU
+    format = formats.available()[result["format"]]
+    if format.import_first:
+        return f"after 'import {format.import_first}'"
+    return "by itself" if format.stock else f"where {', '.join(format.packages)} are installed"

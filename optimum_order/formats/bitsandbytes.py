@@ -40,6 +40,7 @@ class BitsAndBytes(Format):
     name = "bitsandbytes"
     summary = "stock 4-bit (nf4, fp4) and 8-bit checkpoints; read by transformers"
     runs_dense = False
+    packages = ("accelerate", "bitsandbytes")
     tensors = (
         "weight",
         "weight.absmax",
@@ -59,6 +60,8 @@ class BitsAndBytes(Format):
             return f"its {type(state.grid).__name__} is not a grid of the bitsandbytes library"
         if target.kind == "expert":
             return "it is a fused expert, which the library has no module for"
+        if target.kind == "conv2d":
+            return "it is a convolution, which the library has no module for"
         return None
 
     def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
@@ -213,7 +216,7 @@ class BitsAndBytes(Format):
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         entry = config["quantization_config"]
         dtype = config.get("dtype")
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise ArtifactError(f"config.json must give 'dtype' as {', '.join(_DTYPES)}, got {dtype!r}")
         if entry.get("load_in_8bit") is True:
             return {"data_type": "int8", "dtype": dtype}

@@ -22,10 +22,12 @@ from transformers import PreTrainedModel
 
 from optimum_order.errors import ArtifactError, InvariantError
 from optimum_order.formats import available
-from optimum_order.formats.base import Format, Layers, Layout, Piece
+from optimum_order.formats.base import Format, Layers, Layout, Piece, as_matrix
 from optimum_order.layer import LayerState, UniformGrid
 from optimum_order.manifest import read_json
 
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8")
+"""What the tensors of a layer may be, in the words of safetensors: torch can do nothing with some of the others."""
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -103,7 +105,7 @@ def _replace(
     for name, piece in found:
         target, state = layers[name]
         matrix = state.weight.T if target.transposed else state.weight
-        held = dense.reshape(-1, dense.shape[-1])[piece.at : piece.at + piece.rows]
+        held = as_matrix(dense)[piece.at : piece.at + piece.rows]
         if not torch.equal(held, matrix[piece.start : piece.start + piece.rows].cpu()):
             raise InvariantError(f"The model does not hold the weight that layer '{name}' has.")
         if format.encodes(state):
@@ -119,7 +121,8 @@ def _rows(state: LayerState, piece: Piece) -> LayerState:
     if isinstance(grid, UniformGrid):
         zero = None if grid.zero_point is None else grid.zero_point[rows]
         grid = dataclasses.replace(grid, scale=grid.scale[rows], zero_point=zero)
-    return dataclasses.replace(state, weight=state.weight[rows], pruned=None, grid=grid)
+    pruned = None if state.pruned is None else state.pruned[rows]
+    return dataclasses.replace(state, weight=state.weight[rows], pruned=pruned, grid=grid)
 
 
 def read(folder: str | Path, layers: Mapping[str, Any] | None = None) -> Iterator[tuple[str, LayerState]]:
@@ -136,21 +139,28 @@ def read(folder: str | Path, layers: Mapping[str, Any] | None = None) -> Iterato
         ArtifactError: If a file is missing or damaged, or a layer is not there or cannot be decoded.
     """
     folder = Path(folder)
-    config = read_json(folder / _CONFIG)
-    entry = config.get("quantization_config")
-    name = "dense" if entry is None else entry.get("quant_method") if isinstance(entry, dict) else None
-    if not isinstance(name, str) or name not in available():
-        raise ArtifactError(
-            f"{folder / _CONFIG} names the quantisation {name!r}, which is none of {', '.join(available())}."
-        )
     with ExitStack() as files:
-        checkpoint = _Checkpoint(folder, config, available()[name](), files)
+        checkpoint = _Checkpoint(folder, files)
         for layer in checkpoint.matrices() if layers is None else layers:
             try:
                 state = checkpoint.layer(layer, layers and layers[layer])
             except ArtifactError as error:
                 raise ArtifactError(f"Layer '{layer}' in {folder}: {error}.") from error
             yield layer, state
+
+
+def plain(folder: str | Path) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors that are stored as they are, and the names of those that are encoded.
+
+    Raises:
+        ArtifactError: If a file is missing or damaged.
+    """
+    with ExitStack() as files:
+        checkpoint = _Checkpoint(Path(folder), files)
+        encoded = {prefix for prefix in checkpoint.parts if not checkpoint.is_plain(prefix)}
+        belong = {f"{prefix}.{local}" for prefix in encoded for local in checkpoint.parts[prefix]}
+        tensors = {key: shard.get_tensor(key) for key, shard in checkpoint.shards.items() if key not in belong}
+        return tensors, {f"{prefix}.weight" for prefix in encoded}
 
 
 def header(file: str | Path) -> dict[str, str]:
@@ -166,24 +176,36 @@ def header(file: str | Path) -> dict[str, str]:
 class _Checkpoint:
     """The open shards of one folder, and which of their tensors belong together."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], format: Format, files: ExitStack):
-        self.config, self.format = config, format
+    def __init__(self, folder: Path, files: ExitStack):
+        self.config = read_json(folder / _CONFIG)
+        entry = self.config.get("quantization_config")
+        name = "dense" if entry is None else entry.get("quant_method") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name not in available():
+            raise ArtifactError(
+                f"{folder / _CONFIG} names the quantisation {name!r}, which is none of {', '.join(available())}."
+            )
+        self.format: Format = available()[name]()
         self.shards: dict[str, Any] = {}
         self.parts: dict[str, set[str]] = {}
-        locals_ = sorted({"weight", *format.tensors}, key=len, reverse=True)
+        locals_ = sorted({"weight", *self.format.tensors}, key=len, reverse=True)
+        places: dict[str, str] = {}
         for shard in _shards(folder):
             opened = files.enter_context(_open(folder / shard))
             for key in opened.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                 if key in self.shards:
                     raise ArtifactError(f"{folder} holds the tensor '{key}' twice.")
                 self.shards[key] = opened
+                places[key] = shard
                 local = next((local for local in locals_ if key.endswith(f".{local}")), None)
                 if local is not None:
                     self.parts.setdefault(key.removesuffix(f".{local}"), set()).add(local)
+        # Others go by the index alone, and would load random weights for what it does not find.
+        if (folder / _INDEX).exists() and places != read_json(folder / _INDEX)["weight_map"]:
+            raise ArtifactError(f"{folder / _INDEX} says of a tensor that it is in another file than it is.")
 
     def matrices(self) -> list[str]:
         """The prefixes of everything that is encoded or is a matrix called `weight`."""
-        return [p for p, parts in self.parts.items() if parts != {"weight"} or len(self._shape(f"{p}.weight")) == 2]
+        return [p for p in self.parts if not self.is_plain(p) or len(self._slice(f"{p}.weight").get_shape()) == 2]
 
     def layer(self, name: str, stored: Any) -> LayerState:
         """One layer, put together from the rows that `stored` lists."""
@@ -202,11 +224,11 @@ class _Checkpoint:
                 raise ArtifactError("the list of its rows cannot be read")
             taken[key].append((first, first + count))
             prefix = key.removesuffix(".weight")
-            if key in self.shards and self.parts.get(prefix, {"weight"}) == {"weight"}:
-                tensor = self.shards[key].get_tensor(key)
+            if key in self.shards and (prefix not in self.parts or self.is_plain(prefix)):
+                tensor = self._tensor(key)
                 if tensor.ndim < 2 or not tensor.numel():
                     raise ArtifactError(f"'{key}' is no matrix")
-                rows = tensor.reshape(-1, tensor.shape[-1])[first : first + count]
+                rows = as_matrix(tensor)[first : first + count]
                 parts.append(LayerState(rows.T.contiguous() if stored.get("transposed") is True else rows))
             else:
                 parts.append(self._part(prefix, name))
@@ -216,13 +238,22 @@ class _Checkpoint:
         parts = self.parts.get(prefix)
         if parts is None:
             raise ArtifactError("there is no such tensor")
-        tensors = {local: self.shards[f"{prefix}.{local}"].get_tensor(f"{prefix}.{local}") for local in parts}
-        if parts == {"weight"}:
+        tensors = {local: self._tensor(f"{prefix}.{local}") for local in parts}
+        if self.is_plain(prefix):
             return available()["dense"]().decode(tensors, {})
         return self.format.decode(tensors, self.format.scheme_in(self.config, (name, prefix)))
 
-    def _shape(self, key: str) -> list[int]:
-        return self.shards[key].get_slice(key).get_shape()
+    def is_plain(self, prefix: str) -> bool:
+        """Whether these parts are a weight as it is, not codes under its name."""
+        return self.parts[prefix] == {"weight"} and "F" in self._slice(f"{prefix}.weight").get_dtype()
+
+    def _tensor(self, key: str) -> Tensor:
+        if (dtype := self._slice(key).get_dtype()) not in _DTYPES:
+            raise ArtifactError(f"'{key}' is of type {dtype}, which must be one of {', '.join(_DTYPES)}")
+        return self.shards[key].get_tensor(key)
+
+    def _slice(self, key: str) -> Any:
+        return self.shards[key].get_slice(key)
 
 
 def _stack(parts: list[LayerState]) -> LayerState:
@@ -230,13 +261,17 @@ def _stack(parts: list[LayerState]) -> LayerState:
     if len({(part.weight.shape[1], part.weight.dtype) for part in parts}) > 1:
         raise ArtifactError("its parts are of different widths or dtypes")
     grids = [part.grid for part in parts]
-    uniform = [grid for grid in grids if isinstance(grid, UniformGrid) and grid.symmetric]
+    uniform = [grid for grid in grids if isinstance(grid, UniformGrid)]
     grid = None
-    if len(uniform) == len(parts) and len({(g.bits, g.unit, g.dtype) for g in uniform}) == 1:
-        grid = dataclasses.replace(uniform[0], scale=torch.cat([g.scale for g in uniform]))
+    if len(uniform) == len(parts) and len({(g.bits, g.unit, g.dtype, g.symmetric) for g in uniform}) == 1:
+        zeros = [g.zero_point for g in uniform if g.zero_point is not None]
+        scale = torch.cat([g.scale for g in uniform])
+        grid = dataclasses.replace(uniform[0], scale=scale, zero_point=torch.cat(zeros) if zeros else None)
     elif any(g is not None for g in grids):
         raise ArtifactError("its parts lie on different grids")
-    return LayerState(torch.cat([part.weight for part in parts]), grid=grid)
+    known = any(part.pruned is not None for part in parts)
+    pruned = torch.cat([part.mask for part in parts]) if known else None
+    return LayerState(torch.cat([part.weight for part in parts]), pruned=pruned, grid=grid)
 
 
 def _open(file: Path) -> Any:

@@ -30,6 +30,7 @@ class CompressedTensors(Format):
     """Packed codes, the scales in the model's dtype, and the shape."""
 
     name = "compressed-tensors"
+    packages = ("compressed-tensors",)
     summary = "pack-quantized, 2-8 bit symmetric integers; read by transformers and vLLM"
     tensors = ("weight_packed", "weight_scale", "weight_shape")
 
@@ -38,6 +39,8 @@ class CompressedTensors(Format):
             return None
         if target.kind == "conv1d":
             return "it is a GPT-2 Conv1D, in whose place transformers would load random weights"
+        if target.kind == "conv2d":
+            return "it is a convolution, and transformers unpacks linear layers only"
         if not isinstance(state.grid, UniformGrid):
             return f"its {type(state.grid).__name__} is not a grid of equal steps"
         if not state.grid.symmetric:
@@ -133,7 +136,7 @@ class CompressedTensors(Format):
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         try:
             groups = QuantizationConfig.model_validate(config["quantization_config"]).config_groups.values()
-        except (ValidationError, KeyError) as error:
+        except (ValidationError, KeyError, TypeError) as error:  # it compares before it has looked at types
             reason = str(error).replace("\n", " ")[:300]
             raise ArtifactError(f"quantization_config is not one of compressed-tensors: {reason}") from error
         named = [group for group in groups if any(_matches(t, name) for t in group.targets for name in names)]

@@ -8,8 +8,10 @@ import time
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from optimum_order import JointCompressor, manifest
+from optimum_order.calibration.images import digits
 from optimum_order.cli.export import ExportCommand
 
 
@@ -71,6 +73,32 @@ def test_people_see_the_result(program, arguments, text_file, tmp_path):
         assert text in done.out
 
 
+@pytest.mark.parametrize("model", ["tiny-vit", "tiny-resnet"])
+def test_an_image_classifier(program, model, tmp_path):
+    images = tmp_path / "images"
+    for number, (pixels, label) in enumerate(zip(*(part[:40] for part in digits("evaluation")), strict=True)):
+        (images / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(images / str(label) / f"{number}.png")
+    done = program(
+        "export", model, tmp_path / "out", "--order", "wanda:0.3 > gptq:4", "--calibration-samples", 16, "--json",
+        "--evaluate", images,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["format"] == ("compressed-tensors" if model == "tiny-vit" else "dense")
+    accuracy = result["metrics"]["accuracy"]
+    assert accuracy["before"] > 0.9 and accuracy["after"] > 0.5
+    assert program("verify", tmp_path / "out").code == 0
+    assert "accuracy" in program("inspect", tmp_path / "out").out
+
+
+def test_a_metric_by_name(program, arguments, text_file):
+    done = program(*arguments, "--evaluate", text_file, "--metric", "fidelity", "--json")
+    assert done.code == 0, done.err
+    metrics = json.loads(done.out)["metrics"]
+    assert list(metrics) == ["fidelity"] and metrics["fidelity"]["before"] == 0 < metrics["fidelity"]["after"]
+
+
 def test_a_folder_that_is_not_empty_is_replaced_only_if_told(program, arguments, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("precious")
@@ -91,6 +119,8 @@ BAD = {
     "a group size that does not divide": (["--order", "rtn(bits=4, group_size=48)"], "8, 16, 32, 64"),
     "an unknown format": (["--format", "compresed-tensors"], "Did you mean 'compressed-tensors'?"),
     "a format that cannot hold it": (["--order", "rtn:4", "--format", "bitsandbytes"], "compressed-tensors"),
+    "an unknown metric": (["--metric", "acuracy"], "Did you mean 'accuracy'?"),
+    "a metric of another kind of model": (["--metric", "accuracy", "--evaluate", "builtin"], "for image classifiers"),
     "an unknown schedule": (["--schedule", "blok"], "Did you mean 'block'?"),
     "an unknown dtype": (["--dtype", "float8"], "bfloat16"),
     "an unknown device": (["--device", "toaster"], "'toaster'"),
@@ -158,3 +188,36 @@ def test_an_interrupted_run_leaves_nothing(tiny_llama_folder, text_file, tmp_pat
     assert child.returncode == 130 and out == ""
     assert err.endswith("optimum-order: interrupted\n") and "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_pushed_once_it_is_saved(hub, tiny_llama_folder, tmp_path):
+    command = ["export", str(tiny_llama_folder), str(tmp_path / "out"), "--order", "rtn:4", "--json"]
+    done = hub.call("program", *command, "--push-to-hub", "me/model", "--private")
+    assert done["code"] == 0
+    assert json.loads(done["out"])["url"].startswith(f"{hub.server.url}/me/model/commit/")
+    assert hub.server.repositories["me/model"].private
+    there = hub.server.files("me/model")
+    assert all(there[file.name] == file.read_bytes() for file in (tmp_path / "out").iterdir())
+
+    command[4] = "rtn:3"
+    done = hub.call("program", *command, "--overwrite", "--push-to-hub", "me/model", "--create-pr")
+    assert json.loads(done["out"])["url"] == f"{hub.server.url}/me/model/discussions/1"
+
+
+def test_what_cannot_be_pushed_is_said_before_anything_is_computed(hub, tiny_llama_folder, tmp_path):
+    command = ["export", str(tiny_llama_folder), str(tmp_path / "out"), "--order", "rtn:4", "--push-to-hub"]
+    hub.server.answer_with = 401
+    assert hub.call("program", *command, "me/model")["code"] == 2 and not (tmp_path / "out").exists()
+    assert hub.server.requests == ["GET /api/whoami-v2"]
+
+
+def test_a_push_that_fails_leaves_the_folder_and_says_how_to_go_on(hub, tiny_llama_folder, tmp_path):
+    hub.server.drop_from = 1
+    done = hub.call(
+        *("program", "export", str(tiny_llama_folder), str(tmp_path / "out"), "--order", "rtn:4"),
+        *("--push-to-hub", "me/model"),
+    )
+    assert done == {"code": 2, "out": ""}
+    assert f"'optimum-order push {tmp_path / 'out'} me/model' tries again" in hub.log.read_text()
+    hub.server.recover()
+    assert hub.call("program", "push", str(tmp_path / "out"), "me/model")["code"] == 0

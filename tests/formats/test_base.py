@@ -48,6 +48,21 @@ def test_pieces_are_where_save_pretrained_put_them(name, tmp_path):
     assert layout.converted <= saved.keys()
 
 
+@pytest.mark.parametrize("architecture", ["resnet", "regnet", "vit", "deit", "convnext"])
+def test_the_filters_of_a_convolution_are_rows(make_image_model, architecture, tmp_path):
+    model = make_image_model(architecture)
+    layout = Layout.of(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    targets = [target for unit in find_units(model) for target in unit.targets]
+    for target in targets:
+        (piece,) = layout.pieces(target.name, target)
+        stored = saved[piece.key]
+        assert torch.equal(stored.flatten(1)[piece.at : piece.at + piece.rows], target.read())
+        assert piece.start == 0 and piece.whole == (stored.ndim == 2)
+    assert layout.converted == set()
+
+
 def test_only_tensors_that_are_taken_apart_are_converted():
     assert not any(Layout.of(build(name)).converted for name in ("llama", "gpt2", "gpt_oss", "granitemoe", "bert"))
     converted = Layout.of(build("mixtral")).converted

@@ -1,4 +1,7 @@
-"""What was measured is what loads: every artifact here is reloaded by stock transformers in one fresh process."""
+"""What was measured is what loads: every artifact here is reloaded by stock transformers in a fresh process.
+
+That process has not imported this package, except for those formats of which that is asked.
+"""
 
 import json
 import subprocess
@@ -20,6 +23,12 @@ from optimum_order.order import Order
 from optimum_order.targets import find_units
 
 SCRIPT = Path(__file__).parents[1] / "reload_stock.py"
+IMPORT_FIRST = """
+import sys, {module}
+sys.path.insert(0, sys.argv[1])
+import reload_stock
+reload_stock.main(sys.argv[2], sys.argv[3:])
+"""
 INPUTS = torch.arange(1, 25).view(2, 12) % 61
 TINY = {"vocab_size": 61, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -59,6 +68,9 @@ NF4, INT8 = "magnitude:0.5 > bitsandbytes:nf4", "magnitude:0.5 > bitsandbytes:in
 DOUBLE = "bitsandbytes(dtype=nf4, double_quant=true) > magnitude:0.3"
 FP4 = "bitsandbytes(dtype=fp4, blocksize=32) > magnitude:0.4"
 RTN4 = "rtn(bits=4, group_size=32) > magnitude:0.5"
+N_OF_M = "magnitude(sparsity=0.5, pattern=2:4) > rtn:4"
+AFFINE = "magnitude:0.6 > rtn(bits=3, group_size=16, symmetric=false)"
+OFF_GRID = "rtn:4 > magnitude(sparsity=0.5, off_grid=true)"
 CASES = [
     Case("llama", "bfloat16", "dense", ("magnitude:0.5",)),
     Case("gpt2", "float16", "dense", ("magnitude:0.5", NF4), shard="40KB"),
@@ -89,6 +101,21 @@ CASES = [
     Case("bert", "float32", "bitsandbytes", (FP4,)),
     Case("mixtral", "bfloat16", "bitsandbytes", (NF4,), targets=ATTENTION),
     Case("qwen3_moe", "float32", "bitsandbytes", (INT8,), targets=ATTENTION),
+    *(Case("llama", dtype, "sparse", tuple(MIXED)) for dtype in ("float32", "bfloat16", "float16")),
+    Case("llama", "bfloat16", "sparse", (N_OF_M, "magnitude:0.5", AFFINE, OFF_GRID, RTN4), shard="20KB"),
+    Case("llama", "float32", "sparse", (RTN4,), targets="*1.mlp*"),
+    Case("qwen3", "bfloat16", "sparse", (AFFINE,), shard="20KB"),
+    Case("gemma", "float16", "sparse", ("magnitude:0.7",)),
+    Case("opt", "float32", "sparse", (N_OF_M, "rtn(bits=2, group_size=32)")),
+    Case("gpt_neox", "bfloat16", "sparse", (RTN4, OFF_GRID)),
+    Case("gpt2", "bfloat16", "sparse", (AFFINE, "magnitude:0.5", N_OF_M)),
+    Case("gpt2", "float32", "sparse", (RTN4,), shard="40KB"),
+    Case("bert", "float32", "sparse", tuple(MIXED)),
+    Case("mixtral", "bfloat16", "sparse", (*MIXED, AFFINE)),
+    Case("mixtral", "float32", "sparse", (N_OF_M,), targets="*experts*", shard="20KB"),
+    Case("mixtral", "float16", "sparse", (OFF_GRID,), targets=r"re:.*experts.*[02]"),
+    Case("qwen3_moe", "bfloat16", "sparse", (*MIXED, RTN4), shard="20KB"),
+    Case("gpt_oss", "bfloat16", "sparse", (AFFINE,), targets=ATTENTION),
 ]
 
 
@@ -150,11 +177,15 @@ def saved(tmp_path_factory):
         header = {"order": case.orders[0]}
         stored = checkpoint.write(model, layers, format, folder, header=header, max_shard_size=case.shard)
         made.append((case, model, layers, folder, stored))
-    results = root / "results"
-    results.mkdir()
-    folders = [folder for *_, folder, _ in made]
-    subprocess.run([sys.executable, SCRIPT, results, *folders], check=True, cwd=root)
-    return [Saved(*item, load_file(results / f"{index}.safetensors")) for index, item in enumerate(made)]
+    loaded = {}
+    for module in (None, "optimum_order"):
+        folders = [item[3] for item in made if formats.available()[item[0].format].import_first == module]
+        results = root / f"results-{module}"
+        results.mkdir()
+        command = [SCRIPT] if module is None else ["-c", IMPORT_FIRST.format(module=module), SCRIPT.parent]
+        subprocess.run([sys.executable, *command, results, *folders], check=True, cwd=root)
+        loaded |= {folder: load_file(results / f"{index}.safetensors") for index, folder in enumerate(folders)}
+    return [Saved(*item, loaded[item[3]]) for item in made]
 
 
 NAMES = [f"{c.model}-{c.dtype}-{c.format}-{i}" for i, c in enumerate(CASES)]
@@ -197,6 +228,7 @@ def test_read_gives_the_layers_back(saved, index):
         else:
             assert (state.grid.bits, state.grid.unit) == (expected.grid.bits, expected.grid.unit)
             assert torch.equal(state.grid.quantize(state.weight), expected.grid.quantize(expected.weight))
+        assert torch.equal(state.mask, expected.mask) if one.case.format == "sparse" else state.pruned is None
 
 
 @each
@@ -236,6 +268,25 @@ def test_what_is_on_disk_is_a_stock_checkpoint(saved, index):
         assert ("lm_head" in entry["ignore"]) == hasattr(one.model, "lm_head")
     if one.case.format == "bitsandbytes":
         assert set(config["quantization_config"]) <= set(transformers.BitsAndBytesConfig().to_dict())
+
+
+@pytest.mark.parametrize("architecture", ["resnet", "regnet"])
+@pytest.mark.parametrize("shard", ["5GB", "4KB"])
+def test_convolutions_are_written_and_read_as_matrices(make_image_model, architecture, shard, tmp_path):
+    model = make_image_model(architecture)
+    layers = compress(model, ["magnitude:0.5 > rtn(bits=4, group_size=-1)"])
+    format = formats.choose(model, layers)
+    stored = checkpoint.write(model, layers, format, tmp_path, header={}, max_shard_size=shard)
+    found = dict(checkpoint.read(tmp_path, {name: stored.get(name) for name in layers}))
+    assert list(found) == list(layers)
+    assert all(same(found[name].weight, state.weight) for name, (_, state) in layers.items())
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    expected = model.state_dict()
+    assert all(same(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    changed = next(iter(layers.values()))[0].parameter
+    changed.data.view(-1)[0] += 1
+    with pytest.raises(InvariantError, match="does not hold the weight that layer"):
+        checkpoint.write(model, layers, format, tmp_path, header={})
 
 
 def test_a_shorter_checkpoint_leaves_no_old_shards(tmp_path):
@@ -319,9 +370,9 @@ def test_damaged_folders_are_errors_that_say_what_is_wrong(packed):
     for text in ("[]", "{", '"x"', "\xff", "[" * 100_000):
         (packed / "config.json").write_text(text, encoding="latin-1")
         fails("config.json")
-    for entry in (3, {}, {"quant_method": "gptq"}, {"quant_method": []}):
+    for entry in (3, {}, {"quant_method": "awq"}, {"quant_method": []}):
         (packed / "config.json").write_text(json.dumps({"quantization_config": entry}))
-        fails("names the quantisation .* none of bitsandbytes, compressed-tensors, dense")
+        fails("names the quantisation .* none of bitsandbytes, compressed-tensors, dense, gptq, sparse")
     (packed / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
     fails("there is no such tensor", {"model.layers.0.mlp.up_proj": None})
     (packed / "config.json").unlink()

@@ -47,11 +47,26 @@ def compress(model, order, targets=None, last=None):
     return layers
 
 
+@pytest.mark.parametrize("order", ["rtn:4", "bitsandbytes(dtype=nf4, blocksize=32)", "bitsandbytes:int8"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "bitsandbytes"])
+def test_convolutions_are_left_dense_by_what_loads_linear_layers_only(make_image_model, order, name):
+    model = make_image_model("resnet", embedding_size=32, hidden_sizes=[32, 32])
+    layers = compress(model, order)
+    assert formats.choose(model, layers).name == "dense"
+    # what is first against it is the grid, where that is another library's
+    why = "it is a convolution" if (name == "bitsandbytes") == (name in order) else "grid"
+    with pytest.raises(
+        FormatError, match=rf"cannot hold this model\. Layer 'resnet\.encoder.*{why}.*'dense' or 'auto'"
+    ):
+        formats.choose(model, layers, name)
+
+
 def test_every_format_is_found_and_described():
     found = formats.available()
-    assert list(found) == ["bitsandbytes", "compressed-tensors", "dense"]
+    assert list(found) == ["bitsandbytes", "compressed-tensors", "dense", "gptq", "sparse"]
     assert all(cls.name == name and cls.summary for name, cls in found.items())
     assert [name for name, cls in found.items() if not cls.runs_dense] == ["bitsandbytes"]
+    assert [name for name, cls in found.items() if not cls.stock] == ["gptq", "sparse"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,227 @@
+"""How good is the planner? Its choices against the truth: both orders of every pair in full, with three calibration draws.
+
+    python benchmarks/planner.py --output planner-output            (hours on two cores; goes on where it was stopped)
+    python benchmarks/planner.py --output planner-output --only truth tiny-llama 1    (one part, for a second process)
+
+The truth of a pair is its order advantage, the mean over three disjoint calibration draws; a pair is decisive where the
+95 % interval over draws and samples together excludes 0. The planner sees neither those calibration draws nor the
+samples the truth is measured on. It was tuned on tiny-llama's pairs of even index only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from optimum_order import JointCompressor, Order, Stage
+from optimum_order.backends import canonical
+from optimum_order.calibration.load import batch_size, inputs
+from optimum_order.evaluation.accuracy import Accuracy
+from optimum_order.evaluation.comparison import difference_over_draws
+from optimum_order.evaluation.fidelity import Fidelity
+from optimum_order.evaluation.perplexity import Perplexity
+from optimum_order.ordering.planner import plan
+from optimum_order.ordering.runner import Runner
+from optimum_order.ordering.study import Study, Trials, grid, quiet
+
+DRAWS = 3
+PRUNERS, QUANTIZERS = [Stage("magnitude"), Stage("wanda"), Stage("sparsegpt")], [Stage("rtn"), Stage("gptq")]
+TRIPLE = "wanda:0.4 > gptq:4 > magnitude:0.55"
+GRIDS = {
+    "tiny-llama": grid(PRUNERS, [0.3, 0.5, 0.65], QUANTIZERS, [2, 3, 4]),
+    "tiny-llama, three stages": list(Order.parse(TRIPLE).permutations()),
+    "tiny-vit": grid(PRUNERS, [0.4, 0.6], QUANTIZERS, [2, 3]),
+    "tiny-resnet": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
+}
+
+
+class Setting:
+    """One model, the data of the truth, and other data for the planner."""
+
+    def __init__(self, name: str):
+        vision = not name.startswith("tiny-llama")
+        self.size = 128 if vision else 64
+        compressor = JointCompressor.from_pretrained(
+            name.split(",")[0], calibration="builtin", calibration_samples=self.size
+        )
+        held_out = compressor._evaluation("builtin")
+        drawn = compressor._calibration(samples=self.size * (DRAWS + 1))
+        self.settings = {"source": "builtin", "samples": self.size, "seed": 0}
+        if vision:
+            self.truth_samples, self.metric = held_out, Accuracy()
+            # held-out images are all in the truth, so the planner scores on training images nobody calibrates with
+            rest = compressor._calibration(samples=897)
+            self.plan_samples = rest.take(torch.arange(self.size * (DRAWS + 1), len(rest)))
+            self.scorer = Fidelity(compressor.source.load())
+        else:
+            self.settings["sequence_length"] = compressor.sequence_length
+            self.truth_samples, self.plan_samples = (held_out.take(torch.arange(first, 256, 4)) for first in (0, 2))
+            self.metric, self.scorer = Perplexity(), None
+
+        def batches(draw: int, samples: int | None = None) -> list:
+            first = draw * self.size
+            return inputs(drawn.take(torch.arange(first, first + (samples or self.size))))
+
+        self.runner = Runner(compressor.source, batches, progress=False)
+        self.planning = Runner(compressor.source, lambda draw, samples: batches(DRAWS, samples), progress=False)
+
+    def study(self, folder: Path) -> Study:
+        size = batch_size(self.truth_samples)
+        return Study(
+            self.runner,
+            self.metric,
+            self.truth_samples,
+            folder,
+            settings={"calibration": self.settings},
+            batch_size=size,
+        )
+
+
+def truth(name: str, folder: Path, draws: list[int]) -> None:
+    Setting(name).study(folder).run(GRIDS[name], draws)
+
+
+def groups(name: str) -> list[list[Order]]:
+    """The orders to choose among: pairs, or all permutations."""
+    orders = [canonical(order) for order in GRIDS[name] if len(order) > 1]
+    return [orders] if len(orders[0]) > 2 else [list(pair) for pair in zip(orders[::2], orders[1::2], strict=True)]
+
+
+def plans(name: str, file: Path, strategies: list[str]) -> None:
+    """Ask the planner about every group, one JSON line each; those in the file are left out."""
+    done = {(row["index"], row["plan"]["strategy"]) for row in map(json.loads, file.open())} if file.exists() else set()
+    setting = Setting(name)
+    with file.open("a") as out:
+        for index, orders in enumerate(groups(name)):
+            for strategy in strategies:
+                if (index, strategy) in done:
+                    continue
+                found = plan(
+                    setting.planning,
+                    orders[0].stages,
+                    setting.metric,
+                    setting.plan_samples,
+                    strategy=strategy,
+                    scorer=setting.scorer,
+                    calibration_samples=setting.size,
+                    batch_size=batch_size(setting.plan_samples),
+                )
+                out.write(json.dumps({"index": index, "plan": found.as_dict()}) + "\n")
+                out.flush()
+
+
+class Truth:
+    """What the trials say of every order."""
+
+    def __init__(self, folder: Path):
+        self.rows = Trials.open(folder).rows("trials")
+
+    def draws(self, order: Order) -> np.ndarray:
+        """M of each sample with each draw, (draws, samples); one row where the draw does not matter."""
+        found = [
+            self.rows[str(order), draw]["performances"] for draw in range(DRAWS) if (str(order), draw) in self.rows
+        ]
+        return np.array(found)
+
+    def cost(self, order: Order) -> float:
+        """Processor seconds of running an order once in full and measuring it."""
+        row = self.rows[str(order), 0]
+        return sum(row["cpu_seconds"]) + row["measure_cpu_seconds"]
+
+    def alone(self, stage: Stage) -> float:
+        return float(self.draws(Order((stage,))).mean())
+
+
+def choices(truth: Truth, orders: list[Order], found: dict[str, dict]) -> dict[str, tuple[Order, float]]:
+    """What each strategy chooses, and its processor seconds."""
+    alone = {stage: truth.alone(stage) for stage in orders[0]}
+    chosen = {name: (Order.parse(each["order"]), each["cost"]["cpu_seconds"]) for name, each in found.items()}
+    pruners = {"magnitude", "wanda", "sparsegpt"}
+    weaker = sorted(orders[0], key=lambda stage: -alone[stage])
+    chosen["pih"] = (Order(weaker), sum(truth.cost(Order((stage,))) for stage in orders[0]))
+    chosen["prune first"] = (Order(sorted(orders[0], key=lambda stage: stage.method not in pruners)), 0.0)
+    return chosen
+
+
+def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
+    strategies = ["auto", "proxy", "pih", "prune first", "one full run"]
+    totals: dict[tuple[str, str], list[tuple[bool | None, float, float, float]]] = {}
+    gaps: dict[str, list[float]] = {}
+    decisive_count: dict[str, int] = {}
+    for index, orders in enumerate(groups(name)):
+        if any((str(order), 0) not in truth.rows for order in orders):
+            continue  # the truth is still being run
+        half = ("even" if index % 2 == 0 else "odd") if name == "tiny-llama" else "all"
+        found = {row["plan"]["strategy"]: row["plan"] for row in rows if row["index"] == index}
+        means = {order: truth.draws(order).mean() for order in orders}
+        best, worst = max(means, key=means.get), min(means, key=means.get)
+        count = min(len(truth.draws(order)) for order in orders)  # fewer while the truth is still being run
+        values = torch.from_numpy(truth.draws(best)[:count] - truth.draws(worst)[:count])
+        decisive = difference_over_draws(values).decisive
+        decisive_count[half] = decisive_count.get(half, 0) + decisive
+        gaps.setdefault(half, []).append(means[best] - means[worst])
+        full = sum(map(truth.cost, orders))
+        for strategy, (order, cost) in choices(truth, orders, found).items():
+            right = (order == best) if decisive else None
+            totals.setdefault((half, strategy), []).append((right, means[best] - means[order], cost, full))
+        if len(values) > 1:  # one draw against the mean of the others
+            for draw in range(len(values)):
+                rest = [d for d in range(len(values)) if d != draw]
+                judged = {order: truth.draws(order)[rest].mean() for order in orders}
+                pick = max(orders, key=lambda order: truth.draws(order)[draw].mean())
+                top = max(judged, key=judged.get)
+                row = ((pick == top) if decisive else None, judged[top] - judged[pick], full, full)
+                totals.setdefault((half, "one full run"), []).append(row)
+    shown = Table(title=name, title_justify="left")
+    for column in ("pairs", "strategy", "right where decisive", "regret / mean |A|", "cost / all orders in full"):
+        shown.add_column(column, justify="left" if column in ("pairs", "strategy") else "right")
+    summary = {}
+    for half, strategy in itertools.product(gaps, strategies):
+        if (half, strategy) not in totals:
+            continue
+        found = totals[half, strategy]
+        judged = [right for right, *_ in found if right is not None]
+        regret = np.mean([lost for _, lost, _, _ in found]) / np.mean(gaps[half])
+        cost = sum(c for *_, c, _ in found) / sum(f for *_, f in found)
+        share = f"{sum(judged)} of {len(judged)}" + (f" ({sum(judged) / len(judged):.0%})" if judged else "")
+        label = f"{half}: {len(gaps[half])}, {decisive_count[half]} decisive"
+        shown.add_row(label, strategy, share, f"{regret:.3f}", f"{cost:.1%}")
+        summary[f"{half}/{strategy}"] = {"right": share, "regret": regret, "cost": cost}
+    summary["mean |A|"] = {half: float(np.mean(values)) for half, values in gaps.items()}
+    return shown, summary
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("planner-output"))
+    parser.add_argument("--only", nargs="+", metavar="PART", help="'truth NAME DRAW', 'plans NAME' or 'table'")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # so that processor seconds are those of the work
+    part, *rest = args.only or [""]
+    with quiet():
+        for name in GRIDS:
+            folder = args.output / name.replace(", ", "-").replace(" ", "-")
+            if part in ("", "truth") and (not rest or rest[0] == name):
+                truth(name, folder, [int(rest[1])] if len(rest) > 1 else list(range(DRAWS)))
+            if part in ("", "plans") and (not rest or rest[0] == name):
+                plans(name, folder / "plans.jsonl", ["auto", "proxy"])
+    if part in ("", "table"):
+        console, everything = Console(width=110), {}
+        for name in GRIDS:
+            folder = args.output / name.replace(", ", "-").replace(" ", "-")
+            if (folder / "plans.jsonl").exists():
+                rows = [json.loads(line) for line in (folder / "plans.jsonl").open()]
+                shown, everything[name] = table(name, Truth(folder), rows)
+                console.print(shown)
+        (args.output / "planner.json").write_text(json.dumps(everything, indent=2, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Which order? Measuring what an order is worth."""

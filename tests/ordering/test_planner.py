@@ -1,0 +1,173 @@
+"""What a plan recommends, what it claims, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from optimum_order import JointCompressor
+from optimum_order.errors import DataError, ModelError, OrderError
+from optimum_order.evaluation import Windows
+from optimum_order.ordering.planner import STRATEGIES, _student, permutations
+
+PAIR = ["magnitude:0.5", "rtn:3"]
+CALIBRATED = ["wanda:0.5", "gptq:3"]
+
+
+@pytest.fixture(scope="module")
+def compressor():
+    """The real embedded model: orders differ there as they do for users."""
+    return JointCompressor.from_pretrained(
+        "tiny-llama", calibration="builtin", calibration_samples=8, sequence_length=64, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def plans(compressor):
+    return {name: compressor.plan(CALIBRATED, name, evaluation_samples=32, progress=False) for name in STRATEGIES}
+
+
+def test_every_strategy_ranks_every_order_once(plans):
+    for name, plan in plans.items():
+        assert plan.strategy == name and plan.metric == "perplexity"
+        assert {str(order) for order, _ in plan.ranking} == {"wanda:0.5 > gptq:3", "gptq:3 > wanda:0.5"}
+        assert plan.order == plan.ranking[0][0]
+        assert plan.reason.endswith(".") and plan.cost["seconds"] > 0
+
+
+def test_a_plan_is_json(plans):
+    for plan in plans.values():
+        found = json.loads(json.dumps(plan.as_dict(), allow_nan=False))
+        assert found["order"] == str(plan.order) == found["ranking"][0]["order"]
+        assert {"difference", "decisive", "reason", "cost"} <= set(found)
+
+
+def test_rules_of_thumb_claim_nothing_about_performance(plans):
+    for name in ("pih", "proxy"):
+        assert plans[name].difference is None and not plans[name].decisive
+
+
+def test_measure_finds_what_compressing_both_ways_finds(compressor):
+    plan = compressor.plan(PAIR, "measure", evaluation_samples=32, progress=False)
+    samples = compressor._evaluation("builtin", 32)
+    measured = {}
+    for order, score in plan.ranking:
+        compressed = compressor.compress(order, progress=False)
+        found = compressor._metric(compressed.model, "auto").measure(compressed.model, samples, progress=False)
+        assert found.performance == pytest.approx(score, rel=1e-6)
+        measured[order] = found.performances
+    first, second = (measured[order] for order, _ in plan.ranking)
+    assert first.mean() >= second.mean()
+    assert plan.difference.mean == pytest.approx((first - second).mean().item())
+    assert plan.decisive == plan.difference.decisive
+
+
+def test_a_large_difference_is_found_by_auto_and_called_decisive(compressor):
+    auto = compressor.plan(["magnitude:0.65", "rtn:2"], evaluation_samples=64, progress=False)
+    full = compressor.plan(["magnitude:0.65", "rtn:2"], "measure", evaluation_samples=64, progress=False)
+    assert auto.order == full.order and auto.decisive and full.decisive
+    assert auto.cost["scored_samples"] < full.cost["scored_samples"]
+    assert auto.difference.low > 0
+
+
+def test_no_difference_is_said_where_there_is_none(compressor):
+    plan = compressor.plan(["rtn:8", "magnitude:0.0"], evaluation_samples=16, progress=False)
+    assert not plan.decisive and "no difference" in plan.reason
+    assert plan.difference.low <= 0 <= plan.difference.high
+
+
+def test_pih_puts_the_weaker_stage_first(compressor):
+    plan = compressor.plan(["magnitude:0.6", "rtn:8"], "pih", evaluation_samples=16, progress=False)
+    assert str(plan.order) == "rtn:8 > magnitude:0.6"
+    assert [score for _, score in plan.ranking] == [0, 1]
+
+
+def test_three_stages_have_six_orders(compressor):
+    plan = compressor.plan(["magnitude:0.3", "rtn:4", "magnitude:0.5"], evaluation_samples=16, progress=False)
+    assert len({order for order, _ in plan.ranking}) == 6 and plan.cost["orders"] == 6
+
+
+def test_the_same_plan_twice_is_the_same(compressor, plans):
+    again = compressor.plan(CALIBRATED, evaluation_samples=32, progress=False)
+    assert again.ranking == plans["auto"].ranking and again.difference == plans["auto"].difference
+
+
+def test_compress_auto_records_the_plan(compressor):
+    compressed = compressor.compress("auto", stages=PAIR, progress=False)
+    assert compressed.order == compressed.plan.order
+    assert compressed.manifest["plan"]["order"] == str(compressed.order) == compressed.manifest["order"]
+    explicit = compressor.compress(compressed.order, progress=False)
+    assert "plan" not in explicit.manifest
+    for name, state in compressed.layers.items():
+        assert torch.equal(state.weight, explicit.layers[name].weight)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("stages", "message"),
+        [
+            (["rtn:4"], "2 to 5 stages, got 1"),
+            ([f"magnitude:0.{i}" for i in range(1, 7)], "2 to 5 stages, got 6"),
+            (["rtn:4", "rtn:4"], "nothing to order"),
+            (["rtn:4", "wandaa:0.5"], "Did you mean 'wanda'"),
+        ],
+    )
+    def test_stages_that_cannot_be_planned(self, compressor, stages, message):
+        with pytest.raises(OrderError, match=message):
+            compressor.plan(stages, progress=False)
+
+    def test_a_strategy_that_does_not_exist(self, compressor):
+        with pytest.raises(OrderError, match="Did you mean 'proxy'"):
+            compressor.plan(PAIR, "proxi", progress=False)
+
+    def test_proxy_cannot_rank_what_decides_across_layers(self, compressor):
+        with pytest.raises(OrderError, match="use 'auto'"):
+            compressor.plan(["magnitude:0.5", "mixed_precision:4"], "proxy", evaluation_samples=16, progress=False)
+
+    def test_stages_with_an_order_that_is_not_auto(self, compressor):
+        for order, stages in (("rtn:4", PAIR), ("auto", None)):
+            with pytest.raises(OrderError, match="order='auto'"):
+                compressor.compress(order, stages=stages, progress=False)
+
+    def test_too_few_samples_or_draws(self, compressor):
+        for options in ({"evaluation_samples": 3}, {"draws": 0}):
+            with pytest.raises(DataError):
+                compressor.plan(PAIR, **options, progress=False)
+
+    def test_calibration_that_is_missing(self, tiny_llama_folder):
+        bare = JointCompressor.from_pretrained(tiny_llama_folder)
+        with pytest.raises(DataError, match="needs calibration data"):
+            bare.plan(CALIBRATED, progress=False)
+
+    def test_a_metric_that_says_nothing_about_the_model(self, compressor):
+        with pytest.raises((ModelError, DataError)):
+            compressor.plan(PAIR, metric="accuracy", progress=False)
+
+
+def test_every_permutation_is_there_once():
+    assert len(permutations(["rtn:4", "magnitude:0.5", "wanda:0.5"])) == 6
+    assert len(permutations(["rtn:4", "rtn:4", "wanda:0.5"])) == 3
+
+
+def test_the_interval_is_students():
+    found = _student(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64), 0.95)
+    assert found.mean == 2.5 and found.high - found.mean == pytest.approx(3.1824463 * 1.2909944 / 2)
+    assert isinstance(found.decisive, bool)
+
+
+def test_windows_are_scored_once(compressor):
+    """No sample is scored in two rounds: the race takes the next ones."""
+    seen = []
+
+    class Recording(Windows):
+        def take(self, index):
+            seen.extend(index.tolist())
+            return super().take(index)
+
+    samples = compressor._evaluation("builtin", 32)
+    compressor_samples = Recording(samples.ids, samples.source)
+    from optimum_order.evaluation.perplexity import Perplexity
+    from optimum_order.ordering.planner import plan
+
+    plan(compressor._runner(progress=False), ["rtn:8", "magnitude:0.0"], Perplexity(), compressor_samples)
+    assert seen == sorted(set(seen))

@@ -1,0 +1,248 @@
+"""Whatever stands in an artifact, reading it is one of our errors or a correct load, and costs no more than the file.
+
+Every example damages a saved model in one place. Then the checksums are made right again, as someone who forges an
+artifact would, so that not they but the readers behind them have to cope. All of it runs with little memory to spare.
+"""
+
+import contextlib
+import json
+import math
+import re
+import resource
+import shutil
+import struct
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from optimum_order import JointCompressor, artifact, formats, manifest
+from optimum_order.errors import ArtifactError
+from optimum_order.formats import checkpoint
+
+FORMATS = {
+    "dense": "magnitude:0.5",
+    "compressed-tensors": "magnitude:0.5 > rtn(bits=3, group_size=16)",
+    "bitsandbytes": "magnitude:0.5 > bitsandbytes(dtype=nf4, blocksize=32, double_quant=true)",
+    "gptq": "magnitude:0.5 > rtn(bits=3, group_size=32)",
+    "sparse": "magnitude(pattern=2:4) > rtn(bits=3, group_size=16)",
+}
+INDEX = "model.safetensors.index.json"
+SPARE = 64 * 2**20
+"""Bytes that reading may take beside what the process has: room for libraries, and far less than a lie would need."""
+
+NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 31, 33, 2**20, 2**31, 2**40, 2**62, 2**63, 2**64, 10**400, 0.5, 64.0])
+DTYPES = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64"]
+DTYPES += ["F64", "I64", "U64", "F4"]
+NAMES = st.sampled_from([*DTYPES, *FORMATS, "float32", "float8", "Linear", "re:(a+)+$"]) | st.sampled_from(
+    ["", "x", "..", "../model.safetensors", "/etc/passwd", "a\0b", "\ud800", "n" * 5000, "model.safetensors"]
+)
+LEAVES = st.none() | st.booleans() | NUMBERS | NAMES
+VALUES = LEAVES | st.lists(LEAVES, max_size=3) | st.dictionaries(NAMES, LEAVES, max_size=2)
+RANDOM = st.randoms(use_true_random=False)
+FUZZED = settings(max_examples=20, deadline=timedelta(seconds=10), suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def artifacts(make_model, tmp_path_factory):
+    """One small artifact of several shards in each format, with its layers' weights."""
+    root = tmp_path_factory.mktemp("fuzz")
+    source = root / "source"
+    make_model("llama", intermediate_size=64, num_key_value_heads=4).to(torch.bfloat16).save_pretrained(source)
+    compressor = JointCompressor.from_pretrained(source)
+    made = {}
+    for name, order in FORMATS.items():
+        compressed = compressor.compress(order, progress=False)
+        pairs, facts = compressed._pairs(), compressed._facts() | {"metrics": {}}
+        chosen = formats.choose(compressed.model, pairs, name)
+        artifact.save(compressed.model, None, pairs, facts, root / name, format=chosen, max_shard_size="30KB")
+        assert artifact.verify(root / name) == []
+        made[name] = root / name
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_memory(artifacts):
+    """Allocating more than `SPARE` fails, whoever does it: torch, numpy or safetensors."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    taken = int(status["VmData"].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + SPARE, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def survives(made: Path, changes: dict[str, bytes]):
+    """Read an artifact some of whose files were changed; what is not refused must be right."""
+    folder = made.with_name(f"{made.name}-changed")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, folder)
+    for name, content in changes.items():
+        (folder / name).write_bytes(content)
+    untouched = all((made / name).read_bytes() == content for name, content in changes.items())
+    assert untouched or manifest.FILE in changes or artifact.verify(folder)
+    try:
+        facts = manifest.load(folder)
+    except ArtifactError:
+        facts = None
+    if facts is not None:
+        for name in set(changes) & set(facts["files"]):
+            facts["files"][name] = {"sha256": manifest.sha256(folder / name), "bytes": len(changes[name])}
+        manifest.write(facts, folder)
+        read_or_refused(folder, facts["layers"])
+        problems = artifact.verify(folder)
+        assert all(isinstance(problem, str) for problem in problems)
+        if not problems:
+            stated = json.loads((made / manifest.FILE).read_text())["layers"]
+            stored = {name: layer["stored"] for name, layer in stated.items() if name in facts["layers"]}
+            for name, state in checkpoint.read(folder, stored):
+                assert artifact.values_digest(state.weight) == stated[name]["digest"]
+    read_or_refused(folder, None)
+
+
+def read_or_refused(folder, layers):
+    wanted = layers and {name: said.get("stored") if isinstance(said, dict) else said for name, said in layers.items()}
+    with contextlib.suppress(ArtifactError):
+        for _, state in checkpoint.read(folder, wanted):
+            assert state.weight.ndim == 2
+
+
+def some_place(value, random):
+    """The path to something inside a JSON value; what lies deep down is as likely as what lies on top."""
+    path = []
+    while value and isinstance(value, (dict, list)):
+        key = random.choice(sorted(value) if isinstance(value, dict) else range(len(value)))
+        path, value = [*path, key], value[key]
+        if random.random() < 0.3:
+            break
+    return path
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def damaged(value, random, how, new):
+    """A JSON value with one place in it changed, left out, renamed or copied to another."""
+    path = some_place(value, random)
+    if how == "copy":
+        new = at(value, some_place(value, random))
+    value = json.loads(json.dumps(value))
+    parent, key = at(value, path[:-1]), path[-1]
+    if how == "drop":
+        del parent[key]
+    elif how == "rename" and isinstance(parent, dict):
+        parent[str(new)[:5000]] = parent.pop(key)
+    else:
+        parent[key] = new
+    return value
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: bytes, body: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + body
+
+
+HOW = st.sampled_from(["set", "set", "drop", "copy", "rename"])
+each = pytest.mark.parametrize("format", FORMATS)
+
+
+@each
+@FUZZED
+@given(file=st.sampled_from(["config.json", manifest.FILE, INDEX]), random=RANDOM, how=HOW, new=VALUES)
+def test_any_value_in_json(artifacts, format, file, random, how, new):
+    made = artifacts[format]
+    content = json.loads((made / file).read_text())
+    survives(made, {file: json.dumps(damaged(content, random, how, new)).encode()})
+
+
+@each
+@FUZZED
+@given(random=RANDOM, how=HOW, new=VALUES)
+def test_any_value_in_the_header_of_a_shard(artifacts, format, random, how, new):
+    made = artifacts[format]
+    file = random.choice(sorted(made.glob("*.safetensors")))
+    header, body = header_of(file.read_bytes())
+    survives(made, {file.name: with_header(json.dumps(damaged(header, random, how, new)).encode(), body)})
+
+
+@each
+@FUZZED
+@given(random=RANDOM, near_the_start=st.booleans(), how=st.sampled_from(["flip", "cut", "insert", "remove"]))
+def test_any_byte_of_any_file(artifacts, format, random, near_the_start, how):
+    made = artifacts[format]
+    file = random.choice(sorted(made.iterdir()))
+    data = bytearray(file.read_bytes())
+    at = random.randrange(min(len(data), 2000) if near_the_start else len(data))
+    if how == "flip":
+        data[at] ^= 1 << random.randrange(8)
+    elif how == "cut":
+        del data[at:]
+    elif how == "insert":
+        data[at:at] = random.randbytes(random.randrange(1, 9))
+    else:
+        del data[at : at + random.randrange(1, 9)]
+    survives(made, {file.name: bytes(data)})
+
+
+@each
+@FUZZED
+@given(random=RANDOM)
+def test_any_bytes_in_a_tensor_of_a_layer(artifacts, format, random):
+    made = artifacts[format]
+    file = random.choice(sorted(made.glob("*.safetensors")))
+    header, body = header_of(file.read_bytes())
+    key = random.choice([key for key in sorted(header) if key != "__metadata__"])
+    begin, end = header[key]["data_offsets"]
+    changed = bytearray(body)
+    for at in random.choices(range(begin, min(end, begin + 32)), k=random.randrange(1, 5)):
+        changed[at] = random.choice([0, 1, 0x7F, 0x80, 0xFF, random.randrange(256)])
+    survives(made, {file.name: with_header(json.dumps(header).encode(), bytes(changed))})
+
+
+@each
+@FUZZED
+@given(
+    random=RANDOM,
+    dtype=st.sampled_from(DTYPES),
+    reshape=st.sampled_from(["same", "flat", "scalar", "empty", "column", "cube", "transposed", "huge"]),
+)
+def test_any_tensor_of_another_kind(artifacts, format, random, dtype, reshape):
+    """Headers that safetensors itself accepts, because the sizes come out right."""
+    made = artifacts[format]
+    file = random.choice(sorted(made.glob("*.safetensors")))
+    tensors = load(file.read_bytes())
+    key = random.choice(sorted(tensors))
+    metadata = header_of(file.read_bytes())[0]["__metadata__"]
+    old = save({key: tensors.pop(key)})
+    header, body = header_of(old)
+    bits = 4 if dtype == "F4" else int(re.search(r"(\d+)(_|$)", "8" if dtype == "BOOL" else dtype)[1])
+    shape = header[key]["shape"]
+    count = len(body) * 8 // bits
+    shape = {
+        "same": [*shape[:-1], count * shape[-1] // max(1, math.prod(shape))] if shape else [count],
+        "flat": [count],
+        "scalar": [],
+        "empty": [0, 2**40],
+        "column": [count, 1],
+        "cube": [1, count, 1],
+        "transposed": shape[::-1],
+        "huge": [2**31, 2**31],
+    }[reshape]
+    size = math.prod(shape) * bits // 8
+    rest, content = header_of(save(tensors) if tensors else struct.pack("<Q", 2) + b"{}")
+    size = min(size, 2**20)
+    rest[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(content), len(content) + size]}
+    rest["__metadata__"] = metadata
+    content += (body * (size // max(1, len(body)) + 1))[:size]
+    survives(made, {file.name: with_header(json.dumps(rest).encode(), content)})
