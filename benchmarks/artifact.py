@@ -69,7 +69,7 @@ if hasattr(model, "ct_decompress_hook"):
     model(torch.zeros(1, 1, dtype=torch.long))  # compressed-tensors unpacks on the first forward pass
 seconds, peak = time.perf_counter() - begin, memory() - before
 expected, found = load_file(reference), dict(model.named_parameters())
-same = expected.keys() == found.keys() and all(
+same = expected.keys() <= found.keys() and all(  # compressed-tensors leaves its scales in the model
     found[name].dtype == tensor.dtype
     and torch.equal(found[name].detach().contiguous().view(torch.uint8), tensor.view(torch.uint8))
     for name, tensor in expected.items()
@@ -126,7 +126,7 @@ def main() -> None:
     compressor = JointCompressor.from_pretrained(
         args.model, calibration="builtin", calibration_samples=args.calibration_samples
     )
-    console = Console(width=120)
+    console = Console(width=150)
     notes = []
     with tempfile.TemporaryDirectory() as scratch:
         for order in ORDERS:

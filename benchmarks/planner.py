@@ -1,4 +1,4 @@
-"""How good is the planner? Its choices against the truth: both orders of every pair in full, with three calibration draws.
+"""How good is the planner? Its choices against the truth: all orders in full, with three calibration draws.
 
     python benchmarks/planner.py --output planner-output            (hours on two cores; goes on where it was stopped)
     python benchmarks/planner.py --output planner-output --only truth tiny-llama 1    (one part, for a second process)

@@ -197,7 +197,7 @@ def test_a_mask_that_does_not_match_the_codes_is_seen(copy_of):
         payload[mask].copy_(payload[mask].flip(0))
 
     change_tensor(folder, f"{LAYER}.weight", more)
-    assert "whose mask keeps" in artifact.verify(folder)[0]
+    assert "its mask keeps" in artifact.verify(folder)[0]
     shutil.rmtree(folder)
     folder = copy_of("sparse")
     change_tensor(folder, f"{LAYER}.weight", moved)  # as many bits, elsewhere
@@ -281,6 +281,18 @@ def test_fewer_zeros_than_pruned_weights_and_a_broken_pattern_are_seen(copy):
     assert "sparsity" in sparsity and "fewer than the 4096 weights said to be pruned" in zeros
     edit(copy, lambda facts: facts["layers"][name].update(pruned=64 * 32, pattern="1:4"))
     assert artifact.verify(copy) == [f"layer {name} does not keep the pattern 1:4."]
+
+
+def test_a_stored_mask_that_is_not_the_one_said_is_seen(tiny_llama_folder, tmp_path):
+    compressed = JointCompressor.from_pretrained(tiny_llama_folder).compress("magnitude:0.5 > rtn:4", progress=False)
+    compressed.save_pretrained(tmp_path / "out", format="sparse")
+    assert artifact.verify(tmp_path / "out") == []
+    name = "model.layers.0.self_attn.q_proj"
+    copy = shutil.copytree(tmp_path / "out", tmp_path / "flipped")
+    rewrite(copy, lambda tensors: tensors[f"{name}.weight"][-1500].bitwise_xor_(1))  # half its codes are 1024 bytes
+    assert "its mask keeps 20" in artifact.verify(copy)[0]
+    edit(tmp_path / "out", lambda facts: facts["layers"][name].update(pruned=2047))
+    assert f"layer {name} has a mask of 2048 weights, the manifest says 2047." in artifact.verify(tmp_path / "out")
 
 
 def test_wrong_bits_and_layers_that_are_not_there_are_seen(copy):

@@ -51,7 +51,7 @@ class PlanCommand(Command):
             "--evaluation-samples",
             metavar="N",
             type=int,
-            help="how many windows from all over that text, or images (default: 64 or 1000); auto uses 1 in 8 at most",
+            help="how many windows from all over that text, or images (default: 64 or 1000); auto uses few of them",
         )
         arguments.metric(parser)
         parser.add_argument(

@@ -160,7 +160,7 @@ class StudyCommand(Command):
         if len(rows) > 1:
             table = Table(caption="right in decisive pairs: always pruning first, always the weaker method first")
             for at, heading in enumerate(rows[0]):
-                table.add_column(heading, justify="right" if at else "left", overflow="fold")
+                table.add_column(heading, justify="right" if at else "left", no_wrap=not at)
             for row in rows[1:]:
                 table.add_row(*row)
             console.print(table)

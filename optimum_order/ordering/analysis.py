@@ -139,7 +139,8 @@ class _Runs:
             return None
 
         def one(draw: int) -> Tensor:
-            scores = {order: torch.tensor(self.row(order, draw)["performances"]).double() for order in weights}
+            rows = {order: self.row(order, draw)["performances"] for order in weights}
+            scores = {order: torch.tensor(row, dtype=torch.float64) for order, row in rows.items()}
             return sum((weight * scores[order] for order, weight in weights.items()), torch.zeros(()))
 
         found = difference_over_draws(torch.stack([one(draw) for draw in draws]), confidence=CONFIDENCE)

@@ -37,10 +37,9 @@ from optimum_order.ordering.runner import Runner
 STRATEGIES = ("auto", "measure", "pih", "proxy")
 MOST_STAGES = 5
 
-_CALIBRATION_PART = 16
-"""`auto` compresses with the samples of a draw divided by this, and no fewer than 4."""
-_ROUNDS = (16, 8)
-"""`auto` scores on the evaluation samples divided by these, round by round, and no fewer than 4."""
+_PARTS = {"window": (16, (16, 8)), "image": (4, (4, 2, 1))}
+"""What `auto` uses, by the kind of sample: the calibration draw divided by the first, the evaluation samples divided by
+each of the others in turn; no fewer than 4. An image says less than a window: it has one answer and few tokens."""
 _SURE = 0.99
 """How sure the race must be to drop an order; it looks several times, so this is stricter than what is reported."""
 
@@ -171,7 +170,7 @@ class _Planner:
         self.done = {"orders": 0, "calibration_samples": 0, "scored_samples": 0}
 
     def auto(self, scorer: Metric, calibration_samples: int) -> tuple[Ranking, Difference, bool, str]:
-        few = min(calibration_samples, max(4, calibration_samples // _CALIBRATION_PART))
+        few, rounds = self._few(calibration_samples), _PARTS[self.samples.unit][1]
         batches = self.runner.batches(0, few)
         results = {}
         for order in self._shown(self.orders):
@@ -187,7 +186,7 @@ class _Planner:
         self.done |= {"orders": len(results), "calibration_samples": few if batches else 0}
         scores: dict[Order, list[Tensor]] = {order: [] for order in results}
         alive, seen, best = list(results), 0, self.orders[0]
-        for part in _ROUNDS:
+        for part in rounds:
             end = min(len(self.samples), max(4, len(self.samples) // part))
             if end == seen:
                 continue
@@ -263,7 +262,7 @@ class _Planner:
         return ranking, f"weaker first: of the stages alone '{weakest}' costs the least and '{strongest}' the most."
 
     def proxy(self, calibration_samples: int) -> tuple[Ranking, str]:
-        few = min(calibration_samples, max(4, calibration_samples // _CALIBRATION_PART))
+        few = self._few(calibration_samples)
         known: dict[str, Statistics] = {}
         batches = self.runner.batches(0, few)
         if batches:
@@ -283,6 +282,9 @@ class _Planner:
         ranking = sorted(errors, key=lambda each: each[1])
         (_, least), (_, next_) = ranking[:2]
         return ranking, f"the layers' mean relative output error is {least:.3g} in this order, {next_:.3g} in the next."
+
+    def _few(self, calibration_samples: int) -> int:
+        return min(calibration_samples, max(4, calibration_samples // _PARTS[self.samples.unit][0]))
 
     def _shown(self, work: Collection) -> Iterable:
         return tqdm(work, desc="plan", unit="order", disable=not self.progress)

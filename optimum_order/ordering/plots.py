@@ -389,7 +389,7 @@ def _correlations(summary: Mapping[str, Any]) -> list[Picture]:
 def _correlation(figure: Figure, ax: Axes, found: Mapping[str, Any]) -> None:
     matrix = np.array(found["matrix"], dtype=float)
     np.fill_diagonal(matrix, np.nan)
-    most = max(0.1, float(np.nanmax(np.abs(matrix))))
+    most = max(0.3, float(np.nanmax(np.abs(matrix))))
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-most, vmax=most)
     ax.set_facecolor("#dddddd")
     if len(matrix) <= _MOST_NUMBERS:

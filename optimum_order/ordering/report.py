@@ -112,7 +112,7 @@ def _matters(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     scale = functools.partial(_scaled, summary)
     rules = found["rules"]
     text = (
-        f"In {found['pairs']} pairs the two orders differ by {scale(found['mean_absolute_advantage'])} on average, at "
+        f"In {_count(found['pairs'], 'pair')} the two orders differ by {scale(found['mean_absolute_advantage'])} on average, at "
         f"most by {scale(found['largest_advantage'])}. "
     )
     if not found["decisive"]:
@@ -167,7 +167,7 @@ def _combining(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{found['decisively_worse']} surely worse"
         )
         best = found["best"]
-        if best["gain"]["mean"] > 0:
+        if best["gain"]["low"] > 0:
             gain = best["gain"]
             text += (
                 f"; the most is gained by {_arrows(best['order'])} at {size(best['bytes'])}: "
@@ -269,6 +269,10 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form).replace("-", "−")
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}".replace("%", " %")
 
@@ -327,6 +331,7 @@ def render(summary: Mapping[str, Any], pictures: Sequence[plots.Picture]) -> str
     )
     environment.filters |= {
         "arrows": _arrows,
+        "count": _count,
         "interval": functools.partial(_interval, summary),
         "name": name_of,
         "number": _number,

@@ -221,3 +221,42 @@ def test_a_push_that_fails_leaves_the_folder_and_says_how_to_go_on(hub, tiny_lla
     assert f"'optimum-order push {tmp_path / 'out'} me/model' tries again" in hub.log.read_text()
     hub.server.recover()
     assert hub.call("program", "push", str(tmp_path / "out"), "me/model")["code"] == 0
+
+
+def test_without_an_order_a_saved_model_is_converted(program, saved, tmp_path):
+    done = program("export", saved, tmp_path / "sparse", "--format", "sparse", "--json")
+    assert done.code == 0, done.err
+    result, stated = json.loads(done.out), manifest.load(saved)
+    assert list(result) == ["output", "order", "format", "schedule", "seconds", "bytes", "sparsity", "metrics"]
+    assert (result["format"], result["order"], list(result["seconds"])) == ("sparse", stated["order"], ["total"])
+    assert result["bytes"]["per_weight_bits"] < stated["bytes"]["per_weight_bits"]
+    assert result["metrics"]["perplexity"]["after"] == stated["metrics"]["perplexity"]["after"]["value"]
+    assert program("verify", tmp_path / "sparse").code == 0
+    done = program("export", tmp_path / "sparse", tmp_path / "back")
+    assert done.code == 0 and "compressed-tensors" in done.out and "loads it from there by itself" in done.out
+    done = program("export", saved, tmp_path / "sparse", "--format", "sparse", "--overwrite")
+    assert "loads it from there after 'import optimum_order'" in done.out
+
+
+CONVERTING = {
+    "an unknown format": (["--format", "spares"], "Did you mean 'sparse'?"),
+    "a format that cannot hold it": (["--format", "bitsandbytes"], "is not a grid of the bitsandbytes library"),
+    "an option for compressing": (["--ignore", "*.q_proj"], "'--ignore' means nothing without '--order'"),
+    "something to measure on": (["--evaluate", "builtin"], "'--evaluate' means nothing without '--order'"),
+    "a number of samples": (["--calibration-samples", "5"], "'--calibration-samples' means nothing without"),
+}
+
+
+@pytest.mark.parametrize(("extra", "says"), CONVERTING.values(), ids=CONVERTING)
+def test_what_cannot_be_converted_is_one_line_and_writes_nothing(program, saved, tmp_path, extra, says):
+    done = program("export", saved, tmp_path / "out", *extra)
+    assert done.code == 2 and done.out == "" and says in done.err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny_llama_folder"])
+def test_a_model_that_is_not_compressed_needs_an_order(program, tiny_llama_folder, model, tmp_path):
+    model = tiny_llama_folder if model == "tiny_llama_folder" else model
+    done = program("export", model, tmp_path / "out")
+    assert done.code == 2 and f"'--order' must say what is to be done to '{model}'" in done.err
+    assert program("export", tmp_path / "missing", tmp_path / "out").code == 2

@@ -1,5 +1,6 @@
 """A small model with calibration text and text to measure it on, for studies that take seconds."""
 
+import functools
 import math
 import statistics
 
@@ -21,17 +22,23 @@ def make_compressor(tiny_llama_folder, text_file):
 
 
 @pytest.fixture
-def make_trials(tmp_path):
-    """`make_trials({"wanda:0.5": [[-3.0, -3.2], ...]})`: trials of these performances, (draws, samples) for each order.
+def make_trials(store_trials, tmp_path):
+    """`store_trials` in a folder of the test's own."""
+    return functools.partial(store_trials, tmp_path / "trials")
+
+
+@pytest.fixture(scope="session")
+def store_trials():
+    """`store_trials(folder, {"wanda:0.5": [[-3.0, -3.2], ...]})`: trials of these performances, (draws, samples) for each order.
 
     A list of numbers instead of rows is one draw. `more` adds to the row of an order, `pairs` and `planned` fill the
     other tables.
     """
 
-    def make(performances, *, more=None, pairs=None, planned=(), **settings) -> Trials:
+    def make(folder, performances, *, more=None, pairs=None, planned=(), **settings) -> Trials:
         evaluation = {"source": "held-out.txt", "samples": 2, "digest": "0" * 64}
         about = {"model": "made-up", "layers": ["a", "b"], "metric": "perplexity", "evaluation": evaluation}
-        trials = Trials(tmp_path / "trials", about | settings)
+        trials = Trials(folder, about | settings)
         for order, draws in performances.items():
             for draw, values in enumerate(draws if isinstance(draws[0], (list, type(None))) else [draws]):
                 if values is not None:

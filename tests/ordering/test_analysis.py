@@ -310,8 +310,8 @@ def sized(**changes):
 
 JOINT = {
     "original": [-3.0, -3.1],
-    "rtn:2": [-5.0, -5.1],
-    "rtn:4": [-3.2, -3.3],
+    "rtn:2": [-5.1, -5.0],
+    "rtn:4": [-3.3, -3.2],
     "wanda:0.5": around(-3.4, -3.41, -3.42),
     "wanda:0.5 > rtn:4": around(-3.5, -3.51, -3.52, spread=0.05),
     "rtn:4 > wanda:0.5": around(-4.8, -4.81, -4.82, spread=0.05),
