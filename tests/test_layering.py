@@ -17,7 +17,7 @@ FLOORS = [
     {"card", "hub"},
     {"ordering"},
     {"convert"},
-    {"artifact"},
+    {"artifact", "snapshot"},
     {"checkpoint", "pipeline"},
     {"calibration"},
     {"evaluation"},

@@ -112,8 +112,8 @@ def _matters(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     scale = functools.partial(_scaled, summary)
     rules = found["rules"]
     text = (
-        f"In {_count(found['pairs'], 'pair')} the two orders differ by {scale(found['mean_absolute_advantage'])} on average, at "
-        f"most by {scale(found['largest_advantage'])}. "
+        f"In {_count(found['pairs'], 'pair')} the two orders differ by {scale(found['mean_absolute_advantage'])} on "
+        f"average, at most by {scale(found['largest_advantage'])}. "
     )
     if not found["decisive"]:
         yield "Does the order matter?", text + "In none of them does the interval exclude 0: no difference is shown."

@@ -29,7 +29,7 @@ def make_trials(store_trials, tmp_path):
 
 @pytest.fixture(scope="session")
 def store_trials():
-    """`store_trials(folder, {"wanda:0.5": [[-3.0, -3.2], ...]})`: trials of these performances, (draws, samples) for each order.
+    """`store_trials(folder, {"wanda:0.5": [[-3.0, -3.2], ...]})`: performances, (draws, samples) for each order.
 
     A list of numbers instead of rows is one draw. `more` adds to the row of an order, `pairs` and `planned` fill the
     other tables.
