@@ -20,7 +20,7 @@ from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.evaluation import Measurement, Metric, Samples, Windows
 from optimum_order.layer import LayerState
 from optimum_order.order import Order, Stage
-from optimum_order.ordering import planner, report
+from optimum_order.ordering import planner
 from optimum_order.ordering.planner import Plan
 from optimum_order.ordering.runner import Batches, Runner
 from optimum_order.ordering.study import Study, check_folder, quiet
@@ -292,6 +292,8 @@ class JointCompressor:
             ModelError: If the metric says nothing about the model.
             OutputError: If the folder cannot be written, or holds another study.
         """
+        from optimum_order.ordering import report  # draws, and only a study does
+
         folder, checked = Path(folder), [canonical(Order.of(order)) for order in orders]
         numbers = range(draws) if isinstance(draws, int) else sorted(set(draws))
         few = evaluation_samples is not None and evaluation_samples < 2

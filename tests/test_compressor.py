@@ -197,7 +197,7 @@ def test_bad_schedule_and_format_are_refused(compressor, tmp_path):
     with pytest.raises(OrderError, match="Did you mean 'block'"):
         compressor.compress("rtn:4", schedule="blocks", progress=False)
     compressed = compressor.compress("rtn(bits=4, symmetric=false)", progress=False)
-    with pytest.raises(FormatError, match="dense can"):
+    with pytest.raises(FormatError, match="dense, sparse can"):
         compressed.save_pretrained(tmp_path / "out", format="compressed-tensors")
     with pytest.raises(FormatError, match="Did you mean 'dense'"):
         compressed.save_pretrained(tmp_path / "out", format="denser")
