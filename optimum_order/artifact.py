@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order import formats, manifest
-from optimum_order.checkpoint import tensor_bytes
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.formats import checkpoint
-from optimum_order.layer import LayerState
+from optimum_order.layer import LayerState, tensor_bytes
 from optimum_order.targets import Target
 
 Layers = Mapping[str, tuple[Target, LayerState]]

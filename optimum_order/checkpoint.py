@@ -19,6 +19,7 @@ from transformers.utils import cached_file, is_vision_available
 
 from optimum_order.errors import ArtifactError, ModelError, chainable, redacted
 from optimum_order.formats.checkpoint import weight_bytes
+from optimum_order.layer import tensor_bytes
 
 EMBEDDED = ("tiny-llama", "tiny-resnet", "tiny-vit")
 """Models that ship inside the package and can be named like a Hub id."""
@@ -200,11 +201,6 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's values as bytes, row by row."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

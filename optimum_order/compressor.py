@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_order import artifact, evaluation, formats, hub, manifest, pipeline
+from optimum_order import artifact, evaluation, formats, hub, manifest, pipeline, workdir
 from optimum_order.backends import canonical, method
 from optimum_order.calibration.load import batch_size, inputs, samples_for
 from optimum_order.checkpoint import Checkpoint, InMemory, weights_digest
-from optimum_order.errors import DataError, ModelError, OrderError
+from optimum_order.errors import DataError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Measurement, Metric, Samples, Windows
 from optimum_order.layer import LayerState
 from optimum_order.order import Order, Stage
@@ -25,6 +26,7 @@ from optimum_order.ordering.planner import Plan
 from optimum_order.ordering.runner import Batches, Runner
 from optimum_order.ordering.study import Study, check_folder, quiet
 from optimum_order.targets import Target, find_units
+from optimum_order.workdir import WorkDir
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +132,8 @@ class JointCompressor:
         schedule: str = "stage",
         *,
         stages: Iterable[Stage | str] | None = None,
+        work_dir: str | Path | None = None,
+        resume: bool = False,
         progress: bool = True,
     ) -> CompressedModel:
         """Apply the stages of an order, first to last, to a fresh copy of the model.
@@ -140,14 +144,24 @@ class JointCompressor:
             stages: What to put into an order, with "auto" only.
             schedule: "stage" walks the whole model once per stage; "block" applies all stages to a block, on one
                 capture of its inputs, before moving on.
+            work_dir: A folder that keeps what is finished, block by block, so that a run that was killed can go on from
+                there. It stays until you remove it. None keeps nothing.
+            resume: Whether to go on from what `work_dir` holds; the result is bit for bit that of a run that was never
+                cut off. Without it, nothing may be there.
             progress: Whether to show a bar on stderr.
 
         Raises:
             OrderError: If the order cannot be run on this model. Nothing is computed first.
             DataError: If a stage needs calibration data that is missing or too short.
             ModelError: If the model cannot be loaded, walked or compressed.
+            OutputError: If the work dir cannot be used: its disk is full, another process uses it, or it holds another
+                run, and then the message says in what they differ.
         """
         begin = time.perf_counter()
+        if work_dir is not None:
+            workdir.check(Path(work_dir), resume=resume)
+        elif resume:
+            raise OutputError("'resume' needs the 'work_dir' of the run that is to go on.")
         if (stages is not None) != (order == "auto"):
             raise OrderError("Give 'stages' with order='auto', and with no other order: they are what it is made of.")
         found = None if stages is None else self.plan(stages, progress=progress)
@@ -169,9 +183,34 @@ class JointCompressor:
         }
         model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
         batches = inputs(samples) if samples else []
-        result = pipeline.run(model, units, order, batches, schedule=schedule, progress=progress)
+        with contextlib.ExitStack() as stack:
+            work = None
+            if work_dir is not None:
+                fingerprint = self._fingerprint(base, model.config, order, schedule, samples, len(batches))
+                work = stack.enter_context(WorkDir(work_dir, fingerprint, resume=resume))
+            result = pipeline.run(model, units, order, batches, schedule=schedule, work=work, progress=progress)
         seconds = time.perf_counter() - begin
         return CompressedModel(self, model, units, result, schedule, samples, base, seconds, found)
+
+    def _fingerprint(
+        self, base: dict[str, Any], config: Any, order: Order, schedule: str, samples: Samples | None, batches: int
+    ) -> dict[str, Any]:
+        """All that decides what a run computes."""
+        about = config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            about.pop(name, None)
+        return {
+            "order": str(order),
+            "schedule": schedule,
+            "model": {name: base[name] for name in ("architecture", "dtype", "digest")},
+            "config": about,
+            "calibration": samples and {**_describe(samples), "note": "", "seed": self.seed, "batches": batches},
+            "targets": self.targets,
+            "ignore": self.ignore,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": manifest.versions(),
+        }
 
     def evaluate(self, source: Any = "builtin", metric: str = "auto", *, progress: bool = True) -> Measurement:
         """Measure the model before compression; remembered, and put into the manifests of what follows.

@@ -251,6 +251,21 @@ class UniformGrid(Grid):
 
 
 @dataclass(frozen=True)
+class StageRecord:
+    """What one stage did to one layer, for the manifest.
+
+    Args:
+        stage: The concrete stage, as canonical text.
+        relative_error: Squared error it added over the squared size of what it found.
+        measured_on: "outputs" (`tr(dW H dW^T) / tr(W H W^T)`), "inputs" (the same with H's diagonal) or "weights".
+    """
+
+    stage: str
+    relative_error: float
+    measured_on: str
+
+
+@dataclass(frozen=True)
 class LayerState:
     """One layer between stages.
 
@@ -304,3 +319,8 @@ class LayerState:
                 raise broken(f"the grid is in {self.grid.dtype}, the weight in {self.weight.dtype}")
             if not self.grid.holds(self.weight):
                 raise broken("a weight is off its quantisation grid")
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values as bytes, row by row."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -12,31 +14,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_order.backends import Allocator, Backend, Measured, canonical, method
-from optimum_order.calibration.walk import Visit, walk
+from optimum_order.calibration.walk import Crossing, Keeper, Visit, Visitor, walk
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
-from optimum_order.layer import LayerState, Statistics
+from optimum_order.layer import LayerState, StageRecord, Statistics
 from optimum_order.order import Order, Stage
 from optimum_order.targets import Target, Unit
+from optimum_order.workdir import Passage, WorkDir
 
 SCHEDULES = ("stage", "block")
 
 Pass = dict[str, list[Backend]]
 """One walk over the model: what is done to each layer, by name, when the walk is there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StageRecord:
-    """What one stage did to one layer, for the manifest.
-
-    Args:
-        stage: The concrete stage, as canonical text.
-        relative_error: Squared error it added over the squared size of what it found.
-        measured_on: "outputs" (`tr(dW H dW^T) / tr(W H W^T)`), "inputs" (the same with H's diagonal) or "weights".
-    """
-
-    stage: str
-    relative_error: float
-    measured_on: str
 
 
 @dataclasses.dataclass
@@ -107,6 +95,7 @@ def run(
     *,
     schedule: str = "stage",
     start: Result | None = None,
+    work: WorkDir | None = None,
     progress: bool = True,
 ) -> Result:
     """Apply every stage in turn; the model's weights end as the states' weights.
@@ -120,10 +109,13 @@ def run(
             every layer; "block" applies all stages to a block, on one capture of its inputs, before it moves on.
         start: What earlier stages left, if this run continues them; the model's layers are set to it. With the
             schedule "stage" the end is bit for bit that of all stages in one run.
+        work: Where to keep what is finished, unit by unit. What is there already is not done again; the end is bit for
+            bit that of a run that was never cut off.
         progress: Whether to show a bar on stderr.
 
     Raises:
         ModelError: If a weight is NaN or infinite, or the model cannot be walked.
+        OutputError: If the work dir cannot be written, or is damaged.
     """
     targets = {target.name: target for unit in units for target in unit.targets}
     for name, parameter in model.named_parameters():
@@ -137,16 +129,23 @@ def run(
         start.write(units)
     records = {name: list(found) for name, found in start.records.items()}
     result = Result(dict(start.states), records, (*start.stages, *order))
+    names, numbers = [unit.name for unit in units], itertools.count()
+
+    def kept() -> Passage | None:
+        return None if work is None else work.passage(next(numbers), names)
+
     with tqdm(total=0, unit="block", disable=not progress) as bar:
         for group in _groups(order, schedule):
             if isinstance(group, Allocator):
-                table = _measure(model, units, group, result.states, batches, bar)
+                table = _measure(model, units, group, result.states, batches, bar, kept())
                 for chosen in group.allocate(table):
                     stages: Pass = {name: [_backend(stage)] for name, stage in chosen.items()}
-                    _run_pass(model, units, stages, result, batches, bar, str(group.stage))
+                    _run_pass(model, units, stages, result, batches, bar, str(group.stage), kept())
             else:
                 label = " > ".join(str(backend.stage) for backend in group)
-                _run_pass(model, units, dict.fromkeys(targets, group), result, batches, bar, label)
+                _run_pass(model, units, dict.fromkeys(targets, group), result, batches, bar, label, kept())
+    if work is not None:
+        work.wait()
     return result
 
 
@@ -178,12 +177,15 @@ def _run_pass(
     batches: Sequence,
     bar: tqdm,
     label: str,
+    kept: Passage | None,
 ) -> None:
     needs = {need for backends in stages.values() for backend in backends for need in backend.needs}
     # Only the units that this pass changes, and what lies before the last of them, need to be run.
     changed = [unit for unit in units if any(target.name in stages for target in unit.targets)]
+    finished = _restore(kept, changed, result, model.device)
     bar.total += len(changed)
     bar.set_description(label)
+    bar.update(len(finished))
 
     def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
         for target in unit.targets:
@@ -191,11 +193,52 @@ def _run_pass(
                 _apply(backend, target, statistics.get(target.name), result)
         bar.update()
 
+    def keep(unit: Unit, crossing: Callable[[], Crossing | None] = lambda: None) -> None:
+        names = [target.name for target in unit.targets]
+        states, records = ({name: of[name] for name in names} for of in (result.states, result.records))
+        kept.save(unit.name, "state", {"states": states, "records": records}, crossing)
+
+    if len(finished) == len(changed):
+        return
     if needs:
-        walk(model, changed, batches, lambda at: treat(at.unit, at.statistics), gram="gram" in needs)
-    else:
-        for unit in changed:
+        _walk(model, changed, batches, lambda at: treat(at.unit, at.statistics), needs, finished, kept, keep)
+        return
+    for unit in changed:
+        if unit.name not in finished:
             treat(unit, {})
+            if kept is not None:
+                keep(unit)
+
+
+def _walk(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    batches: Sequence,
+    visit: Visitor,
+    needs: Collection[str],
+    finished: Collection[str],
+    kept: Passage | None,
+    keep: Keeper,
+) -> None:
+    if kept is None:
+        walk(model, units, batches, visit, gram="gram" in needs)
+    else:
+        crossing = functools.partial(kept.crossing, str(model.device))
+        walk(model, units, batches, visit, gram="gram" in needs, finished=finished, crossing=crossing, keep=keep)
+
+
+def _restore(kept: Passage | None, units: Sequence[Unit], result: Result, device: torch.device) -> list[str]:
+    """Put what a pass left of its finished units into the result and the model, and name them."""
+    if kept is None:
+        return []
+    finished = kept.finished([unit.name for unit in units])
+    for unit in units:
+        if unit.name in finished and (found := kept.load(unit.name, str(device))) is not None:
+            result.states.update(found["states"])
+            result.records.update({name: list(records) for name, records in found["records"].items()})
+            for target in unit.targets:
+                target.write(found["states"][target.name].weight)
+    return finished
 
 
 def _apply(backend: Backend, target: Target, statistics: Statistics | None, result: Result) -> None:
@@ -231,13 +274,17 @@ def _measure(
     states: dict[str, LayerState],
     batches: Sequence,
     bar: tqdm,
+    kept: Passage | None,
 ) -> list[Measured]:
     """What each candidate of an allocator would do to each group of layers, with the rest of the model as it is."""
-    table: list[Measured] = []
-    experts: dict[Stage, list[Measured]] = defaultdict(list)
+    rows: dict[str, list[Measured]] = {}
     backends = {stage: _backend(stage) for stage in allocator.candidates()}
+    finished = [] if kept is None else kept.finished([unit.name for unit in units])
+    for name in finished:
+        rows[name] = [Measured(**row | {"stage": Stage.parse(row["stage"])}) for row in kept.load(name)]
     bar.total += len(units)
     bar.set_description(f"{allocator.stage}: measuring")
+    bar.update(len(finished))
 
     def visit(at: Visit) -> None:
         groups: dict[str, list[Target]] = defaultdict(list)
@@ -245,6 +292,7 @@ def _measure(
             alone = "experts" if target.kind == "expert" else at.leaders.get(target.name, target.name)
             groups[alone if allocator.fused else target.name].append(target)
         before = at.outputs()
+        rows[at.unit.name] = found = []
         for group in groups.values():
             names = tuple(target.name for target in group)
             weights = sum(states[name].weight.numel() for name in names)
@@ -253,16 +301,27 @@ def _measure(
                     after = backend.apply(states[target.name], at.statistics[target.name], where=target.name)
                     target.write(after.weight)
                 error = ((at.outputs() - before).square().sum() / before.square().sum()).item()
-                fused = experts[stage] if allocator.fused and group[0].kind == "expert" else table
-                fused.append(Measured(names, weights, stage, after.bits, error))
+                found.append(Measured(names, weights, stage, after.bits, error))
             for target in group:
                 target.write(states[target.name].weight)
         bar.update()
 
+    def keep(unit: Unit, crossing: Callable[[], Crossing | None]) -> None:
+        told = [
+            (str(row.stage), {key: of for key, of in vars(row).items() if key != "stage"}) for row in rows[unit.name]
+        ]
+        kept.save(unit.name, "measured", told, crossing)
+
     needs = {need for backend in backends.values() for need in backend.needs}
-    walk(model, units, batches, visit, gram="gram" in needs)
-    for stage, rows in experts.items():  # packed formats hold fused experts under one scheme only
-        names = tuple(name for row in rows for name in row.layers)
-        weights, error = sum(row.weights for row in rows), sum(row.error for row in rows)
-        table.append(Measured(names, weights, stage, rows[0].bits, error))
+    if len(finished) < len(units):
+        _walk(model, units, batches, visit, needs, finished, kept, keep)
+    table: list[Measured] = []
+    experts: dict[Stage, list[Measured]] = defaultdict(list)
+    fused = {target.name for unit in units for target in unit.targets if allocator.fused and target.kind == "expert"}
+    for row in (row for unit in units for row in rows[unit.name]):
+        (experts[row.stage] if row.layers[0] in fused else table).append(row)
+    for stage, found in experts.items():  # packed formats hold fused experts under one scheme only
+        names = tuple(name for row in found for name in row.layers)
+        weights, error = sum(row.weights for row in found), sum(row.error for row in found)
+        table.append(Measured(names, weights, stage, found[0].bits, error))
     return table

@@ -19,32 +19,50 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optimum_order.backends import available
+from optimum_order.calibration.walk import Crossing
 from optimum_order.errors import ArtifactError
-from optimum_order.layer import Grid, LayerState
-from optimum_order.pipeline import StageRecord
+from optimum_order.layer import Grid, LayerState, StageRecord
 
 _KEY = "snapshot"
 
 
-def save(value: Any, file: Path) -> int:
+def save(value: Any, file: Path, *, durable: bool = False) -> int:
     """Write a value by rename, so that the file is whole or not there.
 
     Args:
         value: Of dataclasses known here, dicts with string keys, sequences, tensors, dtypes and plain values.
         file: Its folder exists.
+        durable: Whether it is to be on the disk on return, should the machine stop.
 
     Returns:
         How many bytes the file has.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_flatten(value, tensors), separators=(",", ":"))
+    held: set[int] = set()
+    for key, tensor in tensors.items():  # safetensors takes no shared memory
+        if (memory := tensor.untyped_storage().data_ptr()) in held:
+            tensors[key] = tensor.clone()
+        held.add(memory)
     beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, beside, metadata={_KEY: text})
+        if durable:
+            _sync(beside)
         os.replace(beside, file)
+        if durable:
+            _sync(file.parent)
     finally:
         beside.unlink(missing_ok=True)
     return file.stat().st_size
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def load(file: Path, device: str = "cpu") -> Any:
@@ -65,7 +83,7 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().contiguous().clone()  # safetensors takes no shared memory
+        tensors[key] = value.detach().cpu().contiguous()
         return {"tensor": key}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
@@ -83,7 +101,7 @@ def _restore(value: Any, opened: Any, known: dict[str, type]) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return opened.get_tensor(value["tensor"])
+        return opened.get_tensor(value["tensor"]).clone()  # in memory that torch allocated, not in a map of the file
     if "dtype" in value:
         return _DTYPES[value["dtype"]]
     if "dict" in value:
@@ -97,7 +115,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32,
 def _known() -> dict[str, type]:
     """Every class that may stand in a snapshot, by name: states, records, and the grids of all backends."""
     available()  # a grid is defined beside its backend
-    return {cls.__name__: cls for cls in (*_parts(LayerState), StageRecord, *_grids(Grid))}
+    return {cls.__name__: cls for cls in (*_parts(LayerState), StageRecord, Crossing, *_grids(Grid))}
 
 
 def _grids(base: type) -> Iterator[type]:

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from optimum_order import snapshot
 from optimum_order.backends import Backend, available, method
 from optimum_order.errors import ArtifactError
-from optimum_order.layer import LayerState, Statistics
+from optimum_order.layer import LayerState, StageRecord, Statistics
 from optimum_order.order import Order
-from optimum_order.pipeline import StageRecord
 
 ORDERS = [
     "magnitude:0.5",

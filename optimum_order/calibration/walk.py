@@ -5,24 +5,32 @@ reaches a block it hands over the block's real arguments and waits. So masks, po
 inputs and whatever else an architecture computes between its blocks are always the right ones, and nothing here
 knows what they are. At a block, the walk runs it on all batches to gather statistics, lets the visitor change
 its weights, runs it again, and lets the threads go on with the new outputs.
+
+A walk that was cut off starts its forwards afresh and answers for the finished blocks: with the outputs that were kept
+(`Crossing`), where those are all that flows from block to block, or else by running the blocks again as they are now.
+Either way the blocks to come see the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import Capture
 from optimum_order.errors import ModelError
 from optimum_order.evaluation.samples import placed
-from optimum_order.layer import Statistics
+from optimum_order.layer import Statistics, tensor_bytes
 from optimum_order.targets import Unit
 
 
@@ -47,19 +55,95 @@ class Visit:
 Visitor = Callable[[Visit], None]
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """All that the forwards need to go on from a unit, had they been stopped there.
+
+    Args:
+        unit: The unit's name.
+        outputs: What it returned for each batch: a tensor, or a tuple of tensors and None.
+        arguments: sha256 of all else that the next unit was called with.
+    """
+
+    unit: str
+    outputs: tuple[Any, ...]
+    arguments: str
+
+
+Keeper = Callable[[Unit, Callable[[], Crossing | None]], None]
+
+
 _PROBES = 2
 """Batches on which `Visit.outputs` runs a unit."""
+
+_ALIGNMENT = 64
+"""Bytes, of all memory that torch allocates; the last bits of a product may depend on it."""
 
 
 class _Stop(BaseException):
     """Ends a forward whose remaining layers nobody needs; not an Exception, so that no model code catches it."""
 
 
+class _Stale(Exception):
+    """The forwards do not reach the next unit as they did when a crossing was kept."""
+
+
+_SIZES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether a model does anything with a unit's output but hand it to the next unit.
+
+    It is active on the thread of a forward, where units do not run: all it sees is what happens before, between and
+    after them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Any = None
+        """Of the last unit."""
+        self.changed = False
+        """Whether the model has computed anything from such an output."""
+        self._earlier: list[weakref.ref] = []
+
+    def replied(self, output: Any) -> None:
+        self._earlier += map(weakref.ref, _tensors(self.output))
+        self.output = output
+
+    @property
+    def kept(self) -> bool:
+        """Whether the model holds on to the output of an earlier unit than the last."""
+        last = {id(tensor) for tensor in _tensors(self.output)}
+        self._earlier = [reference for reference in self._earlier if reference() is not None]
+        return any(id(reference()) not in last for reference in self._earlier)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not self.changed and self.output is not None and func not in _SIZES and not _is_fact(func, result):
+            used = {id(tensor) for tensor in _tensors((args, kwargs))}
+            self.changed = any(id(tensor) in used for tensor in _tensors(self.output))
+        return result
+
+
+def _is_fact(func: Callable, result: Any) -> bool:
+    """Whether this is a look at a tensor's shape, dtype or the like."""
+    return getattr(func, "__name__", "") == "__get__" and not isinstance(result, Tensor)
+
+
+def _tensors(value: Any) -> tuple[Tensor, ...]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return (value,)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return tuple(tensor for part in parts for tensor in _tensors(part))
+
+
 class _Forward(threading.Thread):
     """One forward pass that pauses wherever `arrive` is called on its thread."""
 
-    def __init__(self, run: Callable[[], Any]):
+    def __init__(self, run: Callable[[], Any], watch: _Watch | None):
         super().__init__(daemon=True)
+        self.watch = watch
         self._run_model = run
         self._turn = threading.Semaphore(0)  # released to let the model go on
         self._back = threading.Semaphore(0)  # released when it has paused or ended
@@ -72,7 +156,7 @@ class _Forward(threading.Thread):
         self._turn.acquire()
         try:
             if self._error is None:
-                with torch.inference_mode():
+                with torch.inference_mode(), self.watch or contextlib.nullcontext():
                     self._run_model()
         except _Stop:
             pass
@@ -94,6 +178,8 @@ class _Forward(threading.Thread):
 
     def resume(self, reply: Any = None) -> None:
         """On the walk's thread: let the model go on until it pauses again or ends."""
+        if self.watch and self.arrival:
+            self.watch.replied(reply)
         self._reply = reply
         self._turn.release()
         self._back.acquire()
@@ -133,10 +219,13 @@ def _paused(units: Sequence[Unit], forwards: list[_Forward]) -> Iterator[None]:
 def walk(
     model: PreTrainedModel,
     units: Sequence[Unit],
-    batches: Iterable[dict[str, Tensor]],
+    batches: Sequence[dict[str, Tensor]],
     visit: Visitor,
     *,
     gram: bool,
+    finished: Collection[str] = (),
+    crossing: Callable[[], Crossing | None] = lambda: None,
+    keep: Keeper | None = None,
 ) -> None:
     """Visit every unit once, in the order in which the model runs them.
 
@@ -146,10 +235,31 @@ def walk(
         batches: Keyword arguments of the model's forward, one mapping per batch.
         visit: Called at each unit, with statistics of the inputs that earlier units, as they are by now, produce.
         gram: Whether the statistics hold `X^T X`.
+        finished: Names of the units, the first that the model runs, that an earlier walk has visited: they are only
+            run, with the weights that it left.
+        crossing: Gives what that walk kept at one of them, so that those up to it need not be run; or None.
+        keep: Called after each visit, once the model waits at the next unit, with a function that gives what would let
+            a walk go on from here; None after the last unit, and where more flows on than the unit's output.
 
     Raises:
         ModelError: If the forward does not reach each unit exactly once.
     """
+    try:
+        _walk(model, units, batches, visit, gram, finished, crossing, keep)
+    except _Stale:  # nothing was visited yet
+        _walk(model, units, batches, visit, gram, finished, lambda: None, keep)
+
+
+def _walk(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    batches: Sequence[dict[str, Tensor]],
+    visit: Visitor,
+    gram: bool,
+    finished: Collection[str],
+    crossing: Callable[[], Crossing | None],
+    keep: Keeper | None,
+) -> None:
     # A block is run more than once on the same arguments, which a cache would not survive.
     text_config = model.config.get_text_config()  # the config itself, but for a model of several modalities
     arguments = {"use_cache": False} if getattr(text_config, "use_cache", None) is not None else {}
@@ -157,7 +267,11 @@ def walk(
     def forward(batch: dict[str, Tensor]) -> Callable[[], Any]:
         return lambda: model(**placed(batch, model), **arguments)
 
-    forwards = [_Forward(forward(batch)) for batch in batches]
+    begun = crossing() if finished else None
+    watched = bool(keep or begun)
+    forwards = [_Forward(forward(batch), _Watch() if watched else None) for batch in batches]
+    if begun and len(begun.outputs) != len(forwards):
+        raise _Stale
     remaining = {unit.name for unit in units}
     with torch.inference_mode(), _eager_experts(model), _headless(model, units), _paused(units, forwards):
         for each in forwards:
@@ -166,11 +280,22 @@ def walk(
             unit = _common(forwards, remaining)
             remaining.discard(unit.name)
             call = type(unit.module).forward
+            if unit.name in finished:
+                for number, each in enumerate(forwards):
+                    each.resume(begun.outputs[number] if begun else _run(call, each))
+                if begun and begun.unit == unit.name:
+                    if _arguments(forwards) != begun.arguments:
+                        raise _Stale
+                    begun = None  # its outputs live as long as the model needs them, and no longer
+                continue
             capture = Capture(unit.targets, gram=gram)
+            first = None  # what the first batch makes of the last unit
             for each in forwards:
-                _, args, kwargs = each.arrival
                 with capture:
-                    call(unit.module, *args, **kwargs)
+                    output = _run(call, each)
+                if not remaining and first is None:
+                    first = output
+                del output
             # Experts that no token was routed to have no input; any other layer does, if it could be seen at all.
             if not capture.leaders and any(target.kind != "expert" for target in unit.targets):
                 raise ModelError(
@@ -178,22 +303,73 @@ def walk(
                     f"({type(unit.module).__name__}). Leave it out with ignore=['{unit.name}*'], or use methods that "
                     "need no calibration: magnitude, rtn, bitsandbytes."
                 )
+
             probes = [each.arrival[1:] for each in forwards[:_PROBES]]
 
             def outputs(unit=unit, call=call, probes=probes) -> Tensor:
                 return torch.cat([_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes])
 
             if not remaining:  # what comes after is nobody's input, but it must not be a unit once more
-                _, args, kwargs = forwards[0].arrival
-                forwards[0].resume(call(unit.module, *args, **kwargs))
+                forwards[0].resume(first)
                 if forwards[0].arrival:
                     _common(forwards[:1], remaining)
             visit(Visit(unit, capture.statistics(), capture.leaders, outputs))
-            if not remaining:
-                return
-            for each in forwards:
-                _, args, kwargs = each.arrival
-                each.resume(call(unit.module, *args, **kwargs))
+            del capture, probes, outputs
+            if remaining:
+                for each in forwards:
+                    each.resume(_run(call, each))
+            if keep:
+                keep(unit, functools.partial(_crossing, unit, forwards) if remaining else lambda: None)
+
+
+def _run(call: Callable, forward: _Forward) -> Any:
+    """What a unit returns to the forward that waits at it."""
+    unit, args, kwargs = forward.arrival
+    return call(unit.module, *args, **kwargs)
+
+
+def _crossing(unit: Unit, forwards: list[_Forward]) -> Crossing | None:
+    """What would let the forwards go on from where they wait, or None if it is more than the unit's outputs."""
+    watches = [each.watch for each in forwards]
+    if any(watch.changed or watch.kept or not _can_be_kept(watch.output) for watch in watches):
+        return None
+    arguments = _arguments(forwards)
+    return Crossing(unit.name, tuple(watch.output for watch in watches), arguments) if arguments else None
+
+
+def _can_be_kept(output: Any) -> bool:
+    """Whether an output comes back from a file as it is: in its form and in how its numbers lie in memory."""
+    if type(output) is tuple:
+        return all(part is None or _can_be_kept(part) for part in output)
+    return type(output) is Tensor and output.is_contiguous() and output.data_ptr() % _ALIGNMENT == 0
+
+
+def _arguments(forwards: list[_Forward]) -> str | None:
+    """sha256 of all that the units are called with where the forwards wait, but for the last unit's outputs.
+
+    None if there is something of which nobody knows what is in it, such as a cache.
+    """
+    digest = hashlib.sha256()
+
+    def take_in(value: Any, outputs: dict[int, int]) -> bool:
+        if isinstance(value, Tensor):
+            said = f"output {outputs[id(value)]}" if id(value) in outputs else f"{value.dtype} {tuple(value.shape)}"
+            digest.update(said.encode())
+            if id(value) not in outputs:
+                digest.update(tensor_bytes(value))
+            return True
+        if isinstance(value, (tuple, list, dict)):
+            digest.update(f"{type(value).__name__} {len(value)}".encode())
+            parts = [part for item in value.items() for part in item] if isinstance(value, dict) else value
+            return all(take_in(part, outputs) for part in parts)
+        digest.update(f"{value!r};".encode())
+        return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+
+    for each in forwards:
+        outputs = {id(tensor): number for number, tensor in enumerate(_tensors(each.watch.output))}
+        if not take_in(each.arrival[1:], outputs):
+            return None
+    return digest.hexdigest()
 
 
 def _hidden(output: Any) -> Tensor:

@@ -1,0 +1,278 @@
+"""What a run has finished, in a folder, so that a run that was killed goes on from there.
+
+One folder is one run, and its files are all that is known of its progress: a file is whole or not there, and nothing
+else says how far the run is. `007-00012.state.safetensors` holds the layers of unit 12 as pass 7 over the model left
+them, `.measured` what an allocator's pass measured there, and `.crossing` what flows on into the next unit. A file goes
+only once the one that takes its place is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from optimum_order import snapshot
+from optimum_order.calibration.walk import Crossing
+from optimum_order.errors import ArtifactError, OutputError
+
+_FINGERPRINT, _LOCK, _PROCESS, _UNFINISHED = "fingerprint.json", "lock.sqlite", "process", ".*.partial"
+_OURS = {_FINGERPRINT, _PROCESS, _LOCK, f"{_LOCK}-journal"}
+_FILE = re.compile(r"(?P<number>\d+)-(?P<unit>\d+)\.(?P<kind>state|measured|crossing)\.safetensors")
+
+
+class WorkDir:
+    """The folder of one run, for this process alone until it is closed.
+
+    Args:
+        folder: Made if missing.
+        fingerprint: All that decides what the run computes, nested mappings of plain values.
+        resume: Whether to go on from what is there. Otherwise nothing may be there.
+
+    Raises:
+        OutputError: If the folder is in use or of another run, or if it has what was not asked for: a run that could be
+            resumed, or nothing to resume.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any], *, resume: bool):
+        self.folder = Path(folder)
+        check(self.folder, resume=resume)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise self._unwritable(error) from error
+        try:
+            self._open(json.loads(json.dumps(fingerprint)), resume)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._writer = ThreadPoolExecutor(1, "optimum-order-workdir")
+        self._pending: Future | None = None
+
+    def _open(self, fingerprint: Any, resume: bool) -> None:
+        """Go on from what is there, or begin."""
+        check(self.folder, resume=resume)  # once more: now nobody else can change it
+        for unfinished in self.folder.glob(_UNFINISHED):  # of a process that was killed
+            unfinished.unlink()
+        file = self.folder / _FINGERPRINT
+        if has_progress(self.folder):
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise OutputError(f"'{file}' is missing or damaged: remove the work dir, and start anew.") from error
+            _compare(before, fingerprint, self.folder)
+        else:
+            try:
+                beside = file.with_name(f".{file.name}.partial")
+                beside.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+                beside.replace(file)
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def passage(self, number: int, units: Sequence[str]) -> Passage:
+        """One pass over the model.
+
+        Args:
+            number: Which, from 0.
+            units: Names of all units of the model; always the same.
+        """
+        return Passage(self, number, units)
+
+    def files(self, kind: str) -> dict[tuple[int, int], Path]:
+        """The files of a kind by their (pass, unit)."""
+        found = ((file, _FILE.fullmatch(file.name)) for file in self.folder.iterdir())
+        return {(int(m["number"]), int(m["unit"])): file for file, m in found if m and m["kind"] == kind}
+
+    def write(self, values: Mapping[Path, Any], instead_of: Sequence[Path]) -> None:
+        """Begin to write files one after the other, then to remove others; once all that was begun is done: `wait`."""
+
+        def work() -> None:
+            for file, value in values.items():
+                snapshot.save(value, file, durable=True)
+            for file in instead_of:
+                file.unlink(missing_ok=True)
+
+        self._pending = self._writer.submit(work)
+
+    def wait(self) -> None:
+        """Until all that was written is on the disk.
+
+        Raises:
+            OutputError: If it cannot be written. What was finished before is still there.
+        """
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except (OSError, SafetensorError) as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> OutputError:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        kept = ""
+        if self.folder.is_dir() and has_progress(self.folder):
+            kept = " What was finished before is kept there: make room, then go on with resume=True (--resume)."
+        return OutputError(f"Cannot write the work dir '{self.folder}': {reason}.{kept}")
+
+    def close(self) -> None:
+        """Let others have the folder; if nothing was finished, there is none."""
+        self._writer.shutdown()
+        if not has_progress(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def __enter__(self) -> WorkDir:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class Passage:
+    """One pass over the model, as the work dir keeps it.
+
+    Args:
+        work: The work dir.
+        number: Which pass of the run, from 0.
+        units: Names of all units of the model.
+    """
+
+    def __init__(self, work: WorkDir, number: int, units: Sequence[str]):
+        self.work, self.number = work, number
+        self._index = {name: index for index, name in enumerate(units)}
+        done = {**work.files("state"), **work.files("measured")}
+        latest = max((at for at, _ in done), default=-1)
+        self._done = {unit for at, unit in done if at == number}
+        self.over = number < latest
+        """Whether a later pass has begun."""
+
+    def finished(self, units: Sequence[str]) -> list[str]:
+        """Those of its units that it has finished."""
+        return [name for name in units if self.over or self._index[name] in self._done]
+
+    def load(self, unit: str, device: str = "cpu") -> Any:
+        """What it left of a finished unit, or None if a later pass has left something since.
+
+        Raises:
+            OutputError: If that is damaged.
+        """
+        index = self._index[unit]
+        for kind in ("state", "measured"):
+            file = self._file(index, kind)
+            if file.exists():
+                return self._read(file, device)
+        if not any(at > self.number for at, which in self.work.files("state") if which == index):
+            raise OutputError(f"The work dir '{self.work.folder}' lacks '{file.name}': remove it, and start anew.")
+        return None
+
+    def crossing(self, device: str = "cpu") -> Crossing | None:
+        """What flowed out of one of its finished units, or None if that was not kept."""
+        files = [file for (at, _), file in self.work.files("crossing").items() if at == self.number]
+        # there are two if it was killed before the older one was removed: any will do
+        return self._read(max(files, key=lambda file: file.stat().st_mtime_ns), device) if files else None
+
+    def save(self, unit: str, kind: str, value: Any, crossing: Callable[[], Crossing | None] = lambda: None) -> None:
+        """Keep what it did at a unit, in place of what earlier passes did there.
+
+        Args:
+            unit: The unit's name.
+            kind: "state", or "measured" for what all later passes need.
+            value: As `snapshot.save` takes it.
+            crossing: Gives what flows on from there, or None.
+
+        Raises:
+            OutputError: If it, or what was saved before it, cannot be written.
+        """
+        index = self._index[unit]
+        self.work.wait()
+        values = {self._file(index, kind): value}
+        instead_of = [*self.work.files("crossing").values()]
+        if kind == "state":
+            instead_of += [file for (at, which), file in self.work.files(kind).items() if which == index]
+        if (flowing := crossing()) is not None:
+            values[self._file(index, "crossing")] = flowing
+        self.work.write(values, [file for file in instead_of if file not in values])
+
+    def _file(self, index: int, kind: str) -> Path:
+        return self.work.folder / f"{self.number:03d}-{index:05d}.{kind}.safetensors"
+
+    def _read(self, file: Path, device: str) -> Any:
+        try:
+            return snapshot.load(file, device)
+        except ArtifactError as error:
+            raise OutputError(f"'{file}' is damaged: remove the work dir, and start anew.") from error
+
+
+def check(folder: Path, *, resume: bool) -> None:
+    """Raise OutputError if a run could not use this folder."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"'{folder}' is a file; give a folder as the work dir.")
+    if not folder.is_dir():
+        if resume:
+            raise OutputError(f"There is no work dir '{folder}', so nothing to resume: start without --resume.")
+        return
+    for file in sorted(folder.iterdir()):
+        if file.name not in _OURS and not _FILE.fullmatch(file.name) and not file.match(_UNFINISHED):
+            raise OutputError(f"'{folder}' holds '{file.name}' and is no work dir of ours; give another folder.")
+    if has_progress(folder) and not resume:
+        raise OutputError(
+            f"'{folder}' holds a run that was not finished. Go on with it with resume=True (--resume), or remove it."
+        )
+
+
+def has_progress(folder: Path) -> bool:
+    """Whether a work dir holds anything that was finished."""
+    return any(_FILE.fullmatch(file.name) for file in folder.iterdir())
+
+
+def remove(folder: Path) -> None:
+    """Remove a work dir, so that it is whole or not there.
+
+    Raises:
+        OutputError: If another process uses it.
+    """
+    with contextlib.closing(_locked(folder)):
+        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _locked(folder: Path) -> sqlite3.Connection:
+    # a lock of SQLite's is one that every system has and that a killed process gives back
+    lock = sqlite3.connect(folder / _LOCK, timeout=0, isolation_level=None, check_same_thread=False)
+    process = folder / _PROCESS
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError as error:
+        lock.close()
+        who = process.read_text() if process.exists() else "unknown"
+        raise OutputError(
+            f"The work dir '{folder}' is in use by process {who} ({error}). Wait for it, stop it, or give another."
+        ) from error
+    process.write_text(str(os.getpid()))
+    return lock
+
+
+def _compare(before: Any, now: Any, folder: Path, field: str = "") -> None:
+    """Refuse the first field in which two fingerprints differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            _compare(before.get(key), now.get(key), folder, f"{field}.{key}" if field else key)
+    elif before != now:
+        raise OutputError(
+            f"'{folder}' holds a run whose {field} was {before!r}, and now it is {now!r}: it cannot be resumed so. "
+            "Give what it was started with, remove the folder, or give another."
+        )
