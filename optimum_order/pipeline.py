@@ -307,10 +307,8 @@ def _measure(
         bar.update()
 
     def keep(unit: Unit, crossing: Callable[[], Crossing | None]) -> None:
-        told = [
-            (str(row.stage), {key: of for key, of in vars(row).items() if key != "stage"}) for row in rows[unit.name]
-        ]
-        kept.save(unit.name, "measured", told, crossing)
+        found = [dataclasses.asdict(row) | {"stage": str(row.stage)} for row in rows[unit.name]]
+        kept.save(unit.name, "measured", found, crossing)
 
     needs = {need for backend in backends.values() for need in backend.needs}
     if len(finished) < len(units):

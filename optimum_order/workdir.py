@@ -56,9 +56,11 @@ class WorkDir:
             raise self._unwritable(error) from error
         try:
             self._open(json.loads(json.dumps(fingerprint)), resume)
-        except BaseException:
-            self._lock.close()
-            raise
+        except OSError as error:
+            self._release()
+            if isinstance(error, OutputError):
+                raise
+            raise self._unwritable(error) from error
         self._writer = ThreadPoolExecutor(1, "optimum-order-workdir")
         self._pending: Future | None = None
 
@@ -75,12 +77,10 @@ class WorkDir:
                 raise OutputError(f"'{file}' is missing or damaged: remove the work dir, and start anew.") from error
             _compare(before, fingerprint, self.folder)
         else:
-            try:
-                beside = file.with_name(f".{file.name}.partial")
-                beside.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
-                beside.replace(file)
-            except OSError as error:
-                raise self._unwritable(error) from error
+            beside = file.with_name(f".{file.name}.partial")
+            beside.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+            beside.replace(file)
+        (self.folder / _PROCESS).write_text(str(os.getpid()), encoding="utf-8")
 
     def passage(self, number: int, units: Sequence[str]) -> Passage:
         """One pass over the model.
@@ -123,13 +123,16 @@ class WorkDir:
     def _unwritable(self, error: Exception) -> OutputError:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         kept = ""
-        if self.folder.is_dir() and has_progress(self.folder):
+        if has_progress(self.folder):
             kept = " What was finished before is kept there: make room, then go on with resume=True (--resume)."
         return OutputError(f"Cannot write the work dir '{self.folder}': {reason}.{kept}")
 
     def close(self) -> None:
         """Let others have the folder; if nothing was finished, there is none."""
         self._writer.shutdown()
+        self._release()
+
+    def _release(self) -> None:
         if not has_progress(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
@@ -175,7 +178,9 @@ class Passage:
             if file.exists():
                 return self._read(file, device)
         if not any(at > self.number for at, which in self.work.files("state") if which == index):
-            raise OutputError(f"The work dir '{self.work.folder}' lacks '{file.name}': remove it, and start anew.")
+            raise OutputError(
+                f"The work dir '{self.work.folder}' lacks unit {index} of pass {self.number}: remove it and start anew."
+            )
         return None
 
     def crossing(self, device: str = "cpu") -> Crossing | None:
@@ -235,7 +240,13 @@ def check(folder: Path, *, resume: bool) -> None:
 
 def has_progress(folder: Path) -> bool:
     """Whether a work dir holds anything that was finished."""
-    return any(_FILE.fullmatch(file.name) for file in folder.iterdir())
+    return folder.is_dir() and any(_FILE.fullmatch(file.name) for file in folder.iterdir())
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether it holds anything that was finished, and it was this process that last went on with it."""
+    process = folder / _PROCESS
+    return has_progress(folder) and process.is_file() and process.read_text(encoding="utf-8") == str(os.getpid())
 
 
 def remove(folder: Path) -> None:
@@ -258,11 +269,10 @@ def _locked(folder: Path) -> sqlite3.Connection:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         lock.close()
-        who = process.read_text() if process.exists() else "unknown"
+        who = f"process {process.read_text(encoding='utf-8')}" if process.is_file() else "another process"
         raise OutputError(
-            f"The work dir '{folder}' is in use by process {who} ({error}). Wait for it, stop it, or give another."
+            f"The work dir '{folder}' is in use by {who} ({error}). Wait for it, stop it, or give another folder."
         ) from error
-    process.write_text(str(os.getpid()))
     return lock
 
 

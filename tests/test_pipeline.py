@@ -1,13 +1,16 @@
+import copy
+
 import pytest
 import torch
 
-from optimum_order import pipeline
+from optimum_order import pipeline, snapshot
 from optimum_order.backends import method
 from optimum_order.calibration.walk import walk
 from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.layer import LayerState, Statistics
 from optimum_order.order import Order, Stage
 from optimum_order.targets import find_units
+from optimum_order.workdir import WorkDir
 
 
 def run(model, order, batches=(), schedule="stage", **choice):
@@ -257,6 +260,64 @@ class TestMixedPrecision:
             assert state.grid is not None
             assert state.sparsity >= 0.5
             assert len(result.records[name]) == len(Order.parse(order))
+
+
+class Killed(BaseException):
+    pass
+
+
+CUT_OFF = [
+    ("llama", "wanda:0.5 > gptq:4 > magnitude:0.6", "stage"),
+    ("llama", "wanda:0.5 > gptq:4", "block"),
+    ("llama", "magnitude:0.3 > mixed_precision(bits=3.6, widths=[2,3,4], first=weaker) > wanda:0.5", "stage"),
+    ("mixtral", "mixed_precision(bits=4, quantizer=rtn, widths=[3,4])", "block"),
+    ("convnext", "sparsegpt:0.5 > rtn:4", "stage"),  # its stages do more than hand on what blocks return
+]
+
+
+@pytest.mark.parametrize(("architecture", "order", "schedule"), CUT_OFF)
+def test_a_run_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(
+    make_model, make_image_model, batches, image_batches, tmp_path, monkeypatch, architecture, order, schedule
+):
+    """Killed before each file is written, in a run that itself goes on from where the last one was killed."""
+    images = architecture == "convnext"
+    model = (make_image_model if images else make_model)(architecture)
+    original, inputs = copy.deepcopy(model.state_dict()), image_batches if images else batches
+    expected = run(model, order, inputs, schedule)
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+
+    save, kept = snapshot.save, []
+
+    def killed(value, file, **options):
+        if file.name not in kept:
+            if file.parent.joinpath("killed").exists():
+                raise Killed
+            file.parent.joinpath("killed").touch()
+            kept.append(file.name)
+        return save(value, file, **options)
+
+    monkeypatch.setattr(snapshot, "save", killed)
+    units, found = find_units(model), None
+    order = pipeline.check(Order.parse(order), units, schedule, calibrated=True)
+    while found is None:
+        model.load_state_dict(original)
+        (tmp_path / "work" / "killed").unlink(missing_ok=True)
+        work = WorkDir(tmp_path / "work", {}, resume=bool(kept))
+        try:
+            found = pipeline.run(model, units, order, inputs, schedule=schedule, work=work, progress=False)
+        except Killed:
+            pass
+        finally:
+            (tmp_path / "work" / "killed").unlink(missing_ok=True)
+            work.close()
+    assert len(kept) > 3 and len(kept) == len(set(kept)), "each file was written once"
+    assert any("crossing" in name for name in kept) == (not images)
+    assert found.records == expected.records and found.states.keys() == expected.states.keys()
+    for name, state in found.states.items():
+        state.check(name)
+        assert torch.equal(state.weight, expected.states[name].weight)
+        assert torch.equal(state.mask, expected.states[name].mask) and state.notes == expected.states[name].notes
+    assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

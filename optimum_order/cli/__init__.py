@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo, RootOptimumCLICommand
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     root.parser.add_argument("--version", action="version", version=f"optimum-order {__version__}")
     for command in COMMANDS:
         root.register_subcommand(command)
-    args = root.parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = root.parser.parse_args(given, argparse.Namespace(argv=given))
     if "func" not in args:
         root.parser.print_help()
         return

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -39,25 +42,53 @@ class Command(BaseOptimumCLICommand):
         """0 unless the result is bad news."""
         return 0
 
+    def advice(self) -> str:
+        """What may help someone whose work was cut off, in one line; "" if nothing does."""
+        return ""
+
     def run(self) -> NoReturn:
-        """Do the work and leave: 0 done, 1 bad news, 2 cannot be done, 130 interrupted."""
+        """Do the work and leave: 0 done, 1 bad news, 2 cannot be done, 130 interrupted, 143 terminated."""
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result and nothing else
+            # stdout holds the result and nothing else
+            with contextlib.redirect_stdout(sys.stderr), _terminable():
                 result = self.work()
         except OptimumOrderError as error:
-            _leave(2, f"error: {error}")
+            self._leave(2, f"error: {error}")
+        except _Terminated:
+            self._leave(143, "terminated")
         except KeyboardInterrupt:
-            _leave(130, "interrupted")
+            self._leave(130, "interrupted")
         if getattr(self.args, "json", False):
             print(json.dumps(result, indent=2, allow_nan=False))
         else:
             self.show(result)
         sys.exit(self.exit_code(result))
 
+    def _leave(self, code: int, message: str) -> NoReturn:
+        for line in filter(None, (self.advice(), message)):
+            print("optimum-order: " + printable(" ".join(line.splitlines())), file=sys.stderr)
+        sys.exit(code)
 
-def _leave(code: int, message: str) -> NoReturn:
-    print("optimum-order: " + printable(" ".join(message.splitlines())), file=sys.stderr)
-    sys.exit(code)
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM has come."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the work as an interruption does, so that everything is left in order."""
+
+    def terminate(*_) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only there may a program handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def printable(text: str) -> str:

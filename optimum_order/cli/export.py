@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ examples:
   optimum-order export some/model out --order "sparsegpt(sparsity=0.5, pattern=2:4) > gptq:4" \\
       --calibration my-text.txt --evaluate my-held-out-text.txt
   optimum-order export out elsewhere --format sparse
+
+A run that is cut off keeps what it has finished in OUTPUT.work; the same command with --resume goes
+on from there, and OUTPUT is then, byte for byte, what it would have been.
 """
 
 
@@ -52,7 +57,9 @@ _CONVERTING = (
 
 
 class ExportCommand(Command):
-    """Measures before, compresses, measures after, saves; nothing is written unless all of it went well."""
+    """Measures before, compresses, measures after, saves; OUTPUT is not written unless all of it went well."""
+
+    _began = False
 
     @staticmethod
     def parse_args(parser):
@@ -85,11 +92,21 @@ class ExportCommand(Command):
         )
         parser.add_argument("--private", action="store_true", help="make that repository private, if it is new")
         parser.add_argument("--create-pr", action="store_true", help="open a pull request there in place of committing")
+        parser.add_argument(
+            "--work-dir",
+            metavar="DIR",
+            help="keeps what is finished, block by block, until OUTPUT is written (default: OUTPUT.work)",
+        )
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on from what the work dir of a run that was cut off holds; all else must be as it was",
+        )
         parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is not empty")
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import artifact, evaluation, formats, hub
+        from optimum_order import artifact, evaluation, formats, hub, workdir
         from optimum_order.backends import canonical
 
         arguments.hush_libraries()
@@ -105,6 +122,7 @@ class ExportCommand(Command):
             hub.check(args.push_to_hub)
         if order is None:
             return self._convert(output)
+        workdir.check(self._work_dir, resume=args.resume)
         compressor = arguments.compressor(args)
         seconds = {}
         begin = last = time.perf_counter()
@@ -116,16 +134,34 @@ class ExportCommand(Command):
         if args.evaluate:
             compressor.evaluate(args.evaluate, args.metric)
             lap("evaluate_before")
-        compressed = compressor.compress(order, args.schedule)
+        self._began = True
+        compressed = compressor.compress(order, args.schedule, work_dir=self._work_dir, resume=args.resume)
         lap("compress")
         if args.evaluate:
             compressed.evaluate(args.evaluate, args.metric, format=args.format)
             lap("evaluate_after")
         chosen = compressed.save_pretrained(output, format=args.format, overwrite=args.overwrite)
+        workdir.remove(self._work_dir)
         lap("save")
         pushed = {"url": self._push(output)} if args.push_to_hub else {}
         seconds["total"] = round(time.perf_counter() - begin, 2)
         return self._result(compressed.manifest | {"format": chosen}, seconds) | pushed
+
+    @property
+    def _work_dir(self) -> Path:
+        output = Path(self.args.output)
+        return output.with_name(f"{output.name}.work") if self.args.work_dir is None else Path(self.args.work_dir)
+
+    def advice(self) -> str:
+        from optimum_order import workdir
+
+        if not self._began or not workdir.is_ours(self._work_dir):
+            return ""
+        given = getattr(self.args, "argv", None)
+        command = ["optimum-cli", *sys.argv[1:]] if given is None else ["optimum-order", *given]
+        if "--resume" not in command:
+            command.append("--resume")
+        return f"what was finished is kept in '{self._work_dir}'; to go on: {shlex.join(command)}"
 
     def _convert(self, output: Path) -> dict[str, Any]:
         from optimum_order import hub, manifest

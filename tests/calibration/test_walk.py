@@ -1,7 +1,12 @@
+import collections
+import copy
+import dataclasses
 import threading
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_order.backends import method
@@ -332,6 +337,165 @@ def test_outputs_are_those_of_the_unit_as_it_is(make_model, batches):
     assert torch.allclose(before, torch.cat([h.flatten(0, 1) for h in hidden]), atol=1e-5)
     assert not torch.allclose(before, without, atol=1e-2)
     assert torch.equal(before, after)
+
+
+class TestCutOff:
+    """A walk that goes on from where another was cut off sees what that one would have seen."""
+
+    def cut(self, model, units, batches, after):
+        """What a walk keeps at its units, up to and including unit `after`, by the units' names."""
+        kept = {}
+
+        def keep(unit, crossing):
+            kept[unit.name] = copy.deepcopy(crossing())  # an output that is held is one that may be used
+            if unit.name == units[after].name:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            walk(model, units, batches, halve, gram=True, keep=keep)
+        return kept
+
+    def go_on(self, model, units, batches, kept, crossing):
+        """The statistics at the units to come, by layer, what is kept there, and how often each unit ran."""
+        statistics, after, runs = {}, {}, collections.Counter()
+
+        def visit(at):
+            statistics.update(at.statistics)
+            halve(at)
+
+        def counting(unit):
+            run = type(unit.module).forward
+
+            def forward(module, *args, **kwargs):
+                runs[next(name for name, known in names.items() if known is module)] += 1
+                return run(module, *args, **kwargs)
+
+            return forward
+
+        names = {unit.name: unit.module for unit in units}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(units[0].module), "forward", counting(units[0]))
+            walk(
+                *(model, units, batches, visit),
+                gram=True,
+                finished=list(kept),
+                crossing=lambda: crossing,
+                keep=lambda unit, crossing: after.update({unit.name: copy.deepcopy(crossing())}),
+            )
+        return statistics, after, runs
+
+    @pytest.mark.parametrize(
+        ("architecture", "stored"),
+        [("llama", True), ("llama", False), ("gpt2", True), ("gemma3_text", True), ("gpt_oss", True), ("bert", True)],
+    )
+    def test_the_blocks_to_come_see_the_same_bits(self, make_model, batches, architecture, stored):
+        layers = {"n_layer": 4} if architecture == "gpt2" else {"num_hidden_layers": 4}
+        if architecture in ("gemma3_text", "gpt_oss"):
+            layers["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        whole, part = (make_model(architecture, **layers) for _ in range(2))
+        expected, _ = collect(whole, find_units(whole), batches, halve)
+
+        units = find_units(part)
+        kept = self.cut(part, units, batches, after=1)
+        assert all(kept.values()), "in these, a block's output is all that flows on"
+        crossing = kept[units[1].name] if stored else None
+        statistics, after, runs = self.go_on(part, units, batches, kept, crossing)
+        assert set(statistics) == {target.name for unit in units[2:] for target in unit.targets}
+        for name, found in statistics.items():
+            assert torch.equal(found.gram, expected[name].gram) and found.tokens == expected[name].tokens
+        assert after[units[2].name] is not None and after[units[3].name] is None
+        assert [runs[unit.name] for unit in units[:2]] == ([0, 0] if stored else [len(batches)] * 2)
+        assert [runs[unit.name] for unit in units[2:]] == [2 * len(batches), len(batches)], "no run for nothing"
+
+    @pytest.mark.parametrize("how", ["plain", "skip", "held", "changed", "cache", "shared", "list", "looked at"])
+    def test_what_more_flows_between_blocks_is_noticed(self, make_chain, batches, how):
+        plain = how in ("plain", "looked at", "shared")  # what is shared is seen once it is missing
+        whole, part = make_chain(how), make_chain(how)
+        expected, _ = collect(whole, find_units(whole), batches, halve)
+        units = find_units(part)
+        kept = self.cut(part, units, batches, after=2)
+        assert (kept[units[2].name] is not None) == plain
+        statistics, after, _ = self.go_on(part, units, batches, kept, kept[units[2].name])
+        assert (after[units[3].name] is not None) == plain
+        for name, found in statistics.items():
+            assert torch.equal(found.gram, expected[name].gram)
+
+    @pytest.mark.parametrize("stale", ["arguments", "batches"])
+    def test_outputs_that_do_not_fit_are_not_used(self, make_model, batches, stale):
+        whole, part = make_model("llama", num_hidden_layers=4), make_model("llama", num_hidden_layers=4)
+        expected, _ = collect(whole, find_units(whole), batches, halve)
+        units = find_units(part)
+        kept = self.cut(part, units, batches, after=1)
+        crossing = kept[units[1].name]
+        changed = {"arguments": {"arguments": "0" * 64}, "batches": {"outputs": crossing.outputs[:2]}}[stale]
+        statistics, _, runs = self.go_on(part, units, batches, kept, dataclasses.replace(crossing, **changed))
+        assert all(torch.equal(found.gram, expected[name].gram) for name, found in statistics.items())
+        assert runs[units[0].name] == len(batches)
+
+
+def halve(at):
+    for target in at.unit.targets:
+        target.write(target.read() * 0.5)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, more=None):
+        if isinstance(more, dict):  # a block that leaves something to later ones
+            x = x + more.get("left", 0)
+            more["left"] = self.linear(x) * 0.1
+        elif isinstance(more, Tensor):
+            x = x + more
+        return self.linear(torch.tanh(x))
+
+
+class Chain(PreTrainedModel):
+    """Five blocks, and one of the things that may flow between them."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, how):
+        super().__init__(PretrainedConfig())
+        self.how = how
+        self.embedding, self.blocks = nn.Embedding(64, 8), nn.ModuleList([Block() for _ in range(5)])
+
+    def forward(self, input_ids):
+        x, earlier, shared = self.embedding(input_ids), [], {}
+        for number, block in enumerate(self.blocks):
+            if self.how == "skip":
+                earlier.append(x)
+                x = block(x, earlier[max(0, number - 2)])
+            elif self.how == "held":  # and used after blocks that do not see it
+                earlier.append(x)
+                x = block(x, earlier[1] if number == 4 else None)
+            elif self.how == "changed":
+                x = block(x.tanh(), None)
+            elif self.how == "cache":
+                x = block(x, self)
+            elif self.how == "shared":
+                x = block(x, shared)
+            elif self.how == "list":
+                earlier.append(x * 2 if number == 1 else x)
+                x = block(x, earlier[1] if number == 4 else None)
+            elif self.how == "looked at":
+                assert x.shape[-1] == x.size(-1) == 8 and x.dtype is torch.float32 and x.device.type == "cpu"
+                x = block(x, None)
+            else:
+                x = block(x)
+        return x
+
+
+@pytest.fixture
+def make_chain():
+    def make(how):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Chain(how).eval()
+
+    return make
 
 
 class TestFailing:

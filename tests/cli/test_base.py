@@ -1,6 +1,9 @@
 import argparse
 import json
+import os
+import signal
 import sys
+import time
 
 import pytest
 
@@ -47,6 +50,29 @@ def test_an_interruption_is_no_traceback(capsys):
         failing(KeyboardInterrupt()).run()
     assert end.value.code == 130
     assert capsys.readouterr() == ("", "optimum-order: interrupted\n")
+
+
+def test_a_termination_is_none_either(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as end:
+        command(work).run()
+    assert end.value.code == 143
+    assert capsys.readouterr() == ("", "optimum-order: terminated\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ModelError("no")])
+def test_advice_stands_before_the_last_line(error, capsys):
+    failed = failing(error)
+    failed.advice = lambda: "try again"
+    with pytest.raises(SystemExit):
+        failed.run()
+    assert capsys.readouterr().err.splitlines()[0] == "optimum-order: try again"
 
 
 def test_a_bug_is_not_hidden():

@@ -1,5 +1,8 @@
+import errno
 import inspect
 import json
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,7 +141,8 @@ def test_bad_input_is_one_line_and_writes_nothing(program, arguments, tmp_path, 
     *progress, line = done.err.splitlines()
     assert line.startswith("optimum-order: error: ") and says in line
     assert not any("Traceback" in each for each in progress)
-    assert list(tmp_path.iterdir()) == []
+    # a format is chosen for what was compressed, and that is not thrown away
+    assert [file.name for file in tmp_path.iterdir()] == (["out.work"] if "bitsandbytes" in extra else [])
 
 
 def test_a_model_that_is_missing(program, tmp_path):
@@ -168,25 +172,111 @@ def test_the_defaults_are_those_of_the_api(program, monkeypatch):
     assert given["schedule"] == inspect.signature(JointCompressor.compress).parameters["schedule"].default
 
 
-def test_an_interrupted_run_leaves_nothing(tiny_llama_folder, text_file, tmp_path):
-    command = ["export", tiny_llama_folder, tmp_path / "out", "--order", " > ".join(["sparsegpt:0.5", "gptq:4"] * 200)]
+@pytest.fixture
+def start(tiny_llama_folder, text_file, tmp_path):
+    """Start an export of two stages to `tmp_path / "out"` in a process of its own."""
+    command = ["export", tiny_llama_folder, tmp_path / "out", "--order", "sparsegpt:0.5 > gptq:4", "--json"]
     command += ["--calibration", text_file, "--calibration-samples", 64, "--sequence-length", 128]
-    child = subprocess.Popen(
-        [sys.executable, "-c", "from optimum_order.cli import main; main()", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    seen = ""
-    while "block" not in seen:  # the bar of the first stage
-        character = child.stderr.read(1)
-        assert character, f"it ended before it began: {seen}"
-        seen += character
-    time.sleep(0.5)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 130 and out == ""
-    assert err.endswith("optimum-order: interrupted\n") and "Traceback" not in err
+    command = [str(argument) for argument in command]
+
+    def start(*more):
+        program = [sys.executable, "-c", "from optimum_order.cli import main; main()", *command, *more]
+        return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    start.command = command
+    return start
+
+
+def progress(folder):
+    """How many times a run of a model of two blocks has finished a block."""
+    passes = [int(file.name[:3]) for file in folder.glob("*.state.safetensors")]
+    return 2 * max(passes) + passes.count(max(passes)) if passes else 0
+
+
+def until(child, condition):
+    while not condition():
+        assert child.poll() is None, f"it ended before: {child.communicate()}"
+        time.sleep(0.001)
+
+
+def files(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_three_times_ends_byte_for_byte_as_one_that_was_not(program, start, tmp_path):
+    output, work = tmp_path / "out", tmp_path / "out.work"
+    assert program(*start.command).code == 0
+    expected = files(output)
+    shutil.rmtree(output)
+    assert list(tmp_path.iterdir()) == [], "the work dir goes once the output is written"
+    for number in range(3):
+        before, child = progress(work), start(*(["--resume"] if number else []))
+        until(child, lambda before=before: progress(work) > before)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL and not output.exists()
+    assert program(*start.command).code == 2, "without --resume"
+    assert program(*start.command, "--resume", "--seed", 1).code == 2
+    assert program(*start.command, "--resume").code == 0
+    assert files(output) == expected
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupted_run_says_how_to_go_on(program, start, tmp_path, sent, code, word):
+    child = start()
+    until(child, lambda: progress(tmp_path / "out.work"))
+    child.send_signal(sent)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == code and out == "" and "Traceback" not in err
+    *_, advice, last = err.splitlines()
+    assert last == f"optimum-order: {word}"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.work"]
+    said, command = advice.split("; to go on: ")
+    assert said == f"optimum-order: what was finished is kept in '{tmp_path / 'out.work'}'"
+    name, *arguments = shlex.split(command)
+    assert name == "optimum-order" and arguments == [*start.command, "--resume"]
+    assert program(*arguments).code == 0
+
+
+def test_what_has_finished_nothing_leaves_nothing(program, arguments, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_order.backends.base.Backend.apply", interrupt)
+    done = program(*arguments)
+    assert done.code == 130 and done.err.endswith("optimum-order: interrupted\n") and "to go on" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("optimum_order.formats.checkpoint.write", full)
+    done = program(*arguments, "--work-dir", tmp_path / "elsewhere")
+    assert done.code == 2 and "No space left on device" in done.err.splitlines()[-1]
+    assert f"kept in '{tmp_path / 'elsewhere'}'; to go on: optimum-order export" in done.err.splitlines()[-2]
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["elsewhere"]
+
+    done = program(*arguments, "--work-dir", tmp_path / "elsewhere")
+    assert done.code == 2 and "not finished" in done.err and "to go on:" not in done.err
+    done = program(*arguments, "--work-dir", tmp_path / "elsewhere", "--resume", "--schedule", "block")
+    assert done.code == 2 and "whose schedule was 'stage', and now it is 'block'" in done.err.splitlines()[-1]
+    assert "to go on:" not in done.err
+    monkeypatch.setattr("optimum_order.pipeline._apply", lambda *_: pytest.fail("it is finished"))
+    assert program(*arguments, "--work-dir", tmp_path / "elsewhere", "--resume", "--format", "dense").code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert manifest.load(tmp_path / "out")["format"] == "dense"
+
+
+def test_nothing_to_resume_is_said_at_once(program, arguments, tmp_path):
+    done = program(*arguments, "--resume")
+    assert done.code == 2 and f"no work dir '{tmp_path / 'out.work'}'" in done.err and done.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
