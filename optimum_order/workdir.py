@@ -67,6 +67,7 @@ class WorkDir:
     def _open(self, fingerprint: Any, resume: bool) -> None:
         """Go on from what is there, or begin."""
         check(self.folder, resume=resume)  # once more: now nobody else can change it
+        (self.folder / _PROCESS).unlink(missing_ok=True)
         for unfinished in self.folder.glob(_UNFINISHED):  # of a process that was killed
             unfinished.unlink()
         file = self.folder / _FINGERPRINT
