@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import mmap
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import Capture
+from optimum_order.calibration.spill import Spill, drop
 from optimum_order.errors import ModelError
 from optimum_order.evaluation.samples import placed
 from optimum_order.layer import Statistics, tensor_bytes
@@ -144,6 +146,8 @@ class _Forward(threading.Thread):
     def __init__(self, run: Callable[[], Any], watch: _Watch | None):
         super().__init__(daemon=True)
         self.watch = watch
+        self.maps: list[mmap.mmap] = []
+        """Where the tensors that it waits with lie, so far as they are not in memory."""
         self._run_model = run
         self._turn = threading.Semaphore(0)  # released to let the model go on
         self._back = threading.Semaphore(0)  # released when it has paused or ended
@@ -171,9 +175,9 @@ class _Forward(threading.Thread):
         self.arrival = (unit, args, kwargs)
         self._back.release()
         self._turn.acquire()
-        if isinstance(self._reply, _Stop):
-            raise self._reply
         reply, self._reply = self._reply, None
+        if isinstance(reply, _Stop):
+            raise _Stop  # another: one that a frame knows keeps all frames alive, and their tensors
         return reply
 
     def resume(self, reply: Any = None) -> None:
@@ -226,6 +230,7 @@ def walk(
     finished: Collection[str] = (),
     crossing: Callable[[], Crossing | None] = lambda: None,
     keep: Keeper | None = None,
+    spill: Spill | None = None,
 ) -> None:
     """Visit every unit once, in the order in which the model runs them.
 
@@ -240,14 +245,16 @@ def walk(
         crossing: Gives what that walk kept at one of them, so that those up to it need not be run; or None.
         keep: Called after each visit, once the model waits at the next unit, with a function that gives what would let
             a walk go on from here; None after the last unit, and where more flows on than the unit's output.
+        spill: Where the forwards keep what they wait with; by default, in memory.
 
     Raises:
+        OutputError: If there is no room for that.
         ModelError: If the forward does not reach each unit exactly once.
     """
     try:
-        _walk(model, units, batches, visit, gram, finished, crossing, keep)
+        _walk(model, units, batches, visit, gram, finished, crossing, keep, spill)
     except _Stale:  # nothing was visited yet
-        _walk(model, units, batches, visit, gram, finished, lambda: None, keep)
+        _walk(model, units, batches, visit, gram, finished, lambda: None, keep, spill)
 
 
 def _walk(
@@ -259,6 +266,7 @@ def _walk(
     finished: Collection[str],
     crossing: Callable[[], Crossing | None],
     keep: Keeper | None,
+    spill: Spill | None,
 ) -> None:
     # A block is run more than once on the same arguments, which a cache would not survive.
     text_config = model.config.get_text_config()  # the config itself, but for a model of several modalities
@@ -266,6 +274,12 @@ def _walk(
 
     def forward(batch: dict[str, Tensor]) -> Callable[[], Any]:
         return lambda: model(**placed(batch, model), **arguments)
+
+    def resume(each: _Forward, reply: Any = None) -> None:
+        each.resume(reply)
+        del reply
+        if spill and each.arrival:
+            each.maps = spill.rest(_tensors(each.arrival[1:]))
 
     begun = crossing() if finished else None
     watched = bool(keep or begun)
@@ -275,14 +289,14 @@ def _walk(
     remaining = {unit.name for unit in units}
     with torch.inference_mode(), _eager_experts(model), _headless(model, units), _paused(units, forwards):
         for each in forwards:
-            each.resume()
+            resume(each)
         while remaining:
             unit = _common(forwards, remaining)
             remaining.discard(unit.name)
             call = type(unit.module).forward
             if unit.name in finished:
                 for number, each in enumerate(forwards):
-                    each.resume(begun.outputs[number] if begun else _run(call, each))
+                    resume(each, begun.outputs[number] if begun else _run(call, each))
                 if begun and begun.unit == unit.name:
                     if _arguments(forwards) != begun.arguments:
                         raise _Stale
@@ -317,15 +331,19 @@ def _walk(
             del capture, probes, outputs
             if remaining:
                 for each in forwards:
-                    each.resume(_run(call, each))
+                    resume(each, _run(call, each))
             if keep:
-                keep(unit, functools.partial(_crossing, unit, forwards) if remaining else lambda: None)
+                # what does not fit into memory is not worth a second copy on disk: blocks can be run again
+                flows = remaining and not (spill and spill.spilled)
+                keep(unit, functools.partial(_crossing, unit, forwards) if flows else lambda: None)
 
 
 def _run(call: Callable, forward: _Forward) -> Any:
     """What a unit returns to the forward that waits at it."""
     unit, args, kwargs = forward.arrival
-    return call(unit.module, *args, **kwargs)
+    output = call(unit.module, *args, **kwargs)
+    drop(forward.maps)
+    return output
 
 
 def _crossing(unit: Unit, forwards: list[_Forward]) -> Crossing | None:
