@@ -8,9 +8,10 @@ inferred: rounding alone turns 15 % of Gaussian weights into zeros at 4 bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from optimum_order.errors import InvariantError
 
 _WEIGHTS_AT_A_TIME = 2**16
+
+Rounder = Callable[[int, Tensor, Tensor], Any]
+"""Puts the grid values nearest to a column into a tensor, see `Grid.rounder`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,13 @@ class Statistics:
     tokens: int
     squared_norms: Tensor
     gram: Tensor | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` makes of these statistics, made once for all layers that read the same input."""
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     def isotropic(self) -> Statistics:
         """The statistics of white noise: all that can be assumed of inputs nobody has seen."""
@@ -76,17 +87,17 @@ class Grid(ABC):
         """The grid value nearest to each of these columns of W, (out, k), in `dtype`."""
         return self.dequantize(self.quantize(weight, columns), columns)
 
-    def rounder(self, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def rounder(self, columns: Tensor) -> Rounder:
         """`nearest` for a sweep, which asks for one column at a time.
 
         Args:
             columns: (k,) columns of W.
 
         Returns:
-            A function of i and of current values (out,) of column `columns[i]` that gives the nearest grid values
-            (out,) in float32.
+            A function of i, of current values (out,) of column `columns[i]`, and of where to put the nearest grid
+            values, (out,) float32. A zero may come out as -0.0.
         """
-        return lambda i, w: self.nearest(w[:, None], columns[i : i + 1])[:, 0].float()
+        return lambda i, w, out: out.copy_(self.nearest(w[:, None], columns[i : i + 1])[:, 0])
 
     def holds(self, weight: Tensor) -> bool:
         """Whether every weight (out, in) lies on the grid, bit for bit."""
@@ -232,22 +243,26 @@ class UniformGrid(Grid):
         scale, zero = self._affine(columns)
         return (codes - zero).to(self.dtype) * scale
 
-    def rounder(self, columns: Tensor) -> Callable[[int, Tensor], Tensor]:
+    def rounder(self, columns: Tensor) -> Rounder:
         if not self._codes_are_exact:
             return super().rounder(columns)
-        # The same arithmetic as above with each column contiguous, and without codes: a sweep is all overhead. Codes
-        # know no sign of zero, so adding +0.0 makes -0.0 what they would have made of it.
+        # The same arithmetic as above with each column contiguous, without codes and in place: a sweep is all
+        # overhead. A product of two short floats is exact in float32, so it is rounded once, as in `dequantize`.
         scale, zero = self._affine(columns)
-        stored = scale.T.contiguous()  # (k, out)
-        wide, (low, high) = stored.float(), self._codes
+        scales = scale.T.float().contiguous().unbind()  # k of (out,)
+        low, high = self._codes
         if isinstance(zero, int):
-            return lambda i, w: (
-                (w / wide[i]).round_().add_(0.0).clamp_(low, high).to(self.dtype).mul_(stored[i]).float()
-            )
-        lows, highs = low - zero.T.float(), high - zero.T.float()  # (k, out)
-        return lambda i, w: (
-            (w / wide[i]).round_().add_(0.0).clamp_(lows[i], highs[i]).to(self.dtype).mul_(stored[i]).float()
-        )
+            lows, highs = [low] * len(scales), [high] * len(scales)
+        else:
+            lows, highs = (low - zero.T.float()).unbind(), (high - zero.T.float()).unbind()
+        short = self.dtype != torch.float32
+
+        def round_(i: int, w: Tensor, out: Tensor) -> None:
+            torch.div(w, scales[i], out=out).round_().clamp_(lows[i], highs[i]).mul_(scales[i])
+            if short:
+                out.copy_(out.to(self.dtype))
+
+        return round_
 
 
 @dataclass(frozen=True)

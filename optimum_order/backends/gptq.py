@@ -6,10 +6,8 @@ The grid is fitted once, before the sweep, so a group's scale does not depend on
 
 import dataclasses
 
-import torch
-
 from optimum_order.backends.base import option
-from optimum_order.backends.obs import inverse_factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.obs import Factor, keep_better_rows, remarks, sweep
 from optimum_order.backends.uniform import UniformOptions, UniformQuantizer
 
 
@@ -30,18 +28,14 @@ class GPTQ(UniformQuantizer):
     Options = GPTQOptions
 
     def compress(self, state, statistics):
-        weight, gram = state.weight, statistics.gram
-        pruned = state.mask
-        columns = torch.arange(weight.shape[1], device=weight.device)
-        if self.options.act_order:
-            columns = torch.argsort(gram.diagonal(), descending=True, stable=True)
-        U, damping = inverse_factor(gram[columns][:, columns], self.options.damping)
+        weight, pruned = state.weight, state.mask
+        factor = Factor.of(statistics, self.options.damping, act_order=self.options.act_order)
         grid = self.fit(state)
 
         def choose(w, d, start):
-            return pruned[:, columns[start : start + w.shape[1]]]
+            return pruned[:, factor.columns[start : start + w.shape[1]]]
 
-        swept, _ = sweep(weight, U, grid=grid, choose=choose, order=columns)
-        new, lost = keep_better_rows(swept.to(weight.dtype), grid.nearest(weight), weight, gram)
-        notes = state.notes + remarks(self.stage, self.options.damping, damping, lost, len(weight))
+        swept, _ = sweep(weight, factor.U, grid=grid, choose=choose, order=factor.columns)
+        new, lost = keep_better_rows(swept.to(weight.dtype), grid.nearest(weight), weight, statistics.gram)
+        notes = state.notes + remarks(self.stage, self.options.damping, factor.damping, lost, len(weight))
         return dataclasses.replace(state, weight=new, grid=grid, notes=notes)

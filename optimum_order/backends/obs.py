@@ -10,16 +10,19 @@ grid is {0}: it may drift while earlier columns are fixed, and its own turn pass
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from optimum_order.errors import InvariantError
-from optimum_order.layer import Grid
+from optimum_order.layer import Grid, Statistics
 from optimum_order.order import Stage
 
 BLOCK = 128
 """Columns whose corrections are applied together to the rest; also where SparseGPT chooses its mask."""
+STRIP = 16
+"""Columns within a block whose corrections are applied one by one."""
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -34,18 +37,57 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     size = len(gram)
     mean = gram.diagonal().mean().item() or 1.0
+    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    # From the last column to the first, H = R R^T with R upper triangular, so that U = R^-1: the inverse of H, which
+    # would have to be factored again, is never formed.
+    backwards = gram.flip(0, 1) / mean
     while True:
-        damped = gram / mean
+        damped = backwards.clone()
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return upper / mean**0.5, damping
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if torch.isfinite(upper).all():
+                return upper.div_(mean**0.5), damping
         if damping > 1e6:
             raise InvariantError(f"a Gram matrix of size {size} has no Cholesky factor even with damping {damping:g}")
         damping *= 10
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a sweep must know of a layer's inputs.
+
+    Args:
+        U: (in, in) float32, of the Gram matrix in the order of the sweep.
+        columns: (in,) the columns of W in the order of the sweep.
+        damping: What was needed.
+    """
+
+    U: Tensor
+    columns: Tensor
+    damping: float
+
+    @classmethod
+    def of(cls, statistics: Statistics, damping: float, *, act_order: bool = False) -> Factor:
+        """The factor for a layer, computed once for all layers that read the same input.
+
+        Args:
+            statistics: Of the layer's inputs, with their Gram matrix.
+            damping: As in `inverse_factor`.
+            act_order: Whether the columns with the largest inputs are visited first.
+        """
+
+        def compute() -> Factor:
+            gram = statistics.gram
+            columns = torch.arange(len(gram), device=gram.device)
+            if act_order:
+                columns = torch.argsort(gram.diagonal(), descending=True, stable=True)
+                gram = gram[columns][:, columns]
+            U, needed = inverse_factor(gram, damping)
+            return cls(U, columns, needed)
+
+        return statistics.derived((cls, damping, act_order), compute)
 
 
 def sweep(
@@ -78,29 +120,35 @@ def sweep(
     width = BLOCK // span * span  # no span straddles two blocks
     for start in range(0, inputs, width):
         end = min(start + width, inputs)
-        block, errors = rows[start:end], torch.empty_like(rows[start:end])
-        factor = U[start:end, start:end]
-        diagonal = factor.diagonal().tolist()
+        block, fixed, errors = rows[start:end], torch.empty_like(rows[start:end]), torch.empty_like(rows[start:end])
+        diagonal = U.diagonal()[start:end]
+        follow = U[start:end, start:] / diagonal[:, None]  # (k, in - start): what an error does to later columns
         nearest = None if grid is None else grid.rounder(order[start:end])
-        for i in range(end - start):
-            if i % span == 0:
+        columns = zip(block.unbind(), fixed.unbind(), errors.unbind(), removed[start:end].unbind(), strict=True)
+        strip = stop = 0
+        for i, (w, q, error, gone) in enumerate(columns):
+            if i == stop:  # the next span
                 stop = min(i + span, end - start)
-                removed[start + i : start + stop] = choose(block[i:stop].T, factor.diagonal()[i:stop], start + i).T
-            w = block[i]
-            q = w if nearest is None else nearest(i, w)
-            q = q.masked_fill(removed[start + i], 0.0)
-            errors[i] = (w - q) / diagonal[i]
-            block[i] = q
-            block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
-        rows[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)
+                chosen = choose(block[i:stop].T, diagonal[i:stop], start + i)
+                removed[start + i : start + stop] = chosen.T
+                some = bool(chosen.any())
+            if i == strip:  # the next columns whose corrections are applied one by one
+                first, strip = i, min(i + STRIP, stop)
+            if nearest is None:
+                q.copy_(w)
+            else:
+                nearest(i, w, q)
+            if some:
+                q.masked_fill_(gone, 0.0)
+            torch.sub(w, q, out=error)
+            if i + 1 < strip:
+                block[i + 1 : strip].addr_(follow[i, i + 1 : strip], error, alpha=-1)
+            elif strip < end - start:
+                block[strip:].addmm_(follow[first:strip, strip : end - start].T, errors[first:strip], alpha=-1)
+        rows[end:].addmm_(follow[:, end - start :].T, errors, alpha=-1)
+        torch.add(fixed, 0.0, out=block)  # no -0.0
     back = torch.argsort(order)
     return rows[back].T.contiguous(), removed[back].T.contiguous()
-
-
-def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    """`diag(delta H delta^T)`: the squared output error of each row, (out,)."""
-    delta = delta.float()
-    return torch.einsum("oi,oi->o", delta @ gram, delta)
 
 
 def keep_better_rows(swept: Tensor, plain: Tensor, original: Tensor, gram: Tensor) -> tuple[Tensor, int]:
@@ -109,8 +157,11 @@ def keep_better_rows(swept: Tensor, plain: Tensor, original: Tensor, gram: Tenso
     Returns:
         The weight (out, in) and how many rows were taken from `plain`.
     """
-    # Asked this way round, a correction that overflowed and has no error to compare is not kept either.
-    fine = row_errors(swept.float() - original.float(), gram) <= row_errors(plain.float() - original.float(), gram)
+    swept_error, plain_error = swept.float() - original.float(), plain.float() - original.float()
+    # a H a^T - b H b^T = (a - b) H (a + b)^T for each row, with one product in place of two
+    apart = swept_error - plain_error
+    worse = torch.einsum("oi,oi->o", apart @ gram, swept_error + plain_error)
+    fine = worse <= 0  # asked this way round, a correction that overflowed is not kept either
     return torch.where(fine[:, None], swept, plain), int((~fine).sum())
 
 

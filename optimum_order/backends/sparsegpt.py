@@ -7,10 +7,8 @@ so that the result can still be shipped quantised; `off_grid=true` leaves the gr
 
 import dataclasses
 
-import torch
-
 from optimum_order.backends.base import option
-from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.obs import BLOCK, Factor, keep_better_rows, remarks, sweep
 from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid, lowest
 
 
@@ -34,15 +32,14 @@ class SparseGPT(Pruner):
         state = leave_grid(state) if options.off_grid else state
         grid = state.grid
         before = state.mask
-        U, damping = inverse_factor(statistics.gram, options.damping)
+        factor = Factor.of(statistics, options.damping)
 
         def choose(w, d, start):
             return lowest((w / d).square(), options, before[:, start : start + w.shape[1]], per="layer")
 
-        columns = torch.arange(weight.shape[1], device=weight.device)
         span = options.keep[1] if options.keep else BLOCK
-        swept, pruned = sweep(weight, U, grid=grid, choose=choose, span=span, order=columns)
+        swept, pruned = sweep(weight, factor.U, grid=grid, choose=choose, span=span, order=factor.columns)
         plain = weight.masked_fill(pruned, 0.0)
         new, lost = keep_better_rows(swept.to(weight.dtype), plain, weight, statistics.gram)
-        notes = state.notes + remarks(self.stage, options.damping, damping, lost, len(weight))
+        notes = state.notes + remarks(self.stage, options.damping, factor.damping, lost, len(weight))
         return dataclasses.replace(state, weight=new, pruned=pruned, grid=grid, notes=notes)
