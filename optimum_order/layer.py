@@ -18,7 +18,10 @@ from torch import Tensor
 
 from optimum_order.errors import InvariantError
 
-_WEIGHTS_AT_A_TIME = 2**16
+_WEIGHTS_AT_A_TIME = 2**17
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes."""
 
 Rounder = Callable[[int, Tensor, Tensor], Any]
 """Puts the grid values nearest to a column into a tensor, see `Grid.rounder`."""
@@ -54,7 +57,7 @@ class Statistics:
         """`||X delta^T||^2 = tr(delta H delta^T)`, or its diagonal part where there is no Gram matrix."""
         delta = delta.float()
         if self.gram is not None:
-            return torch.sum((delta @ self.gram) * delta, dtype=torch.float64).item()
+            return torch.linalg.vecdot(delta @ self.gram, delta).sum(dtype=torch.float64).item()
         return torch.sum(delta.square() @ self.squared_norms, dtype=torch.float64).item()
 
 
@@ -137,17 +140,19 @@ class UniformGrid(Grid):
         """
         inputs = weight.shape[1]
         size = inputs if group_size == -1 else group_size
-        # Rows have nothing to do with each other; few at a time stay in the processor's cache.
-        parts = weight.split(max(1, _WEIGHTS_AT_A_TIME // inputs)) if weight.device.type == "cpu" else [weight]
-        found = [cls._fit(part, bits, size, symmetric=symmetric, clip=clip) for part in parts]
-        zero = None if symmetric else torch.cat([grid.zero_point for grid in found])
-        return cls(bits=bits, scale=torch.cat([grid.scale for grid in found]), zero_point=zero, inputs=inputs)
+        groups = weight.reshape(-1, size)
+        # Groups have nothing to do with each other; few at a time stay in the processor's cache.
+        parts = groups.split(max(1, _WEIGHTS_AT_A_TIME // size)) if weight.device.type == "cpu" else [groups]
+        found = [cls._fit(part, bits, symmetric=symmetric, clip=clip) for part in parts]
+        scale = torch.cat([grid.scale for grid in found]).view(len(weight), -1)
+        zero = None if symmetric else torch.cat([grid.zero_point for grid in found]).view_as(scale)
+        return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
 
     @classmethod
-    def _fit(cls, weight: Tensor, bits: int, size: int, *, symmetric: bool, clip: str) -> UniformGrid:
-        rows, inputs = weight.shape
-        groups = weight.float().view(rows, -1, size)  # (out, groups, size)
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    def _fit(cls, weight: Tensor, bits: int, *, symmetric: bool, clip: str) -> UniformGrid:
+        """The grid of some groups, each a row of (n, size)."""
+        groups = weight.float().T.contiguous()  # (size, n): a group's scale meets it in the same lane of a vector
+        low, high = groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
@@ -162,21 +167,34 @@ class UniformGrid(Grid):
             # A wholly pruned group has no range; any finite positive scale keeps its zeros exact.
             scale = torch.where(high == low, torch.ones_like(scale), scale)
             zero = None if symmetric else (-low * shrink / scale.float()).round().clamp(0, 2**bits - 1).short()
-            return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
+            return cls(bits, scale[:, None], None if zero is None else zero[:, None], len(groups))
+
+        steps = torch.empty_like(groups)
 
         def error(candidate: UniformGrid) -> Tensor:
-            """Squared, of each group, (out, groups)."""
+            """Squared, of each group, (n,)."""
             if not candidate._codes_are_exact:
-                return (candidate.nearest(weight).float().view_as(groups) - groups).square().sum(-1)
-            # `nearest` without gathering each weight's scale; a product of two short floats is exact in float32
-            scale, (least_code, most_code) = candidate.scale.float()[..., None], candidate._codes
-            steps = (groups / scale).round_()
+                return (candidate.nearest(weight).float() - weight.float()).square().sum(1)
+            # `nearest` in place; a product of two short floats is exact in float32
+            scale, (least_code, most_code) = candidate.scale[:, 0].float(), candidate._codes
+            torch.div(groups, scale, out=steps).round_()
             if candidate.zero_point is None:
                 steps.clamp_(least_code, most_code)
             else:
-                zero = candidate.zero_point.float()[..., None]
-                steps = torch.clamp(steps, least_code - zero, most_code - zero)
-            return (steps.mul_(scale).to(weight.dtype).float() - groups).square_().sum(-1)
+                zero = candidate.zero_point[:, 0].float()
+                torch.clamp(steps, least_code - zero, most_code - zero, out=steps)
+            steps.mul_(scale)
+            if weight.dtype != torch.float32:
+                steps.copy_(steps.to(weight.dtype))
+            return steps.sub_(groups).square_().sum(0)
+
+        def clipped(candidate: UniformGrid) -> Tensor:
+            """The part of the error of each group that grows as its range narrows, (n,)."""
+            scale, ends = candidate.scale[:, 0].float(), torch.tensor(candidate._codes, device=weight.device)[:, None]
+            if candidate.zero_point is not None:
+                ends = ends - candidate.zero_point[:, 0]
+            least_value, most_value = ends * scale
+            return torch.clamp(groups, least_value, most_value, out=steps).sub_(groups).square_().sum(0)
 
         best = grid(1.0)
         if clip == "none":
@@ -184,12 +202,14 @@ class UniformGrid(Grid):
         scale, zero, lowest = best.scale, best.zero_point, error(best)
         for step in range(1, 33):
             candidate = grid(1.0 - 0.02 * step)
+            if step % 4 == 0 and (clipped(candidate) >= lowest).all():
+                break  # no narrower range can be better
             found = error(candidate)
             better = found < lowest
-            scale = torch.where(better, candidate.scale, scale)
-            zero = None if zero is None else torch.where(better, candidate.zero_point, zero)
+            scale = torch.where(better[:, None], candidate.scale, scale)
+            zero = None if zero is None else torch.where(better[:, None], candidate.zero_point, zero)
             lowest = torch.where(better, found, lowest)
-        return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
+        return cls(bits, scale, zero, len(groups))
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -242,6 +262,19 @@ class UniformGrid(Grid):
     def dequantize(self, codes: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
         scale, zero = self._affine(columns)
         return (codes - zero).to(self.dtype) * scale
+
+    def nearest(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        if not (isinstance(columns, slice) and columns == slice(None)) or not self._codes_are_exact:
+            return super().nearest(weight, columns)
+        # The same arithmetic without codes, and without each weight's own copy of its scale.
+        scale, (low, high) = self.scale[..., None], self._codes
+        steps = (weight.reshape(*scale.shape[:2], -1).float() / scale.float()).round_()
+        if self.zero_point is None:
+            steps.clamp_(low, high)
+        else:
+            zero = self.zero_point[..., None].float()
+            torch.clamp(steps, low - zero, high - zero, out=steps)
+        return steps.add_(0.0).to(self.dtype).mul_(scale).view(weight.shape)  # codes know no -0.0
 
     def rounder(self, columns: Tensor) -> Rounder:
         if not self._codes_are_exact:
@@ -321,14 +354,14 @@ class LayerState:
         def broken(what: str) -> InvariantError:
             return InvariantError(f"{where}: {what}. This is a bug in the backend, not in your input.")
 
-        if not torch.isfinite(self.weight).all():
+        if not torch.isfinite(torch.stack(self.weight.aminmax())).all():  # NaN is the least and the most of anything
             raise broken("a weight is NaN or infinite")
         if self.pruned is not None:
             if self.pruned.dtype != torch.bool or self.pruned.shape != self.weight.shape:
                 raise broken("the mask is not a boolean tensor of the weight's shape")
-            held = self.weight[self.pruned]
-            if held.any() or torch.signbit(held).any():
-                raise broken(f"{int(((held != 0) | torch.signbit(held)).sum())} pruned weights are no longer +0.0")
+            bits = self.weight.view(_INTEGERS[self.weight.element_size()])  # those of +0.0, and of nothing else, are 0
+            if lost := int(torch.count_nonzero(bits.masked_fill(~self.pruned, 0))):
+                raise broken(f"{lost} pruned weights are no longer +0.0")
         if self.grid is not None:
             if self.grid.dtype != self.weight.dtype:
                 raise broken(f"the grid is in {self.grid.dtype}, the weight in {self.weight.dtype}")

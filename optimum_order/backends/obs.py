@@ -37,21 +37,31 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     size = len(gram)
     mean = gram.diagonal().mean().item() or 1.0
-    identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    # From the last column to the first, H = R R^T with R upper triangular, so that U = R^-1: the inverse of H, which
-    # would have to be factored again, is never formed.
-    backwards = gram.flip(0, 1) / mean
     while True:
-        damped = backwards.clone()
+        # From the last column to the first, H = R R^T with R upper triangular, so that U = R^-1: the inverse of H,
+        # which would have to be factored again, is never formed.
+        damped = gram.flip(0, 1).div_(mean)
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            upper = _inverse_of_upper(lower.flip(0, 1).mul_(mean**0.5))
             if torch.isfinite(upper).all():
-                return upper.div_(mean**0.5), damping
+                return upper, damping
         if damping > 1e6:
             raise InvariantError(f"a Gram matrix of size {size} has no Cholesky factor even with damping {damping:g}")
         damping *= 10
+
+
+def _inverse_of_upper(R: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, with the third of the operations that solving for it takes."""
+    size = len(R)
+    if size <= 256:
+        return torch.linalg.solve_triangular(R, torch.eye(size, dtype=R.dtype, device=R.device), upper=True)
+    half, inverse = size // 2, torch.zeros_like(R)
+    inverse[:half, :half] = _inverse_of_upper(R[:half, :half])
+    inverse[half:, half:] = _inverse_of_upper(R[half:, half:])
+    torch.mm(inverse[:half, :half] @ R[:half, half:], inverse[half:, half:].neg(), out=inverse[:half, half:])
+    return inverse
 
 
 @dataclass(frozen=True)
@@ -120,33 +130,37 @@ def sweep(
     width = BLOCK // span * span  # no span straddles two blocks
     for start in range(0, inputs, width):
         end = min(start + width, inputs)
-        block, fixed, errors = rows[start:end], torch.empty_like(rows[start:end]), torch.empty_like(rows[start:end])
+        block, chosen = rows[start:end], removed[start:end]
+        fixed, errors, gone = (torch.empty_like(block) for _ in range(3))
         diagonal = U.diagonal()[start:end]
         follow = U[start:end, start:] / diagonal[:, None]  # (k, in - start): what an error does to later columns
         nearest = None if grid is None else grid.rounder(order[start:end])
-        columns = zip(block.unbind(), fixed.unbind(), errors.unbind(), removed[start:end].unbind(), strict=True)
+        columns = zip(*(each.unbind() for each in (block, fixed, errors, gone, chosen)), strict=True)
         strip = stop = 0
-        for i, (w, q, error, gone) in enumerate(columns):
+        for i, (w, q, error, share, mask) in enumerate(columns):
             if i == stop:  # the next span
                 stop = min(i + span, end - start)
-                chosen = choose(block[i:stop].T, diagonal[i:stop], start + i)
-                removed[start + i : start + stop] = chosen.T
-                some = bool(chosen.any())
+                chosen[i:stop] = choose(block[i:stop].T, diagonal[i:stop], start + i).T
+                gone[i:stop] = chosen[i:stop]
+                some = bool(chosen[i:stop].any())
             if i == strip:  # the next columns whose corrections are applied one by one
                 first, strip = i, min(i + STRIP, stop)
             if nearest is None:
-                q.copy_(w)
+                torch.mul(w, share, out=error)
             else:
                 nearest(i, w, q)
-            if some:
-                q.masked_fill_(gone, 0.0)
-            torch.sub(w, q, out=error)
+                if some:
+                    q.masked_fill_(mask, 0.0)
+                torch.sub(w, q, out=error)
             if i + 1 < strip:
                 block[i + 1 : strip].addr_(follow[i, i + 1 : strip], error, alpha=-1)
             elif strip < end - start:
                 block[strip:].addmm_(follow[first:strip, strip : end - start].T, errors[first:strip], alpha=-1)
         rows[end:].addmm_(follow[:, end - start :].T, errors, alpha=-1)
-        torch.add(fixed, 0.0, out=block)  # no -0.0
+        if nearest is None:
+            block.sub_(errors)  # exact: an error is all of a weight or nothing
+        else:
+            torch.add(fixed, 0.0, out=block)  # no -0.0
     back = torch.argsort(order)
     return rows[back].T.contiguous(), removed[back].T.contiguous()
 

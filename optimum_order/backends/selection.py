@@ -131,4 +131,6 @@ def smallest(score: Tensor, count: int) -> Tensor:
     threshold = score.kthvalue(count, dim=1, keepdim=True).values
     below, tied = score < threshold, score == threshold
     missing = count - below.sum(1, keepdim=True)
+    if torch.equal(missing, tied.sum(1, keepdim=True)):
+        return below.logical_or_(tied)
     return below | (tied & (tied.cumsum(1) <= missing))

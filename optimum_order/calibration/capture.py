@@ -87,11 +87,12 @@ class Capture(TorchFunctionMode):
     Args:
         targets: The layers to watch.
         gram: Whether to keep `X^T X` and not only its diagonal.
+        dtype: In which it may be multiplied, see `Accumulator`.
     """
 
-    def __init__(self, targets: Iterable[Target], *, gram: bool):
+    def __init__(self, targets: Iterable[Target], *, gram: bool, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.gram = gram
+        self.gram, self.dtype = gram, dtype
         self.watched = {target.view.data_ptr(): target for target in targets}
         self.accumulators: dict[str, Accumulator] = {}
         self.leaders: dict[str, str] = {}
@@ -131,7 +132,8 @@ class Capture(TorchFunctionMode):
                 raise InvariantError(f"'{name}' shared its input with '{leader}' in one batch and not in the next.")
             return
         if leader not in self.accumulators:
-            self.accumulators[leader] = Accumulator(target.view.shape[1], gram=self.gram, device=x.device)
+            inputs = target.view.shape[1]
+            self.accumulators[leader] = Accumulator(inputs, gram=self.gram, device=x.device, dtype=self.dtype)
         for rows in [x] if patches is None else patches.cut(x):
             self.accumulators[leader].add(rows)
         self._last[leader] = x, patches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optimum_order.calibration.precision import products
 from optimum_order.layer import Statistics
 
 
@@ -15,18 +16,21 @@ class Accumulator:
         inputs: Width of the input.
         gram: Whether to keep `X^T X` and not only its diagonal.
         device: Where the sums live.
+        dtype: What the inputs may be rounded to before they are multiplied; sums are float32.
     """
 
-    def __init__(self, inputs: int, *, gram: bool, device: torch.device):
+    def __init__(self, inputs: int, *, gram: bool, device: torch.device, dtype: torch.dtype = torch.float32):
         self.tokens = 0
+        self.dtype = dtype
         self.sums = torch.zeros((inputs, inputs) if gram else (inputs,), dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Take in more tokens, (..., in); summed in float32 whatever their dtype."""
+        """Take in more tokens, (..., in)."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.tokens += len(rows)
         if self.sums.ndim == 2:
-            self.sums.addmm_(rows.T, rows)
+            with products(self.dtype):
+                self.sums.addmm_(rows.T, rows)
         else:
             self.sums += rows.square().sum(0)
 

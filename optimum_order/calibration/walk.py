@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from optimum_order.calibration import precision
 from optimum_order.calibration.capture import Capture
 from optimum_order.calibration.spill import Spill, drop
 from optimum_order.errors import ModelError
@@ -158,6 +159,8 @@ class _Forward(threading.Thread):
 
     def run(self) -> None:
         self._turn.acquire()
+        # Of this thread alone: a pool of its own for each would keep all others from their processors.
+        torch.set_num_threads(1)
         try:
             if self._error is None:
                 with torch.inference_mode(), self.watch or contextlib.nullcontext():
@@ -218,6 +221,7 @@ def _paused(units: Sequence[Unit], forwards: list[_Forward]) -> Iterator[None]:
                 forward._error = forward._error or _Stop()
                 forward._turn.release()
                 forward.join()
+        torch.set_num_threads(torch.get_num_threads())  # the number that new threads begin with again
 
 
 def walk(
@@ -227,6 +231,7 @@ def walk(
     visit: Visitor,
     *,
     gram: bool,
+    dtype: torch.dtype = torch.float32,
     finished: Collection[str] = (),
     crossing: Callable[[], Crossing | None] = lambda: None,
     keep: Keeper | None = None,
@@ -240,6 +245,7 @@ def walk(
         batches: Keyword arguments of the model's forward, one mapping per batch.
         visit: Called at each unit, with statistics of the inputs that earlier units, as they are by now, produce.
         gram: Whether the statistics hold `X^T X`.
+        dtype: To multiply in, from `precision.choose`.
         finished: Names of the units, the first that the model runs, that an earlier walk has visited: they are only
             run, with the weights that it left.
         crossing: Gives what that walk kept at one of them, so that those up to it need not be run; or None.
@@ -252,9 +258,9 @@ def walk(
         ModelError: If the forward does not reach each unit exactly once.
     """
     try:
-        _walk(model, units, batches, visit, gram, finished, crossing, keep, spill)
+        _walk(model, units, batches, visit, gram, dtype, finished, crossing, keep, spill)
     except _Stale:  # nothing was visited yet
-        _walk(model, units, batches, visit, gram, finished, lambda: None, keep, spill)
+        _walk(model, units, batches, visit, gram, dtype, finished, lambda: None, keep, spill)
 
 
 def _walk(
@@ -263,6 +269,7 @@ def _walk(
     batches: Sequence[dict[str, Tensor]],
     visit: Visitor,
     gram: bool,
+    dtype: torch.dtype,
     finished: Collection[str],
     crossing: Callable[[], Crossing | None],
     keep: Keeper | None,
@@ -281,6 +288,7 @@ def _walk(
         if spill and each.arrival:
             each.maps = spill.rest(_tensors(each.arrival[1:]))
 
+    multiplying = functools.partial(precision.forwards, dtype, model.dtype, model.device)
     begun = crossing() if finished else None
     watched = bool(keep or begun)
     forwards = [_Forward(forward(batch), _Watch() if watched else None) for batch in batches]
@@ -295,21 +303,23 @@ def _walk(
             remaining.discard(unit.name)
             call = type(unit.module).forward
             if unit.name in finished:
-                for number, each in enumerate(forwards):
-                    resume(each, begun.outputs[number] if begun else _run(call, each))
+                with multiplying():
+                    for number, each in enumerate(forwards):
+                        resume(each, begun.outputs[number] if begun else _run(call, each))
                 if begun and begun.unit == unit.name:
                     if _arguments(forwards) != begun.arguments:
                         raise _Stale
                     begun = None  # its outputs live as long as the model needs them, and no longer
                 continue
-            capture = Capture(unit.targets, gram=gram)
+            capture = Capture(unit.targets, gram=gram, dtype=dtype)
             first = None  # what the first batch makes of the last unit
-            for each in forwards:
-                with capture:
-                    output = _run(call, each)
-                if not remaining and first is None:
-                    first = output
-                del output
+            with multiplying():
+                for each in forwards:
+                    with capture:
+                        output = _run(call, each)
+                    if not remaining and first is None:
+                        first = output
+                    del output
             # Experts that no token was routed to have no input; any other layer does, if it could be seen at all.
             if not capture.leaders and any(target.kind != "expert" for target in unit.targets):
                 raise ModelError(
@@ -321,7 +331,8 @@ def _walk(
             probes = [each.arrival[1:] for each in forwards[:_PROBES]]
 
             def outputs(unit=unit, call=call, probes=probes) -> Tensor:
-                return torch.cat([_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes])
+                with multiplying():
+                    return torch.cat([_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes])
 
             if not remaining:  # what comes after is nobody's input, but it must not be a unit once more
                 forwards[0].resume(first)
@@ -330,8 +341,9 @@ def _walk(
             visit(Visit(unit, capture.statistics(), capture.leaders, outputs))
             del capture, probes, outputs
             if remaining:
-                for each in forwards:
-                    resume(each, _run(call, each))
+                with multiplying():
+                    for each in forwards:
+                        resume(each, _run(call, each))
             if keep:
                 # what does not fit into memory is not worth a second copy on disk: blocks can be run again
                 flows = remaining and not (spill and spill.spilled)

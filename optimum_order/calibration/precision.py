@@ -1,0 +1,67 @@
+"""How exactly calibration multiplies.
+
+Matrix products are nearly all the work of a calibration, and where a processor has units for bfloat16 it does them
+several times faster there than in float32. Of a float32 model the inputs of a product are then rounded to bfloat16, as
+mixed-precision training does; sums stay float32. What is learnt from the data, sums over thousands of tokens, hardly
+changes. Only calibration does this: a metric measures the model as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from optimum_order.errors import DataError, unknown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to multiply in.
+
+    Args:
+        name: "float32", "bfloat16", or "auto" for bfloat16 where the processor has units for it and the model has no
+            dtype of its own that is as short.
+        dtype: The model's.
+        device: The model's.
+
+    Raises:
+        DataError: If there is no such choice.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise DataError(unknown("calibration_dtype", name, ["auto", *DTYPES]))
+        return DTYPES[name]
+    if dtype == torch.bfloat16 or (dtype == torch.float32 and has_units(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def has_units(device: torch.device) -> bool:
+    """Whether a processor multiplies bfloat16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # nothing public says so
+
+
+def forwards(dtype: torch.dtype, model_dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
+    """In which a float32 model multiplies in `dtype`; its weights must not change meanwhile, they are cast once."""
+    if dtype == model_dtype or model_dtype != torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+@contextlib.contextmanager
+def products(dtype: torch.dtype) -> Iterator[None]:
+    """In which products of float32 matrices round their inputs to `dtype`, where the processor has units for it."""
+    if dtype != torch.bfloat16:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
