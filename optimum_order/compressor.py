@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from optimum_order import artifact, evaluation, formats, hub, manifest, pipeline, workdir
 from optimum_order.backends import canonical, method
+from optimum_order.calibration import precision
 from optimum_order.calibration.load import batch_size, inputs, samples_for
 from optimum_order.checkpoint import Checkpoint, InMemory, weights_digest
 from optimum_order.errors import DataError, ModelError, OrderError, OutputError
@@ -48,6 +49,9 @@ class JointCompressor:
         sequence_length: Tokens in a window, of calibration and of evaluation; less where the model has fewer
             positions.
         seed: Which windows or images are drawn.
+        calibration_dtype: What calibration multiplies matrices in: "auto" takes bfloat16 for a float32 model where the
+            processor has units for it, several times faster; "float32" or "bfloat16" insist. Sums are float32, and
+            metrics are measured on the model as it is.
         device: "auto" takes a GPU where there is one.
         targets: Patterns of the layers to compress (`*.q_proj`, `re:...`); all inside the blocks by default.
         ignore: Patterns of layers to leave alone.
@@ -65,6 +69,7 @@ class JointCompressor:
         calibration_samples: int = 128,
         sequence_length: int = 512,
         seed: int = 0,
+        calibration_dtype: str = "auto",
         device: str = "auto",
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
@@ -79,6 +84,8 @@ class JointCompressor:
         self.sequence_length = min(sequence_length, positions)
         self.seed = seed
         self.device = _device(device)
+        self.calibration_dtype = calibration_dtype
+        precision.choose(calibration_dtype, torch.float32, self.device)  # an error now, if it is none
         self.targets = list(targets) if targets else None
         self.ignore = list(ignore) if ignore else None
         self._measured: dict[tuple[str, str], Measurement] = {}
@@ -93,6 +100,7 @@ class JointCompressor:
         calibration_samples: int = 128,
         sequence_length: int = 512,
         seed: int = 0,
+        calibration_dtype: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
         revision: str | None = None,
@@ -109,7 +117,8 @@ class JointCompressor:
             revision: Branch, tag or commit.
             token: Hub token; it is never stored or printed.
             trust_remote_code: Whether to run code that comes with the model.
-            calibration, calibration_samples, sequence_length, seed, device, targets, ignore: As in the class.
+            calibration, calibration_samples, sequence_length, seed, calibration_dtype, device, targets, ignore: As in
+                the class.
 
         Raises:
             ModelError: If there is no such model, or it cannot be compressed.
@@ -121,6 +130,7 @@ class JointCompressor:
             calibration_samples=calibration_samples,
             sequence_length=sequence_length,
             seed=seed,
+            calibration_dtype=calibration_dtype,
             device=device,
             targets=targets,
             ignore=ignore,
@@ -183,17 +193,36 @@ class JointCompressor:
         }
         model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
         batches = inputs(samples) if samples else []
+        dtype = precision.choose(self.calibration_dtype, model.dtype, model.device)
         with contextlib.ExitStack() as stack:
             work = None
             if work_dir is not None:
-                fingerprint = self._fingerprint(base, model.config, order, schedule, samples, len(batches))
+                fingerprint = self._fingerprint(base, model.config, order, schedule, samples, len(batches), str(dtype))
                 work = stack.enter_context(WorkDir(work_dir, fingerprint, resume=resume))
-            result = pipeline.run(model, units, order, batches, schedule=schedule, work=work, progress=progress)
+            result = pipeline.run(
+                model,
+                units,
+                order,
+                batches,
+                schedule=schedule,
+                work=work,
+                dtype=dtype,
+                progress=progress,
+            )
         seconds = time.perf_counter() - begin
-        return CompressedModel(self, model, units, result, schedule, samples, base, seconds, found)
+        multiplied = {"dtype": str(dtype).removeprefix("torch.")}
+        calibration = None if samples is None else _describe(samples) | multiplied
+        return CompressedModel(self, model, units, result, schedule, calibration, base, seconds, found)
 
     def _fingerprint(
-        self, base: dict[str, Any], config: Any, order: Order, schedule: str, samples: Samples | None, batches: int
+        self,
+        base: dict[str, Any],
+        config: Any,
+        order: Order,
+        schedule: str,
+        samples: Samples | None,
+        batches: int,
+        calibration_dtype: str,
     ) -> dict[str, Any]:
         """All that decides what a run computes."""
         about = config.to_dict()
@@ -205,6 +234,7 @@ class JointCompressor:
             "model": {name: base[name] for name in ("architecture", "dtype", "digest")},
             "config": about,
             "calibration": samples and {**_describe(samples), "note": "", "seed": self.seed, "batches": batches},
+            "calibration_dtype": calibration_dtype,
             "targets": self.targets,
             "ignore": self.ignore,
             "device": self.device.type,
@@ -418,6 +448,7 @@ class JointCompressor:
             device=str(self.device),
             targets=self.targets,
             ignore=self.ignore,
+            dtype=self.calibration_dtype,
             progress=progress,
         )
 
@@ -450,7 +481,7 @@ class CompressedModel:
         units: list,
         result: pipeline.Result,
         schedule: str,
-        samples: Samples | None,
+        calibration: dict[str, Any] | None,
         base: dict[str, Any],
         seconds: float,
         plan: Plan | None = None,
@@ -464,7 +495,7 @@ class CompressedModel:
         self._compressor = compressor
         self._targets: dict[str, Target] = {target.name: target for unit in units for target in unit.targets}
         self._records = result.records
-        self._samples = samples
+        self._calibration = calibration
         self._base = base
         self._measured: list[tuple[bool, Measurement]] = []
         """Each with whether it was measured on the dense values or on the format's own modules."""
@@ -610,7 +641,7 @@ class CompressedModel:
             ],
             "schedule": self.schedule,
             **({} if self.plan is None else {"plan": self.plan.as_dict()}),
-            "calibration": self._samples and _describe(self._samples),
+            "calibration": self._calibration,
             "sequence_length": compressor.sequence_length,
             "seed": compressor.seed,
             "targets": compressor.targets,

@@ -8,7 +8,7 @@ inferred: rounding alone turns 15 % of Gaussian weights into zeros at 4 bit.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -284,9 +284,9 @@ class UniformGrid(Grid):
         scale, zero = self._affine(columns)
         scales = scale.T.float().contiguous().unbind()  # k of (out,)
         low, high = self._codes
-        if isinstance(zero, int):
-            lows, highs = [low] * len(scales), [high] * len(scales)
-        else:
+        lows: Sequence[Any] = [low] * len(scales)
+        highs: Sequence[Any] = [high] * len(scales)
+        if not isinstance(zero, int):
             lows, highs = (low - zero.T.float()).unbind(), (high - zero.T.float()).unbind()
         short = self.dtype != torch.float32
 

@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ def run(
     schedule: str = "stage",
     start: Result | None = None,
     work: WorkDir | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Result:
     """Apply every stage in turn; the model's weights end as the states' weights.
@@ -112,6 +114,7 @@ def run(
             schedule "stage" the end is bit for bit that of all stages in one run.
         work: Where to keep what is finished, unit by unit. What is there already is not done again; the end is bit for
             bit that of a run that was never cut off.
+        dtype: That calibration multiplies in; by default what `precision.choose` takes.
         progress: Whether to show a bar on stderr.
 
     Raises:
@@ -138,13 +141,13 @@ def run(
     with tqdm(total=0, unit="block", disable=not progress) as bar:
         for group in _groups(order, schedule):
             if isinstance(group, Allocator):
-                table = _measure(model, units, group, result.states, batches, bar, kept())
+                table = _measure(model, units, group, result.states, batches, bar, kept(), dtype)
                 for chosen in group.allocate(table):
                     stages: Pass = {name: [_backend(stage)] for name, stage in chosen.items()}
-                    _run_pass(model, units, stages, result, batches, bar, str(group.stage), kept())
+                    _run_pass(model, units, stages, result, batches, bar, str(group.stage), kept(), dtype)
             else:
                 label = " > ".join(str(backend.stage) for backend in group)
-                _run_pass(model, units, dict.fromkeys(targets, group), result, batches, bar, label, kept())
+                _run_pass(model, units, dict.fromkeys(targets, group), result, batches, bar, label, kept(), dtype)
     if work is not None:
         work.wait()
     return result
@@ -179,6 +182,7 @@ def _run_pass(
     bar: tqdm,
     label: str,
     kept: Passage | None,
+    dtype: torch.dtype | None,
 ) -> None:
     needs = {need for backends in stages.values() for backend in backends for need in backend.needs}
     # Only the units that this pass changes, and what lies before the last of them, need to be run.
@@ -202,7 +206,7 @@ def _run_pass(
     if len(finished) == len(changed):
         return
     if needs:
-        _walk(model, changed, batches, lambda at: treat(at.unit, at.statistics), needs, finished, kept, keep)
+        _walk(model, changed, batches, lambda at: treat(at.unit, at.statistics), needs, finished, kept, keep, dtype)
         return
     for unit in changed:
         if unit.name not in finished:
@@ -220,12 +224,13 @@ def _walk(
     finished: Collection[str],
     kept: Passage | None,
     keep: Keeper,
+    dtype: torch.dtype | None,
 ) -> None:
-    if kept is None:
-        walk(model, units, batches, visit, gram="gram" in needs)
-    else:
+    keeping: dict[str, Any] = {}
+    if kept is not None:
         crossing = functools.partial(kept.crossing, str(model.device))
-        walk(model, units, batches, visit, gram="gram" in needs, finished=finished, crossing=crossing, keep=keep)
+        keeping = {"finished": finished, "crossing": crossing, "keep": keep}
+    walk(model, units, batches, visit, gram="gram" in needs, dtype=dtype, **keeping)
 
 
 def _restore(kept: Passage | None, units: Sequence[Unit], result: Result, device: torch.device) -> list[str]:
@@ -277,6 +282,7 @@ def _measure(
     batches: Sequence,
     bar: tqdm,
     kept: Passage | None,
+    dtype: torch.dtype | None,
 ) -> list[Measured]:
     """What each candidate of an allocator would do to each group of layers, with the rest of the model as it is."""
     rows: dict[str, list[Measured]] = {}
@@ -314,7 +320,7 @@ def _measure(
 
     needs = {need for backend in backends.values() for need in backend.needs}
     if len(finished) < len(units):
-        _walk(model, units, batches, visit, needs, finished, kept, keep)
+        _walk(model, units, batches, visit, needs, finished, kept, keep, dtype)
     table: list[Measured] = []
     experts: dict[Stage, list[Measured]] = defaultdict(list)
     fused = {target.name for unit in units for target in unit.targets if allocator.fused and target.kind == "expert"}

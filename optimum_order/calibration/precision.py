@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from optimum_order.errors import DataError, unknown
 
@@ -51,6 +53,17 @@ def forwards(dtype: torch.dtype, model_dtype: torch.dtype, device: torch.device)
     if dtype == model_dtype or model_dtype != torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def restored(output: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """What a module returned among `forwards`, in the dtype that the rest of the model expects."""
+    if not torch.is_autocast_enabled(device.type):
+        return output
+    if isinstance(output, Tensor):
+        return output.to(dtype) if output.is_floating_point() else output
+    if type(output) in (tuple, list):
+        return type(output)(restored(part, dtype, device) for part in output)
+    return output
 
 
 @contextlib.contextmanager

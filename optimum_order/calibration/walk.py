@@ -231,7 +231,7 @@ def walk(
     visit: Visitor,
     *,
     gram: bool,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     finished: Collection[str] = (),
     crossing: Callable[[], Crossing | None] = lambda: None,
     keep: Keeper | None = None,
@@ -245,7 +245,7 @@ def walk(
         batches: Keyword arguments of the model's forward, one mapping per batch.
         visit: Called at each unit, with statistics of the inputs that earlier units, as they are by now, produce.
         gram: Whether the statistics hold `X^T X`.
-        dtype: To multiply in, from `precision.choose`.
+        dtype: To multiply in; by default what `precision.choose` takes.
         finished: Names of the units, the first that the model runs, that an earlier walk has visited: they are only
             run, with the weights that it left.
         crossing: Gives what that walk kept at one of them, so that those up to it need not be run; or None.
@@ -257,6 +257,7 @@ def walk(
         OutputError: If there is no room for that.
         ModelError: If the forward does not reach each unit exactly once.
     """
+    dtype = dtype or precision.choose("auto", model.dtype, model.device)
     try:
         _walk(model, units, batches, visit, gram, dtype, finished, crossing, keep, spill)
     except _Stale:  # nothing was visited yet
@@ -288,6 +289,9 @@ def _walk(
         if spill and each.arrival:
             each.maps = spill.rest(_tensors(each.arrival[1:]))
 
+    def restoring(forward: Callable) -> Callable:
+        return lambda *args, **kwargs: precision.restored(forward(*args, **kwargs), model.dtype, model.device)
+
     multiplying = functools.partial(precision.forwards, dtype, model.dtype, model.device)
     begun = crossing() if finished else None
     watched = bool(keep or begun)
@@ -301,7 +305,7 @@ def _walk(
         while remaining:
             unit = _common(forwards, remaining)
             remaining.discard(unit.name)
-            call = type(unit.module).forward
+            call = restoring(type(unit.module).forward)
             if unit.name in finished:
                 with multiplying():
                     for number, each in enumerate(forwards):

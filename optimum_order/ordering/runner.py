@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimum_order import pipeline, snapshot
+from optimum_order.calibration import precision
 from optimum_order.checkpoint import Checkpoint, InMemory
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.evaluation import Measurement, Metric, Samples
@@ -113,6 +114,7 @@ class Runner:
         device: Where the model runs.
         targets: As in `find_units`.
         ignore: As in `find_units`.
+        dtype: What calibration multiplies in, as `precision.choose` takes it.
         prefixes: Where shared beginnings are kept; None computes every order from the start.
         progress: Whether to show bars on stderr.
     """
@@ -125,6 +127,7 @@ class Runner:
         device: str = "cpu",
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = None,
+        dtype: str = "auto",
         prefixes: Prefixes | None = None,
         progress: bool = True,
     ):
@@ -132,6 +135,7 @@ class Runner:
         self.model = source.load()
         self.model.to(device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
         self.units = find_units(self.model, targets, ignore)
+        self.dtype = precision.choose(dtype, self.model.dtype, self.model.device)
         self.original = pipeline.Result.of(self.units)
         self._batches = batches
         self._drawn: tuple[int, Batches] | None = None
@@ -171,7 +175,9 @@ class Runner:
             stage, prefix = Order((order[length],)), Order(order.stages[: length + 1])
             batches = self.batches(draw)
             wall, cpu = time.perf_counter(), time.process_time()
-            result = pipeline.run(self.model, self.units, stage, batches, start=node.result, progress=self.progress)
+            result = pipeline.run(
+                self.model, self.units, stage, batches, start=node.result, dtype=self.dtype, progress=self.progress
+            )
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             node = Node(result, (*node.seconds, wall), (*node.cpu_seconds, cpu))
             if self.prefixes and keep(prefix):

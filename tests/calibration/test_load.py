@@ -35,7 +35,7 @@ def test_every_option_arrives(make_image_model, tiny_llama_folder, reader):
 @pytest.mark.parametrize(
     ("samples", "expected"),
     [
-        (Windows(torch.zeros(9, 512, dtype=torch.long), "made up"), 8),
+        (Windows(torch.zeros(9, 512, dtype=torch.long), "made up"), 4),
         (Windows(torch.zeros(1, 9999, dtype=torch.long), "made up"), 1),
         (Images(torch.zeros(100, 3, 8, 8), "made up"), 64),
         (Images(torch.zeros(2, 3, 224, 224), "made up"), 27),

@@ -1,6 +1,7 @@
 import collections
 import copy
 import dataclasses
+import functools
 import threading
 
 import pytest
@@ -10,11 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_order.backends import method
-from optimum_order.calibration.walk import walk
+from optimum_order.calibration.walk import walk as walk_in
 from optimum_order.errors import ModelError
 from optimum_order.layer import LayerState
 from optimum_order.order import Stage
 from optimum_order.targets import find_units
+
+walk = functools.partial(walk_in, dtype=torch.float32)
+"""With products exact enough to be compared with those of hooks."""
 
 WALKED = [
     "llama",
