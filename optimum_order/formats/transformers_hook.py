@@ -95,9 +95,9 @@ class SparseQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # By these the model is saved again, with nothing of ours to be undone.
-        used = {id(conversion) for conversion in model._weight_conversions}
-        model._weight_conversions = [theirs for ours, theirs in self._ours if id(ours) in used]
+        # By these the model is saved again, with nothing of ours to be undone. Some versions of transformers (5.24)
+        # have forgotten by now which they used.
+        model._weight_conversions = [theirs for ours, theirs in self._ours if ours.was_used()]
         return model
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
