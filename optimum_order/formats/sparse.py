@@ -40,7 +40,9 @@ _NONE, _SURVIVORS, _INDEX, _NONZEROS = range(4)
 zeros out of a layer of which nobody knows what was pruned, and claims nothing about that."""
 _LARGEST_M = 64
 _MOST_MASKS = 2**16
-"""An N:M index points into a table of all such masks, which has to stay small."""
+"""Of an N:M index: its numbers then have at most 16 bits, and a table of all its masks 3 MB."""
+_MOST_INPUTS = 2**20
+"""Whole rows are decoded at a time, so that nothing but one row bounds the memory which that takes."""
 _CHUNK = 2**18
 """Weights decoded at a time, few enough for the processor's cache."""
 
@@ -104,7 +106,8 @@ class _Header(NamedTuple):
             and (index if self.mask == _INDEX else self.mask <= _NONZEROS and self.n == self.m == 0)
             and self.precision < len(_DTYPES)
             and self.reserved == 0
-            and self.weights > 0
+            and self.rows > 0
+            and 0 < self.inputs <= _MOST_INPUTS
             and self.inputs % (self.group_size or 1) == 0
             and self.inputs % (self.m or 1) == 0
         ):
@@ -129,6 +132,8 @@ class Sparse(Format):
             return f"its {type(state.grid).__name__} is not a grid of equal steps"
         if state.weight.dtype not in _DTYPES:
             return f"its weights are {state.weight.dtype}; they must be float32, bfloat16 or float16"
+        if state.weight.shape[1] > _MOST_INPUTS:
+            return f"it has {state.weight.shape[1]} inputs, and may have {_MOST_INPUTS} at most"
         return None
 
     def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
@@ -253,7 +258,8 @@ class _Parts:
         elif header.mask == _INDEX:
             kept = header.weights // header.m * header.n
         else:
-            kept = int.from_bytes(mask.tobytes(), "little").bit_count()
+            parts = (mask[begin : begin + _CHUNK] for begin in range(0, len(mask), _CHUNK))
+            kept = sum(int.from_bytes(part, "little").bit_count() for part in parts)
         if kept != header.stored:
             raise ArtifactError(f"its mask keeps {kept} weights, and {header.stored} are stored")
         for stream, used in ((mask, header.mask_bits), (weights, header.stored * header.weight_bits)):
@@ -291,11 +297,13 @@ class _Parts:
             return None
         if header.mask != _INDEX:
             return _unpack(self.mask, 1, first, count).view(bool)
-        table = _masks(header.n, header.m)
-        index = _unpack(self.mask, _index_bits(header.n, header.m), first // header.m, count // header.m)
-        if index.max() >= len(table):
-            raise ArtifactError(f"there are {len(table)} masks of {header.n}:{header.m}, got number {index.max()}")
-        return table.take(index, axis=0).ravel()
+        n, m = header.n, header.m
+        index = _unpack(self.mask, _index_bits(n, m), first // m, count // m)
+        if index.max() >= math.comb(m, n):
+            raise ArtifactError(f"there are {math.comb(m, n)} masks of {n}:{m}, got number {index.max()}")
+        # A table is faster, but no layer is to bring one along that is larger than itself.
+        worth_it = math.comb(m, n) <= header.weights // m
+        return (_table(n, m).take(index, axis=0) if worth_it else _masks(index, n, m)).ravel()
 
     def _place(self, block: Tensor, at: np.ndarray | None, first: int, count: int) -> None:
         """Put values into a block of rows, the rest of which is zero."""
@@ -383,16 +391,43 @@ def _pack_mask(header: _Header, stored: np.ndarray | None) -> np.ndarray:
         return np.empty(0, np.uint8)
     if header.mask != _INDEX:
         return np.packbits(stored, bitorder="little")
-    weights = 2 ** np.arange(header.m, dtype=np.uint64)
-    index = np.searchsorted(_masks(header.n, header.m) @ weights, stored.reshape(-1, header.m) @ weights)
-    return _pack(index, _index_bits(header.n, header.m))
+    return _pack(_numbers(stored.reshape(-1, header.m)), _index_bits(header.n, header.m))
 
 
-@functools.cache
-def _masks(n: int, m: int) -> np.ndarray:
-    """All masks of N:M, (C(M, N), M) bool, in ascending order of the numbers whose bits they are, the lowest first."""
-    numbers = sorted(sum(1 << bit for bit in bits) for bits in itertools.combinations(range(m), n))
-    return np.array(numbers, np.uint64)[:, None] >> np.arange(m, dtype=np.uint64) & np.uint64(1) == 1
+def _numbers(masks: np.ndarray) -> np.ndarray:
+    """Which of all N:M masks each of these (count, M) bool is, in the order of `_masks`: (count,) int64."""
+    count, m = masks.shape
+    numbers, seen = np.zeros(count, np.int64), np.zeros(count, np.intp)
+    for bit in range(m):
+        seen += masks[:, bit]
+        numbers += np.where(masks[:, bit], _CHOOSE[bit, seen], 0)
+    return numbers
+
+
+def _masks(numbers: np.ndarray, n: int, m: int) -> np.ndarray:
+    """The N:M masks with these numbers (count,), as (count, M) bool.
+
+    They are numbered in ascending order of the integers whose bits they are, the first input's the lowest: so before
+    one whose k-th survivor is input j lie those C(j, k) whose first k survivors are all before j.
+    """
+    masks = np.empty((len(numbers), m), bool)
+    rest, left = numbers.astype(np.int64), np.full(len(numbers), n)
+    for bit in reversed(range(m)):
+        before = _CHOOSE[bit, left]
+        has = np.greater_equal(rest, before, out=masks[:, bit])
+        rest -= before * has
+        left -= has
+    return masks
+
+
+@functools.lru_cache(maxsize=4)
+def _table(n: int, m: int) -> np.ndarray:
+    """All masks of N:M, (C(M, N), M) bool."""
+    return _masks(np.arange(math.comb(m, n)), n, m)
+
+
+_CHOOSE = np.array([[math.comb(m, n) for n in range(_LARGEST_M + 1)] for m in range(_LARGEST_M)])
+"""C(m, n): the binomial coefficients, all below 2^63."""
 
 
 def _index_bits(n: int, m: int) -> int:
