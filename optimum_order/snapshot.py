@@ -1,15 +1,17 @@
 """Results of a run in a file and back, bit for bit: plain safetensors, with what is no tensor as JSON in its header.
 
-The classes that may stand in such a file are known here; a name in the file only chooses among them.
+A digest of all of it stands there too: a bit that a disk flipped would otherwise become a result. The classes that
+may stand in such a file are known here; a name in the file only chooses among them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,11 @@ from torch import Tensor
 
 from optimum_order.backends import available
 from optimum_order.calibration.walk import Crossing
+from optimum_order.checkpoint import tensor_bytes
 from optimum_order.errors import ArtifactError
 from optimum_order.layer import Grid, LayerState, StageRecord
 
-_KEY = "snapshot"
+_KEY, _DIGEST = "snapshot", "sha256"
 
 
 def save(value: Any, file: Path, *, durable: bool = False) -> int:
@@ -46,7 +49,7 @@ def save(value: Any, file: Path, *, durable: bool = False) -> int:
         held.add(memory)
     beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, beside, metadata={_KEY: text})
+        save_file(tensors, beside, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
         if durable:
             _sync(beside)
         os.replace(beside, file)
@@ -72,10 +75,27 @@ def load(file: Path, device: str = "cpu") -> Any:
         ArtifactError: If the file is damaged or not one of ours.
     """
     try:
-        with safe_open(file, framework="pt", device=device) as opened:
-            return _restore(json.loads(opened.metadata()[_KEY]), opened, _known())
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a handle is no mapping)
+        if metadata[_DIGEST] != _digest(metadata[_KEY], tensors):
+            raise ValueError("its sha256 does not match")
+
+        def read(key: str) -> Tensor:
+            return tensors[key].to(device, copy=True)  # in memory that torch allocated, not in a map of the file
+
+        return _restore(json.loads(metadata[_KEY]), read, _known())
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"'{file}' is damaged or no snapshot: {error}. Delete it.") from error
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """sha256 of the JSON, then of each tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(text.encode())
+    for key, tensor in sorted(tensors.items()):
+        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor_bytes(tensor))
+    return found.hexdigest()
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -95,18 +115,18 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {"class": type(value).__name__, "fields": fields}
 
 
-def _restore(value: Any, opened: Any, known: dict[str, type]) -> Any:
+def _restore(value: Any, read: Callable[[str], Tensor], known: dict[str, type]) -> Any:
     if isinstance(value, list):
-        return tuple(_restore(item, opened, known) for item in value)
+        return tuple(_restore(item, read, known) for item in value)
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return opened.get_tensor(value["tensor"]).clone()  # in memory that torch allocated, not in a map of the file
+        return read(value["tensor"])
     if "dtype" in value:
         return _DTYPES[value["dtype"]]
     if "dict" in value:
-        return {key: _restore(item, opened, known) for key, item in value["dict"].items()}
-    return known[value["class"]](**{key: _restore(item, opened, known) for key, item in value["fields"].items()})
+        return {key: _restore(item, read, known) for key, item in value["dict"].items()}
+    return known[value["class"]](**{key: _restore(item, read, known) for key, item in value["fields"].items()})
 
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}

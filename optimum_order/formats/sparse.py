@@ -43,7 +43,7 @@ _MOST_MASKS = 2**16
 """Of an N:M index: its numbers then have at most 16 bits, and a table of all its masks 3 MB."""
 _MOST_INPUTS = 2**20
 """Whole rows are decoded at a time, so that nothing but one row bounds the memory which that takes."""
-_CHUNK = 2**18
+_CHUNK = 2**16
 """Weights decoded at a time, few enough for the processor's cache."""
 
 
