@@ -22,8 +22,10 @@ PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.spm", "
 
 _CARD = "README.md"
 _LIBRARY: Any = {"library_name": "optimum-order", "library_version": __version__}
-# What the client may raise: its own errors, those of the connection, and of answers that it cannot read.
-_FAILURES = (client.HTTPError, OSError, ValueError, RuntimeError, LookupError)
+# What the client raises when an answer is not what it expects, which it does not check.
+_UNREADABLE = (LookupError, TypeError, AttributeError)
+# What else it may raise: its own errors, and those of the connection.
+_FAILURES = (client.HTTPError, OSError, ValueError, RuntimeError, *_UNREADABLE)
 _ADVICE = {
     400: "Correct that and push again.",
     401: "Log in with 'hf auth login', set HF_TOKEN or pass a token that is valid; and check the id.",
@@ -231,6 +233,8 @@ def _explained(error: BaseException, secrets: tuple[str | None, ...]) -> str:
         at = at.__cause__
     said = (at.server_message if at else str(error)) or ""
     line = redacted(said, *secrets).strip().split("\n")[0][:300].rstrip(".")
+    if isinstance(error, _UNREADABLE):
+        return f"The Hub gave an answer that cannot be read ({type(error).__name__}: {line}). Try again."
     if at is None:
         return f"The Hub could not be asked: {line or type(error).__name__}. Try again."
     status = at.response.status_code

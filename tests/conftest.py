@@ -197,7 +197,7 @@ class Hub:
             "HF_HUB_DISABLE_XET": "1",  # for Xet there would have to be a second server
             "NO_PROXY": "127.0.0.1",
         }
-        self.log = home / "stderr"
+        self.home, self.log = home, home / "stderr"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, HERE / "hub_client.py"],
@@ -209,7 +209,8 @@ class Hub:
                 cwd=home,
             )
 
-    def _call(self, name, arguments, options) -> dict:
+    def ask(self, name, *arguments, **options) -> dict:
+        """What a function of hub_client.py returns as "result", or raises."""
         asked = {"call": name, "arguments": arguments, "options": options}
         self._process.stdin.write(json.dumps(asked, default=str) + "\n")
         self._process.stdin.flush()
@@ -219,13 +220,13 @@ class Hub:
 
     def call(self, name, *arguments, **options):
         """What a function of hub_client.py returns."""
-        answer = self._call(name, arguments, options)
+        answer = self.ask(name, *arguments, **options)
         assert "error" not in answer, answer["traceback"]
         return answer["result"]
 
     def fail(self, name, *arguments, **options) -> dict:
         """The "error" that a function of hub_client.py raises, its "message" and "traceback"."""
-        answer = self._call(name, arguments, options)
+        answer = self.ask(name, *arguments, **options)
         assert "error" in answer, answer
         return answer
 

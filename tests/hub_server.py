@@ -61,6 +61,8 @@ class HubServer:
         drop_from: From which request on, counted from 0 since `recover`, connections are dropped; None for never.
         answer_with: A status to answer everything with, repeating the request's headers as a careless server might.
         before: Called with every request before it is answered.
+        tamper: Called with every request and what it would be answered, status, content and headers; returns others.
+            Of a content of None in their place the first half is sent, and the connection closed.
     """
 
     def __init__(self):
@@ -90,11 +92,21 @@ class HubServer:
         self.drop_from: int | None = None
         self.answer_with: int | None = None
         self.before: Callable[[str], None] | None = None
+        self.tamper: Callable[[str, int, bytes, dict[str, str]], tuple[int, bytes | None, dict[str, str]]] | None = None
 
     def close(self):
         for server in self._servers:
             server.shutdown()
             server.server_close()
+
+    def hold(self, repo_id: str, files: dict[str, bytes]):
+        """Have a repository with these files, as if somebody had pushed them."""
+        stored: dict[str, bytes | str] = dict(files)
+        for path in [path for path in files if path.endswith(".safetensors")]:
+            stored[path] = hashlib.sha256(files[path]).hexdigest()
+            self.blobs[stored[path]] = files[path]
+        made = self.repositories[repo_id] = Repository(private=False)
+        made.commit("main", "all of it", stored)
 
     def content(self, stored: bytes | str) -> bytes:
         return stored if isinstance(stored, bytes) else self.blobs[stored]
@@ -348,10 +360,15 @@ class _Handler(BaseHTTPRequestHandler):
         raise Refusal(404, f"No such endpoint: {method} {url.path}")
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]):
+        sent: bytes | None = content
+        if self.server_hub.tamper is not None:
+            request = f"{self.command} {urlsplit(self.path).path}"
+            status, sent, headers = self.server_hub.tamper(request, status, content, headers)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, " ".join(value.split()))
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(content if sent is None else sent)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if sent is None else sent)
+        self.close_connection = self.close_connection or sent is None

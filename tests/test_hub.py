@@ -1,11 +1,16 @@
 """An artifact goes to the Hub whole or not at all, and what comes back is what was measured. No token is ever told."""
 
+import itertools
 import json
 import shutil
+from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_order import JointCompressor, formats, hub, manifest
@@ -268,6 +273,67 @@ def test_a_model_that_is_no_artifact_is_not_downloaded(hub, saved):
     assert not any("resolve" in request for request in hub.server.requests)
 
 
+PATHS = ["", ".", "..", "../evil.json", "/tmp/evil.json", "a/../../evil.json", "..\\evil.json", "a\0b", "n" * 300]
+LEAVES = [None, True, -1, 0, 2**40, 2**70, 0.5, [], {}, [None], {"a": [{}]}, *PATHS]
+HEADERS = ["ETag", "X-Linked-ETag", "X-Linked-Size", "X-Repo-Commit", "Location", "X-Error-Code"]
+VALUES = [*PATHS, "http://[", "file:///etc/passwd", "http://127.0.0.1:1/x", "-5", "é", "%2e%2e%2fevil.json"]
+STATUSES = [204, 206, 301, 302, 400, 403, 404, 416, 429, 500]
+PULLED = itertools.count()
+
+
+def replaced(value, random):
+    """A JSON value with one place in it replaced."""
+    if isinstance(value, (dict, list)) and value and random.randrange(5):
+        key = random.choice(sorted(value) if isinstance(value, dict) else range(len(value)))
+        changed = dict(value) if isinstance(value, dict) else list(value)
+        changed[key] = replaced(value[key], random)
+        return changed
+    return random.choice(LEAVES)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    at=st.integers(0, 12),
+    what=st.sampled_from(["json", "json", "bytes", "half", "status", "header", "header", "no header"]),
+    seed=st.integers(0, 2**32),
+)
+def test_whatever_a_server_answers_a_pull_ends_well_or_in_our_error_and_inside_the_cache(hub, saved, at, what, seed):
+    number = next(PULLED)
+    files = {file.name: file.read_bytes() for file in saved.iterdir()}
+    hub.server.hold(f"me/pulled{number}", files)
+    answered = itertools.count()
+
+    random = Random(seed)  # not hypothesis' own, which draws in one thread only
+
+    def tamper(request, status, content, headers):
+        if next(answered) != at:
+            return status, content, headers
+        if what == "json" and request.startswith("GET /api/"):
+            return status, json.dumps(replaced(json.loads(content), random)).encode(), headers
+        if what in ("json", "bytes"):
+            return status, random.randbytes(random.randrange(99)), headers
+        if what == "half":
+            return status, None, headers
+        if what == "status":
+            return random.choice(STATUSES), content, headers
+        name = random.choice(HEADERS)
+        rest = {key: value for key, value in headers.items() if key != name}
+        return status, content, rest | ({name: random.choice(VALUES)} if what == "header" else {})
+
+    hub.server.tamper = tamper
+    around = sorted(hub.home.parent.iterdir()), sorted(Path("/tmp").glob("evil*"))
+    answer = hub.ask("pull", f"me/pulled{number}")
+    hub.server.recover()
+    assert (sorted(hub.home.parent.iterdir()), sorted(Path("/tmp").glob("evil*"))) == around
+    if "error" in answer:
+        assert answer["error"] in ("HubError", "ArtifactError"), answer["traceback"]
+        return
+    folder = Path(answer["result"])
+    assert folder.resolve().is_relative_to(hub.home.resolve())
+    if not hub.call("verify", folder):
+        assert {name: (folder / name).read_bytes() for name in files} == files
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
 @pytest.mark.parametrize("call", ["push", "pull", "compress", "check"])
 def test_no_error_or_log_tells_a_token(hub, saved, call, status):
@@ -310,14 +376,14 @@ def test_a_model_on_the_hub_is_compressed_and_pushed(hub, tiny_llama_folder):
 
 def test_names_that_are_neither_folder_nor_id_are_refused(saved, tmp_path):
     assert hub.locate(saved) == saved
-    for given in (tmp_path / "nowhere", "nowhere", "./a/b", "a/b/c", "../a"):
+    for name in (tmp_path / "nowhere", "nowhere", "./a/b", "a/b/c", "../a"):
         with pytest.raises(ArtifactError, match="no folder"):
-            hub.locate(given)
+            hub.locate(name)
     with pytest.raises(ArtifactError, match="is a folder"):
         hub.locate(saved, revision="main")
-    for given in ("me/a--b", "a/b/c", "spaces here"):
+    for name in ("me/a--b", "a/b/c", "spaces here"):
         with pytest.raises(HubError, match="is no id on the Hub"):
-            hub.push(saved, given)
+            hub.push(saved, name)
 
 
 def test_without_a_network_it_says_so(saved):
