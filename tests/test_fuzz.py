@@ -74,8 +74,8 @@ def artifacts(make_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def larger(make_model, tmp_path_factory):
-    """Of 112 layers, each of them small beside the file: reading goes layer by layer."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16, "num_key_value_heads": 4}
+    """Of 56 layers, each of them small beside the file: reading goes layer by layer."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_key_value_heads": 4}
     return saved_in_each_format(make_model("llama", **sizes), tmp_path_factory.mktemp("larger"), "8MB")
 
 
@@ -298,7 +298,7 @@ def test_any_tensor_of_another_kind(artifacts, format, random, dtype, reshape):
 
 
 @each
-@settings(FUZZED, max_examples=8)
+@settings(FUZZED, max_examples=4, deadline=None)
 @given(kind=st.sampled_from(["json", "header", "bytes", "tensor"]), random=RANDOM, data=st.data())
 def test_it_takes_no_more_memory_than_twice_the_files(larger, format, kind, random, data):
     made = larger[format]
