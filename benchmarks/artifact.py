@@ -21,6 +21,7 @@ system takes back when it needs them; "own" without those, sampled every millise
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,7 @@ from optimum_order.formats.sparse import decode_weight
 ORDERS = ["sparsegpt:0.5 > gptq:4", "wanda(pattern=2:4) > gptq:4", "sparsegpt:0.7 > gptq:3"]
 LARGE_ORDERS = [
     "magnitude:0.5 > rtn(bits=4, group_size=128, clip=none)",
-    "magnitude(pattern=2:4) > rtn(bits=8, symmetric=false, clip=none)",
+    "magnitude(pattern=2:4) > rtn(bits=8, clip=none)",
     "magnitude:0.7",
 ]
 LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -114,7 +115,7 @@ def theory(format: str, layers: dict) -> float:
     for layer in layers.values():
         (rows, inputs), b = layer["shape"], layer["bits"]
         n = rows * inputs
-        groups = n // (inputs if layer["group_size"] == -1 else layer["group_size"])
+        groups = n // (inputs if layer["group_size"] == -1 else layer["group_size"]) if layer["group_size"] else 0
         kept = (n - layer["pruned"]) / n
         if format == "dense":
             bits += 16 * n
@@ -141,8 +142,9 @@ def stored(folder: Path, layers: dict) -> int:
 def load(folder: Path, reference: Path, format: str) -> tuple[float, float, float, bool]:
     """Seconds, both kinds of memory in sizes of the model, and whether every parameter has the bits measured."""
     command = [sys.executable, "-W", "ignore", "-c", LOAD, folder, reference, "ours" if format == "sparse" else ""]
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
     runs = [
-        json.loads(subprocess.run([*command, watched], stdout=subprocess.PIPE, text=True, check=True).stdout)
+        json.loads(subprocess.run([*command, watched], env=quiet, stdout=subprocess.PIPE, text=True, check=True).stdout)
         for watched in [""] * RUNS + ["watched"]
     ]
     *timed, watched = runs

@@ -85,6 +85,7 @@ def push(
             f"'{folder}' is not pushed, because it holds '{odd[0]}': an artifact is data, in files called "
             f"{', '.join(PATTERNS)}. Save it without."
         )
+    _pages(folder, stated, repo_id, revision, {})  # now, while nothing is there yet
     api = HfApi(token=token, **_LIBRARY)
     repo_id = _ask(token, api.create_repo, repo_id, private=private or None, exist_ok=True).repo_id
     there = _ask(token, _state, api, repo_id, revision, not create_pr)
@@ -211,6 +212,11 @@ def _pages(
         auto = auto_class(AutoConfig.from_pretrained(folder))
         made = card.make(stated, repo_id, auto, revision=revision, kept=kept)
         return {_CARD: str(made).encode(), manifest.PLOT: card.plot(stated)}
+    except KeyError as error:
+        raise ArtifactError(
+            f"'{folder}' is not pushed, because its manifest lacks {error}, without which there is no model card. It "
+            "is probably of an older optimum-order: compress the model again with this one."
+        ) from error
     except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise ArtifactError(
             f"No model card can be made of the manifest in '{folder}' ({type(error).__name__}: {error}). Save the "

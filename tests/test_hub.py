@@ -164,6 +164,15 @@ def test_what_does_not_verify_is_not_sent(hub, copy):
     assert hub.server.requests == []
 
 
+def test_an_artifact_of_a_version_that_said_less_is_told_so_before_anything_is_sent(hub, copy):
+    facts = manifest.load(copy)
+    manifest.write({key: value for key, value in facts.items() if key != "sequence_length"}, copy)
+    refused = hub.fail("push", copy, "me/model")
+    assert refused["error"] == "ArtifactError" and "lacks 'sequence_length'" in refused["message"]
+    assert "older optimum-order: compress the model again" in refused["message"]
+    assert hub.server.requests == []
+
+
 def test_only_files_of_an_artifact_are_sent(hub, copy):
     (copy / ".env").write_text("secret")
     (copy / ".git").mkdir()

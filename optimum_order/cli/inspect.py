@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,11 +56,14 @@ class InspectCommand(Command):
 
         console = Console(markup=False, highlight=False)
         table = Table()
-        table.add_column("layer", overflow="fold")
-        for column in ("shape", "bits", "group", "pruned", "error, stage by stage"):
+        # What all names begin with is said once, so that a row is a line on a screen of 80 columns.
+        names = [row[0] for row in self.layers]
+        shared = os.path.commonprefix(names).rpartition(".")[0]  # noqa: RUF071 (these are no paths)
+        table.add_column(printable(f"{shared}.") if shared else "layer", overflow="fold")
+        for column in ("shape", "bits", "group", "pruned", "error by stage"):
             table.add_column(column, justify="right")
-        for row in self.layers:
-            table.add_row(*map(printable, row))
+        for name, *cells in self.layers:
+            table.add_row(*map(printable, (name[len(shared) + 1 :] if shared else name, *cells)))
         console.print(table)
         problems = result["problems"] or []
         for lines, style in ((self.notes, None), (problems, "red")):

@@ -52,7 +52,10 @@ def test_people_see_what_was_done(program, saved, tiny_llama_folder, monkeypatch
     assert "wanda:0.5 → gptq:4" in text
     before, after = (stated["metrics"]["perplexity"][when]["value"] for when in ("before", "after"))
     assert f"{before:.4g} → {after:.4g}" in text
+    shared = "model.layers."
+    assert f" {shared} " in text
     for name, layer in stated["layers"].items():
+        name = name.removeprefix(shared)
         (row,) = [line for line in text.splitlines() if f" {name} " in line]
         cells = [cell.strip() for cell in row.strip("│").split("│")]
         errors = ", ".join(f"{stage['relative_error']:.2g}" for stage in layer["stages"])
