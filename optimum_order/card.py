@@ -261,7 +261,12 @@ def _speed(manifest: Mapping[str, Any]) -> str:
     format = formats.available()[manifest["format"]]
     if bits < 16 and manifest["format"] == "dense":
         lines.append("- Every weight lies on its quantisation grid, but is stored and multiplied as a dense value.")
-    elif bits < 16 and format.runs_dense and (format.stock or format.import_first):
+    elif bits < 16 and format.import_first:
+        lines.append(
+            "- The weights are unpacked while the model loads, and multiplied as dense ones: expect no gain in time, "
+            f"and none in memory once it is loaded. No engine computes on the `{format.name}` format itself."
+        )
+    elif bits < 16 and format.runs_dense and format.stock:
         lines.append(
             "- transformers unpacks the weights before it multiplies them, so expect no gain in time there. An engine "
             "with kernels for packed weights can be faster, at the widths and groups it supports."

@@ -71,8 +71,6 @@ def load(path: str | Path) -> dict[str, Any]:
     file = Path(path) / FILE
     if not file.is_file():
         raise ArtifactError(f"'{path}' has no {FILE}: it is not a folder that optimum-order wrote.")
-    if file.stat().st_size > _MAX_BYTES:
-        raise ArtifactError(f"'{file}' is larger than {_MAX_BYTES} bytes, which no manifest is.")
     manifest = read_json(file)
     schema = manifest.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
@@ -89,9 +87,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from an untrusted file.
 
     Raises:
-        ArtifactError: If it is not one.
+        ArtifactError: If it is not one, or larger than any that a model has.
     """
     try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes, which no JSON of a model has")
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"'{file}' cannot be read: {error}.") from error

@@ -130,6 +130,12 @@ def test_it_is_honest_about_speed(facts):
     assert "are zero" not in text_of(facts)
 
 
+def test_no_engine_is_promised_for_a_format_that_none_computes_on(facts):
+    assert "An engine with kernels for packed weights can be faster" in text_of(facts)
+    text = text_of(facts | {"format": "sparse"})
+    assert "No engine computes on the `sparse` format" in text and "can be faster" not in text
+
+
 def test_no_path_or_text_of_its_author_is_told(stated, tiny_llama_folder, text_file, prose):
     text = text_of(stated)
     assert str(tiny_llama_folder) not in text and str(text_file.parent) not in text

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -76,3 +77,11 @@ def test_any_value_is_read_or_refused(tmp_path_factory, key, value):
     manifest.write(GOOD | {key: value}, folder)
     with contextlib.suppress(ArtifactError):
         assert manifest.load(folder)[key] == value
+
+
+def test_what_is_too_large_is_not_read(tmp_path):
+    file = tmp_path / "config.json"
+    file.touch()
+    os.truncate(file, 2**28 + 1)  # takes no room on the disk
+    with pytest.raises(ArtifactError, match="has more than 268435456 bytes"):
+        manifest.read_json(file)
