@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from optimum_order import snapshot
@@ -61,7 +62,8 @@ class WorkDir:
             if isinstance(error, OutputError):
                 raise
             raise self._unwritable(error) from error
-        self._writer = ThreadPoolExecutor(1, "optimum-order-workdir")
+        # It copies tensors; with more than one thread of torch's it would keep those of the run from their processors.
+        self._writer = ThreadPoolExecutor(1, "optimum-order-workdir", torch.set_num_threads, (1,))
         self._pending: Future | None = None
 
     def _open(self, fingerprint: Any, resume: bool) -> None:
