@@ -1,8 +1,8 @@
 """What the schedule "block" costs or gains in perplexity against "stage", for every joint order of the demo.
 
-"block" applies all stages to a block on one capture of its inputs, so that a later stage does not see what the earlier
-ones made of later blocks, and saves the walks between. Each figure is a mean over disjoint draws of the calibration text,
-each draw the same for both schedules.
+"block" applies all stages to a block on one capture of its inputs: it saves the walks between, and a later stage does
+not see what the earlier ones made of the block's inputs. Each figure is a mean over disjoint draws of the calibration
+text, the same for both schedules.
 
     python benchmarks/schedules.py
 """
