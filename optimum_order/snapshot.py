@@ -22,7 +22,6 @@ from torch import Tensor
 
 from optimum_order.backends import available
 from optimum_order.calibration.walk import Crossing
-from optimum_order.checkpoint import tensor_bytes
 from optimum_order.errors import ArtifactError
 from optimum_order.layer import Grid, LayerState, StageRecord
 
@@ -94,7 +93,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256(text.encode())
     for key, tensor in sorted(tensors.items()):
         found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor_bytes(tensor))
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
