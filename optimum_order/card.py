@@ -286,6 +286,8 @@ def command(manifest: Mapping[str, Any]) -> str:
     if calibration:
         options += [("--calibration", calibration["source"]), ("--calibration-samples", str(calibration["samples"]))]
         options += [("--seed", str(manifest["seed"]))]
+        # What "auto" chooses depends on the processor; an older manifest does not say what it was.
+        options += [("--calibration-dtype", calibration["dtype"])] if calibration.get("dtype") else []
     if any("tokens" in read for read in [calibration or {}, *(both["after"] for both in metrics)]):
         options += [("--sequence-length", str(manifest["sequence_length"]))]
     options += [("--dtype", base["dtype"])]

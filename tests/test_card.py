@@ -146,6 +146,7 @@ def test_the_command_makes_the_same_model_again(stated, tiny_llama_folder, text_
     code = text_of(stated).split("```bash\n")[1].split("```")[0]
     program, *arguments = shlex.split(code.replace("\\\n", " "))
     assert program == "optimum-order" and "--ignore" in arguments and "block" in arguments
+    assert arguments[arguments.index("--calibration-dtype") + 1] == stated["calibration"]["dtype"]
     for path in (tiny_llama_folder, text_file):
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
