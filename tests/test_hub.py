@@ -383,7 +383,9 @@ def test_a_model_on_the_hub_is_compressed_and_pushed(hub, tiny_llama_folder):
     assert again["error"] == "ModelError" and "already quantised" in again["message"]
 
 
-def test_names_that_are_neither_folder_nor_id_are_refused(saved, tmp_path):
+def test_names_that_are_neither_folder_nor_id_are_refused(saved, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # beside which there is no folder "a"
     assert hub.locate(saved) == saved
     for name in (tmp_path / "nowhere", "nowhere", "./a/b", "a/b/c", "../a"):
         with pytest.raises(ArtifactError, match="no folder"):
