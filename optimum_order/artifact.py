@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -19,11 +20,8 @@ from transformers import PreTrainedModel
 
 from optimum_order import formats, manifest
 from optimum_order.errors import ArtifactError, OutputError
-from optimum_order.formats import checkpoint
-from optimum_order.layer import LayerState, tensor_bytes
-from optimum_order.targets import Target
-
-Layers = Mapping[str, tuple[Target, LayerState]]
+from optimum_order.formats import Layers, checkpoint
+from optimum_order.layer import tensor_bytes
 
 
 @contextlib.contextmanager
@@ -85,18 +83,20 @@ def save(
     format: formats.Format,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write a self-contained folder: weights, config, generation config, processor and manifest.
 
     Args:
-        model: Holds the states' weights.
+        model: Holds the states' weights, or is empty.
         processor: Tokenizer or image processor, or None.
-        layers: Each compressed layer with its state.
+        layers: Each compressed layer with its state; read a block at a time.
         facts: What the manifest says of the run; the format, bytes, files and digest are added here.
         path: The folder.
         format: What `formats.choose` returned for these layers.
         overwrite: Whether a folder that is not empty may be replaced.
         max_shard_size: Of one weight file.
+        tensors: What is in the model, by name, if it is empty.
 
     Returns:
         The manifest as written.
@@ -107,20 +107,25 @@ def save(
     path = Path(path)
     with staging(path, overwrite=overwrite) as folder:
         header = {manifest.KEY: facts["order"]}
-        stored = checkpoint.write(model, layers, format, folder, header=header, max_shard_size=max_shard_size)
+        written = checkpoint.write(
+            model, layers, format, folder, header=header, max_shard_size=max_shard_size, tensors=tensors
+        )
         if processor is not None:
             _save_processor(processor, folder)
         config = json.loads((folder / "config.json").read_text())
         config[manifest.KEY] = {"schema": manifest.SCHEMA, "order": facts["order"], "manifest": manifest.FILE}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights = checkpoint.weight_bytes(folder)
+        count = sum(math.prod(layer["shape"]) for layer in facts["layers"].values())
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return manifest.write(
             facts
             | {
                 "format": format.name,
-                "layers": {name: layer | {"stored": stored.get(name)} for name, layer in facts["layers"].items()},
-                "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits_per_weight(layers, format)},
+                "layers": {
+                    name: layer | {"stored": written.stored.get(name)} for name, layer in facts["layers"].items()
+                },
+                "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": round(8 * written.bytes / count, 4)},
                 "files": {
                     str(file.relative_to(folder)): {"sha256": manifest.sha256(file), "bytes": file.stat().st_size}
                     for file in files
@@ -137,12 +142,6 @@ def _save_processor(processor: Any, folder: Path) -> None:
         if "os error" not in str(error):
             raise
         raise OSError(str(error)) from error
-
-
-def bits_per_weight(layers: Layers, format: formats.Format) -> float:
-    """Stored bits per weight of the compressed layers, scales and all."""
-    encoded = sum(tensor.nbytes for _, state in layers.values() for tensor in format.encode(state).values())
-    return round(8 * encoded / sum(state.weight.numel() for _, state in layers.values()), 4)
 
 
 def values_digest(weight: Tensor) -> str:

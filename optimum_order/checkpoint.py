@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file, is_vision_available
 
-from optimum_order.errors import ArtifactError, ModelError, chainable, redacted
+from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, chainable, redacted
 from optimum_order.formats.checkpoint import weight_bytes
 from optimum_order.layer import tensor_bytes
+from optimum_order.weights import Weights, give_memory_back, planned
 
 EMBEDDED = ("tiny-llama", "tiny-resnet", "tiny-vit")
 """Models that ship inside the package and can be named like a Hub id."""
@@ -114,11 +117,30 @@ class Checkpoint:
         Raises:
             ModelError: If the weights cannot be read, are not safetensors, or do not fill the model.
         """
+        return self._from_pretrained()
+
+    def load_empty(self, device: torch.device | str = "cpu") -> Weights:
+        """The same model without its weights, and the weights to be read when they are needed.
+
+        Args:
+            device: Where its buffers are, and its parameters when they are there.
+
+        Raises:
+            ModelError: As in `load`; also if it is a model whose weights cannot be read a block at a time.
+        """
+        give_memory_back()
+        with planned() as plan:
+            model = self._from_pretrained()
+        return Weights(model, plan, device)
+
+    def _from_pretrained(self) -> PreTrainedModel:
         try:
             model, info = self.auto.from_pretrained(
                 self._path, dtype=self._dtype, use_safetensors=True, output_loading_info=True, **self._hub
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except OptimumOrderError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             token = self._hub["token"]
             reason = _first_line(error, token)
             raise ModelError(f"Cannot load the weights of '{self.id}': {reason}") from chainable(error, token)
@@ -194,10 +216,12 @@ class InMemory:
         return copy.deepcopy(self.model)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over every tensor of the model: name, dtype, shape and bytes, in order of name."""
+def weights_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """sha256 over every tensor of a model: name, dtype, shape and bytes, in order of name, one tensor at a time."""
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name in sorted(tensors):
+        tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order import artifact, evaluation, formats, hub, manifest, pipeline, workdir
@@ -467,7 +469,7 @@ class CompressedModel:
 
     Attributes:
         model: The transformers model, its weights the dequantised values, so it runs anywhere.
-        layers: Each compressed layer's name -> `LayerState`.
+        layers: Each compressed layer's name -> `LayerState`; of a model larger than the machine, read when asked for.
         order: The canonical order.
         schedule: The schedule it was run with.
         seconds: How long it took, planning included.
@@ -485,18 +487,21 @@ class CompressedModel:
         base: dict[str, Any],
         seconds: float,
         plan: Plan | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ):
         self.model = model
         self.order = result.order
         self.schedule = schedule
         self.seconds = seconds
         self.plan = plan
-        self.layers: dict[str, LayerState] = result.states
+        self.layers: Mapping[str, LayerState] = result.states
         self._compressor = compressor
         self._targets: dict[str, Target] = {target.name: target for unit in units for target in unit.targets}
         self._records = result.records
         self._calibration = calibration
         self._base = base
+        self._tensors = tensors
+        """What is in the model, by name, if it is empty."""
         self._measured: list[tuple[bool, Measurement]] = []
         """Each with whether it was measured on the dense values or on the format's own modules."""
         self._saved: dict[str, Any] = {}
@@ -504,8 +509,11 @@ class CompressedModel:
     @property
     def sparsity(self) -> float:
         """The fraction of the compressed layers' weights that were removed."""
-        total = sum(state.weight.numel() for state in self.layers.values())
-        return sum(int(s.pruned.sum()) for s in self.layers.values() if s.pruned is not None) / total
+        pruned, total = 0, 0
+        for state in self.layers.values():
+            pruned += 0 if state.pruned is None else int(state.pruned.sum())
+            total += state.weight.numel()
+        return pruned / total
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -532,7 +540,7 @@ class CompressedModel:
             ModelError: If the metric says nothing about the model.
         """
         samples = self._compressor._evaluation(source)
-        chosen = formats.choose(self.model, self._pairs(), format)
+        chosen = formats.choose(self.model, self._pairs(), format, tensors=self._tensors)
 
         def measure(model: PreTrainedModel) -> Measurement:
             by = self._compressor._metric(model, metric)
@@ -608,13 +616,16 @@ class CompressedModel:
             )
 
     def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
-        chosen = formats.choose(self.model, self._pairs(), format)
+        pairs = self._pairs()
+        chosen = formats.choose(self.model, pairs, format, tensors=self._tensors)
         facts = self._facts() | {"metrics": self._metrics(chosen.runs_dense)}
         processor = self._compressor.source.processor
-        return artifact.save(self.model, processor, self._pairs(), facts, path, format=chosen, overwrite=overwrite)
+        return artifact.save(
+            self.model, processor, pairs, facts, path, format=chosen, overwrite=overwrite, tensors=self._tensors
+        )
 
-    def _pairs(self) -> dict[str, tuple[Target, LayerState]]:
-        return {name: (self._targets[name], state) for name, state in self.layers.items()}
+    def _pairs(self) -> formats.Layers:
+        return formats.Paired(self._targets, self.layers)
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
         """What was measured, by name; of an artifact only what was measured on the values that load from it."""
@@ -632,6 +643,9 @@ class CompressedModel:
 
     def _facts(self) -> dict[str, Any]:
         compressor = self._compressor
+        layers = {name: self._layer_facts(name, state) for name, state in self.layers.items()}
+        pruned = sum(layer["pruned"] for layer in layers.values())
+        total = sum(math.prod(layer["shape"]) for layer in layers.values())
         return {
             "schema": manifest.SCHEMA,
             "base_model": self._base,
@@ -647,8 +661,8 @@ class CompressedModel:
             "targets": compressor.targets,
             "ignore": compressor.ignore,
             "versions": manifest.versions(),
-            "sparsity": round(self.sparsity, 6),
-            "layers": {name: self._layer_facts(name, state) for name, state in self.layers.items()},
+            "sparsity": round(pruned / total, 6),
+            "layers": layers,
             "bytes": {"before": compressor.source.bytes},
         }
 

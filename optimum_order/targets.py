@@ -50,6 +50,16 @@ class Target:
     rows: range | None = None
 
     @property
+    def whole(self) -> bool:
+        """Whether the layer is all that its parameter holds."""
+        return self.expert is None and self.rows is None
+
+    @property
+    def parameter_name(self) -> str:
+        """What the parameter is called in the model."""
+        return f"{self.name}.weight" if self.whole else self.name.rpartition(".")[0]
+
+    @property
     def view(self) -> Tensor:
         """The weight as (out, in), or (out, in * kh * kw) for a convolution, sharing memory with the model."""
         tensor = self.parameter.data if self.expert is None else self.parameter.data[self.expert]

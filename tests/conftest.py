@@ -256,3 +256,23 @@ def hub(hub_process):
     """A Hub with nothing on it, `hub.server`, and someone logged in there: `hub.call("push", folder, "me/model")`."""
     hub_process.server.clear()
     return hub_process
+
+
+@pytest.fixture(scope="session")
+def large_llama(tmp_path_factory):
+    """A Llama of twelve blocks, 100 MB in bfloat16 and in three files, and the folder it is in. Change neither."""
+    import torch
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(
+        **sizes, num_hidden_layers=12, dtype="bfloat16", bos_token_id=1, eos_token_id=2, max_position_embeddings=64
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).bfloat16()
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.view(-1).copy_(torch.arange(parameter.numel()) % 251 / 251)
+    folder = tmp_path_factory.mktemp("large")
+    model.save_pretrained(folder, max_shard_size="50MB")
+    return model, folder

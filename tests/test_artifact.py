@@ -121,7 +121,7 @@ def all_sharded(make_model, tmp_path_factory):
     pairs, facts = compressed._pairs(), compressed._facts() | {"metrics": {}}
     for name in FORMATS:
         chosen = formats.choose(compressed.model, pairs, name)
-        artifact.save(compressed.model, None, pairs, facts, root / name, format=chosen, max_shard_size="20KB")
+        artifact.save(compressed.model, None, pairs, facts, root / name, format=chosen, max_shard_size="8KB")
         assert artifact.verify(root / name) == [] and (root / name / INDEX).exists()
     return root
 
@@ -427,3 +427,58 @@ def test_a_link_is_only_followed_inside_a_cache_of_the_hub(saved, tmp_path):
     for file in saved.iterdir():
         (tmp_path / "elsewhere" / file.name).symlink_to(store / file.name)
     assert all("names a file it may not" in problem for problem in artifact.verify(tmp_path / "elsewhere"))
+
+
+CHILD = """
+import resource, sys
+from collections.abc import Mapping
+from optimum_order import JointCompressor, LayerState, artifact
+from optimum_order.compressor import CompressedModel
+from optimum_order.order import Order
+from optimum_order.pipeline import Result
+from optimum_order.targets import find_units
+from optimum_order.weights import Overlaid
+
+folder, out, format = sys.argv[1:]
+JointCompressor.from_pretrained("tiny-llama").source.load_empty()  # what is imported on the way is not measured
+compressor = JointCompressor.from_pretrained(folder)
+with open("/proc/self/status") as status:
+    limit = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData")) + 56 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+weights = compressor.source.load_empty()
+units = find_units(weights.model)
+targets = {target.name: target for unit in units for target in unit.targets}
+
+class States(Mapping):
+    def __getitem__(self, name):
+        weight = weights[f"{name}.weight"]
+        return LayerState(weight.masked_fill(weight < 0.5, 0), pruned=weight < 0.5)
+    def __iter__(self):
+        return iter(targets)
+    def __len__(self):
+        return len(targets)
+
+states = States()
+result = Result(states, {name: [] for name in targets}, tuple(Order.parse("magnitude:0.5")))
+tensors = Overlaid(weights, targets, states)
+base = {"id": "large", "revision": None, "architecture": "", "dtype": "bfloat16", "digest": ""}
+compressed = CompressedModel(compressor, weights.model, units, result, "stage", None, base, 0.0, None, tensors)
+compressed.save_pretrained(out, format)
+assert artifact.verify(out) == []
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize("format", ["dense", "sparse"])
+def test_a_model_is_saved_and_verified_in_the_memory_of_a_few_blocks(large_llama, format, tmp_path):
+    """100 MB of weights where 56 MB may be taken."""
+    model, folder = large_llama
+    command = [sys.executable, "-c", CHILD, str(folder), str(tmp_path / "out"), format]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    loaded = model.__class__.from_pretrained(tmp_path / "out")
+    expected = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        layer = "_proj." in name
+        assert torch.equal(tensor, expected[name].masked_fill(expected[name] < 0.5, 0) if layer else expected[name])

@@ -21,6 +21,7 @@ FLOORS = [
     {"checkpoint", "pipeline"},
     {"workdir"},
     {"snapshot"},
+    {"weights"},
     {"calibration"},
     {"evaluation"},
     {"formats"},

@@ -2,14 +2,18 @@
 
 import functools
 import sys
+from collections.abc import Mapping
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order.errors import FormatError, unknown
-from optimum_order.formats.base import Format, Layers, Layout, Piece
+from optimum_order.formats.base import Format, Layers, Layout, Paired, Piece, outline
+from optimum_order.layer import LayerState
 from optimum_order.registry import discover
+from optimum_order.targets import Target
 
-__all__ = ["Format", "Layers", "Layout", "Piece", "available", "choose"]
+__all__ = ["Format", "Layers", "Layout", "Paired", "Piece", "available", "choose"]
 
 
 @functools.cache
@@ -18,22 +22,30 @@ def available() -> dict[str, type[Format]]:
     return discover(sys.modules[__name__], Format, "optimum_order.formats")
 
 
-def _refusal(format: Format, layout: Layout, layers: Layers) -> str | None:
-    """Why a format cannot hold this model exactly, as a sentence, or None if it can."""
+def _refusals(formats: dict[str, Format], layout: Layout, layers: Layers) -> dict[str, str | None]:
+    """Why each format cannot hold this model exactly, as a sentence, or None if it can; each layer is read once."""
+    refusals: dict[str, str | None] = {}
+    encoded: dict[str, dict[str, tuple[Target, LayerState]]] = {key: {} for key in formats}
     for name, (target, state) in layers.items():
-        if reason := format.why_not(target, state):
-            return f"Layer '{name}': {reason}."
-    return format.why_not_model(layout, layers)
+        for key in [key for key in formats if key not in refusals]:
+            if reason := formats[key].why_not(target, state):
+                refusals[key] = f"Layer '{name}': {reason}."
+            elif formats[key].encodes(state):
+                encoded[key][name] = target, outline(state)
+    return {key: refusals.get(key) or formats[key].why_not_model(layout, encoded[key]) for key in formats}
 
 
-def choose(model: PreTrainedModel, layers: Layers, name: str = "auto") -> Format:
+def choose(
+    model: PreTrainedModel, layers: Layers, name: str = "auto", *, tensors: Mapping[str, Tensor] | None = None
+) -> Format:
     """The format to save a model in.
 
     Args:
         model: The model, its weights dense.
-        layers: Every layer that was compressed, by name.
+        layers: Every layer that was compressed, by name; read one after the other.
         name: A format, or "auto" for the one of the fewest bytes, counted after encoding, among those that hold
             every layer exactly and that stock transformers loads with nothing else installed.
+        tensors: What is in the model, by name, if it is empty.
 
     Raises:
         FormatError: If there is no such format or it cannot hold a layer.
@@ -41,23 +53,21 @@ def choose(model: PreTrainedModel, layers: Layers, name: str = "auto") -> Format
     formats = {key: cls() for key, cls in available().items()}
     if name != "auto" and name not in formats:
         raise FormatError(unknown("format", name, ["auto", *formats]))
-    if name == "auto":
-        formats = {key: format for key, format in formats.items() if format.stock}
-    layout = Layout.of(model)
-    refusals = {key: _refusal(format, layout, layers) for key, format in formats.items()}
-    fitting = [key for key, reason in refusals.items() if reason is None]
+    layout = Layout.of(model, tensors)
     if name != "auto":
-        if refusals[name] is not None:
-            raise FormatError(
-                f"Format '{name}' cannot hold this model. {refusals[name]} {', '.join(fitting)} can; choose "
-                f"'{fitting[0]}' or 'auto'."
-            )
-        return formats[name]
-    if fitting == ["dense"]:
+        reason = _refusals({name: formats[name]}, layout, layers)[name]
+        if reason is None:
+            return formats[name]
+        fitting = [key for key, other in _refusals(formats, layout, layers).items() if other is None]
+        raise FormatError(
+            f"Format '{name}' cannot hold this model. {reason} {', '.join(fitting)} can; choose '{fitting[0]}' or "
+            "'auto'."
+        )
+    refusals = _refusals({key: format for key, format in formats.items() if format.stock}, layout, layers)
+    sizes = {key: 0 for key, reason in refusals.items() if reason is None}
+    if list(sizes) == ["dense"]:
         return formats["dense"]
-
-    def size(key: str) -> int:
-        encoded = (formats[key].encode(state) for _, state in layers.values())
-        return sum(tensor.nbytes for tensors in encoded for tensor in tensors.values())
-
-    return formats[min(fitting, key=lambda key: (size(key), key != "dense"))]
+    for _, state in layers.values():
+        for key in sizes:
+            sizes[key] += sum(tensor.nbytes for tensor in formats[key].encode(state).values())
+    return formats[min(sizes, key=lambda key: (sizes[key], key != "dense"))]

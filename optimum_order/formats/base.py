@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from abc import ABC, abstractmethod
@@ -20,6 +21,42 @@ from optimum_order.targets import Target
 
 Layers = Mapping[str, tuple[Target, LayerState]]
 """Every layer that was compressed, by name."""
+
+
+class Paired(Layers):
+    """Layers whose states are read when they are asked for, and not kept.
+
+    Args:
+        targets: Each layer by name.
+        states: Its state by name.
+    """
+
+    def __init__(self, targets: Mapping[str, Target], states: Mapping[str, LayerState]):
+        self._targets, self._states = targets, states
+
+    def __getitem__(self, name: str) -> tuple[Target, LayerState]:
+        return self._targets[name], self._states[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+def outline(state: LayerState) -> LayerState:
+    """A state without values: shapes, dtypes and what its grid is, in tensors on the meta device."""
+    return _outline(state)
+
+
+def _outline(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: _outline(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -49,26 +86,26 @@ class Layout:
     apart, such as the experts of a Mixtral, which become `block_sparse_moe.experts.0.w1.weight` and so on.
 
     Args:
-        model: The model.
+        model: The model; it may be empty.
+        tensors: What is in it, by name.
         converted: Stored tensors named `*.weight` that are not simply one parameter under a possibly different name.
     """
 
     model: PreTrainedModel
+    tensors: Mapping[str, Tensor]
     converted: frozenset[str] = frozenset()
     _pieces: Mapping[tuple[str, int], tuple[Piece, ...]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Layout:
+    def of(cls, model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None) -> Layout:
         """Ask transformers, one block at a time, by sending numbered rows through its own conversion."""
-        blocks: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in model.state_dict().items():
-            block = re.match(r"(.*?\.\d+)\.", key)
-            blocks.setdefault(block[1] if block else key, {})[key] = tensor
+        state = model.state_dict()
         pieces: dict[tuple[str, int], list[Piece]] = {}
         converted: set[str] = set()
-        for tensors in blocks.values():
+        for block in blocks(state):
             numbered, owners, first = {}, [], 0
-            for key, tensor in tensors.items():
+            for key in block:
+                tensor = state[key]
                 rows = _rows(tensor.shape)
                 ids = torch.arange(first, first + rows.numel(), dtype=torch.int32)
                 numbered[key] = ids.view(list(rows) + [1] * (tensor.ndim - len(rows))).expand(tensor.shape)
@@ -82,16 +119,23 @@ class Layout:
                 if key.endswith(".weight") and not renamed:
                     converted.add(key)
         ordered = {at: tuple(sorted(found, key=lambda piece: piece.start)) for at, found in pieces.items()}
-        return cls(model, frozenset(converted), ordered)
+        return cls(model, state if tensors is None else tensors, frozenset(converted), ordered)
 
     def pieces(self, name: str, target: Target) -> tuple[Piece, ...]:
         """Where a layer's matrix lies, first row to last; empty if it is not stored as whole rows."""
-        whole = target.expert is None and target.rows is None
-        parameter = f"{name}.weight" if whole else name.rpartition(".")[0]
-        found = self._pieces.get((parameter, target.expert or 0), ())
+        found = self._pieces.get((target.parameter_name, target.expert or 0), ())
         if sum(piece.rows for piece in found) != _rows(target.parameter.shape)[-1]:
             return ()
         return found if target.rows is None else tuple(_cut(found, target.rows))
+
+
+def blocks(names: Iterable[str]) -> list[list[str]]:
+    """A model's tensors by block, others alone: what transformers fuses or takes apart is in one of these."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        block = re.match(r"(.*?\.\d+)\.", name)
+        found.setdefault(block[1] if block else name, []).append(name)
+    return list(found.values())
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -163,7 +207,12 @@ class Format(ABC):
 
     @abstractmethod
     def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
-        """Why these layers cannot be held together in this model, as a sentence, or None if they can."""
+        """Why the layers that it encodes cannot be held together in this model, as a sentence, or None if they can.
+
+        Args:
+            layout: Of the model.
+            layers: Those that it encodes, their states without values: see `outline`.
+        """
 
     def encodes(self, state: LayerState) -> bool:
         """Whether this layer is stored as other tensors than its plain weight."""
@@ -187,7 +236,12 @@ class Format(ABC):
 
     @abstractmethod
     def quantization_config(self, layout: Layout, layers: Layers) -> dict[str, Any] | None:
-        """What goes under that name into config.json, with no key that is not the format's own."""
+        """What goes under that name into config.json, with no key that is not the format's own.
+
+        Args:
+            layout: Of the model.
+            layers: As in `why_not_model`.
+        """
 
     @abstractmethod
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Writing a model with some of its layers encoded, and reading them back: config.json and safetensors, nothing else.
 
-Stock `save_pretrained` writes everything first, under the names that checkpoints of this architecture have; then
-each shard is rewritten with the encoded tensors in place of the dense ones.
+Written is what stock `save_pretrained` would write, under the names that checkpoints of this architecture have, with
+the encoded tensors in place of the dense ones. It is done a block at a time: no more of the model has to be there.
 """
 
 from __future__ import annotations
@@ -11,24 +11,43 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from optimum_order.errors import ArtifactError, InvariantError
 from optimum_order.formats import available
-from optimum_order.formats.base import Format, Layers, Layout, Piece, as_matrix
+from optimum_order.formats.base import Format, Layers, Layout, Piece, as_matrix, blocks, outline
 from optimum_order.layer import LayerState, UniformGrid
 from optimum_order.manifest import read_json
+from optimum_order.targets import Target, find_targets
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8")
 """What the tensors of a layer may be, in the words of safetensors: torch can do nothing with some of the others."""
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of the layers.
+
+    Args:
+        stored: What `read` must be told about those that are not simply stored as `<name>.weight`, ready for JSON: the
+            rows `[key, first, count]` that a layer consists of, and whether they are its columns.
+        bytes: How many bytes they take, all of them together.
+    """
+
+    stored: dict[str, Any]
+    bytes: int
 
 
 def write(
@@ -39,20 +58,19 @@ def write(
     *,
     header: Mapping[str, str],
     max_shard_size: str = "5GB",
-) -> dict[str, Any]:
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Written:
     """Save a model so that stock `from_pretrained(folder)` gives it back, its layers held in `format`.
 
     Args:
         model: The compressed model, every layer's weight in it dense and equal to its state's.
-        layers: Every layer that was compressed, by name.
+        layers: Every layer that was compressed, by name; their states are asked for block by block.
         format: What `choose` returned for these layers.
         folder: Where to; a config.json and weights in it are replaced.
         header: What every shard says in its safetensors metadata.
-        max_shard_size: Of a dense shard, as `save_pretrained` takes it; an encoded one is smaller.
-
-    Returns:
-        What `read` must be told about those layers that are not simply stored as `<name>.weight`, ready for JSON:
-        the rows `[key, first, count]` that a layer consists of, and whether they are its columns.
+        max_shard_size: Of a file of weights, as `save_pretrained` takes it.
+        tensors: What is in the model, by name, if it is empty; each is asked for once. Files are then no larger than
+            its largest block, so that never more than two blocks are held.
 
     Raises:
         InvariantError: If the model does not hold the weights that the layers have.
@@ -60,11 +78,49 @@ def write(
     folder = Path(folder)
     for stale in [*folder.glob("model*.safetensors"), folder / _INDEX]:
         stale.unlink(missing_ok=True)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    layout = Layout.of(model)
+    model.save_pretrained(folder, state_dict={})  # all but the weights
+    layout = Layout.of(model, tensors)
+    stored, places = _places(layout, layers)
+    dense = _dense(model)
+    missing = set(revert_weight_conversion(model, {n: torch.empty_like(t, device="meta") for n, t in dense.items()}))
+    limit = convert_file_size_to_int(max_shard_size)
+    if tensors is not None:
+        limit = min(limit, max(sum(dense[name].nbytes for name in block) for block in blocks(dense)))
+    shards = _Shards(folder, limit, header)
+    outlines: dict[str, tuple[Target, LayerState]] = {}
+    plain: dict[str, int] = {}
+    size = 0
+    for block in blocks(dense):
+        own = dense if tensors is None else tensors
+        for key, tensor in revert_weight_conversion(model, {name: own[name] for name in block}).items():
+            if key not in missing:
+                raise InvariantError(f"'{key}' is not what transformers would save, or twice.")
+            missing.remove(key)
+            found = [(name, *layers[name], piece) for name, piece in places.pop(key, [])]
+            encoded = _replace(key, tensor, found, format)
+            shards.add(encoded or {key: tensor})
+            size += sum(part.nbytes for part in encoded.values())
+            for name, target, state, _ in found:
+                if format.encodes(state):
+                    outlines[name] = target, outline(state)
+                else:
+                    plain[name] = state.weight.nbytes
+    if missing or places:
+        raise InvariantError(f"'{min(missing | set(places))}' is missing from what transformers would save.")
+    shards.close({"total_parameters": model.num_parameters()})
+    entry = format.quantization_config(layout, outlines)
+    if entry is not None:
+        _dump_json(folder / _CONFIG, read_json(folder / _CONFIG) | {"quantization_config": entry})
+    return Written(stored, size + sum(plain.values()))
+
+
+def _places(layout: Layout, layers: Layers) -> tuple[dict[str, Any], dict[str, list[tuple[str, Piece]]]]:
+    """What to say of the layers that are not simply `<name>.weight`, and which pieces lie in each stored tensor."""
     stored: dict[str, Any] = {}
     places: dict[str, list[tuple[str, Piece]]] = {}
-    for name, (target, _) in layers.items():
+    targets = {target.name: target for target in find_targets(layout.model)}
+    for name in layers:  # without a look at their states
+        target = targets[name]
         pieces = layout.pieces(name, target)
         if not pieces:
             raise InvariantError(f"Layer '{name}' is stored in a way that this package cannot follow.")
@@ -73,37 +129,71 @@ def write(
         if target.transposed or [(piece.key, piece.whole) for piece in pieces] != [(f"{name}.weight", True)]:
             rows = [[piece.key, piece.at, piece.rows] for piece in pieces]
             stored[name] = {"rows": rows, "transposed": target.transposed}
+    return stored, places
 
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in _shards(folder):
-        tensors: dict[str, Tensor] = {}
-        for key, dense in load_file(folder / shard).items():
-            tensors |= _replace(key, dense, places.pop(key, []), layers, format)
-        beside = folder / f"{shard}.new"
-        save_file(tensors, beside, metadata={**header, "format": "pt"})
-        os.replace(beside, folder / shard)
-        weight_map |= dict.fromkeys(tensors, shard)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if places:
-        raise InvariantError(f"'{min(places)}' is missing from what transformers saved.")
-    if (folder / _INDEX).exists():
-        index = read_json(folder / _INDEX)
-        index["metadata"]["total_size"] = total
-        _dump_json(folder / _INDEX, index | {"weight_map": weight_map})
-    entry = format.quantization_config(layout, layers)
-    if entry is not None:
-        _dump_json(folder / _CONFIG, read_json(folder / _CONFIG) | {"quantization_config": entry})
-    return stored
+
+def _dense(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What `save_pretrained` would save, before it gives it other names: of weights that are tied only one."""
+    ignored = model._keys_to_ignore_on_save or ()
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    return remove_tied_weights_from_state_dict(kept, model)
+
+
+class _Shards:
+    """Weight files that are filled one after the other, and named when it is known how many there are.
+
+    Args:
+        folder: Where they go.
+        limit: How many bytes of tensors a file has at most, unless a single one has more.
+        header: What each says in its metadata.
+    """
+
+    def __init__(self, folder: Path, limit: int, header: Mapping[str, str]):
+        self._folder, self._limit, self._header = folder, limit, header
+        self._tensors: dict[str, Tensor] = {}
+        self._size = self._total = 0
+        self._files: list[list[str]] = []
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors that go into one file."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._tensors and self._size + size > self._limit:
+            self._write()
+        self._tensors |= {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        self._size += size
+
+    def _write(self) -> None:
+        save_file(
+            self._tensors, self._folder / _unfinished(len(self._files)), metadata={**self._header, "format": "pt"}
+        )
+        self._files.append(list(self._tensors))
+        self._total += self._size
+        self._tensors, self._size = {}, 0
+
+    def close(self, metadata: dict[str, Any]) -> None:
+        """Give the files their names, and write the index if there are several."""
+        self._write()
+        count = len(self._files)
+        weight_map: dict[str, str] = {}
+        for number, keys in enumerate(self._files):
+            name = _SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._folder / _unfinished(number), self._folder / name)
+            weight_map |= dict.fromkeys(keys, name)
+        if count > 1:
+            index = {"metadata": metadata | {"total_size": self._total}, "weight_map": weight_map}
+            _dump_json(self._folder / _INDEX, index)
+
+
+def _unfinished(number: int) -> str:
+    return f"model-{number + 1:05d}.new"
 
 
 def _replace(
-    key: str, dense: Tensor, found: list[tuple[str, Piece]], layers: Layers, format: Format
+    key: str, dense: Tensor, found: list[tuple[str, Target, LayerState, Piece]], format: Format
 ) -> dict[str, Tensor]:
-    """What to store for one dense tensor, after checking that it holds what the layers in it have."""
+    """What to store in place of a dense tensor, if anything, after checking that it holds what its layers have."""
     encoded: dict[str, Tensor] = {}
-    for name, piece in found:
-        target, state = layers[name]
+    for name, target, state, piece in found:
         matrix = state.weight.T if target.transposed else state.weight
         held = as_matrix(dense)[piece.at : piece.at + piece.rows]
         if not torch.equal(held, matrix[piece.start : piece.start + piece.rows].cpu()):
@@ -112,7 +202,7 @@ def _replace(
             part = state if piece.rows == len(matrix) else _rows(state, piece)
             prefix = key.removesuffix("weight")
             encoded |= {prefix + local: t.cpu().contiguous() for local, t in format.encode(part).items()}
-    return encoded or {key: dense}
+    return encoded
 
 
 def _rows(state: LayerState, piece: Piece) -> LayerState:
@@ -276,7 +366,7 @@ def _stack(parts: list[LayerState]) -> LayerState:
 
 def _open(file: Path) -> Any:
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file} cannot be read: {error}.") from error
 

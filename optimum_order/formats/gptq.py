@@ -23,7 +23,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class GPTQ(Format):
                 return f"Layer '{name}' is not stored as a matrix of that name in this model's checkpoints."
             if name not in linear:
                 return f"Layer '{name}' is outside the blocks or a subclass of nn.Linear, which readers leave dense."
-            bias = cast("Tensor | None", layout.model.get_submodule(name).bias)
+            bias = layout.tensors.get(f"{name}.bias")
             if bias is not None and not torch.equal(bias.half().to(bias.dtype), bias):
                 return f"Layer '{name}' has a bias that float16, in which transformers keeps it, does not hold."
         if len({state.grid.symmetric for _, state in encoded.values()}) > 1:

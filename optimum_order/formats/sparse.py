@@ -137,10 +137,9 @@ class Sparse(Format):
         return None
 
     def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
-        encoded = {name: target for name, (target, state) in layers.items() if self.encodes(state)}
-        if not encoded:
+        if not layers:
             return "No layer is pruned or quantised."
-        for name, target in encoded.items():
+        for name, (target, _) in layers.items():
             if not _stored_alone(layout, target, layout.pieces(name, target)):
                 return f"Layer '{name}' is not stored in tensors of its own in this model's checkpoints."
         return None

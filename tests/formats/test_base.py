@@ -5,7 +5,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from optimum_order.formats.base import Layout, Piece, patched
+from optimum_order import backends
+from optimum_order.formats.base import Layout, Paired, Piece, blocks, outline, patched
+from optimum_order.layer import LayerState
+from optimum_order.order import Order
 from optimum_order.targets import find_units
 
 TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -95,3 +98,50 @@ def test_modules_that_transformers_would_swap_are_found():
     for method in ("compressed-tensors", "bitsandbytes"):
         assert patched(model, method) == "'model.layers.1.feed_forward.experts' (Llama4TextExperts)"
         assert patched(build("llama"), method) is None
+
+
+def test_blocks_are_what_is_numbered_first():
+    names = ["a.weight", "m.layers.0.x.1.w", "m.layers.0.y", "m.layers.10.x", "m.layers.1.x", "head.3"]
+    assert blocks(names) == [
+        ["a.weight"],
+        ["m.layers.0.x.1.w", "m.layers.0.y"],
+        ["m.layers.10.x"],
+        ["m.layers.1.x"],
+        ["head.3"],
+    ]
+    assert [name for block in blocks(names) for name in block] == names
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "magnitude:0.5",
+        "magnitude:0.5 > rtn(bits=3, group_size=16, symmetric=false)",
+        "bitsandbytes(dtype=nf4, double_quant=true)",
+        "bitsandbytes:int8",
+    ],
+)
+def test_an_outline_has_everything_but_values(order):
+    state = LayerState(torch.randn(32, 64), notes=("a note",))
+    for stage in Order.parse(order):
+        state = backends.method(stage).apply(state)
+    found = outline(state)
+    assert found.weight.is_meta and found.weight.shape == (32, 64) and found.notes == ("a note",)
+    assert (found.pruned is None) == (state.pruned is None) and type(found.grid) is type(state.grid)
+    assert (found.bits, found.weight.dtype) == (state.bits, state.weight.dtype)
+    for name in ("unit", "group_size", "symmetric", "dtype", "data_type"):
+        assert getattr(found.grid, name, None) == getattr(state.grid, name, None)
+
+
+def test_pairs_read_a_state_when_it_is_asked_for():
+    read = []
+
+    class States(dict):
+        def __getitem__(self, name):
+            read.append(name)
+            return super().__getitem__(name)
+
+    pairs = Paired({"a": 1, "b": 2, "c": 3}, States(a="one", b="two"))
+    assert list(pairs) == ["a", "b"] and len(pairs) == 2 and not read
+    assert pairs["b"] == (2, "two") and read == ["b"]
+    assert list(pairs.items()) == [("a", (1, "one")), ("b", (2, "two"))] and read == ["b", "a", "b"]

@@ -3,9 +3,13 @@
 That process has not imported this package, except for those formats of which that is asked.
 """
 
+import copy
 import json
 import subprocess
 import sys
+import weakref
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +20,14 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
 
 from optimum_order import backends, formats
+from optimum_order.checkpoint import Checkpoint
 from optimum_order.errors import ArtifactError, InvariantError
 from optimum_order.formats import checkpoint
+from optimum_order.formats.base import blocks
 from optimum_order.layer import LayerState
 from optimum_order.order import Order
 from optimum_order.targets import find_units
+from optimum_order.weights import Overlaid
 
 SCRIPT = Path(__file__).parents[1] / "reload_stock.py"
 IMPORT_FIRST = """
@@ -175,8 +182,8 @@ def saved(tmp_path_factory):
         folder = root / f"artifact{index}"
         format = formats.choose(model, layers, case.format)
         header = {"order": case.orders[0]}
-        stored = checkpoint.write(model, layers, format, folder, header=header, max_shard_size=case.shard)
-        made.append((case, model, layers, folder, stored))
+        written = checkpoint.write(model, layers, format, folder, header=header, max_shard_size=case.shard)
+        made.append((case, model, layers, folder, written.stored))
     loaded = {}
     for module in (None, "optimum_order"):
         folders = [item[3] for item in made if formats.available()[item[0].format].import_first == module]
@@ -276,7 +283,7 @@ def test_convolutions_are_written_and_read_as_matrices(make_image_model, archite
     model = make_image_model(architecture)
     layers = compress(model, ["magnitude:0.5 > rtn(bits=4, group_size=-1)"])
     format = formats.choose(model, layers)
-    stored = checkpoint.write(model, layers, format, tmp_path, header={}, max_shard_size=shard)
+    stored = checkpoint.write(model, layers, format, tmp_path, header={}, max_shard_size=shard).stored
     found = dict(checkpoint.read(tmp_path, {name: stored.get(name) for name in layers}))
     assert list(found) == list(layers)
     assert all(same(found[name].weight, state.weight) for name, (_, state) in layers.items())
@@ -384,3 +391,118 @@ def test_a_tensor_in_two_shards_is_an_error(packed):
     save_file(load_file(one), other)
     with pytest.raises(ArtifactError, match="twice"):
         dict(checkpoint.read(packed))
+
+
+# --- as stock transformers saves, and a block at a time ---------------------------------------------------------------
+
+
+def stored_in(folder):
+    return {key: t for file in sorted(folder.glob("*.safetensors")) for key, t in load_file(file).items()}
+
+
+def check_stock(model, tmp_path):
+    """Without any layer, what is written is what `save_pretrained` writes."""
+    model.save_pretrained(tmp_path / "stock", max_shard_size="20KB")
+    written = checkpoint.write(
+        model, {}, formats.available()["dense"](), tmp_path / "ours", header={}, max_shard_size="20KB"
+    )
+    assert written.stored == {} and written.bytes == 0
+    stock, ours = stored_in(tmp_path / "stock"), stored_in(tmp_path / "ours")
+    assert stock.keys() == ours.keys() and all(same(ours[key], tensor) for key, tensor in stock.items())
+    others = sorted(file.name for file in (tmp_path / "stock").glob("*") if file.suffix != ".safetensors")
+    assert "config.json" in others and len(stock) > 0
+    assert others == sorted(file.name for file in (tmp_path / "ours").glob("*") if file.suffix != ".safetensors")
+    for name in others:
+        one, other = (json.loads((tmp_path / which / name).read_text()) for which in ("stock", "ours"))
+        if name == "model.safetensors.index.json":
+            assert one["metadata"] == other["metadata"] and one["weight_map"].keys() == other["weight_map"].keys()
+        else:
+            assert one == other, name
+
+
+@pytest.mark.parametrize("architecture", [*CONFIGS, "albert", "gemma3_text"])
+def test_what_is_written_is_what_stock_transformers_would_save(make_model, architecture, tmp_path):
+    check_stock(build(architecture, "bfloat16") if architecture in CONFIGS else make_model(architecture), tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["convnext", "regnet", "swin", "vit"])
+def test_so_it_is_for_images(make_image_model, architecture, tmp_path):
+    check_stock(make_image_model(architecture), tmp_path)
+
+
+def test_weights_that_are_tied_after_loading_are_stored_once(tmp_path):
+    model = build("llama", "float32")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    check_stock(model, tmp_path)
+    assert "lm_head.weight" not in stored_in(tmp_path / "ours")
+
+
+class Fresh(Mapping):
+    """Values that are copied when they are asked for, and the most bytes of them that ever were there at once."""
+
+    def __init__(self, values, weight=lambda value: value):
+        self.values_, self.weight, self.there, self.most = values, weight, 0, 0
+
+    def __getitem__(self, name):
+        value = copy.deepcopy(self.values_[name])
+        size = self.weight(value).nbytes
+        self.there += size
+        self.most = max(self.most, self.there)
+        weakref.finalize(self.weight(value), self._gone, size)
+        return value
+
+    def _gone(self, size):
+        self.there -= size
+
+    def __iter__(self):
+        return iter(self.values_)
+
+    def __len__(self):
+        return len(self.values_)
+
+
+AT_A_TIME = [case for case in CASES if case.shard == "5GB" and case.dtype != "float16"] + [
+    Case("llama", "bfloat16", "gptq", (RTN4, "magnitude:0.5")),
+    Case("qwen3", "bfloat16", "compressed-tensors", (RTN4,)),
+]
+
+
+@pytest.mark.parametrize("case", AT_A_TIME, ids=lambda case: f"{case.model}-{case.dtype}-{case.format}")
+def test_a_block_at_a_time_the_same_is_written(case, tmp_path):
+    model = build(case.model, case.dtype)
+    model.save_pretrained(tmp_path / "source", max_shard_size="30KB")
+    ordinary = type(model).from_pretrained(tmp_path / "source")
+    layers = compress(ordinary, case.orders, case.targets)
+    options = {"revision": None, "token": None, "dtype": "auto", "trust_remote_code": False}
+    weights = Checkpoint(tmp_path / "source", **options).load_empty()
+    units = find_units(weights.model, case.targets and [case.targets])
+    targets = {target.name: target for unit in units for target in unit.targets}
+    states = Fresh({name: state for name, (_, state) in layers.items()}, lambda state: state.weight)
+    tensors = Fresh(dict(Overlaid(weights, targets, states)))
+    states.most = 0
+    pairs = formats.Paired(targets, states)
+
+    format = formats.choose(ordinary, layers, case.format)
+    assert formats.choose(weights.model, pairs, case.format, tensors=tensors).name == case.format
+    assert formats.choose(weights.model, pairs, tensors=tensors).name == formats.choose(ordinary, layers).name
+    assert states.most <= 2 * max(state.weight.nbytes for _, state in layers.values())  # one, and the next
+    tensors.most = 0
+    one = checkpoint.write(ordinary, layers, format, tmp_path / "one", header={"order": "x"})
+    other = checkpoint.write(weights.model, pairs, format, tmp_path / "other", header={"order": "x"}, tensors=tensors)
+    assert one == other
+    expected, found = stored_in(tmp_path / "one"), stored_in(tmp_path / "other")
+    assert expected.keys() == found.keys() and all(same(found[key], tensor) for key, tensor in expected.items())
+    for name in ("config.json", "generation_config.json"):
+        texts = [(tmp_path / which / name) for which in ("one", "other")]
+        assert [text.exists() for text in texts] in ([True, True], [False, False])
+        assert not texts[0].exists() or texts[0].read_text() == texts[1].read_text()
+    assert case.format != "dense" or len(list((tmp_path / "other").glob("*.safetensors"))) > 1
+    # a block that is read, a file that is filled with another, and the last tensor of the block before
+    sizes = [[tensors.values_[name].nbytes for name in block] for block in blocks(tensors)]
+    assert tensors.most <= 2 * max(map(sum, sizes)) + max(map(max, sizes))
+    held = Counter()
+    for target, state in layers.values():
+        held[target.parameter_name] += state.weight.nbytes
+    assert states.most <= 2 * max(held.values())
+    assert all(parameter.is_meta for parameter in weights.model.parameters())
