@@ -28,7 +28,9 @@ from optimum_order.ordering import planner
 from optimum_order.ordering.planner import Plan
 from optimum_order.ordering.runner import Batches, Runner
 from optimum_order.ordering.study import Study, check_folder, quiet
+from optimum_order.streamed import Streamed
 from optimum_order.targets import Target, find_units
+from optimum_order.weights import Overlaid
 from optimum_order.workdir import WorkDir
 
 logger = logging.getLogger(__name__)
@@ -146,6 +148,8 @@ class JointCompressor:
         stages: Iterable[Stage | str] | None = None,
         work_dir: str | Path | None = None,
         resume: bool = False,
+        low_memory: bool = False,
+        activation_limit: int = 2**30,
         progress: bool = True,
     ) -> CompressedModel:
         """Apply the stages of an order, first to last, to a fresh copy of the model.
@@ -160,6 +164,11 @@ class JointCompressor:
                 there. It stays until you remove it. None keeps nothing.
             resume: Whether to go on from what `work_dir` holds; the result is bit for bit that of a run that was never
                 cut off. Without it, nothing may be there.
+            low_memory: Whether to hold no more than a block of the model at a time. Its weights are read from the
+                checkpoint when its turn comes, and what becomes of them is kept in `work_dir` alone: the result can be
+                saved until it is closed, and measured once it is loaded from there. Its values are the same.
+            activation_limit: With `low_memory`, how many bytes of activations between blocks stay in memory; more go
+                to the disk.
             progress: Whether to show a bar on stderr.
 
         Raises:
@@ -172,15 +181,20 @@ class JointCompressor:
         begin = time.perf_counter()
         if work_dir is not None:
             workdir.check(Path(work_dir), resume=resume)
-        elif resume:
-            raise OutputError("'resume' needs the 'work_dir' of the run that is to go on.")
+        elif resume or low_memory:
+            raise OutputError(f"'{'resume' if resume else 'low_memory'}' needs a 'work_dir'.")
+        if low_memory and not isinstance(self.source, Checkpoint):
+            raise ModelError(
+                "A model that is in memory already cannot be compressed with 'low_memory': give its folder."
+            )
         if (stages is not None) != (order == "auto"):
             raise OrderError("Give 'stages' with order='auto', and with no other order: they are what it is made of.")
         found = None if stages is None else self.plan(stages, progress=progress)
         order = Order.of(order) if found is None else found.order
         for stage in order:
             method(stage)  # the cheapest errors first, before any weight is read
-        model = self.source.load()
+        weights = self.source.load_empty(self.device) if low_memory else None
+        model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         order = pipeline.check(order, units, schedule, calibrated=self.calibration is not None)
         samples = self._calibration() if any(pipeline.needs_data(stage) for stage in order) else None
@@ -191,16 +205,19 @@ class JointCompressor:
             "revision": self.source.commit or self.source.revision,
             "architecture": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "digest": weights_digest(model),
+            "digest": weights_digest(model if weights is None else weights),
         }
-        model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
+        if weights is None:
+            model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
         batches = inputs(samples) if samples else []
-        dtype = precision.choose(self.calibration_dtype, model.dtype, model.device)
+        dtype = precision.choose(self.calibration_dtype, model.dtype, self.device)
         with contextlib.ExitStack() as stack:
-            work = None
+            work = streamed = None
             if work_dir is not None:
                 fingerprint = self._fingerprint(base, model.config, order, schedule, samples, len(batches), str(dtype))
                 work = stack.enter_context(WorkDir(work_dir, fingerprint, resume=resume))
+            if weights is not None:
+                streamed = Streamed(weights, units, work, activation_limit)
             result = pipeline.run(
                 model,
                 units,
@@ -208,13 +225,20 @@ class JointCompressor:
                 batches,
                 schedule=schedule,
                 work=work,
+                streamed=streamed,
                 dtype=dtype,
                 progress=progress,
             )
+            tensors = None
+            if weights is not None:
+                targets = {target.name: target for unit in units for target in unit.targets}
+                tensors = Overlaid(weights, targets, result.states)
+                stack.pop_all()  # the states are read from there until the result is closed
         seconds = time.perf_counter() - begin
         multiplied = {"dtype": str(dtype).removeprefix("torch.")}
         calibration = None if samples is None else _describe(samples) | multiplied
-        return CompressedModel(self, model, units, result, schedule, calibration, base, seconds, found)
+        about = (schedule, calibration, base, seconds, found)
+        return CompressedModel(self, model, units, result, *about, tensors, work if tensors is not None else None)
 
     def _fingerprint(
         self,
@@ -488,6 +512,7 @@ class CompressedModel:
         seconds: float,
         plan: Plan | None = None,
         tensors: Mapping[str, Tensor] | None = None,
+        work: WorkDir | None = None,
     ):
         self.model = model
         self.order = result.order
@@ -502,9 +527,16 @@ class CompressedModel:
         self._base = base
         self._tensors = tensors
         """What is in the model, by name, if it is empty."""
+        self._work = work
+        """Where its states are, if they are not in memory."""
         self._measured: list[tuple[bool, Measurement]] = []
         """Each with whether it was measured on the dense values or on the format's own modules."""
         self._saved: dict[str, Any] = {}
+
+    def close(self) -> None:
+        """Give back the work dir of a model that was compressed with `low_memory`: its layers are in there alone."""
+        if self._work is not None:
+            self._work.close()
 
     @property
     def sparsity(self) -> float:
@@ -537,8 +569,12 @@ class CompressedModel:
 
         Raises:
             DataError: If the text or the images cannot be used.
-            ModelError: If the metric says nothing about the model.
+            ModelError: If the metric says nothing about the model, or its weights are not in memory.
         """
+        if self._tensors is not None:
+            raise ModelError(
+                "With 'low_memory' the weights are on the disk: save the model, load it, and measure that."
+            )
         samples = self._compressor._evaluation(source)
         chosen = formats.choose(self.model, self._pairs(), format, tensors=self._tensors)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from transformers import PreTrainedModel
 from optimum_order.backends import Allocator, Backend, Measured, canonical, method
 from optimum_order.calibration import precision
 from optimum_order.calibration.walk import Crossing, Keeper, Visit, Visitor, walk
-from optimum_order.errors import DataError, ModelError, OrderError, unknown
+from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.layer import LayerState, StageRecord, Statistics
 from optimum_order.order import Order, Stage
+from optimum_order.streamed import Streamed, refuse_infinite
 from optimum_order.targets import Target, Unit
 from optimum_order.workdir import Passage, WorkDir
 
@@ -33,7 +35,7 @@ Pass = dict[str, list[Backend]]
 class Result:
     """The layers after a run, and how they came to be."""
 
-    states: dict[str, LayerState]
+    states: MutableMapping[str, LayerState]
     records: dict[str, list[StageRecord]]
     stages: tuple[Stage, ...] = ()
 
@@ -98,6 +100,7 @@ def run(
     schedule: str = "stage",
     start: Result | None = None,
     work: WorkDir | None = None,
+    streamed: Streamed | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Result:
@@ -114,6 +117,8 @@ def run(
             schedule "stage" the end is bit for bit that of all stages in one run.
         work: Where to keep what is finished, unit by unit. What is there already is not done again; the end is bit for
             bit that of a run that was never cut off.
+        streamed: What fills the model a unit at a time, and holds the states, if the model is larger than memory. It
+            needs `work`, takes no `start`, and leaves the model empty.
         dtype: That calibration multiplies in; by default what `precision.choose` takes.
         progress: Whether to show a bar on stderr.
 
@@ -121,33 +126,26 @@ def run(
         ModelError: If a weight is NaN or infinite, or the model cannot be walked.
         OutputError: If the work dir cannot be written, or is damaged.
     """
-    targets = {target.name: target for unit in units for target in unit.targets}
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ModelError(
-                f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose weights are finite."
-            )
-    if start is None:
-        start = Result.of(units)
+    if streamed is not None:
+        result = Result(streamed.states, {target.name: [] for unit in units for target in unit.targets}, order.stages)
     else:
-        start.write(units)
-    records = {name: list(found) for name, found in start.records.items()}
-    result = Result(dict(start.states), records, (*start.stages, *order))
-    names, numbers = [unit.name for unit in units], itertools.count()
-
-    def kept() -> Passage | None:
-        return None if work is None else work.passage(next(numbers), names)
-
+        refuse_infinite(model.named_parameters())
+        if start is None:
+            start = Result.of(units)
+        else:
+            start.write(units)
+        records = {name: list(found) for name, found in start.records.items()}
+        result = Result(dict(start.states), records, (*start.stages, *order))
     with tqdm(total=0, unit="block", disable=not progress) as bar:
+        passes = _Passes(model, units, batches, result, bar, work, streamed, dtype)
         for group in _groups(order, schedule):
             if isinstance(group, Allocator):
-                table = _measure(model, units, group, result.states, batches, bar, kept(), dtype)
-                for chosen in group.allocate(table):
+                for chosen in group.allocate(passes.measure(group)):
                     stages: Pass = {name: [_backend(stage)] for name, stage in chosen.items()}
-                    _run_pass(model, units, stages, result, batches, bar, str(group.stage), kept(), dtype)
+                    passes.apply(stages, str(group.stage))
             else:
                 label = " > ".join(str(backend.stage) for backend in group)
-                _run_pass(model, units, dict.fromkeys(targets, group), result, batches, bar, label, kept(), dtype)
+                passes.apply(dict.fromkeys(result.records, group), label)
     if work is not None:
         work.wait()
     return result
@@ -173,78 +171,158 @@ def _backend(stage: Stage) -> Backend:
     return chosen
 
 
-def _run_pass(
-    model: PreTrainedModel,
-    units: Sequence[Unit],
-    stages: Pass,
-    result: Result,
-    batches: Sequence,
-    bar: tqdm,
-    label: str,
-    kept: Passage | None,
-    dtype: torch.dtype | None,
-) -> None:
-    needs = {need for backends in stages.values() for backend in backends for need in backend.needs}
-    # Only the units that this pass changes, and what lies before the last of them, need to be run.
-    changed = [unit for unit in units if any(target.name in stages for target in unit.targets)]
-    finished = _restore(kept, changed, result, model.device)
-    bar.total += len(changed)
-    bar.set_description(label)
-    bar.update(len(finished))
+@dataclasses.dataclass
+class _Passes:
+    """The passes of a run over its model, one after the other.
 
-    def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
-        for target in unit.targets:
-            for backend in stages.get(target.name, []):
-                _apply(backend, target, statistics.get(target.name), result)
-        bar.update()
+    Args:
+        model, units, batches, work, streamed, dtype: As in `run`.
+        result: What there is so far.
+        bar: Shows it.
+    """
 
-    def keep(unit: Unit, crossing: Callable[[], Crossing | None] = lambda: None) -> None:
-        names = [target.name for target in unit.targets]
-        states, records = ({name: of[name] for name in names} for of in (result.states, result.records))
-        kept.save(unit.name, "state", {"states": states, "records": records}, crossing)
+    model: PreTrainedModel
+    units: Sequence[Unit]
+    batches: Sequence[dict[str, Tensor]]
+    result: Result
+    bar: tqdm
+    work: WorkDir | None
+    streamed: Streamed | None
+    dtype: torch.dtype | None
 
-    if len(finished) == len(changed):
-        return
-    if needs:
-        _walk(model, changed, batches, lambda at: treat(at.unit, at.statistics), needs, finished, kept, keep, dtype)
-        return
-    for unit in changed:
-        if unit.name not in finished:
-            treat(unit, {})
-            if kept is not None:
-                keep(unit)
+    def __post_init__(self) -> None:
+        self._numbers = itertools.count()
 
+    def apply(self, stages: Pass, label: str) -> None:
+        """Do to each layer what a pass says."""
+        needs = {need for backends in stages.values() for backend in backends for need in backend.needs}
+        # Only the units that this pass changes, and what lies before the last of them, need to be run.
+        changed = [unit for unit in self.units if any(target.name in stages for target in unit.targets)]
+        kept = self._begin(changed, label)
+        finished = self._restore(kept, changed)
 
-def _walk(
-    model: PreTrainedModel,
-    units: Sequence[Unit],
-    batches: Sequence,
-    visit: Visitor,
-    needs: Collection[str],
-    finished: Collection[str],
-    kept: Passage | None,
-    keep: Keeper,
-    dtype: torch.dtype | None,
-) -> None:
-    keeping: dict[str, Any] = {}
-    if kept is not None:
-        crossing = functools.partial(kept.crossing, str(model.device))
-        keeping = {"finished": finished, "crossing": crossing, "keep": keep}
-    walk(model, units, batches, visit, gram="gram" in needs, dtype=dtype, **keeping)
-
-
-def _restore(kept: Passage | None, units: Sequence[Unit], result: Result, device: torch.device) -> list[str]:
-    """Put what a pass left of its finished units into the result and the model, and name them."""
-    if kept is None:
-        return []
-    finished = kept.finished([unit.name for unit in units])
-    for unit in units:
-        if unit.name in finished and (found := kept.load(unit.name, str(device))) is not None:
-            result.states.update(found["states"])
-            result.records.update({name: list(records) for name, records in found["records"].items()})
+        def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
             for target in unit.targets:
-                target.write(found["states"][target.name].weight)
-    return finished
+                for backend in stages.get(target.name, []):
+                    _apply(backend, target, statistics.get(target.name), self.result)
+            self.bar.update()
+
+        def keep(unit: Unit, crossing: Callable[[], Crossing | None] = lambda: None) -> None:
+            names, result = [target.name for target in unit.targets], self.result
+            states, records = ({name: of[name] for name in names} for of in (result.states, result.records))
+            self._save(kept, unit, "state", {"states": states, "records": records}, crossing)
+
+        if needs:
+            self._walk(changed, finished, lambda at: treat(at.unit, at.statistics), needs, kept, keep)
+            return
+        for unit in changed:
+            if unit.name not in finished:
+                with self._there(unit):
+                    treat(unit, {})
+                    if kept is not None:
+                        keep(unit)
+
+    def measure(self, allocator: Allocator) -> list[Measured]:
+        """What each candidate would do to each group of layers, with the rest of the model as it is."""
+        rows: dict[str, list[Measured]] = {}
+        states = self.result.states
+        backends = {stage: _backend(stage) for stage in allocator.candidates()}
+        kept = self._begin(self.units, f"{allocator.stage}: measuring")
+        for name in (finished := self._finished(kept, self.units)):
+            rows[name] = [Measured(**row | {"stage": Stage.parse(row["stage"])}) for row in kept.load(name)]
+
+        def visit(at: Visit) -> None:
+            groups: dict[str, list[Target]] = defaultdict(list)
+            for target in at.unit.targets:
+                alone = "experts" if target.kind == "expert" else at.leaders.get(target.name, target.name)
+                groups[alone if allocator.fused else target.name].append(target)
+            before = at.outputs()
+            rows[at.unit.name] = found = []
+            for group in groups.values():
+                names = tuple(target.name for target in group)
+                weights = sum(states[name].weight.numel() for name in names)
+                for stage, backend in backends.items():
+                    for target in group:
+                        after = backend.apply(states[target.name], at.statistics[target.name], where=target.name)
+                        target.write(after.weight)
+                    error = ((at.outputs() - before).square().sum() / before.square().sum()).item()
+                    found.append(Measured(names, weights, stage, after.bits, error))
+                for target in group:
+                    target.write(states[target.name].weight)
+            self.bar.update()
+
+        def keep(unit: Unit, crossing: Callable[[], Crossing | None]) -> None:
+            found = [dataclasses.asdict(row) | {"stage": str(row.stage)} for row in rows[unit.name]]
+            self._save(kept, unit, "measured", found, crossing)
+
+        needs = {need for backend in backends.values() for need in backend.needs}
+        self._walk(self.units, finished, visit, needs, kept, keep)
+        table: list[Measured] = []
+        experts: dict[Stage, list[Measured]] = defaultdict(list)
+        kinds = {target.name: target.kind for unit in self.units for target in unit.targets}
+        for row in (row for unit in self.units for row in rows[unit.name]):
+            expert = allocator.fused and kinds[row.layers[0]] == "expert"
+            (experts[row.stage] if expert else table).append(row)
+        for stage, found in experts.items():  # packed formats hold fused experts under one scheme only
+            names = tuple(name for row in found for name in row.layers)
+            weights, error = sum(row.weights for row in found), sum(row.error for row in found)
+            table.append(Measured(names, weights, stage, found[0].bits, error))
+        return table
+
+    def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
+        number = next(self._numbers)
+        kept = None if self.work is None else self.work.passage(number, [unit.name for unit in self.units])
+        self.bar.total += len(units)
+        self.bar.set_description(label)
+        self.bar.update(len(self._finished(kept, units)))
+        return kept
+
+    def _finished(self, kept: Passage | None, units: Sequence[Unit]) -> list[str]:
+        return [] if kept is None else kept.finished([unit.name for unit in units])
+
+    def _restore(self, kept: Passage | None, units: Sequence[Unit]) -> list[str]:
+        """Put what a pass left of its finished units into the result and the model, and name them."""
+        finished = self._finished(kept, units)
+        for unit in units:
+            if unit.name in finished and (found := kept.load(unit.name, self._device)) is not None:
+                self.result.records.update({name: list(records) for name, records in found["records"].items()})
+                if self.streamed is None:
+                    self.result.states.update(found["states"])
+                    for target in unit.targets:
+                        target.write(found["states"][target.name].weight)
+        return finished
+
+    def _walk(
+        self,
+        units: Sequence[Unit],
+        finished: Sequence[str],
+        visit: Visitor,
+        needs: Collection[str],
+        kept: Passage | None,
+        keep: Keeper,
+    ) -> None:
+        """Visit those of some units that are not finished."""
+        if len(finished) == len(units):
+            return
+        wanted = {unit.name for unit in units} - set(finished)
+        options: dict[str, Any] = {"finished": [unit.name for unit in self.units if unit.name not in wanted]}
+        if kept is not None:
+            options |= {"crossing": functools.partial(kept.crossing, self._device), "keep": keep}
+        if self.streamed is not None:
+            options |= {"there": self.streamed.there, "spill": self.streamed.spill}
+        walk(self.model, self.units, self.batches, visit, gram="gram" in needs, dtype=self.dtype, **options)
+
+    @property
+    def _device(self) -> str:
+        return str(self.model.device if self.streamed is None else self.streamed.weights.device)
+
+    def _there(self, unit: Unit) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.streamed is None else self.streamed.there(unit)
+
+    def _save(self, kept: Passage, unit: Unit, kind: str, value: Any, crossing: Callable[[], Crossing | None]) -> None:
+        kept.save(unit.name, kind, value, crossing)
+        if self.streamed is not None:  # memory matters more than time
+            self.work.wait()
 
 
 def _apply(backend: Backend, target: Target, statistics: Statistics | None, result: Result) -> None:
@@ -272,62 +350,3 @@ def relative_error(before: Tensor, after: Tensor, statistics: Statistics | None)
         size, error = statistics.squared_error(before), statistics.squared_error(delta)
         measured_on = "inputs" if statistics.gram is None else "outputs"
     return (error / size if size else 0.0), measured_on
-
-
-def _measure(
-    model: PreTrainedModel,
-    units: Sequence[Unit],
-    allocator: Allocator,
-    states: dict[str, LayerState],
-    batches: Sequence,
-    bar: tqdm,
-    kept: Passage | None,
-    dtype: torch.dtype | None,
-) -> list[Measured]:
-    """What each candidate of an allocator would do to each group of layers, with the rest of the model as it is."""
-    rows: dict[str, list[Measured]] = {}
-    backends = {stage: _backend(stage) for stage in allocator.candidates()}
-    finished = [] if kept is None else kept.finished([unit.name for unit in units])
-    for name in finished:
-        rows[name] = [Measured(**row | {"stage": Stage.parse(row["stage"])}) for row in kept.load(name)]
-    bar.total += len(units)
-    bar.set_description(f"{allocator.stage}: measuring")
-    bar.update(len(finished))
-
-    def visit(at: Visit) -> None:
-        groups: dict[str, list[Target]] = defaultdict(list)
-        for target in at.unit.targets:
-            alone = "experts" if target.kind == "expert" else at.leaders.get(target.name, target.name)
-            groups[alone if allocator.fused else target.name].append(target)
-        before = at.outputs()
-        rows[at.unit.name] = found = []
-        for group in groups.values():
-            names = tuple(target.name for target in group)
-            weights = sum(states[name].weight.numel() for name in names)
-            for stage, backend in backends.items():
-                for target in group:
-                    after = backend.apply(states[target.name], at.statistics[target.name], where=target.name)
-                    target.write(after.weight)
-                error = ((at.outputs() - before).square().sum() / before.square().sum()).item()
-                found.append(Measured(names, weights, stage, after.bits, error))
-            for target in group:
-                target.write(states[target.name].weight)
-        bar.update()
-
-    def keep(unit: Unit, crossing: Callable[[], Crossing | None]) -> None:
-        found = [dataclasses.asdict(row) | {"stage": str(row.stage)} for row in rows[unit.name]]
-        kept.save(unit.name, "measured", found, crossing)
-
-    needs = {need for backend in backends.values() for need in backend.needs}
-    if len(finished) < len(units):
-        _walk(model, units, batches, visit, needs, finished, kept, keep, dtype)
-    table: list[Measured] = []
-    experts: dict[Stage, list[Measured]] = defaultdict(list)
-    fused = {target.name for unit in units for target in unit.targets if allocator.fused and target.kind == "expert"}
-    for row in (row for unit in units for row in rows[unit.name]):
-        (experts[row.stage] if row.layers[0] in fused else table).append(row)
-    for stage, found in experts.items():  # packed formats hold fused experts under one scheme only
-        names = tuple(name for row in found for name in row.layers)
-        weights, error = sum(row.weights for row in found), sum(row.error for row in found)
-        table.append(Measured(names, weights, stage, found[0].bits, error))
-    return table

@@ -99,6 +99,22 @@ class WorkDir:
         found = ((file, _FILE.fullmatch(file.name)) for file in self.folder.iterdir())
         return {(int(m["number"]), int(m["unit"])): file for file, m in found if m and m["kind"] == kind}
 
+    def latest(self, unit: int) -> Path | None:
+        """The file of what the last pass that finished a unit left there, if any did."""
+        found = [(at, file) for (at, which), file in self.files("state").items() if which == unit]
+        return max(found)[1] if found else None
+
+    def read(self, file: Path, device: str = "cpu") -> Any:
+        """What is in a file.
+
+        Raises:
+            OutputError: If it is damaged.
+        """
+        try:
+            return snapshot.load(file, device)
+        except ArtifactError as error:
+            raise OutputError(f"'{file}' is damaged: remove the work dir, and start anew.") from error
+
     def write(self, values: Mapping[Path, Any], instead_of: Sequence[Path]) -> None:
         """Begin to write files one after the other, then to remove others; once all that was begun is done: `wait`."""
 
@@ -179,7 +195,7 @@ class Passage:
         for kind in ("state", "measured"):
             file = self._file(index, kind)
             if file.exists():
-                return self._read(file, device)
+                return self.work.read(file, device)
         if not any(at > self.number for at, which in self.work.files("state") if which == index):
             raise OutputError(
                 f"The work dir '{self.work.folder}' lacks unit {index} of pass {self.number}: remove it and start anew."
@@ -190,7 +206,7 @@ class Passage:
         """What flowed out of one of its finished units, or None if that was not kept."""
         files = [file for (at, _), file in self.work.files("crossing").items() if at == self.number]
         # there are two if it was killed before the older one was removed: any will do
-        return self._read(max(files, key=lambda file: file.stat().st_mtime_ns), device) if files else None
+        return self.work.read(max(files, key=lambda file: file.stat().st_mtime_ns), device) if files else None
 
     def save(self, unit: str, kind: str, value: Any, crossing: Callable[[], Crossing | None] = lambda: None) -> None:
         """Keep what it did at a unit, in place of what earlier passes did there.
@@ -216,12 +232,6 @@ class Passage:
 
     def _file(self, index: int, kind: str) -> Path:
         return self.work.folder / f"{self.number:03d}-{index:05d}.{kind}.safetensors"
-
-    def _read(self, file: Path, device: str) -> Any:
-        try:
-            return snapshot.load(file, device)
-        except ArtifactError as error:
-            raise OutputError(f"'{file}' is damaged: remove the work dir, and start anew.") from error
 
 
 def check(folder: Path, *, resume: bool) -> None:

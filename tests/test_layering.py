@@ -19,6 +19,7 @@ FLOORS = [
     {"convert"},
     {"artifact"},
     {"checkpoint", "pipeline"},
+    {"streamed"},
     {"workdir"},
     {"snapshot"},
     {"weights"},

@@ -74,6 +74,7 @@ class Crossing:
 
 
 Keeper = Callable[[Unit, Callable[[], Crossing | None]], None]
+Presence = Callable[[Unit | None], contextlib.AbstractContextManager]
 
 
 _PROBES = 2
@@ -235,6 +236,7 @@ def walk(
     finished: Collection[str] = (),
     crossing: Callable[[], Crossing | None] = lambda: None,
     keep: Keeper | None = None,
+    there: Presence = lambda unit: contextlib.nullcontext(),
     spill: Spill | None = None,
 ) -> None:
     """Visit every unit once, in the order in which the model runs them.
@@ -246,11 +248,12 @@ def walk(
         visit: Called at each unit, with statistics of the inputs that earlier units, as they are by now, produce.
         gram: Whether the statistics hold `X^T X`.
         dtype: To multiply in; by default what `precision.choose` takes.
-        finished: Names of the units, the first that the model runs, that an earlier walk has visited: they are only
-            run, with the weights that it left.
+        finished: Names of units that are not to be visited, because an earlier walk has, but only run as they are.
         crossing: Gives what that walk kept at one of them, so that those up to it need not be run; or None.
         keep: Called after each visit, once the model waits at the next unit, with a function that gives what would let
             a walk go on from here; None after the last unit, and where more flows on than the unit's output.
+        there: A context in which a unit has its weights, or for None the model has all that is needed before and
+            between units; by default, they are always there.
         spill: Where the forwards keep what they wait with; by default, in memory.
 
     Raises:
@@ -259,9 +262,9 @@ def walk(
     """
     dtype = dtype or precision.choose("auto", model.dtype, model.device)
     try:
-        _walk(model, units, batches, visit, gram, dtype, finished, crossing, keep, spill)
+        _walk(model, units, batches, visit, gram, dtype, finished, crossing, keep, there, spill)
     except _Stale:  # nothing was visited yet
-        _walk(model, units, batches, visit, gram, dtype, finished, lambda: None, keep, spill)
+        _walk(model, units, batches, visit, gram, dtype, finished, lambda: None, keep, there, spill)
 
 
 def _walk(
@@ -274,6 +277,7 @@ def _walk(
     finished: Collection[str],
     crossing: Callable[[], Crossing | None],
     keep: Keeper | None,
+    there: Presence,
     spill: Spill | None,
 ) -> None:
     # A block is run more than once on the same arguments, which a cache would not survive.
@@ -290,9 +294,8 @@ def _walk(
             each.maps = spill.rest(_tensors(each.arrival[1:]))
 
     def restoring(forward: Callable) -> Callable:
-        return lambda *args, **kwargs: precision.restored(forward(*args, **kwargs), model.dtype, model.device)
+        return lambda *args, **kwargs: precision.restored(forward(*args, **kwargs), model.dtype, device)
 
-    multiplying = functools.partial(precision.forwards, dtype, model.dtype, model.device)
     begun = crossing() if finished else None
     watched = bool(keep or begun)
     forwards = [_Forward(forward(batch), _Watch() if watched else None) for batch in batches]
@@ -300,14 +303,18 @@ def _walk(
         raise _Stale
     remaining = {unit.name for unit in units}
     with torch.inference_mode(), _eager_experts(model), _headless(model, units), _paused(units, forwards):
-        for each in forwards:
-            resume(each)
-        while remaining:
+        with there(None):
+            device = model.device  # where it is when it has weights
+            multiplying = functools.partial(precision.forwards, dtype, model.dtype, device)
+            for each in forwards:
+                resume(each)
+        while wanted := remaining.difference(finished):
             unit = _common(forwards, remaining)
             remaining.discard(unit.name)
+            last = wanted == {unit.name}
             call = restoring(type(unit.module).forward)
             if unit.name in finished:
-                with multiplying():
+                with contextlib.nullcontext() if begun else there(unit), multiplying():
                     for number, each in enumerate(forwards):
                         resume(each, begun.outputs[number] if begun else _run(call, each))
                 if begun and begun.unit == unit.name:
@@ -315,43 +322,56 @@ def _walk(
                         raise _Stale
                     begun = None  # its outputs live as long as the model needs them, and no longer
                 continue
-            capture = Capture(unit.targets, gram=gram, dtype=dtype)
-            first = None  # what the first batch makes of the last unit
-            with multiplying():
-                for each in forwards:
-                    with capture:
-                        output = _run(call, each)
-                    if not remaining and first is None:
-                        first = output
-                    del output
-            # Experts that no token was routed to have no input; any other layer does, if it could be seen at all.
-            if not capture.leaders and any(target.kind != "expert" for target in unit.targets):
-                raise ModelError(
-                    f"Running '{unit.name}' multiplied none of its weights with an input in a way that is understood "
-                    f"({type(unit.module).__name__}). Leave it out with ignore=['{unit.name}*'], or use methods that "
-                    "need no calibration: magnitude, rtn, bitsandbytes."
-                )
+            with there(unit):
+                capture = Capture(unit.targets, gram=gram, dtype=dtype)
+                _visit(unit, call, forwards, visit, capture, multiplying, remaining if last else None)
+                del capture
+                if not last:
+                    with multiplying():
+                        for each in forwards:
+                            resume(each, _run(call, each))
+                if keep:
+                    # what does not fit into memory is not worth a second copy on disk: blocks can be run again
+                    flows = not last and not (spill and spill.spilled)
+                    keep(unit, functools.partial(_crossing, unit, forwards) if flows else lambda: None)
 
-            probes = [each.arrival[1:] for each in forwards[:_PROBES]]
 
-            def outputs(unit=unit, call=call, probes=probes) -> Tensor:
-                with multiplying():
-                    return torch.cat([_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes])
+def _visit(
+    unit: Unit,
+    call: Callable,
+    forwards: list[_Forward],
+    visit: Visitor,
+    capture: Capture,
+    multiplying: Callable[[], contextlib.AbstractContextManager],
+    after: set[str] | None,
+) -> None:
+    """Have a unit visited at which all forwards wait; if it is the last, `after` are the units that may still come."""
+    first = None  # what the first batch makes of the last unit
+    with multiplying():
+        for each in forwards:
+            with capture:
+                output = _run(call, each)
+            if after is not None and first is None:
+                first = output
+            del output
+    # Experts that no token was routed to have no input; any other layer does, if it could be seen at all.
+    if not capture.leaders and any(target.kind != "expert" for target in unit.targets):
+        raise ModelError(
+            f"Running '{unit.name}' multiplied none of its weights with an input in a way that is understood "
+            f"({type(unit.module).__name__}). Leave it out with ignore=['{unit.name}*'], or use methods that "
+            "need no calibration: magnitude, rtn, bitsandbytes."
+        )
+    probes = [each.arrival[1:] for each in forwards[:_PROBES]]
 
-            if not remaining:  # what comes after is nobody's input, but it must not be a unit once more
-                forwards[0].resume(first)
-                if forwards[0].arrival:
-                    _common(forwards[:1], remaining)
-            visit(Visit(unit, capture.statistics(), capture.leaders, outputs))
-            del capture, probes, outputs
-            if remaining:
-                with multiplying():
-                    for each in forwards:
-                        resume(each, _run(call, each))
-            if keep:
-                # what does not fit into memory is not worth a second copy on disk: blocks can be run again
-                flows = remaining and not (spill and spill.spilled)
-                keep(unit, functools.partial(_crossing, unit, forwards) if flows else lambda: None)
+    def outputs() -> Tensor:
+        with multiplying():
+            return torch.cat([_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes])
+
+    if after is not None:  # what comes after is nobody's input, but it must not be a unit once more
+        forwards[0].resume(first)
+        if forwards[0].arrival:
+            _common(forwards[:1], after)
+    visit(Visit(unit, capture.statistics(), capture.leaders, outputs))
 
 
 def _run(call: Callable, forward: _Forward) -> Any:

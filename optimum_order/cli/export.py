@@ -102,6 +102,11 @@ class ExportCommand(Command):
             action="store_true",
             help="go on from what the work dir of a run that was cut off holds; all else must be as it was",
         )
+        parser.add_argument(
+            "--low-memory",
+            action="store_true",
+            help="hold no more than a block of the model in memory; needs room on the disk for two copies of it",
+        )
         parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is not empty")
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
 
@@ -123,6 +128,11 @@ class ExportCommand(Command):
         if order is None:
             return self._convert(output)
         workdir.check(self._work_dir, resume=args.resume)
+        if args.low_memory and args.evaluate:
+            raise ModelError(
+                "'--evaluate' needs the whole model in memory, which '--low-memory' is there to avoid: measure OUTPUT "
+                "where there is room for it."
+            )
         compressor = arguments.compressor(args)
         seconds = {}
         begin = last = time.perf_counter()
@@ -135,17 +145,21 @@ class ExportCommand(Command):
             compressor.evaluate(args.evaluate, args.metric)
             lap("evaluate_before")
         self._began = True
-        compressed = compressor.compress(order, args.schedule, work_dir=self._work_dir, resume=args.resume)
+        compressed = compressor.compress(
+            order, args.schedule, work_dir=self._work_dir, resume=args.resume, low_memory=args.low_memory
+        )
         lap("compress")
         if args.evaluate:
             compressed.evaluate(args.evaluate, args.metric, format=args.format)
             lap("evaluate_after")
         chosen = compressed.save_pretrained(output, format=args.format, overwrite=args.overwrite)
+        stated = compressed.manifest | {"format": chosen}
+        compressed.close()
         workdir.remove(self._work_dir)
         lap("save")
         pushed = {"url": self._push(output)} if args.push_to_hub else {}
         seconds["total"] = round(time.perf_counter() - begin, 2)
-        return self._result(compressed.manifest | {"format": chosen}, seconds) | pushed
+        return self._result(stated, seconds) | pushed
 
     @property
     def _work_dir(self) -> Path:

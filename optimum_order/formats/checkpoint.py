@@ -163,9 +163,9 @@ class _Shards:
         self._size += size
 
     def _write(self) -> None:
-        save_file(
-            self._tensors, self._folder / _unfinished(len(self._files)), metadata={**self._header, "format": "pt"}
-        )
+        file = self._folder / _unfinished(len(self._files))
+        save_file(self._tensors, file, metadata={**self._header, "format": "pt"})
+        _settle(file)
         self._files.append(list(self._tensors))
         self._total += self._size
         self._tensors, self._size = {}, 0
@@ -182,6 +182,19 @@ class _Shards:
         if count > 1:
             index = {"metadata": metadata | {"total_size": self._total}, "weight_map": weight_map}
             _dump_json(self._folder / _INDEX, index)
+
+
+def _settle(file: Path) -> None:
+    """Put the metadata in a file's header in order: safetensors writes it in any, and equal runs are to be equal."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        said = json.loads(opened.read(size))
+        said["__metadata__"] = dict(sorted(said["__metadata__"].items()))
+        text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise InvariantError(f"'{file}' has a header that is not written as compact JSON.")
+        opened.seek(8)
+        opened.write(text)
 
 
 def _unfinished(number: int) -> str:

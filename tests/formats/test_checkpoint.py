@@ -506,3 +506,14 @@ def test_a_block_at_a_time_the_same_is_written(case, tmp_path):
         held[target.parameter_name] += state.weight.nbytes
     assert states.most <= 2 * max(held.values())
     assert all(parameter.is_meta for parameter in weights.model.parameters())
+
+
+def test_equal_models_are_written_byte_for_byte_alike(make_model, tmp_path):
+    """Eight times, since by chance a header of two entries is the same in every other file."""
+    model, written = make_model("llama"), set()
+    for number in range(8):
+        (folder := tmp_path / str(number)).mkdir()
+        checkpoint.write(model, {}, formats.choose(model, {}, "dense"), folder, header={"a": "1", "z": "2"})
+        written.add((folder / "model.safetensors").read_bytes())
+        assert checkpoint.header(folder / "model.safetensors") == {"a": "1", "format": "pt", "z": "2"}
+    assert len(written) == 1
