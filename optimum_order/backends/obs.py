@@ -43,8 +43,10 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
         damped = gram.flip(0, 1).div_(mean)
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these may be the largest thing in memory
         if not failed:
-            upper = _inverse_of_upper(lower.flip(0, 1).mul_(mean**0.5))
+            lower = lower.flip(0, 1).mul_(mean**0.5)
+            upper = _inverse_of_upper(lower)
             if torch.isfinite(upper).all():
                 return upper, damping
         if damping > 1e6:
