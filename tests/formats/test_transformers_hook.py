@@ -51,7 +51,7 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def saved(make_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse")
-    return save(make_model("llama").bfloat16(), folder, shard="4KB"), folder
+    return save(make_model("llama").bfloat16(), folder, shard="1KB"), folder
 
 
 def load(folder, **options):
