@@ -1,0 +1,386 @@
+"""Ours beside llm-compressor: seconds, memory and perplexity of the same recipes on the same calibration tokens.
+
+make peers
+
+llm-compressor has needs of its own, so it lives in an environment of its own, `.venv-peers`. Every compression runs in
+a fresh process, ours and theirs in turn, with the same number of threads. Speed is measured on a Llama of 88 million
+random weights in float32, quality on tiny-llama.
+
+Seconds are those of the compression alone: the libraries are imported, the model is in memory and the calibration text
+is tokens before the clock starts, and it stops when the compressed model is in memory. For ours that is all of
+`JointCompressor.compress` but reading the checkpoint, for theirs all of `oneshot`. Peak memory is what the process has
+resident at most between those two moments, the interpreter and the libraries and the model included.
+
+Both are used as their documentation does it, with the options they have by default: llm-compressor runs GPTQ and
+SparseGPT with a damping of 0.01, blocks of 128 columns and activation order "static", one sequence at a time. Its joint
+recipe is one sequential pipeline, which is its fastest; the pipeline it takes by default walks the model once for each
+stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES, LENGTH, VOCABULARY = 32, 512, 8192
+LLAMA = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+}
+DRAWS = 3
+
+
+class Recipe(NamedTuple):
+    """One row of the table.
+
+    Args:
+        order: Ours.
+        schedule: Ours.
+        pipeline: Theirs.
+        target: What our seconds over theirs should come to at most, if anything.
+    """
+
+    order: str
+    schedule: str = "stage"
+    pipeline: str = "sequential"
+    target: float | None = None
+
+    def __str__(self) -> str:
+        return self.order if ">" not in self.order else f"{self.order}, {self.schedule} / {self.pipeline}"
+
+
+RECIPES = {
+    "wanda": Recipe("wanda:0.5", target=0.3),
+    "gptq": Recipe("gptq:4", target=0.4),
+    "stage": Recipe("sparsegpt:0.5 > gptq:4", "stage", target=0.5),
+    "block": Recipe("sparsegpt:0.5 > gptq:4", "block", target=0.3),
+    "default": Recipe("sparsegpt:0.5 > gptq:4", "stage", "independent"),
+}
+
+
+# --- one compression, in a process of its own: `python peers.py --job JOB` ---
+
+
+def memory(key: str) -> int:
+    """A figure of /proc/self/status in bytes: VmRSS is resident memory now, VmHWM at most."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{key}:"))
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """The front door, but with a model that is there already."""
+    import torch
+
+    import optimum_order
+    from optimum_order import JointCompressor
+    from optimum_order.compressor import pipeline  # noqa: F401 (imported with the rest, before memory is looked at)
+
+    torch.set_num_threads(job["threads"])
+    found = {"imported": memory("VmRSS"), "versions": versions("torch", "transformers", "compressed-tensors")}
+    found["versions"]["optimum-order"] = optimum_order.__version__
+    compressor = JointCompressor.from_pretrained(
+        job["model"],
+        calibration=tokens(job),
+        calibration_samples=SAMPLES,
+        sequence_length=LENGTH,
+        device=job["device"],
+    )
+    model = compressor.source.load()
+    compressor.source.load = lambda: model
+    with stopwatch(found, job):
+        compressed = compressor.compress(job["order"], job["schedule"], progress=False)
+    if job["output"]:
+        compressed.save_pretrained(job["output"], "dense")
+    return found
+
+
+def theirs(job: dict[str, Any]) -> dict[str, Any]:
+    """`oneshot`, with a model that is there already and a loader of tokens."""
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(job["threads"])
+    found = {"imported": memory("VmRSS")}
+    found["versions"] = versions("torch", "transformers", "compressed-tensors", "llmcompressor")
+    modifiers = {
+        "wanda:0.5": lambda: WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"]),
+        "sparsegpt:0.5": lambda: SparseGPTModifier(sparsity=0.5, ignore=["re:.*lm_head"]),
+        "gptq:4": lambda: GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+    }
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    loader = torch.utils.data.DataLoader([{"input_ids": row} for row in tokens(job)], batch_size=1)
+    recipe = [modifiers[stage]() for stage in job["order"].split(" > ")]
+    with stopwatch(found, job):
+        oneshot(model=model, dataset=loader, recipe=recipe, pipeline=job["pipeline"])
+    if job["output"]:
+        save_dense(model, job)
+    return found
+
+
+def save_dense(model: Any, job: dict[str, Any]) -> None:
+    """The values that the model computes with, under the names its checkpoint has for them."""
+    import shutil
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    shutil.copytree(job["model"], job["output"], ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    file = "model.safetensors"
+    with safe_open(Path(job["model"]) / file, framework="pt") as dense:
+        shapes = {key: dense.get_slice(key).get_shape() for key in dense.keys()}  # noqa: SIM118 (no mapping)
+    weights = model.state_dict()
+    if any(list(weights[key].shape) != shape for key, shape in shapes.items()):
+        raise SystemExit("llm-compressor left weights of another shape than they had")
+    tensors = {key: weights[key].contiguous() for key in shapes}
+    save_file(tensors, Path(job["output"]) / file, metadata={"format": "pt"})
+
+
+class stopwatch:
+    """Fills in what a block of code took."""
+
+    def __init__(self, found: dict[str, Any], job: dict[str, Any]):
+        self.found, self.cuda = found, job["device"].startswith("cuda")
+
+    def __enter__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the most it had resident starts again from what it has now
+        self.found["loaded"] = memory("VmRSS")
+        self.usage, self.begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+
+    def __exit__(self, *exception: Any) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.found["gpu"] = torch.cuda.max_memory_allocated()
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self.found["seconds"] = time.perf_counter() - self.begin
+        self.found["processor"] = usage.ru_utime + usage.ru_stime - self.usage.ru_utime - self.usage.ru_stime
+        self.found["peak"] = memory("VmHWM")
+
+
+def tokens(job: dict[str, Any]) -> Any:
+    """(samples, length) int64."""
+    from safetensors.torch import load_file
+
+    return load_file(job["tokens"])["ids"]
+
+
+def versions(*names: str) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+# --- all of them, in ours ---
+
+
+class Bench:
+    """Where the runs are, and what they have in common."""
+
+    def __init__(self, args: argparse.Namespace, work: Path):
+        self.args, self.work, self.count = args, work, 0
+
+    def run(self, side: str, recipe: Recipe, model: Path, ids: Path, output: Path | None = None) -> dict[str, Any]:
+        """One compression, "ours" or "theirs", and what it took."""
+        self.count += 1
+        found = self.work / f"{self.count}.json"
+        job = {
+            "side": side,
+            **recipe._asdict(),
+            "model": str(model),
+            "tokens": str(ids),
+            "output": output and str(output),
+            "found": str(found),
+            "threads": self.args.threads,
+            "device": self.args.device,
+        }
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(self.args.threads)}
+        if self.args.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        python = sys.executable if side == "ours" else self.args.theirs
+        done = subprocess.run(
+            [python, __file__, "--job", json.dumps(job)], env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"{side}, {recipe}: {done.stderr[-3000:]}")
+        return json.loads(found.read_text())
+
+    def pairs(self, recipes: list[Recipe], model: Path, ids: Path) -> dict[Recipe, list[dict[str, Any]]]:
+        """Ours and theirs in turn, each recipe as often as was asked for."""
+        found: dict[Recipe, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
+        for number in range(self.args.rounds):
+            for recipe in recipes:
+                pair = {side: self.run(side, recipe, model, ids) for side in ("ours", "theirs")}
+                found[recipe].append(pair)
+                mine, other = pair["ours"], pair["theirs"]
+                print(
+                    f"{recipe}, {number + 1} of {self.args.rounds}: {mine['seconds']:.1f} s over "
+                    f"{other['seconds']:.1f} s, {mine['peak'] / 1e6:.0f} MB over {other['peak'] / 1e6:.0f} MB",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return found
+
+
+def make_llama(folder: Path) -> None:
+    """A Llama of random weights, with a tokenizer because `oneshot` asks for one; its tokens are random as well."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from optimum_order import JointCompressor
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA, dtype="float32")).save_pretrained(folder)
+    JointCompressor.from_pretrained("tiny-llama").source.processor.save_pretrained(folder)
+
+
+def save_ids(ids: Any, file: Path) -> Path:
+    from safetensors.torch import save_file
+
+    save_file({"ids": ids.contiguous()}, file)
+    return file
+
+
+def speed(bench: Bench, recipes: list[Recipe]) -> None:
+    """Print the table of seconds and memory."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    model = bench.work / "llama"
+    make_llama(model)
+    drawn = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+    found = bench.pairs(recipes, model, save_ids(drawn, bench.work / "speed.safetensors"))
+    table = Table(title=f"a Llama of {weights(model) / 1e6:.0f} M weights in float32, {SAMPLES} x {LENGTH} tokens")
+    table.add_column("recipe, our schedule / their pipeline", no_wrap=True)
+    columns = ("seconds", "theirs", "ratio", "target", "processor seconds", "theirs", "peak MB", "theirs", "ratio")
+    for column in (*columns, "target"):
+        table.add_column(column, justify="right")
+    for recipe, pairs in found.items():
+        for pair in pairs:
+            mine, other = pair["ours"], pair["theirs"]
+            table.add_row(
+                str(recipe),
+                f"{mine['seconds']:.1f}",
+                f"{other['seconds']:.1f}",
+                f"{mine['seconds'] / other['seconds']:.2f}",
+                "" if recipe.target is None else f"{recipe.target:.1f}",
+                f"{mine['processor']:.1f}",
+                f"{other['processor']:.1f}",
+                f"{mine['peak'] / 1e6:.0f}",
+                f"{other['peak'] / 1e6:.0f}",
+                f"{mine['peak'] / other['peak']:.2f}",
+                "1.00",
+            )
+    Console(width=150).print(table)
+    last = next(iter(found.values()))[-1]
+    for side in ("ours", "theirs"):
+        names = ", ".join(f"{name} {version}" for name, version in last[side]["versions"].items())
+        resident = f"{last[side]['imported'] / 1e6:.0f} MB after the imports, {last[side]['loaded'] / 1e6:.0f} MB"
+        print(f"{side}: {names}; {resident} with the model")
+        if "gpu" in last[side]:
+            print(f"{side}: {last[side]['gpu'] / 1e6:.0f} MB at most on the GPU")
+    print(f"{bench.args.threads} threads, {bench.args.device}; a row is one pair of runs, ours first, then theirs.")
+
+
+def weights(folder: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        shapes = (opened.get_slice(key).get_shape() for key in opened.keys())  # noqa: SIM118 (no mapping)
+        return sum(product(shape) for shape in shapes)
+
+
+def product(shape: list[int]) -> int:
+    return shape[0] * product(shape[1:]) if shape else 1
+
+
+def quality(bench: Bench, recipes: list[Recipe]) -> None:
+    """Print the table of perplexities: what each draw of the calibration text makes of each recipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from optimum_order import JointCompressor
+    from optimum_order.calibration.data import load
+
+    original = JointCompressor.from_pretrained("tiny-llama")
+    source = Path(original.source._path)
+    drawn = load("builtin", original.source.processor, samples=SAMPLES * DRAWS, length=LENGTH).ids
+    table = Table(
+        title=f"tiny-llama, perplexity on builtin, {SAMPLES} x {LENGTH} tokens, {DRAWS} disjoint draws "
+        f"(uncompressed: {original.evaluate(progress=False).value:.3f})"
+    )
+    table.add_column("recipe, our schedule / their pipeline", no_wrap=True)
+    for column in ("ours", "theirs", "ratio", "target", "zeros", "theirs", "ratio of each draw"):
+        table.add_column(column, justify="right")
+    for recipe in recipes:
+        found: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+        for draw, ids in enumerate(drawn.split(SAMPLES)):
+            file = save_ids(ids, bench.work / f"quality{draw}.safetensors")
+            for side in found:
+                with tempfile.TemporaryDirectory(dir=bench.work) as folder:
+                    bench.run(side, recipe, source, file, Path(folder) / "model")
+                    result = JointCompressor.from_pretrained(Path(folder) / "model")
+                    found[side].append((result.evaluate("builtin", progress=False).value, zeros(result)))
+        (mine, kept), (other, left) = ([statistics.mean(part) for part in zip(*found[side])] for side in found)
+        each = [f"{a[0] / b[0]:.3f}" for a, b in zip(found["ours"], found["theirs"], strict=True)]
+        row = [f"{mine:.3f}", f"{other:.3f}", f"{mine / other:.3f}", "1.00", f"{kept:.1%}", f"{left:.1%}"]
+        table.add_row(str(recipe), *row, " ".join(each))
+        print(f"{recipe}: {mine:.3f} over {other:.3f}", file=sys.stderr, flush=True)
+    Console(width=150).print(table)
+    print("zeros: of the weights of the blocks. Rounding makes zeros of its own, of nothing that was pruned.")
+
+
+def zeros(compressor: Any) -> float:
+    """The share of zeros in a model's blocks."""
+    from optimum_order.targets import find_units
+
+    views = [target.view for unit in find_units(compressor.source.load()) for target in unit.targets]
+    return sum(int((view == 0).sum()) for view in views) / sum(view.numel() for view in views)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--theirs", default=ROOT / ".venv-peers/bin/python", help="the Python that has llm-compressor")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="pairs of runs for each recipe (default %(default)s)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--parts", nargs="+", choices=("speed", "quality"), default=["speed", "quality"])
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        job = json.loads(args.job)
+        Path(job["found"]).write_text(json.dumps((ours if job["side"] == "ours" else theirs)(job)))
+        return
+    if not Path(args.theirs).exists():
+        raise SystemExit(f"There is no {args.theirs}: 'make peers' makes it.")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        bench, recipes = Bench(args, Path(folder)), [RECIPES[name] for name in args.recipes]
+        for part in args.parts:
+            {"speed": speed, "quality": quality}[part](bench, recipes)
+
+
+if __name__ == "__main__":
+    main()
