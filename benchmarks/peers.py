@@ -240,7 +240,7 @@ class Bench:
         return found
 
 
-def make_llama(folder: Path) -> None:
+def make_llama(folder: Path, sizes: dict[str, int], dtype: str) -> None:
     """A Llama of random weights, with a tokenizer because `oneshot` asks for one; its tokens are random as well."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -248,7 +248,7 @@ def make_llama(folder: Path) -> None:
     from optimum_order import JointCompressor
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**LLAMA, dtype="float32")).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(getattr(torch, dtype)).save_pretrained(folder)
     JointCompressor.from_pretrained("tiny-llama").source.processor.save_pretrained(folder)
 
 
@@ -266,7 +266,7 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
     from rich.table import Table
 
     model = bench.work / "llama"
-    make_llama(model)
+    make_llama(model, LLAMA, "float32")
     drawn = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
     found = bench.pairs(recipes, model, save_ids(drawn, bench.work / "speed.safetensors"))
     table = Table(title=f"a Llama of {weights(model) / 1e6:.0f} M weights in float32, {SAMPLES} x {LENGTH} tokens")

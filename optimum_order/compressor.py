@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order import artifact, evaluation, formats, hub, manifest, pipeline, workdir
+from optimum_order import artifact, estimate, evaluation, formats, hub, manifest, pipeline, workdir
 from optimum_order.backends import canonical, method
 from optimum_order.calibration import precision
 from optimum_order.calibration.load import batch_size, inputs, samples_for
@@ -267,6 +267,41 @@ class JointCompressor:
             "threads": torch.get_num_threads(),
             "versions": manifest.versions(),
         }
+
+    def estimate(
+        self, order: str | Order | Stage | Iterable[Stage | str], schedule: str = "stage", *, format: str = "auto"
+    ) -> estimate.Estimate:
+        """What `compress` with the same arguments would take, and the size of what comes out. No weight is read.
+
+        Args:
+            order: As in `compress`, but not "auto".
+            schedule: As in `compress`.
+            format: What the result is to be saved as.
+
+        Raises:
+            OrderError, DataError, ModelError: As in `compress`.
+            FormatError: If the format could not hold the result.
+        """
+        order = Order.of(order)
+        for stage in order:
+            method(stage)
+        model = estimate.empty(self.source)
+        units = find_units(model, self.targets, self.ignore)
+        order = pipeline.check(order, units, schedule, calibrated=self.calibration is not None)
+        begin = time.perf_counter()
+        samples = self._calibration() if any(pipeline.needs_data(stage) for stage in order) else None
+        drawing = time.perf_counter() - begin
+        return estimate.estimate(
+            model,
+            units,
+            order,
+            inputs(samples) if samples else [],
+            schedule=schedule,
+            format=format,
+            device=self.device,
+            before=self.source.bytes,
+            drawing=drawing,
+        )
 
     def evaluate(self, source: Any = "builtin", metric: str = "auto", *, progress: bool = True) -> Measurement:
         """Measure the model before compression; remembered, and put into the manifests of what follows.

@@ -17,6 +17,7 @@ FLOORS = [
     {"card", "hub"},
     {"ordering"},
     {"convert"},
+    {"estimate"},
     {"artifact"},
     {"checkpoint", "pipeline"},
     {"streamed"},

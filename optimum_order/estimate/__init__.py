@@ -1,0 +1,300 @@
+"""What a run would take, before it is run: time, memory and bytes on disk, with no weight read.
+
+A forward is traced on the meta device (`trace`), the methods of the order are tried on small layers of random weights
+(`laboratory`), this machine's speed is measured (`rates`), and formats are asked for the shapes of what they would write
+(`size`). The rest is counting, here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_order import pipeline
+from optimum_order.backends import Allocator, Backend, Measured, method
+from optimum_order.estimate import rates
+from optimum_order.estimate.laboratory import Laboratory
+from optimum_order.estimate.rates import Rates
+from optimum_order.estimate.size import empty, stored
+from optimum_order.estimate.trace import UnitCost, trace
+from optimum_order.layer import LayerState
+from optimum_order.order import Order, Stage
+from optimum_order.targets import Target, Unit
+
+__all__ = ["Estimate", "Step", "empty", "estimate"]
+
+_PROBES = 2
+"""Batches on which an allocator sees a unit's outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One walk over the model, or one stage that needs none.
+
+    Args:
+        stages: What is done in it, as canonical text.
+        tokens: Calibration tokens, or positions of images, that it sees.
+        seconds: Of all of it.
+        memory: Bytes that the process has resident at most.
+        bytes: Of the weight files if the model were saved after it.
+        format: What they would be saved as.
+        exact: Whether these bytes are the same whatever the weights are.
+        forward: Floating-point operations of the products in its forwards.
+        gram: Floating-point operations of its X^T X.
+    """
+
+    stages: str
+    tokens: int
+    seconds: float
+    memory: int
+    bytes: int
+    format: str
+    exact: bool
+    forward: float
+    gram: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run would take.
+
+    Args:
+        order: The canonical order.
+        schedule: The schedule.
+        before: Bytes of the model's weight files.
+        loading: Seconds before the first step: drawing the calibration data, reading the model, its digest.
+        steps: In turn.
+        rates: What this machine was measured to do.
+    """
+
+    order: str
+    schedule: str
+    before: int
+    loading: float
+    steps: tuple[Step, ...]
+    rates: Rates
+
+    @property
+    def seconds(self) -> float:
+        """Of compressing; measuring the model and saving it come on top."""
+        return self.loading + sum(step.seconds for step in self.steps)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the process has resident at most."""
+        return max(step.memory for step in self.steps)
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight files of the result."""
+        return self.steps[-1].bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        last = self.steps[-1]
+        total = {name: getattr(self, name) for name in ("seconds", "memory", "bytes")}
+        return {
+            "order": self.order,
+            "schedule": self.schedule,
+            "format": last.format,
+            "before": self.before,
+            "loading": self.loading,
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "total": total | {"tokens": sum(step.tokens for step in self.steps), "exact": last.exact},
+            "rates": dataclasses.asdict(self.rates),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """One pass of the pipeline.
+
+    Args:
+        label: What is done, as canonical text.
+        stages: What each layer gets in it, in turn.
+        tried: What each layer is only tried with, by an allocator.
+        needs: What the methods must know about the inputs.
+    """
+
+    label: str
+    stages: Mapping[str, tuple[Stage, ...]]
+    tried: tuple[Stage, ...] = ()
+    needs: frozenset[str] = frozenset()
+
+
+def estimate(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    order: Order,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    schedule: str,
+    format: str,
+    device: torch.device,
+    before: int,
+    drawing: float,
+) -> Estimate:
+    """What `pipeline.run` with these arguments would take, and how large what comes out would be.
+
+    Args:
+        model: On the meta device, from `empty`.
+        units: From `find_units(model)`.
+        order: From `pipeline.check`.
+        batches: Calibration inputs, of which the shapes count.
+        schedule: "stage" or "block".
+        format: What it is to be saved as, or "auto".
+        device: Where it would run.
+        before: Bytes of the model's weight files.
+        drawing: Seconds that it took to get the batches.
+
+    Raises:
+        FormatError: If the result could not be saved in the format.
+    """
+    targets = {target.name: target for unit in units for target in unit.targets}
+    costs = trace(model, units, batches[0]) if batches else {}
+    resident, parameters = _resident(), sum(parameter.nbytes for parameter in model.parameters())
+    rows = max((each.rows for cost in costs.values() for each in cost.inputs), default=1024)
+    widths = sorted(target.view.shape[1] for target in targets.values())
+    speed = rates.measure(device, model.dtype, rows, widths[len(widths) // 2])
+    laboratory = Laboratory(list(targets.values()), device, speed)
+    run = _Run(model, units, costs, batches, laboratory, speed, resident)
+    steps = [run.step(walk, format) for walk in _walks(order, schedule, units, costs, laboratory)]
+    loading = drawing + parameters * (1 / speed.hashing + 3 / speed.traffic)
+    return Estimate(str(order), schedule, before, loading, tuple(steps), speed)
+
+
+class _Run:
+    """What has been done to each layer so far, and what the next walk adds.
+
+    Args:
+        model, units, costs, batches: As `estimate` has them.
+        laboratory: Tries methods.
+        speed: Of this machine.
+        resident: Bytes that the process has resident without the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        units: Sequence[Unit],
+        costs: Mapping[str, UnitCost],
+        batches: Sequence[Mapping[str, Tensor]],
+        laboratory: Laboratory,
+        speed: Rates,
+        resident: int,
+    ):
+        self.model, self.units, self.costs, self.laboratory, self.speed = model, units, costs, laboratory, speed
+        sizes = [max(len(tensor) for tensor in batch.values()) for batch in batches]
+        self.batches = sum(sizes) / sizes[0] if sizes else 0.0
+        """How many, the last counted as the part of one that it is."""
+        main = next(iter(batches[0].values())) if batches else None
+        self.tokens = 0 if main is None else sum(sizes) * (main.shape[1] if main.ndim == 2 else 1)
+        self.targets = {target.name: target for unit in units for target in unit.targets}
+        self.history: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
+        self.resident = resident
+        self.weights = sum(parameter.nbytes for parameter in model.parameters())
+        self.applied: list[str] = []
+
+    def step(self, walk: _Walk, format: str) -> Step:
+        """The cost of a walk; what it does is done."""
+        seconds, forward, gram, waiting = 0.0, 0.0, 0.0, 0
+        changed = [unit for unit in self.units if walk.tried or any(t.name in walk.stages for t in unit.targets)]
+        working = 0
+        for unit in changed:
+            cost = self.costs[unit.name] if walk.needs else UnitCost()
+            runs = self.batches * (1 if unit is changed[-1] else 2)
+            grams = "gram" in walk.needs
+            seen = sum(2 * each.rows * each.width ** (2 if grams else 1) for each in cost.inputs) * self.batches
+            read = sum(each.rows * each.width for each in cost.inputs) * 12 * self.batches
+            if walk.tried:
+                runs += min(_PROBES, self.batches) * (1 + len(walk.tried) * len(set(cost.leaders.values())))
+            forward += runs * cost.products
+            gram += seen if grams else 0.0
+            seconds += runs * (cost.products / self.speed.forward + cost.traffic / self.speed.traffic)
+            seconds += seen / self.speed.products + read / self.speed.traffic
+            waiting = max(waiting, int(cost.waiting * self.batches))
+            squares = sum(4 * each.width**2 for each in cost.inputs) if grams else 0
+            held = 0
+            for target in unit.targets:
+                rows, inputs = target.view.shape
+                stages = walk.stages.get(target.name, ())
+                tries = [(*self.history[target.name], stage) for stage in walk.tried]
+                done = [(*self.history[target.name], *stages[: count + 1]) for count in range(len(stages))]
+                for history in [*tries, *done]:
+                    trial = self.laboratory.trial(history, inputs)
+                    seconds += trial.takes(rows, inputs, self.speed)
+                    held = max(held, trial.holds(rows, inputs))
+                self.history[target.name] += stages
+            working = max(working, squares + max(held, cost.working))
+        memory = self.resident + self.weights + self._states() + waiting + working
+        if not walk.tried:
+            self.applied.append(walk.label)
+        saved = stored(self.model, self._samples(), format, " > ".join(self.applied))
+        tokens = self.tokens if walk.needs else 0
+        return Step(
+            walk.label, tokens, seconds, memory, saved.bytes, saved.format, saved.exact, forward, gram
+        )
+
+    def _samples(self) -> dict[str, tuple[Target, LayerState]]:
+        """Each layer with a small one that was treated like it."""
+        return {
+            name: (target, self.laboratory.state(self.history[name], target.view.shape[1]))
+            for name, target in self.targets.items()
+        }
+
+    def _states(self) -> int:
+        """Bytes of the layers' states: what they were before the run and what they are."""
+        states = {name: sample for name, (_, sample) in self._samples().items()}
+        masks = sum(self.targets[name].view.numel() for name, state in states.items() if state.pruned is not None)
+        return 2 * sum(target.view.nbytes for target in self.targets.values()) + masks
+
+
+def _resident() -> int:
+    """Bytes that this process has resident now, or where the system does not say, had at most so far."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _walks(
+    order: Order, schedule: str, units: Sequence[Unit], costs: Mapping[str, UnitCost], laboratory: Laboratory
+) -> Iterator[_Walk]:
+    names = [target.name for unit in units for target in unit.targets]
+    for group in pipeline._groups(order, schedule):
+        if isinstance(group, Allocator):
+            candidates = [method(stage) for stage in group.candidates()]
+            needs = frozenset(need for each in candidates for need in each.needs)
+            yield _Walk(f"{group.stage}: measuring", {}, tuple(each.stage for each in candidates), needs)
+            for chosen in group.allocate(list(_guessed(group, units, costs, laboratory))):
+                stages = {name: (stage,) for name, stage in chosen.items()}
+                yield _Walk(str(group.stage), stages, needs=needs)
+        else:
+            label = " > ".join(str(each.stage) for each in group)
+            needs = frozenset(need for each in group for need in each.needs)
+            yield _Walk(label, dict.fromkeys(names, tuple(each.stage for each in group)), needs=needs)
+
+
+def _guessed(
+    allocator: Allocator, units: Sequence[Unit], costs: Mapping[str, UnitCost], laboratory: Laboratory
+) -> Iterator[Measured]:
+    """The table of an allocator as it would be if all weights mattered the same: an error of 4^-bits for each."""
+    groups: dict[str, list[Target]] = defaultdict(list)
+    for unit in units:
+        for target in unit.targets:
+            alone = "experts" if target.kind == "expert" else costs[unit.name].leaders.get(target.name, target.name)
+            groups[alone if allocator.fused else target.name].append(target)
+    for group in groups.values():
+        names, weights = tuple(target.name for target in group), sum(target.view.numel() for target in group)
+        for stage in allocator.candidates():
+            bits = laboratory.trial((stage,), group[0].view.shape[1]).state.bits
+            yield Measured(names, weights, stage, bits, weights * 4.0**-bits)

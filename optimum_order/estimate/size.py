@@ -1,0 +1,176 @@
+"""How many bytes a compressed model takes on disk, from the shapes of its layers and what they are rounded to."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from optimum_order import formats, manifest
+from optimum_order.backends.bitsandbytes import NESTED_BLOCKSIZE, BlockGrid, NestedScales, RowGrid
+from optimum_order.checkpoint import Checkpoint, InMemory
+from optimum_order.estimate.trace import Counter
+from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.targets import Target
+
+SHARD = "5GB"
+"""Of one weight file, as `artifact.save` has it by default."""
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# In a file the widest dtypes come first, in an order that safetensors fixes.
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+
+
+def empty(source: Checkpoint | InMemory) -> PreTrainedModel:
+    """The model without its numbers, on the meta device, in evaluation mode."""
+    if isinstance(source, InMemory):
+        tensors = [*source.model.parameters(), *source.model.buffers()]
+        memo: dict[int, Any] = {id(tensor): _like(tensor) for tensor in tensors}
+        return copy.deepcopy(source.model, memo)
+    with torch.device("meta"):
+        dtype = source.config.dtype if source._dtype == "auto" else source._dtype
+        model = source.auto.from_config(source.config, dtype=dtype)
+    return model.eval()
+
+
+def _like(tensor: Tensor) -> Tensor:
+    meta = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A model on disk.
+
+    Args:
+        format: The name of its format.
+        bytes: Of its weight files.
+        exact: Whether they are the same whatever the weights are.
+    """
+
+    format: str
+    bytes: int
+    exact: bool
+
+
+def stored(
+    model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState]], format: str, order: str
+) -> Stored:
+    """What `artifact.save` would write.
+
+    Args:
+        model: On the meta device.
+        layers: Each compressed layer with the state of a smaller one that was treated like it.
+        format: A name, or "auto".
+        order: The canonical order, which stands in every file.
+
+    Raises:
+        FormatError: If the format cannot hold the model.
+    """
+    grown = {(id(sample), target.view.shape): _grown(sample, *target.view.shape) for target, sample in layers.values()}
+    pairs = {name: (target, grown[id(sample), target.view.shape]) for name, (target, sample) in layers.items()}
+    encoded: dict[tuple, tuple[dict[str, Tensor], bool]] = {}
+    replaced: dict[str, dict[str, Tensor]] = {}
+    exact = True
+    with Counter():  # answers what formats ask of numbers that are not there
+        chosen = formats.choose(model, pairs, format)
+        layout = formats.Layout.of(model)
+        for name, (target, sample) in layers.items():
+            rows, inputs = target.view.shape
+            for piece in layout.pieces(name, target) if chosen.encodes(pairs[name][1]) else ():
+                whole = piece.rows == (inputs if target.transposed else rows)
+                key = id(sample), rows if whole else piece.rows, inputs
+                if key not in encoded:
+                    encoded[key] = _encoded(chosen, sample, _grown(sample, *key[1:]))
+                tensors, sure = encoded[key]
+                prefix, exact = piece.key.removesuffix("weight"), exact and sure
+                replaced.setdefault(piece.key, {}).update({prefix + local: t for local, t in tensors.items()})
+        dense = _saved(model)
+    files: dict[str, dict[str, Tensor]] = {}
+    for key, file in split_torch_state_dict_into_shards(dense, max_shard_size=SHARD).tensor_to_filename.items():
+        files.setdefault(file, {}).update(replaced.get(key, {key: dense[key]}))
+    header = {manifest.KEY: order, "format": "pt"}
+    return Stored(chosen.name, sum(_file_bytes(tensors, header) for tensors in files.values()), exact)
+
+
+def _grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
+    """A layer of this shape with all else like the sample's, on the meta device."""
+    dtype = sample.weight.dtype
+    pruned = None
+    if sample.pruned is not None:  # the one mask that takes no memory; formats ask whether anything was pruned
+        pruned = sample.pruned.any().expand(rows, inputs)
+    grid = sample.grid
+    if isinstance(grid, UniformGrid):
+        groups = 1 if grid.scale.shape[1] == 1 else inputs // grid.unit
+        zero = None if grid.zero_point is None else _meta(rows, groups, dtype=torch.int16)
+        grid = dataclasses.replace(grid, scale=_meta(rows, groups, dtype=dtype), zero_point=zero, inputs=inputs)
+    elif isinstance(grid, BlockGrid):
+        blocks = -(-rows * inputs // grid.blocksize)
+        nested = grid.nested and NestedScales(
+            _meta(blocks, dtype=torch.uint8),
+            _meta(-(-blocks // NESTED_BLOCKSIZE), dtype=torch.float32),
+            grid.nested.offset,
+        )
+        absmax = _meta(blocks, dtype=torch.float32)
+        grid = dataclasses.replace(grid, absmax=absmax, inputs=inputs, nested=nested)
+    elif isinstance(grid, RowGrid):
+        grid = dataclasses.replace(grid, absmax=_meta(rows, dtype=torch.float32), inputs=inputs)
+    return LayerState(_meta(rows, inputs, dtype=dtype), pruned=pruned, grid=grid)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _encoded(format: formats.Format, sample: LayerState, grown: LayerState) -> tuple[dict[str, Tensor], bool]:
+    """The tensors that stand for a layer, and whether their sizes are the same whatever its numbers are."""
+    grid = grown.grid
+    try:
+        # the offset of nested scales is written out as text
+        return format.encode(grown), not (isinstance(grid, BlockGrid) and grid.nested is not None)
+    except NotImplementedError:  # it wants to see the numbers: what becomes of the sample's is all that can be said
+        ratio = grown.weight.numel() / sample.weight.numel()
+        tensors = format.encode(sample)
+        sizes = {local: round(tensor.numel() * ratio) for local, tensor in tensors.items()}
+        return {local: _meta(sizes[local], dtype=tensor.dtype) for local, tensor in tensors.items()}, False
+
+
+def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What stock `save_pretrained` would put into files."""
+    tied = model.all_tied_weights_keys
+    kept = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
+    return dict(revert_weight_conversion(model, kept))
+
+
+def _file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Of one safetensors file: a length, a JSON header filled up to a multiple of 8 bytes, the data."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    begin = 0
+    for key in sorted(tensors, key=lambda key: (_ORDER.index(_NAMES[tensors[key].dtype]), key)):
+        end = begin + tensors[key].nbytes
+        header[key] = {
+            "dtype": _NAMES[tensors[key].dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + begin
