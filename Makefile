@@ -9,7 +9,7 @@ PYTHON ?= $(shell python3.11 -c "import ensurepip, venv" 2>/dev/null && echo pyt
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint peers clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -22,6 +22,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# llm-compressor pins other versions of our dependencies, so it has an environment of its own
+peers: $(STAMP) .venv-peers/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/peers.py
+
+.venv-peers/.installed:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --upgrade pip
+	.venv-peers/bin/python -m pip install $(TORCH)
+	.venv-peers/bin/python -m pip install llmcompressor==0.14.0.1
+	touch $@
+
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -30,4 +41,4 @@ $(STAMP): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo-output *.egg-info
+	rm -rf .venv .venv-peers build dist demo-output *.egg-info

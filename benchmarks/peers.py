@@ -1,6 +1,7 @@
 """Ours beside llm-compressor: seconds, memory and perplexity of the same recipes on the same calibration tokens.
 
 make peers
+python benchmarks/peers.py --scaling
 
 llm-compressor has needs of its own, so it lives in an environment of its own, `.venv-peers`. Every compression runs in
 a fresh process, ours and theirs in turn, with the same number of threads. Speed is measured on a Llama of 88 million
@@ -15,6 +16,11 @@ Both are used as their documentation does it, with the options they have by defa
 SparseGPT with a damping of 0.01, blocks of 128 columns and activation order "static", one sequence at a time. Its joint
 recipe is one sequential pipeline, which is its fastest; the pipeline it takes by default walks the model once for each
 stage.
+
+The floor of a recipe is the time of its floating-point operations alone, at the rate at which this machine multiplies
+matrices: those of the forwards (each walk runs a block on all tokens twice, the last block once) and of X^T X (2 tokens
+in^2, once for each distinct input). With --scaling, only ours is run, on models and calibration sets of four sizes, and
+the exponents say how its time grows.
 """
 
 from __future__ import annotations
@@ -43,6 +49,10 @@ LLAMA = {
     "max_position_embeddings": 1024,
 }
 DRAWS = 3
+SIZES = [(256, 4), (384, 6), (512, 9), (768, 12)]
+"""Widths and numbers of layers."""
+TOKENS = [8, 16, 32, 64]
+"""Windows of so many tokens each."""
 
 
 class Recipe(NamedTuple):
@@ -93,11 +103,12 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     found = {"imported": memory("VmRSS"), "versions": versions("torch", "transformers", "compressed-tensors")}
     found["versions"]["optimum-order"] = optimum_order.__version__
+    ids = tokens(job)
     compressor = JointCompressor.from_pretrained(
         job["model"],
-        calibration=tokens(job),
-        calibration_samples=SAMPLES,
-        sequence_length=LENGTH,
+        calibration=ids,
+        calibration_samples=len(ids),
+        sequence_length=ids.shape[1],
         device=job["device"],
     )
     model = compressor.source.load()
@@ -107,6 +118,24 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     if job["output"]:
         compressed.save_pretrained(job["output"], "dense")
     return found
+
+
+def floor(job: dict[str, Any]) -> dict[str, Any]:
+    """Operations that a recipe cannot do without, and how many this machine does in a second."""
+    import torch
+
+    from optimum_order import JointCompressor
+    from optimum_order.estimate import rates
+
+    torch.set_num_threads(job["threads"])
+    device, ids = torch.device(job["device"]), tokens(job)
+    compressor = JointCompressor.from_pretrained(
+        job["model"], calibration=ids, calibration_samples=len(ids), sequence_length=ids.shape[1], device=job["device"]
+    )
+    steps = compressor.estimate(job["order"], job["schedule"]).steps
+    width = compressor.source.config.hidden_size
+    speed = {name: rates.products(device, getattr(torch, name), 4096, width) for name in ("float32", "bfloat16")}
+    return speed | {part: sum(getattr(step, part) for step in steps) for part in ("forward", "gram")}
 
 
 def theirs(job: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +228,7 @@ class Bench:
         self.args, self.work, self.count = args, work, 0
 
     def run(self, side: str, recipe: Recipe, model: Path, ids: Path, output: Path | None = None) -> dict[str, Any]:
-        """One compression, "ours" or "theirs", and what it took."""
+        """One compression, "ours" or "theirs", and what it took; or its "floor"."""
         self.count += 1
         found = self.work / f"{self.count}.json"
         job = {
@@ -215,7 +244,7 @@ class Bench:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(self.args.threads)}
         if self.args.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        python = sys.executable if side == "ours" else self.args.theirs
+        python = self.args.theirs if side == "theirs" else sys.executable
         done = subprocess.run(
             [python, __file__, "--job", json.dumps(job)], env=environment, capture_output=True, text=True
         )
@@ -299,6 +328,71 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
         if "gpu" in last[side]:
             print(f"{side}: {last[side]['gpu'] / 1e6:.0f} MB at most on the GPU")
     print(f"{bench.args.threads} threads, {bench.args.device}; a row is one pair of runs, ours first, then theirs.")
+    above_floor(bench, {recipe: min(pair["ours"]["seconds"] for pair in pairs) for recipe, pairs in found.items()})
+
+
+def above_floor(bench: Bench, seconds: dict[Recipe, float]) -> None:
+    """Print the table of time over floor, for what `speed` has left in the work folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="ours over the floor", title_justify="left")
+    table.add_column("recipe, our schedule", no_wrap=True)
+    columns = ["forwards TFLOP", "X^T X TFLOP", "float32 GFLOP/s", "bfloat16 GFLOP/s", "seconds"]
+    for column in (*columns, "floor in float32", "over it", "floor in bfloat16", "over it"):
+        table.add_column(column, justify="right")
+    done = set()
+    for recipe, taken in seconds.items():
+        if recipe[:2] in done:
+            continue
+        done.add(recipe[:2])
+        found = bench.run("floor", recipe, bench.work / "llama", bench.work / "speed.safetensors")
+        row = [f"{found[part] / 1e12:.2f}" for part in ("forward", "gram")]
+        row += [f"{found[dtype] / 1e9:.0f}" for dtype in ("float32", "bfloat16")] + [f"{taken:.1f}"]
+        for dtype in ("float32", "bfloat16"):
+            least = (found["forward"] + found["gram"]) / found[dtype]
+            row += [f"{least:.1f}", f"{taken / least:.2f}"]
+        table.add_row(f"{recipe.order}, {recipe.schedule}", *row)
+    Console(width=150).print(table)
+
+
+def scaling(bench: Bench, recipe: Recipe) -> None:
+    """Print how our time grows with the weights of the blocks and with the calibration tokens."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("growing", title=f"{recipe.order}, schedule {recipe.schedule}", title_justify="left")
+    for column in ("weights in the blocks", "tokens", "seconds", "processor seconds"):
+        table.add_column(column, justify="right")
+    exponents = {}
+    for growing, cases in {"weights": [(*size, 16) for size in SIZES], "tokens": [(512, 6, n) for n in TOKENS]}.items():
+        points = []
+        for width, layers, samples in cases:
+            sizes = LLAMA | {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_hidden_layers": layers}
+            sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
+            with tempfile.TemporaryDirectory(dir=bench.work) as folder:
+                make_llama(Path(folder), sizes, "float32")
+                ids = torch.randint(0, VOCABULARY, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
+                file = save_ids(ids, Path(folder) / "ids.safetensors")
+                runs = [bench.run("ours", recipe, Path(folder), file) for _ in range(bench.args.rounds)]
+                inside = weights(Path(folder)) - 2 * width * VOCABULARY
+            best = min(runs, key=lambda run: run["seconds"])
+            points.append((inside if growing == "weights" else ids.numel(), best["seconds"]))
+            row = [f"{inside:,}", f"{ids.numel():,}", f"{best['seconds']:.2f}", f"{best['processor']:.2f}"]
+            table.add_row(growing, *row)
+            print(growing, *row, file=sys.stderr, flush=True)
+        exponents[growing] = exponent(points)
+    Console(width=150).print(table)
+    for growing, found in exponents.items():
+        print(f"seconds grow with {growing} to the power of {found:.2f} (target: at most 1.1)")
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """The slope of the straight line through points, both axes logarithmic."""
+    import numpy as np
+
+    return float(np.polyfit(*np.log(np.array(points, dtype=float).T), 1)[0])
 
 
 def weights(folder: Path) -> int:
@@ -340,7 +434,9 @@ def quality(bench: Bench, recipes: list[Recipe]) -> None:
                     bench.run(side, recipe, source, file, Path(folder) / "model")
                     result = JointCompressor.from_pretrained(Path(folder) / "model")
                     found[side].append((result.evaluate("builtin", progress=False).value, zeros(result)))
-        (mine, kept), (other, left) = ([statistics.mean(part) for part in zip(*found[side])] for side in found)
+        (mine, kept), (other, left) = (
+            [statistics.mean(part) for part in zip(*found[side], strict=True)] for side in found
+        )
         each = [f"{a[0] / b[0]:.3f}" for a, b in zip(found["ours"], found["theirs"], strict=True)]
         row = [f"{mine:.3f}", f"{other:.3f}", f"{mine / other:.3f}", "1.00", f"{kept:.1%}", f"{left:.1%}"]
         table.add_row(str(recipe), *row, " ".join(each))
@@ -365,19 +461,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="pairs of runs for each recipe (default %(default)s)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--parts", nargs="+", choices=("speed", "quality"), default=["speed", "quality"])
+    parser.add_argument("--scaling", action="store_true", help="how our time grows, and nothing else")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         job = json.loads(args.job)
-        Path(job["found"]).write_text(json.dumps((ours if job["side"] == "ours" else theirs)(job)))
+        Path(job["found"]).write_text(json.dumps({"ours": ours, "theirs": theirs, "floor": floor}[job["side"]](job)))
         return
-    if not Path(args.theirs).exists():
+    if not args.scaling and not Path(args.theirs).exists():
         raise SystemExit(f"There is no {args.theirs}: 'make peers' makes it.")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         bench, recipes = Bench(args, Path(folder)), [RECIPES[name] for name in args.recipes]
+        if args.scaling:
+            scaling(bench, RECIPES["stage"])
+            return
         for part in args.parts:
             {"speed": speed, "quality": quality}[part](bench, recipes)
 

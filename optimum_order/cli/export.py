@@ -108,6 +108,12 @@ class ExportCommand(Command):
             help="hold no more than a block of the model in memory; needs room on the disk for two copies of it",
         )
         parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is not empty")
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="read no weights and write nothing: say how long compressing would take, how much memory, and how "
+            "large OUTPUT would be",
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
 
     def work(self) -> dict[str, Any]:
@@ -134,6 +140,8 @@ class ExportCommand(Command):
                 "where there is room for it."
             )
         compressor = arguments.compressor(args)
+        if args.dry_run:
+            return compressor.estimate(order, args.schedule, format=args.format).as_dict()
         seconds = {}
         begin = last = time.perf_counter()
 
@@ -230,6 +238,9 @@ class ExportCommand(Command):
         from rich.console import Console
         from rich.table import Table
 
+        if self.args.dry_run:
+            _show_estimate(result)
+            return
         table = Table(show_header=False)
         table.add_row("order", result["order"].replace(" > ", " → "))
         for name, values in result["metrics"].items():
@@ -245,6 +256,36 @@ class ExportCommand(Command):
         console.print(f"Saved to {result['output']}; transformers loads it from there {_how(result)}.", soft_wrap=True)
         if "url" in result:
             console.print(f"Uploaded: {result['url']}", soft_wrap=True)
+
+
+def _show_estimate(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("step", overflow="fold")
+    for column in ("seconds", "peak memory", "in low memory", "tokens", "on disk"):
+        table.add_column(column, justify="right")
+    table.add_row("load", f"{result['loading']:.1f}", "", "", "", size(result["before"]))
+    total = result["total"] | {"stages": "in all"}
+    for step in [*result["steps"], total]:
+        if step is total:
+            table.add_section()
+        table.add_row(
+            step["stages"].replace(" > ", " → "),
+            f"{step['seconds']:.1f}",
+            size(step["memory"]),
+            size(step["low_memory"]),
+            f"{step['tokens']:,}" if step["tokens"] else "none",
+            ("" if step["exact"] else "about ") + size(step["bytes"]),
+        )
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    console.print(
+        f"Nothing was compressed. As {result['format']}; measuring the model and saving it come on top. The time is "
+        "this machine's, as it is now.",
+        soft_wrap=True,
+    )
 
 
 def _how(result: dict[str, Any]) -> str:

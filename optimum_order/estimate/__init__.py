@@ -1,8 +1,8 @@
 """What a run would take, before it is run: time, memory and bytes on disk, with no weight read.
 
 A forward is traced on the meta device (`trace`), the methods of the order are tried on small layers of random weights
-(`laboratory`), this machine's speed is measured (`rates`), and formats are asked for the shapes of what they would write
-(`size`). The rest is counting, here.
+(`laboratory`), this machine's speed is measured (`rates`), and formats are asked for the shapes of what they would
+write (`size`). The rest is counting, here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order import pipeline
-from optimum_order.backends import Allocator, Backend, Measured, method
+from optimum_order.backends import Allocator, Measured, method
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
@@ -31,6 +31,8 @@ from optimum_order.targets import Target, Unit
 
 __all__ = ["Estimate", "Step", "empty", "estimate"]
 
+LIMIT = 2**30
+"""Bytes of waiting activations beyond which low memory puts them on disk."""
 _PROBES = 2
 """Batches on which an allocator sees a unit's outputs."""
 
@@ -44,6 +46,7 @@ class Step:
         tokens: Calibration tokens, or positions of images, that it sees.
         seconds: Of all of it.
         memory: Bytes that the process has resident at most.
+        low_memory: The same where the model is read a block at a time.
         bytes: Of the weight files if the model were saved after it.
         format: What they would be saved as.
         exact: Whether these bytes are the same whatever the weights are.
@@ -55,6 +58,7 @@ class Step:
     tokens: int
     seconds: float
     memory: int
+    low_memory: int
     bytes: int
     format: str
     exact: bool
@@ -93,6 +97,11 @@ class Estimate:
         return max(step.memory for step in self.steps)
 
     @property
+    def low_memory(self) -> int:
+        """The same where the model is read a block at a time."""
+        return max(step.low_memory for step in self.steps)
+
+    @property
     def bytes(self) -> int:
         """Of the weight files of the result."""
         return self.steps[-1].bytes
@@ -100,7 +109,7 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         last = self.steps[-1]
-        total = {name: getattr(self, name) for name in ("seconds", "memory", "bytes")}
+        total = {name: getattr(self, name) for name in ("seconds", "memory", "low_memory", "bytes")}
         return {
             "order": self.order,
             "schedule": self.schedule,
@@ -108,7 +117,7 @@ class Estimate:
             "before": self.before,
             "loading": self.loading,
             "steps": [dataclasses.asdict(step) for step in self.steps],
-            "total": total | {"tokens": sum(step.tokens for step in self.steps), "exact": last.exact},
+            "total": total | {"tokens": max(step.tokens for step in self.steps), "exact": last.exact},
             "rates": dataclasses.asdict(self.rates),
         }
 
@@ -235,13 +244,24 @@ class _Run:
                 self.history[target.name] += stages
             working = max(working, squares + max(held, cost.working))
         memory = self.resident + self.weights + self._states() + waiting + working
+        low_memory = self.resident + self._largest() + min(waiting, LIMIT) + working
         if not walk.tried:
             self.applied.append(walk.label)
         saved = stored(self.model, self._samples(), format, " > ".join(self.applied))
         tokens = self.tokens if walk.needs else 0
         return Step(
-            walk.label, tokens, seconds, memory, saved.bytes, saved.format, saved.exact, forward, gram
+            walk.label, tokens, seconds, memory, low_memory, saved.bytes, saved.format, saved.exact, forward, gram
         )
+
+    def _largest(self) -> int:
+        """Bytes of the unit that takes most, its weights and its layers' states before and after; or of the rest."""
+        inside = {id(parameter) for unit in self.units for parameter in unit.module.parameters()}
+        rest = sum(each.nbytes for each in self.model.parameters() if id(each) not in inside)
+        units = (
+            sum(each.nbytes for each in unit.module.parameters()) + sum(5 * t.view.nbytes // 2 for t in unit.targets)
+            for unit in self.units
+        )
+        return max(rest, *units)
 
     def _samples(self) -> dict[str, tuple[Target, LayerState]]:
         """Each layer with a small one that was treated like it."""

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 _SECONDS = 0.15
 """How long each rate is measured."""
+_SIZE = 768
+"""Of the matrix that is factored."""
 
 
 @dataclass(frozen=True)
@@ -41,35 +44,36 @@ def measure(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> 
         rows: How many rows a product has.
         width: Inputs and outputs of a typical layer.
     """
-
-    def sync() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     rows, width = min(rows, 4096), min(width, 2048)
-    products = {}
-    for each in {dtype, torch.float32}:
-        x, w = (torch.randn(n, width, device=device).to(each) for n in (rows, width))
-        products[each] = 2 * rows * width * width / _fastest(lambda x=x, w=w: torch.nn.functional.linear(x, w), sync)
-    size = 768
-    gram = torch.eye(size, device=device) + 0.01
-    factors = size**3 / 3 / _fastest(lambda: torch.linalg.cholesky_ex(gram), sync)
+    in_float32 = products(device, torch.float32, rows, width)
+    forward = in_float32 if dtype == torch.float32 else products(device, dtype, rows, width)
+    gram = torch.eye(_SIZE, device=device) + 0.01
+    factors = _SIZE**3 / 3 / _fastest(lambda: torch.linalg.cholesky_ex(gram), device)
     x = torch.randn(rows, 4 * width, device=device).to(dtype)
-    traffic = 3 * x.nbytes / _fastest(lambda: torch.mul(x, x), sync)  # into new memory, as operators in a model do
+    traffic = 3 * x.nbytes / _fastest(lambda: torch.mul(x, x), device)  # into new memory, as operators in a model do
     data = bytes(2**22)
-    hashing = len(data) / _fastest(lambda: hashlib.sha256(data), lambda: None)
-    return Rates(products[dtype], products[torch.float32], factors, traffic, hashing)
+    hashing = len(data) / _fastest(lambda: hashlib.sha256(data), device)
+    return Rates(forward, in_float32, factors, traffic, hashing)
 
 
-def _fastest(run: Callable[[], object], sync: Callable[[], None]) -> float:
+def products(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> float:
+    """Floating-point operations in a second of products (rows, width) x (width, width)."""
+    x, w = (torch.randn(count, width, device=device).to(dtype) for count in (rows, width))
+    return 2 * rows * width * width / _fastest(lambda: functional.linear(x, w), device)
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of several runs after the first, which may have to set something up."""
-    run()
-    sync()
-    found = []
-    end = time.perf_counter() + _SECONDS
-    while len(found) < 2 or time.perf_counter() < end:
+
+    def timed() -> float:
         begin = time.perf_counter()
         run()
-        sync()
-        found.append(time.perf_counter() - begin)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    timed()
+    end, found = time.perf_counter() + _SECONDS, [timed()]
+    while time.perf_counter() < end:
+        found.append(timed())
     return min(found)

@@ -71,9 +71,7 @@ class Stored:
     exact: bool
 
 
-def stored(
-    model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState]], format: str, order: str
-) -> Stored:
+def stored(model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState]], format: str, order: str) -> Stored:
     """What `artifact.save` would write.
 
     Args:
@@ -97,10 +95,10 @@ def stored(
             rows, inputs = target.view.shape
             for piece in layout.pieces(name, target) if chosen.encodes(pairs[name][1]) else ():
                 whole = piece.rows == (inputs if target.transposed else rows)
-                key = id(sample), rows if whole else piece.rows, inputs
-                if key not in encoded:
-                    encoded[key] = _encoded(chosen, sample, _grown(sample, *key[1:]))
-                tensors, sure = encoded[key]
+                like = id(sample), rows if whole else piece.rows, inputs
+                if like not in encoded:
+                    encoded[like] = _encoded(chosen, sample, _grown(sample, *like[1:]))
+                tensors, sure = encoded[like]
                 prefix, exact = piece.key.removesuffix("weight"), exact and sure
                 replaced.setdefault(piece.key, {}).update({prefix + local: t for local, t in tensors.items()})
         dense = _saved(model)
@@ -108,7 +106,7 @@ def stored(
     for key, file in split_torch_state_dict_into_shards(dense, max_shard_size=SHARD).tensor_to_filename.items():
         files.setdefault(file, {}).update(replaced.get(key, {key: dense[key]}))
     header = {manifest.KEY: order, "format": "pt"}
-    return Stored(chosen.name, sum(_file_bytes(tensors, header) for tensors in files.values()), exact)
+    return Stored(chosen.name, sum(_file_bytes(part, header) for part in files.values()), exact)
 
 
 def _grown(sample: LayerState, rows: int, inputs: int) -> LayerState:

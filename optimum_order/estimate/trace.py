@@ -5,7 +5,6 @@ A forward is traced on the meta device, where shapes flow through a model and no
 
 from __future__ import annotations
 
-import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -180,7 +179,7 @@ class _Spy(TorchFunctionMode):
         self.by_parameter: dict[int, list[Target]] = {}
         for target in targets:
             self.by_parameter.setdefault(id(target.parameter), []).append(target)
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: list[tuple[Tensor, Any, str]] = []
 
     def watched(self, unit: Unit, forward: Any) -> Any:
         """The unit's forward, its cost written down."""
@@ -223,10 +222,13 @@ class _Spy(TorchFunctionMode):
         output = func(*args, **kwargs)
         places = _PRODUCTS.get(func)
         if places and self.cost is not None and len(args) > places[1]:
-            x = args[places[0]]
-            for target in self.by_parameter.get(id(args[places[1]]), []):
-                rows = output.numel() // output.shape[1] if target.kind == "conv2d" else x.numel() // x.shape[-1]
-                self._see(target, x, rows)
+            x, weight = args[places[0]], args[places[1]]
+            for target in self.by_parameter.get(id(weight), []):
+                if target.kind == "conv2d":  # a different way over the image is a different input
+                    how = (weight.shape[2:], args[3:], tuple(kwargs.items()))
+                    self._see(target, x, output.numel() // output.shape[1], how)
+                else:
+                    self._see(target, x, x.numel() // x.shape[-1])
         return output
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -236,13 +238,12 @@ class _Spy(TorchFunctionMode):
         )
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
-    def _see(self, target: Target, x: Tensor, rows: int) -> None:
-        alone = target.rows is not None  # the groups of a convolution read different channels
-        leader = None if alone else next((name for seen, name in self._seen if _same(seen, x)), None)
+    def _see(self, target: Target, x: Tensor, rows: int, how: Any = None) -> None:
+        how = (how, target.rows)  # the groups of a convolution read different channels
+        leader = next((name for seen, way, name in self._seen if way == how and _same(seen, x)), None)
         if leader is None:
             self._add(target, rows)
-            if not alone:
-                self._seen.append((x, target.name))
+            self._seen.append((x, how, target.name))
         else:
             self.cost.leaders[target.name] = leader
 
@@ -258,8 +259,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
         and one.numel() == other.numel()
     )
 
-
-def batch_rows(costs: Mapping[str, UnitCost]) -> int:
-    """The most rows that any layer reads in one batch."""
-    rows = itertools.chain.from_iterable((each.rows for each in cost.inputs) for cost in costs.values())
-    return max(rows, default=1)

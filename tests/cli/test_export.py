@@ -350,3 +350,26 @@ def test_a_model_that_is_not_compressed_needs_an_order(program, tiny_llama_folde
     done = program("export", model, tmp_path / "out")
     assert done.code == 2 and f"'--order' must say what is to be done to '{model}'" in done.err
     assert program("export", tmp_path / "missing", tmp_path / "out").code == 2
+
+
+def test_a_dry_run_writes_nothing(program, arguments, tmp_path):
+    done = program(*arguments, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert list(found) == ["order", "schedule", "format", "before", "loading", "steps", "total", "rates"]
+    assert [step["stages"] for step in found["steps"]] == ["wanda:0.5", "gptq:4"]
+    assert not (tmp_path / "out").exists()
+    real = json.loads(program(*arguments, "--json").out)
+    assert (found["total"]["bytes"], found["format"]) == (real["bytes"]["after"], real["format"])
+
+
+def test_people_see_what_it_would_take(program, arguments):
+    done = program(*arguments, "--dry-run")
+    assert done.code == 0
+    for text in ("wanda:0.5", "gptq:4", "peak memory", "in all", "compressed-tensors", "Nothing was compressed"):
+        assert text in done.out
+
+
+def test_a_dry_run_finds_errors(program, arguments, saved, tmp_path):
+    assert "does not divide" in program(*arguments, "--order", "gptq(bits=4, group_size=48)", "--dry-run").err
+    assert "means nothing without '--order'" in program("export", saved, tmp_path / "out", "--dry-run").err

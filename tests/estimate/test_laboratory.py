@@ -1,0 +1,78 @@
+"""What is learnt on a small layer holds for a large one."""
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_order.backends import canonical
+from optimum_order.estimate.laboratory import Laboratory
+from optimum_order.estimate.rates import Rates
+from optimum_order.estimate.trace import Counter
+from optimum_order.order import Order
+from optimum_order.targets import Target
+
+SPEED = Rates(forward=1e12, products=1e11, factors=1e10, traffic=1e10, hashing=1e9)
+CPU = torch.device("cpu")
+
+
+def laboratory(rows, dtype=torch.float32):
+    return Laboratory([Target("layer", "linear", nn.Parameter(torch.empty(rows, 8, dtype=dtype)))], CPU, SPEED)
+
+
+def stages(order):
+    return tuple(canonical(Order.parse(order)))
+
+
+@pytest.mark.parametrize("order", ["gptq:4", "sparsegpt:0.5", "sparsegpt:0.5 > gptq:4", "wanda:0.5", "rtn:4"])
+def test_work_on_a_layer_of_another_shape(order):
+    history = stages(order)
+    found = laboratory(128).trial(history, 1024)  # tried on 128 x 256
+    large = laboratory(384)
+    before = large._state(history[:-1], 384, 1024)
+    large._statistics(1024)
+    with Counter() as counter:
+        large._run(history[-1], before)
+    assert found.state.weight.shape == (128, 256)
+    assert found.products * 384 * 1024**2 == pytest.approx(counter.products, rel=0.1)
+    assert found.factors * 1024**3 == pytest.approx(counter.factors)
+    assert found.holds(384, 1024) == pytest.approx(counter.peak, rel=0.25)
+
+
+def test_seconds_are_operations_over_rates_and_the_rest_in_proportion():
+    found = laboratory(64).trial(stages("gptq:4"), 256)
+    assert found.factors == pytest.approx(4 / 3)  # two Cholesky factors and an inverse
+    weight = found.seconds * 64 * 256
+    assert weight > 0
+    square = found.products * 64 * 256**2 / SPEED.products + found.factors * 256**3 / SPEED.factors
+    assert found.takes(64, 256, SPEED) == pytest.approx(weight + square)
+    assert found.takes(128, 512, SPEED) > 4 * weight + 8 * square - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("order", "inputs", "tried"),
+    [
+        ("rtn:4", 4096, 256),
+        ("rtn:4", 14336, 256),
+        ("rtn:4", 192, 192),
+        ("rtn(bits=4, group_size=512)", 4096, 1024),
+        ("rtn(bits=4, group_size=-1)", 1024, 256),
+        ("rtn:4", 800, 800),  # 32 divides it and 64 does not; so it is with no smaller divisor
+        ("magnitude(pattern=2:4)", 4096, 256),
+        ("rtn:4", 257, 257),
+    ],
+)
+def test_a_narrow_layer_is_treated_like_the_wide_one(order, inputs, tried):
+    history = stages(order)
+    state = laboratory(32).state(history, inputs)
+    assert state.weight.shape == (32, tried)
+    whole = laboratory(32)._state(history, 32, inputs)
+    if state.grid is not None:
+        assert state.grid.unit == (tried if whole.grid.unit == inputs else whole.grid.unit)
+
+
+def test_layers_are_of_the_models_dtype_and_usual_height():
+    targets = [
+        Target(str(rows), "linear", nn.Parameter(torch.empty(rows, 8, dtype=torch.bfloat16))) for rows in (8, 16, 10**4)
+    ]
+    found = Laboratory(targets, CPU, SPEED).state((), 512)
+    assert (found.weight.shape, found.weight.dtype) == ((16, 256), torch.bfloat16)
