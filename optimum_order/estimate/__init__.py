@@ -148,6 +148,7 @@ def estimate(
     schedule: str,
     format: str,
     device: torch.device,
+    dtype: torch.dtype,
     before: int,
     drawing: float,
 ) -> Estimate:
@@ -161,6 +162,7 @@ def estimate(
         schedule: "stage" or "block".
         format: What it is to be saved as, or "auto".
         device: Where it would run.
+        dtype: What calibration would multiply in.
         before: Bytes of the model's weight files.
         drawing: Seconds that it took to get the batches.
 
@@ -172,7 +174,7 @@ def estimate(
     resident, parameters = _resident(), sum(parameter.nbytes for parameter in model.parameters())
     rows = max((each.rows for cost in costs.values() for each in cost.inputs), default=1024)
     widths = sorted(target.view.shape[1] for target in targets.values())
-    speed = rates.measure(device, model.dtype, rows, widths[len(widths) // 2])
+    speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
     laboratory = Laboratory(list(targets.values()), device, speed)
     run = _Run(model, units, costs, batches, laboratory, speed, resident)
     steps = [run.step(walk, format) for walk in _walks(order, schedule, units, costs, laboratory)]
@@ -218,17 +220,17 @@ class _Run:
         changed = [unit for unit in self.units if walk.tried or any(t.name in walk.stages for t in unit.targets)]
         working = 0
         for unit in changed:
-            cost = self.costs[unit.name] if walk.needs else UnitCost()
+            cost = self.costs[unit.name] if walk.needs or walk.tried else UnitCost()
             runs = self.batches * (1 if unit is changed[-1] else 2)
             grams = "gram" in walk.needs
-            seen = sum(2 * each.rows * each.width ** (2 if grams else 1) for each in cost.inputs) * self.batches
+            seen = sum(2 * each.rows * each.width**2 for each in cost.inputs) * self.batches
             read = sum(each.rows * each.width for each in cost.inputs) * 12 * self.batches
             if walk.tried:
                 runs += min(_PROBES, self.batches) * (1 + len(walk.tried) * len(set(cost.leaders.values())))
             forward += runs * cost.products
             gram += seen if grams else 0.0
             seconds += runs * (cost.products / self.speed.forward + cost.traffic / self.speed.traffic)
-            seconds += seen / self.speed.products + read / self.speed.traffic
+            seconds += (seen if grams else 0.0) / self.speed.gram + read / self.speed.traffic
             waiting = max(waiting, int(cost.waiting * self.batches))
             squares = sum(4 * each.width**2 for each in cost.inputs) if grams else 0
             held = 0
@@ -241,6 +243,8 @@ class _Run:
                     trial = self.laboratory.trial(history, inputs)
                     seconds += trial.takes(rows, inputs, self.speed)
                     held = max(held, trial.holds(rows, inputs))
+                    if cost.leaders.get(target.name) in (target.name, None):
+                        seconds += trial.shared * inputs**3 / self.speed.factors
                 self.history[target.name] += stages
             working = max(working, squares + max(held, cost.working))
         memory = self.resident + self.weights + self._states() + waiting + working
@@ -248,7 +252,7 @@ class _Run:
         if not walk.tried:
             self.applied.append(walk.label)
         saved = stored(self.model, self._samples(), format, " > ".join(self.applied))
-        tokens = self.tokens if walk.needs else 0
+        tokens = self.tokens if walk.needs or walk.tried else 0
         return Step(
             walk.label, tokens, seconds, memory, low_memory, saved.bytes, saved.format, saved.exact, forward, gram
         )

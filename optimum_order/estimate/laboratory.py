@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from optimum_order import pipeline
 from optimum_order.backends import Backend, method
+from optimum_order.calibration import precision
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
 from optimum_order.layer import LayerState, Statistics
@@ -32,7 +34,9 @@ class Trial:
         state: The layer.
         seconds: Of all but products and factorisations, for each weight.
         products: Floating-point operations of matrix products, for each out * in^2.
-        factors: Floating-point operations of Cholesky factorisations, for each in^3.
+        checks: The same of those that only say how large the error is.
+        factors: Floating-point operations of factorisations, for each in^3.
+        shared: The same of those that layers which read the same input do once.
         working: Bytes held at most, for each weight.
         square: The same for each in^2.
     """
@@ -40,14 +44,16 @@ class Trial:
     state: LayerState
     seconds: float
     products: float
+    checks: float
     factors: float
+    shared: float
     working: float
     square: float
 
     def takes(self, rows: int, inputs: int, speed: Rates) -> float:
-        """Seconds on a layer of this shape."""
-        products, factors = self.products * rows * inputs**2, self.factors * inputs**3
-        return self.seconds * rows * inputs + products / speed.products + factors / speed.factors
+        """Seconds on a layer of this shape, without what it shares with others."""
+        multiplying = self.products / speed.products + self.checks / speed.gram
+        return rows * inputs * (self.seconds + inputs * multiplying) + self.factors * inputs**3 / speed.factors
 
     def holds(self, rows: int, inputs: int) -> int:
         """Bytes held at most on a layer of this shape, beyond the layer itself."""
@@ -93,51 +99,65 @@ class Laboratory:
 
     @functools.cache  # noqa: B019 (it goes when the estimate is made)
     def _trial(self, history: tuple[Stage, ...], inputs: int) -> Trial:
-        few = min(_FEW_ROWS, self.rows)
-        before, counter = self._state(history[:-1], self.rows, inputs), self._count(history, self.rows, inputs)
+        stage, before = history[-1], self._state(history[:-1], self.rows, inputs)
+        seen = self._statistics(stage, inputs)
+        with Counter() as first:  # what layers share is kept in `seen` from now on
+            self._compress(stage, before, seen)
+        with Counter() as second:
+            after = self._compress(stage, before, seen)
+        with Counter() as checks:
+            self._check(before, after, seen)
         begin = time.perf_counter()
-        after = self._run(history[-1], before)
-        seconds = time.perf_counter() - begin
-        seconds -= counter.products / self.speed.products + counter.factors / self.speed.factors
-        working = 0.0
+        self._check(before, self._compress(stage, before, seen), seen)
+        seconds = time.perf_counter() - begin - second.factors / self.speed.factors
+        seconds -= second.products / self.speed.products + checks.products / self.speed.gram
+        few, working = min(_FEW_ROWS, self.rows), 0.0
         if few < self.rows:
-            working = (counter.peak - self._count(history, few, inputs).peak) / ((self.rows - few) * inputs)
+            small = self._state(history[:-1], few, inputs)
+            with Counter() as counter:
+                self._compress(stage, small, self._statistics(stage, inputs))
+            working = (first.peak - counter.peak) / ((self.rows - few) * inputs)
+        weights = self.rows * inputs
         return Trial(
             after,
-            max(seconds, 0.0) / (self.rows * inputs),
-            counter.products / (self.rows * inputs**2),
-            counter.factors / inputs**3,
+            max(seconds, 0.0) / weights,
+            second.products / (weights * inputs),
+            checks.products / (weights * inputs),
+            second.factors / inputs**3,
+            (first.factors - second.factors) / inputs**3,
             working,
-            max(0.0, counter.peak - working * self.rows * inputs) / inputs**2,
+            max(0.0, first.peak - working * weights) / inputs**2,
         )
 
     @functools.cache  # noqa: B019
     def _state(self, history: tuple[Stage, ...], rows: int, inputs: int) -> LayerState:
         if history:
-            return self._run(history[-1], self._state(history[:-1], rows, inputs))
+            seen = self._statistics(history[-1], inputs)
+            return self._compress(history[-1], self._state(history[:-1], rows, inputs), seen)
         weight = 0.02 * torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0))
         return LayerState(weight.to(self.device, self.dtype))
 
-    def _count(self, history: tuple[Stage, ...], rows: int, inputs: int) -> Counter:
-        before = self._state(history[:-1], rows, inputs)
-        self._statistics(inputs)
-        with Counter() as counter:
-            self._run(history[-1], before)
-        return counter
-
-    @functools.cache  # noqa: B019
-    def _statistics(self, inputs: int) -> Statistics:
-        x = torch.randn(2 * inputs, inputs, generator=torch.Generator().manual_seed(1)).to(self.device)
-        gram = x.T @ x
-        return Statistics(len(x), gram.diagonal().contiguous(), gram)
-
-    def _run(self, stage: Stage, before: LayerState) -> LayerState:
+    def _statistics(self, stage: Stage, inputs: int) -> Statistics | None:
+        """What a stage needs to know, new to it."""
         backend = method(stage)
         assert isinstance(backend, Backend)
-        found = self._statistics(before.weight.shape[1])
-        seen = found if "gram" in backend.needs else Statistics(found.tokens, found.squared_norms)
-        after = backend.apply(before, seen if backend.needs else None)
-        pipeline.relative_error(before.weight, after.weight, seen if backend.needs else None)
+        if not backend.needs:
+            return None
+        gram = self._gram(inputs)
+        return Statistics(2 * inputs, gram.diagonal().contiguous(), gram if "gram" in backend.needs else None)
+
+    @functools.cache  # noqa: B019
+    def _gram(self, inputs: int) -> Tensor:
+        x = torch.randn(2 * inputs, inputs, generator=torch.Generator().manual_seed(1)).to(self.device)
+        return x.T @ x
+
+    def _compress(self, stage: Stage, before: LayerState, seen: Statistics | None) -> LayerState:
+        backend = method(stage)
+        assert isinstance(backend, Backend)
+        return backend.apply(before, seen)
+
+    def _check(self, before: LayerState, after: LayerState, seen: Statistics | None) -> None:
+        with precision.products(torch.bfloat16):  # as the pipeline does it
+            pipeline.relative_error(before.weight, after.weight, seen)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return after

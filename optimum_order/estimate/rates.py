@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from optimum_order.calibration import precision
+
 _SECONDS = 0.15
 """How long each rate is measured."""
 _SIZE = 768
@@ -21,39 +23,45 @@ class Rates:
     """What is done in a second.
 
     Args:
-        forward: Floating-point operations of matrix products in the model's dtype.
-        products: The same in float32.
+        forward: Floating-point operations of matrix products in a forward.
+        gram: The same in sums of X^T X.
+        products: The same in the methods, in float32.
         factors: Floating-point operations of Cholesky factorisations.
         traffic: Bytes read and written by operators on whole tensors.
         hashing: Bytes put through sha256.
     """
 
     forward: float
+    gram: float
     products: float
     factors: float
     traffic: float
     hashing: float
 
 
-def measure(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> Rates:
+def measure(device: torch.device, model_dtype: torch.dtype, dtype: torch.dtype, rows: int, width: int) -> Rates:
     """Time each on this device.
 
     Args:
         device: Where the model will run.
-        dtype: The model's.
+        model_dtype: The model's.
+        dtype: What calibration multiplies in.
         rows: How many rows a product has.
         width: Inputs and outputs of a typical layer.
     """
     rows, width = min(rows, 4096), min(width, 2048)
-    in_float32 = products(device, torch.float32, rows, width)
-    forward = in_float32 if dtype == torch.float32 else products(device, dtype, rows, width)
-    gram = torch.eye(_SIZE, device=device) + 0.01
-    factors = _SIZE**3 / 3 / _fastest(lambda: torch.linalg.cholesky_ex(gram), device)
-    x = torch.randn(rows, 4 * width, device=device).to(dtype)
+    with torch.inference_mode(), precision.forwards(dtype, model_dtype, device):
+        forward = products(device, model_dtype, rows, width)
+    x, sums = torch.randn(rows, width, device=device), torch.zeros(width, width, device=device)
+    with precision.products(dtype):
+        gram = 2 * rows * width**2 / _fastest(lambda: sums.addmm_(x.T, x), device)
+    matrix = torch.eye(_SIZE, device=device) + 0.01
+    factors = _SIZE**3 / 3 / _fastest(lambda: torch.linalg.cholesky_ex(matrix), device)
+    x = torch.randn(rows, 4 * width, device=device).to(model_dtype)
     traffic = 3 * x.nbytes / _fastest(lambda: torch.mul(x, x), device)  # into new memory, as operators in a model do
     data = bytes(2**22)
     hashing = len(data) / _fastest(lambda: hashlib.sha256(data), device)
-    return Rates(forward, in_float32, factors, traffic, hashing)
+    return Rates(forward, gram, products(device, torch.float32, rows, width), factors, traffic, hashing)
 
 
 def products(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> float:

@@ -24,8 +24,12 @@ from optimum_order.targets import Target, Unit
 
 _ATEN = torch.ops.aten
 _QUESTIONS = {_ATEN.all.default: True, _ATEN.any.default: False}
-# Operations in each factorisation of an (n, n) matrix, over n^3.
-_FACTORISATIONS = {_ATEN.linalg_cholesky_ex: 1 / 3, _ATEN.cholesky_inverse: 2 / 3}
+# Operations in each factorisation of an (n, n) matrix, over n^3; of triangular ones the inverse is what is solved for.
+_FACTORISATIONS = {
+    _ATEN.linalg_cholesky_ex: 1 / 3,
+    _ATEN.cholesky_inverse: 2 / 3,
+    _ATEN.linalg_solve_triangular: 1 / 3,
+}
 # Which positional arguments of a product are its input and its weight, as in `calibration.capture`.
 _PRODUCTS = {
     functional.linear: (0, 1),
@@ -258,4 +262,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
         and one.storage_offset() == other.storage_offset()
         and one.numel() == other.numel()
     )
-

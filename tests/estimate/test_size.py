@@ -1,9 +1,8 @@
 """The bytes of a saved model, from its shapes alone: to the byte, unless they depend on the weights."""
 
+import pytest
 import torch
 from safetensors.torch import save_file
-
-import pytest
 
 from optimum_order import JointCompressor
 from optimum_order.estimate import size
