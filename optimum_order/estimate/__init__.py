@@ -74,7 +74,8 @@ class Estimate:
         order: The canonical order.
         schedule: The schedule.
         before: Bytes of the model's weight files.
-        loading: Seconds before the first step: drawing the calibration data, reading the model, its digest.
+        loading: Seconds before the first step: drawing the calibration data, reading the model, its digest,
+            loading the libraries that methods need.
         steps: In turn.
         rates: What this machine was measured to do.
     """
@@ -178,7 +179,7 @@ def estimate(
     laboratory = Laboratory(list(targets.values()), device, speed)
     run = _Run(model, units, costs, batches, laboratory, speed, resident)
     steps = [run.step(walk, format) for walk in _walks(order, schedule, units, costs, laboratory)]
-    loading = drawing + parameters * (1 / speed.hashing + 3 / speed.traffic)
+    loading = drawing + laboratory.setup + parameters * (1 / speed.hashing + 3 / speed.traffic)
     return Estimate(str(order), schedule, before, loading, tuple(steps), speed)
 
 

@@ -74,6 +74,9 @@ class Laboratory:
         self.dtype = targets[0].parameter.dtype
         heights = sorted(target.view.shape[0] for target in targets)
         self.rows = min(heights[len(heights) // 2], _MOST_ROWS)
+        self.setup = 0.0
+        """Seconds that methods took to get ready, such as to load a library."""
+        self._ready: set[type] = set()
 
     def trial(self, history: tuple[Stage, ...], inputs: int) -> Trial:
         """The last of these stages after the others, on a layer with so many inputs.
@@ -100,6 +103,12 @@ class Laboratory:
     @functools.cache  # noqa: B019 (it goes when the estimate is made)
     def _trial(self, history: tuple[Stage, ...], inputs: int) -> Trial:
         stage, before = history[-1], self._state(history[:-1], self.rows, inputs)
+        few = min(_FEW_ROWS, self.rows)
+        small = self._state(history[:-1], few, inputs)
+        if type(method(stage)) not in self._ready:
+            self._ready.add(type(method(stage)))
+            seconds = [self._timed(stage, small) for _ in range(2)]
+            self.setup += max(0.0, seconds[0] - seconds[1])
         seen = self._statistics(stage, inputs)
         with Counter() as first:  # what layers share is kept in `seen` from now on
             self._compress(stage, before, seen)
@@ -111,9 +120,8 @@ class Laboratory:
         self._check(before, self._compress(stage, before, seen), seen)
         seconds = time.perf_counter() - begin - second.factors / self.speed.factors
         seconds -= second.products / self.speed.products + checks.products / self.speed.gram
-        few, working = min(_FEW_ROWS, self.rows), 0.0
+        working = 0.0
         if few < self.rows:
-            small = self._state(history[:-1], few, inputs)
             with Counter() as counter:
                 self._compress(stage, small, self._statistics(stage, inputs))
             working = (first.peak - counter.peak) / ((self.rows - few) * inputs)
@@ -150,6 +158,11 @@ class Laboratory:
     def _gram(self, inputs: int) -> Tensor:
         x = torch.randn(2 * inputs, inputs, generator=torch.Generator().manual_seed(1)).to(self.device)
         return x.T @ x
+
+    def _timed(self, stage: Stage, before: LayerState) -> float:
+        begin = time.perf_counter()
+        self._compress(stage, before, self._statistics(stage, before.weight.shape[1]))
+        return time.perf_counter() - begin
 
     def _compress(self, stage: Stage, before: LayerState, seen: Statistics | None) -> LayerState:
         backend = method(stage)
