@@ -299,7 +299,7 @@ class JointCompressor:
             schedule=schedule,
             format=format,
             device=self.device,
-            dtype=precision.choose("auto", model.dtype, self.device),
+            dtype=precision.choose(self.calibration_dtype, model.dtype, self.device),
             before=self.source.bytes,
             drawing=drawing,
         )
