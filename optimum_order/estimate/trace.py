@@ -46,7 +46,7 @@ class Counter(TorchDispatchMode):
     """Counts while it is active.
 
     On the meta device it also answers what a program asks of the numbers as if nothing were out of the ordinary: all
-    conditions hold, no exception is there, and what is compared is equal.
+    conditions hold, no exception is there, what is compared is equal, and numbers are zero.
 
     Attributes:
         products: Floating-point operations of matrix products and convolutions.
@@ -68,6 +68,8 @@ class Counter(TorchDispatchMode):
             return torch.tensor(_QUESTIONS[func])
         if func is _ATEN.equal.default and args[0].is_meta:
             return True
+        if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
+            return 0
         output = func(*args, **kwargs)
         returns = func._schema.returns
         if returns and returns[0].alias_info is not None and not returns[0].alias_info.is_write:

@@ -119,6 +119,6 @@ def test_products_in_place_are_products_and_factorisations_are_apart():
 def test_questions_about_numbers_are_answered_only_where_there_are_none():
     meta = torch.empty(3, device="meta", dtype=torch.bool)
     with Counter():
-        assert meta.all() and not meta.any() and torch.equal(meta, meta)
+        assert meta.all() and not meta.any() and torch.equal(meta, meta) and int(meta.sum()) == 0
         assert not torch.tensor([True, False]).all() and torch.tensor([True, False]).any()
         assert not torch.equal(torch.ones(2), torch.zeros(2))
