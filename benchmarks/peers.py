@@ -49,6 +49,7 @@ LLAMA = {
     "max_position_embeddings": 1024,
 }
 DRAWS = 3
+PRUNED = "-pruned"
 SIZES = [(256, 4), (384, 6), (512, 9), (768, 12)]
 """Widths and numbers of layers."""
 TOKENS = [8, 16, 32, 64]
@@ -149,9 +150,18 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     found = {"imported": memory("VmRSS")}
     found["versions"] = versions("torch", "transformers", "compressed-tensors", "llmcompressor")
+    pruned = {}
+
+    class Remembering(SparseGPTModifier):
+        def compress_modules(self):
+            modules = list(self._num_samples)
+            super().compress_modules()
+            pruned.update({module: module.weight == 0 for module in modules})
+
+    sparsegpt = Remembering if job["output"] else SparseGPTModifier
     modifiers = {
         "wanda:0.5": lambda: WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"]),
-        "sparsegpt:0.5": lambda: SparseGPTModifier(sparsity=0.5, ignore=["re:.*lm_head"]),
+        "sparsegpt:0.5": lambda: sparsegpt(sparsity=0.5, ignore=["re:.*lm_head"]),
         "gptq:4": lambda: GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
     }
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
@@ -160,26 +170,30 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     with stopwatch(found, job):
         oneshot(model=model, dataset=loader, recipe=recipe, pipeline=job["pipeline"])
     if job["output"]:
-        save_dense(model, job)
+        save_dense(model, job["model"], job["output"])
+    if job["output"] and len(recipe) > 1:
+        for module, mask in pruned.items():
+            module.weight.data[mask] = 0
+        save_dense(model, job["model"], job["output"] + PRUNED)
     return found
 
 
-def save_dense(model: Any, job: dict[str, Any]) -> None:
+def save_dense(model: Any, source: str, output: str) -> None:
     """The values that the model computes with, under the names its checkpoint has for them."""
     import shutil
 
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    shutil.copytree(job["model"], job["output"], ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    shutil.copytree(source, output, ignore=shutil.ignore_patterns("*.safetensors"))
     file = "model.safetensors"
-    with safe_open(Path(job["model"]) / file, framework="pt") as dense:
+    with safe_open(Path(source) / file, framework="pt") as dense:
         shapes = {key: dense.get_slice(key).get_shape() for key in dense.keys()}  # noqa: SIM118 (no mapping)
     weights = model.state_dict()
     if any(list(weights[key].shape) != shape for key, shape in shapes.items()):
         raise SystemExit("llm-compressor left weights of another shape than they had")
     tensors = {key: weights[key].contiguous() for key in shapes}
-    save_file(tensors, Path(job["output"]) / file, metadata={"format": "pt"})
+    save_file(tensors, Path(output) / file, metadata={"format": "pt"})
 
 
 class stopwatch:
@@ -423,26 +437,39 @@ def quality(bench: Bench, recipes: list[Recipe]) -> None:
         f"(uncompressed: {original.evaluate(progress=False).value:.3f})"
     )
     table.add_column("recipe, our schedule / their pipeline", no_wrap=True)
-    for column in ("ours", "theirs", "ratio", "target", "zeros", "theirs", "ratio of each draw"):
+    columns = ("ours", "theirs", "ratio", "target", "of each draw", "zeros", "theirs", "theirs pruned", "ratio")
+    for column in columns:
         table.add_column(column, justify="right")
+
+    def measured(folder: Path) -> tuple[float, float]:
+        result = JointCompressor.from_pretrained(folder)
+        return result.evaluate("builtin", progress=False).value, zeros(result)
+
     for recipe in recipes:
-        found: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
+        found: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": [], "pruned": []}
         for draw, ids in enumerate(drawn.split(SAMPLES)):
             file = save_ids(ids, bench.work / f"quality{draw}.safetensors")
-            for side in found:
+            for side in ("ours", "theirs"):
                 with tempfile.TemporaryDirectory(dir=bench.work) as folder:
-                    bench.run(side, recipe, source, file, Path(folder) / "model")
-                    result = JointCompressor.from_pretrained(Path(folder) / "model")
-                    found[side].append((result.evaluate("builtin", progress=False).value, zeros(result)))
-        (mine, kept), (other, left) = (
-            [statistics.mean(part) for part in zip(*found[side], strict=True)] for side in found
+                    output = Path(folder) / "model"
+                    bench.run(side, recipe, source, file, output)
+                    found[side].append(measured(output))
+                    if output.with_name(output.name + PRUNED).exists():
+                        found["pruned"].append(measured(output.with_name(output.name + PRUNED)))
+        (mine, kept), (other, left), *rest = (
+            [statistics.mean(part) for part in zip(*each, strict=True)] for each in found.values() if each
         )
-        each = [f"{a[0] / b[0]:.3f}" for a, b in zip(found["ours"], found["theirs"], strict=True)]
-        row = [f"{mine:.3f}", f"{other:.3f}", f"{mine / other:.3f}", "1.00", f"{kept:.1%}", f"{left:.1%}"]
-        table.add_row(str(recipe), *row, " ".join(each))
-        print(f"{recipe}: {mine:.3f} over {other:.3f}", file=sys.stderr, flush=True)
+        ratios = [f"{a[0] / b[0]:.3f}" for a, b in zip(found["ours"], found["theirs"], strict=True)]
+        row = [f"{mine:.3f}", f"{other:.3f}", f"{mine / other:.4f}", "1.00", " ".join(ratios), f"{kept:.1%}"]
+        row += [f"{left:.1%}", *(f"{value:.3f}" for value, _ in rest), *(f"{mine / value:.4f}" for value, _ in rest)]
+        table.add_row(str(recipe), *row)
+        print(recipe, *row, file=sys.stderr, flush=True)
     Console(width=150).print(table)
     print("zeros: of the weights of the blocks. Rounding makes zeros of its own, of nothing that was pruned.")
+    print(
+        "theirs pruned: their result with what SparseGPT had pruned put back to zero. Their GPTQ moves such weights "
+        "on, and what comes out is no longer pruned."
+    )
 
 
 def zeros(compressor: Any) -> float:

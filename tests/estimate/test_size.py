@@ -48,7 +48,14 @@ def test_to_the_byte(make_model, architecture, order, format, chosen, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "order", ["magnitude:0.0 > rtn:4", "magnitude:0.5", "magnitude(pattern=2:4) > rtn:4", "magnitude:0.7 > rtn:3", "rtn:2 > magnitude:0.6"]
+    "order",
+    [
+        "magnitude:0.0 > rtn:4",
+        "magnitude:0.5",
+        "magnitude(pattern=2:4) > rtn:4",
+        "magnitude:0.7 > rtn:3",
+        "rtn:2 > magnitude:0.6",
+    ],
 )
 def test_what_depends_on_the_weights_is_an_expectation(make_model, order, tmp_path):
     given = compressor(make_model("llama", hidden_size=128, intermediate_size=256))
