@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from optimum_order import pipeline
 from optimum_order.backends import Allocator, Measured, method
+from optimum_order.errors import FormatError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
@@ -178,7 +179,8 @@ def estimate(
     speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
     laboratory = Laboratory(list(targets.values()), device, speed)
     run = _Run(model, units, costs, batches, laboratory, speed, resident)
-    steps = [run.step(walk, format) for walk in _walks(order, schedule, units, costs, laboratory)]
+    walks = list(_walks(order, schedule, units, costs, laboratory))
+    steps = [run.step(walk, format, last=walk is walks[-1]) for walk in walks]
     loading = drawing + laboratory.setup + parameters * (1 / speed.hashing + 3 / speed.traffic)
     return Estimate(str(order), schedule, before, loading, tuple(steps), speed)
 
@@ -215,8 +217,8 @@ class _Run:
         self.weights = sum(parameter.nbytes for parameter in model.parameters())
         self.applied: list[str] = []
 
-    def step(self, walk: _Walk, format: str) -> Step:
-        """The cost of a walk; what it does is done."""
+    def step(self, walk: _Walk, format: str, *, last: bool) -> Step:
+        """The cost of a walk; what it does is done. Only the last has to leave what the format can hold."""
         seconds, forward, gram, waiting = 0.0, 0.0, 0.0, 0
         changed = [unit for unit in self.units if walk.tried or any(t.name in walk.stages for t in unit.targets)]
         working = 0
@@ -252,7 +254,13 @@ class _Run:
         low_memory = self.resident + self._largest() + min(waiting, LIMIT) + working
         if not walk.tried:
             self.applied.append(walk.label)
-        saved = stored(self.model, self._samples(), format, " > ".join(self.applied))
+        layers, applied = self._samples(), " > ".join(self.applied)
+        try:
+            saved = stored(self.model, layers, format, applied)
+        except FormatError:
+            if last:
+                raise
+            saved = stored(self.model, layers, "auto", applied)
         tokens = self.tokens if walk.needs or walk.tried else 0
         return Step(
             walk.label, tokens, seconds, memory, low_memory, saved.bytes, saved.format, saved.exact, forward, gram

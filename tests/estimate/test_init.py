@@ -99,6 +99,11 @@ def test_errors_are_those_of_a_run(compressor, error, order, options, words):
         compressor.estimate(order, **options)
 
 
+def test_only_the_end_must_fit_the_format(compressor):
+    first, second = compressor.estimate("wanda:0.5 > rtn:4", format="compressed-tensors").steps
+    assert (first.format, second.format) == ("dense", "compressed-tensors")
+
+
 def test_missing_data_is_an_error(tiny_llama_folder):
     with pytest.raises(DataError, match="needs calibration data"):
         JointCompressor.from_pretrained(tiny_llama_folder, device="cpu").estimate("gptq:4")
