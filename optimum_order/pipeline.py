@@ -114,7 +114,8 @@ def run(
         schedule: "stage" walks the whole model once per stage, so that a stage sees what all earlier stages made of
             every layer; "block" applies all stages to a block, on one capture of its inputs, before it moves on.
         start: What earlier stages left, if this run continues them; the model's layers are set to it. With the
-            schedule "stage" the end is bit for bit that of all stages in one run.
+            schedule "stage" the end is bit for bit that of all stages in one run. Without it, the weights of the
+            states lie in the model's own memory where they can: there is one copy of them.
         work: Where to keep what is finished, unit by unit. What is there already is not done again; the end is bit for
             bit that of a run that was never cut off.
         streamed: What fills the model a unit at a time, and holds the states, if the model is larger than memory. It
@@ -131,13 +132,14 @@ def run(
     else:
         refuse_infinite(model.named_parameters())
         if start is None:
-            start = Result.of(units)
+            states = {target.name: LayerState(target.shared()) for unit in units for target in unit.targets}
+            result = Result(states, {name: [] for name in states}, order.stages)
         else:
             start.write(units)
-        records = {name: list(found) for name, found in start.records.items()}
-        result = Result(dict(start.states), records, (*start.stages, *order))
+            records = {name: list(found) for name, found in start.records.items()}
+            result = Result(dict(start.states), records, (*start.stages, *order))
     with tqdm(total=0, unit="block", disable=not progress) as bar:
-        passes = _Passes(model, units, batches, result, bar, work, streamed, dtype)
+        passes = _Passes(model, units, batches, result, bar, work, streamed, dtype, shares=start is None)
         for group in _groups(order, schedule):
             if isinstance(group, Allocator):
                 for chosen in group.allocate(passes.measure(group)):
@@ -179,6 +181,7 @@ class _Passes:
         model, units, batches, work, streamed, dtype: As in `run`.
         result: What there is so far.
         bar: Shows it.
+        shares: Whether the states' weights are to lie in the model's own memory.
     """
 
     model: PreTrainedModel
@@ -189,6 +192,7 @@ class _Passes:
     work: WorkDir | None
     streamed: Streamed | None
     dtype: torch.dtype | None
+    shares: bool
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
@@ -204,7 +208,7 @@ class _Passes:
         def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
             for target in unit.targets:
                 for backend in stages.get(target.name, []):
-                    _apply(backend, target, statistics.get(target.name), self.result)
+                    self._apply(backend, target, statistics.get(target.name))
             self.bar.update()
 
         def keep(unit: Unit, crossing: Callable[[], Crossing | None] = lambda: None) -> None:
@@ -240,15 +244,16 @@ class _Passes:
             rows[at.unit.name] = found = []
             for group in groups.values():
                 names = tuple(target.name for target in group)
-                weights = sum(states[name].weight.numel() for name in names)
+                as_is = {t.name: dataclasses.replace(states[t.name], weight=t.read()) for t in group}
+                weights = sum(state.weight.numel() for state in as_is.values())
                 for stage, backend in backends.items():
                     for target in group:
-                        after = backend.apply(states[target.name], at.statistics[target.name], where=target.name)
+                        after = backend.apply(as_is[target.name], at.statistics[target.name], where=target.name)
                         target.write(after.weight)
                     error = ((at.outputs() - before).square().sum() / before.square().sum()).item()
                     found.append(Measured(names, weights, stage, after.bits, error))
                 for target in group:
-                    target.write(states[target.name].weight)
+                    target.write(as_is[target.name].weight)
             self.bar.update()
 
         def keep(unit: Unit, crossing: Callable[[], Crossing | None]) -> None:
@@ -269,8 +274,22 @@ class _Passes:
             table.append(Measured(names, weights, stage, found[0].bits, error))
         return table
 
+    def _apply(self, backend: Backend, target: Target, statistics: Statistics | None) -> None:
+        result = self.result
+        before = result.states[target.name]
+        after = backend.apply(before, statistics, where=target.name)
+        with precision.products(torch.bfloat16):  # a figure of four digits for people
+            error, measured_on = relative_error(before.weight, after.weight, statistics)
+        target.write(after.weight)
+        if self.shares and self.streamed is None:
+            after = dataclasses.replace(after, weight=target.shared())
+        result.states[target.name] = after
+        result.records[target.name].append(StageRecord(str(backend.stage), error, measured_on))
+
     def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
         number = next(self._numbers)
+        if self.work is not None:
+            self.work.wait()  # it may still read weights that this pass changes
         kept = None if self.work is None else self.work.passage(number, [unit.name for unit in self.units])
         self.bar.total += len(units)
         self.bar.set_description(label)
@@ -286,10 +305,11 @@ class _Passes:
         for unit in units:
             if unit.name in finished and (found := kept.load(unit.name, self._device)) is not None:
                 self.result.records.update({name: list(records) for name, records in found["records"].items()})
-                if self.streamed is None:
-                    self.result.states.update(found["states"])
-                    for target in unit.targets:
-                        target.write(found["states"][target.name].weight)
+                for target in [] if self.streamed else unit.targets:
+                    state = found["states"][target.name]
+                    target.write(state.weight)
+                    shared = dataclasses.replace(state, weight=target.shared()) if self.shares else state
+                    self.result.states[target.name] = shared
         return finished
 
     def _walk(
@@ -323,16 +343,6 @@ class _Passes:
         kept.save(unit.name, kind, value, crossing)
         if self.streamed is not None:  # memory matters more than time
             self.work.wait()
-
-
-def _apply(backend: Backend, target: Target, statistics: Statistics | None, result: Result) -> None:
-    before = result.states[target.name]
-    after = backend.apply(before, statistics, where=target.name)
-    target.write(after.weight)
-    result.states[target.name] = after
-    with precision.products(torch.bfloat16):  # a figure of four digits for people
-        error, measured_on = relative_error(before.weight, after.weight, statistics)
-    result.records[target.name].append(StageRecord(str(backend.stage), error, measured_on))
 
 
 def relative_error(before: Tensor, after: Tensor, statistics: Statistics | None) -> tuple[float, str]:

@@ -71,6 +71,11 @@ class Target:
         """A contiguous copy of the weight, (out, in)."""
         return self.view.clone(memory_format=torch.contiguous_format)
 
+    def shared(self) -> Tensor:
+        """The weight (out, in) in the model's own memory if it lies there row by row, else a copy."""
+        view = self.view
+        return view if view.is_contiguous() else self.read()
+
     def write(self, weight: Tensor) -> None:
         """Put a weight (out, in) back into the model."""
         self.view.copy_(weight)
