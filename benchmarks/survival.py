@@ -76,7 +76,7 @@ def kills(count: int, seed: int) -> bool:
         killed = runs = 0
         while killed < count or work.exists():
             child = export(output, *(["--resume"] if work.exists() else []))
-            patience = draw.uniform(0, seconds / 2) if killed < count else None
+            patience = draw.uniform(0, seconds) if killed < count else None
             try:
                 _, error = child.communicate(timeout=patience)
                 assert child.returncode == 0, error
