@@ -21,7 +21,7 @@ from optimum_order.calibration.walk import Crossing, Keeper, Visit, Visitor, wal
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.layer import LayerState, StageRecord, Statistics
 from optimum_order.order import Order, Stage
-from optimum_order.streamed import Streamed, refuse_infinite
+from optimum_order.streamed import Streamed, refuse_infinite, trim
 from optimum_order.targets import Target, Unit
 from optimum_order.workdir import Passage, WorkDir
 
@@ -209,6 +209,8 @@ class _Passes:
             for target in unit.targets:
                 for backend in stages.get(target.name, []):
                     self._apply(backend, target, statistics.get(target.name))
+                    if self.streamed is not None:
+                        trim()
             self.bar.update()
 
         def keep(unit: Unit, crossing: Callable[[], Crossing | None] = lambda: None) -> None:

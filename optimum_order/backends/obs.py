@@ -25,22 +25,25 @@ STRIP = 16
 """Columns within a block whose corrections are applied one by one."""
 
 
-def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """`U`, upper triangular, with `U^T U = (H + damping * mean(diag H) * I)^-1`.
 
     Args:
         gram: (in, in) float32.
+        order: (in,) in which the rows and columns of H are taken; by default, as they are.
         damping: Relative to the mean of the diagonal; multiplied by 10 while the factorisation fails.
 
     Returns:
         U (in, in) float32, and the damping that was needed.
     """
     size = len(gram)
-    mean = gram.diagonal().mean().item() or 1.0
+    diagonal = gram.diagonal()
+    mean = (diagonal if order is None else diagonal[order]).mean().item() or 1.0
     while True:
         # From the last column to the first, H = R R^T with R upper triangular, so that U = R^-1: the inverse of H,
         # which would have to be factored again, is never formed.
-        damped = gram.flip(0, 1).div_(mean)
+        damped = gram.flip(0, 1) if order is None else gram[order.flip(0)][:, order.flip(0)]
+        damped.div_(mean)
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped  # each of these may be the largest thing in memory
@@ -95,8 +98,7 @@ class Factor:
             columns = torch.arange(len(gram), device=gram.device)
             if act_order:
                 columns = torch.argsort(gram.diagonal(), descending=True, stable=True)
-                gram = gram[columns][:, columns]
-            U, needed = inverse_factor(gram, damping)
+            U, needed = inverse_factor(gram, damping, columns if act_order else None)
             return cls(U, columns, needed)
 
         return statistics.derived((cls, damping, act_order), compute)
