@@ -193,7 +193,7 @@ class JointCompressor:
         order = Order.of(order) if found is None else found.order
         for stage in order:
             method(stage)  # the cheapest errors first, before any weight is read
-        weights = self.source.load_empty(self.device) if low_memory else None
+        weights = self.source.load_empty() if low_memory else None
         model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         order = pipeline.check(order, units, schedule, calibrated=self.calibration is not None)
@@ -207,8 +207,6 @@ class JointCompressor:
             "dtype": str(model.dtype).removeprefix("torch."),
             "digest": weights_digest(model if weights is None else weights),
         }
-        if weights is None:
-            model.to(self.device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
         batches = inputs(samples) if samples else []
         dtype = precision.choose(self.calibration_dtype, model.dtype, self.device)
         with contextlib.ExitStack() as stack:
@@ -226,6 +224,7 @@ class JointCompressor:
                 schedule=schedule,
                 work=work,
                 streamed=streamed,
+                device=None if self.device.type == "cpu" else self.device,
                 dtype=dtype,
                 progress=progress,
             )
@@ -619,6 +618,7 @@ class CompressedModel:
             return by.measure(model, samples, batch_size=batch_size(samples), progress=progress)
 
         if chosen.runs_dense:
+            self.model.to(self._compressor.device)  # type: ignore[arg-type]
             found = measure(self.model)
         else:
             with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ inferred: rounding alone turns 15 % of Gaussian weights into zeros at 4 bit.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -344,6 +345,10 @@ class LayerState:
         """Width of one stored weight, in bits."""
         return self.weight.element_size() * 8 if self.grid is None else self.grid.bits
 
+    def to(self, device: torch.device) -> LayerState:
+        """The state with all of its tensors on a device."""
+        return _moved(self, device)
+
     def check(self, where: str) -> None:
         """Raise InvariantError unless this state keeps every promise.
 
@@ -372,3 +377,14 @@ class LayerState:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's values as bytes, row by row."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A value with its tensors, and those of the dataclasses in it, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    return dataclasses.replace(
+        value, **{field.name: _moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+    )

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ def run(
     start: Result | None = None,
     work: WorkDir | None = None,
     streamed: Streamed | None = None,
+    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Result:
@@ -120,6 +121,8 @@ def run(
             bit that of a run that was never cut off.
         streamed: What fills the model a unit at a time, and holds the states, if the model is larger than memory. It
             needs `work`, takes no `start`, and leaves the model empty.
+        device: Where each unit is brought while its layers are compressed, all else staying where the model is; by
+            default that is done there too.
         dtype: That calibration multiplies in; by default what `precision.choose` takes.
         progress: Whether to show a bar on stderr.
 
@@ -139,7 +142,7 @@ def run(
             records = {name: list(found) for name, found in start.records.items()}
             result = Result(dict(start.states), records, (*start.stages, *order))
     with tqdm(total=0, unit="block", disable=not progress) as bar:
-        passes = _Passes(model, units, batches, result, bar, work, streamed, dtype, shares=start is None)
+        passes = _Passes(model, units, batches, result, bar, work, streamed, device, dtype, start is None)
         for group in _groups(order, schedule):
             if isinstance(group, Allocator):
                 for chosen in group.allocate(passes.measure(group)):
@@ -178,7 +181,7 @@ class _Passes:
     """The passes of a run over its model, one after the other.
 
     Args:
-        model, units, batches, work, streamed, dtype: As in `run`.
+        model, units, batches, work, streamed, device, dtype: As in `run`.
         result: What there is so far.
         bar: Shows it.
         shares: Whether the states' weights are to lie in the model's own memory.
@@ -191,6 +194,7 @@ class _Passes:
     bar: tqdm
     work: WorkDir | None
     streamed: Streamed | None
+    device: torch.device | None
     dtype: torch.dtype | None
     shares: bool
 
@@ -246,7 +250,7 @@ class _Passes:
             rows[at.unit.name] = found = []
             for group in groups.values():
                 names = tuple(target.name for target in group)
-                as_is = {t.name: dataclasses.replace(states[t.name], weight=t.read()) for t in group}
+                as_is = {t.name: dataclasses.replace(self._brought(states[t.name]), weight=t.read()) for t in group}
                 weights = sum(state.weight.numel() for state in as_is.values())
                 for stage, backend in backends.items():
                     for target in group:
@@ -278,12 +282,14 @@ class _Passes:
 
     def _apply(self, backend: Backend, target: Target, statistics: Statistics | None) -> None:
         result = self.result
-        before = result.states[target.name]
+        before = self._brought(result.states[target.name])
         after = backend.apply(before, statistics, where=target.name)
         with precision.products(torch.bfloat16):  # a figure of four digits for people
             error, measured_on = relative_error(before.weight, after.weight, statistics)
         target.write(after.weight)
-        if self.shares and self.streamed is None:
+        if self.device is not None:
+            after = after.to(torch.device(self._home))
+        elif self.shares and self.streamed is None:
             after = dataclasses.replace(after, weight=target.shared())
         result.states[target.name] = after
         result.records[target.name].append(StageRecord(str(backend.stage), error, measured_on))
@@ -305,7 +311,7 @@ class _Passes:
         """Put what a pass left of its finished units into the result and the model, and name them."""
         finished = self._finished(kept, units)
         for unit in units:
-            if unit.name in finished and (found := kept.load(unit.name, self._device)) is not None:
+            if unit.name in finished and (found := kept.load(unit.name, self._home)) is not None:
                 self.result.records.update({name: list(records) for name, records in found["records"].items()})
                 for target in [] if self.streamed else unit.targets:
                     state = found["states"][target.name]
@@ -327,19 +333,36 @@ class _Passes:
         if len(finished) == len(units):
             return
         wanted = {unit.name for unit in units} - set(finished)
-        options: dict[str, Any] = {"finished": [unit.name for unit in self.units if unit.name not in wanted]}
+        options: dict[str, Any] = {"there": self._there, "device": self.device}
+        options |= {"finished": [unit.name for unit in self.units if unit.name not in wanted]}
         if kept is not None:
-            options |= {"crossing": functools.partial(kept.crossing, self._device), "keep": keep}
+            options |= {"crossing": functools.partial(kept.crossing, self._home), "keep": keep}
         if self.streamed is not None:
-            options |= {"there": self.streamed.there, "spill": self.streamed.spill}
+            options |= {"spill": self.streamed.spill}
         walk(self.model, self.units, self.batches, visit, gram="gram" in needs, dtype=self.dtype, **options)
 
     @property
-    def _device(self) -> str:
+    def _home(self) -> str:
+        """Where the model is."""
         return str(self.model.device if self.streamed is None else self.streamed.weights.device)
 
-    def _there(self, unit: Unit) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.streamed is None else self.streamed.there(unit)
+    @contextlib.contextmanager
+    def _there(self, unit: Unit | None) -> Iterator[None]:
+        """While active, a unit has its weights, where it is to be compressed."""
+        with contextlib.nullcontext() if self.streamed is None else self.streamed.there(unit):
+            if self.device is None or unit is None:
+                yield
+                return
+            with torch.inference_mode(False):  # its parameters are to be ordinary ones ever after
+                unit.module.to(self.device)
+            try:
+                yield
+            finally:
+                with torch.inference_mode(False):
+                    unit.module.to(self._home)
+
+    def _brought(self, state: LayerState) -> LayerState:
+        return state if self.device is None else state.to(self.device)
 
     def _save(self, kept: Passage, unit: Unit, kind: str, value: Any, crossing: Callable[[], Crossing | None]) -> None:
         kept.save(unit.name, kind, value, crossing)

@@ -348,3 +348,50 @@ def test_progress_is_shown_on_stderr_or_not_at_all(make_model, capsys):
     assert not shown.out
     pipeline.run(make_model("llama"), units, order, (), progress=False)
     assert not any(capsys.readouterr())
+
+
+def test_there_is_one_copy_of_the_weights_unless_another_run_is_continued(make_model, batches):
+    model = make_model("llama")
+    units = find_units(model)
+    order = pipeline.check(Order.parse("wanda:0.5 > gptq:4"), units, "stage", calibrated=True)
+    result = pipeline.run(model, units, order, batches, progress=False)
+    targets = {target.name: target for unit in units for target in unit.targets}
+    assert all(result.states[name].weight.data_ptr() == target.view.data_ptr() for name, target in targets.items())
+    kept = {name: state.weight.clone() for name, state in result.states.items()}
+    start = pipeline.Result({n: LayerState(kept[n].clone()) for n in kept}, {name: [] for name in kept})
+    found = pipeline.run(model, units, order, batches, start=start, progress=False)
+    assert not any(found.states[name].weight.data_ptr() == target.view.data_ptr() for name, target in targets.items())
+    assert all(torch.equal(start.states[name].weight, kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("order", ["sparsegpt:0.5 > gptq:4", "gptq:3 > wanda:0.5", "mixed_precision:4", "rtn:4"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("where", ["cpu:0", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_units_may_be_brought_to_another_device(make_model, batches, architecture, order, where):
+    """To torch "cpu:0" is not "cpu", so that without a GPU all moving is done too, if only to where things are."""
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    here, there = make_model(architecture), make_model(architecture)
+    expected = run(here, order, batches)
+    units = find_units(there)
+    checked = pipeline.check(Order.parse(order), units, "stage", calibrated=True)
+    devices = set()
+    forward = type(units[0].module).forward
+
+    def watched(module, hidden, *args, **kwargs):
+        devices.add((hidden.device.type, next(module.parameters()).device.type))
+        return forward(module, hidden, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(units[0].module), "forward", watched)
+        found = pipeline.run(there, units, checked, batches, device=torch.device(where), progress=False)
+    kind = torch.device(where).type
+    assert devices == (set() if order == "rtn:4" else {(kind, kind)})
+    assert {parameter.device.type for parameter in there.parameters()} == {"cpu"}
+    for name, state in expected.states.items():
+        other = found.states[name]
+        assert other.weight.device.type == "cpu"
+        assert other.weight.data_ptr() not in {target.view.data_ptr() for unit in units for target in unit.targets}
+        same = (other.weight == state.weight).float().mean()
+        assert same == 1 if kind == "cpu" else same > 0.95
+        assert not torch.is_inference(next(there.parameters()))

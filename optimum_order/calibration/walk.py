@@ -237,6 +237,7 @@ def walk(
     crossing: Callable[[], Crossing | None] = lambda: None,
     keep: Keeper | None = None,
     there: Presence = lambda unit: contextlib.nullcontext(),
+    device: torch.device | None = None,
     spill: Spill | None = None,
 ) -> None:
     """Visit every unit once, in the order in which the model runs them.
@@ -254,17 +255,19 @@ def walk(
             a walk go on from here; None after the last unit, and where more flows on than the unit's output.
         there: A context in which a unit has its weights, or for None the model has all that is needed before and
             between units; by default, they are always there.
+        device: Where units are while they are `there`, if that is not where the model is: what they read and return is
+            moved, and all else stays where it is.
         spill: Where the forwards keep what they wait with; by default, in memory.
 
     Raises:
         OutputError: If there is no room for that.
         ModelError: If the forward does not reach each unit exactly once.
     """
-    dtype = dtype or precision.choose("auto", model.dtype, model.device)
+    dtype = dtype or precision.choose("auto", model.dtype, device or model.device)
     try:
-        _walk(model, units, batches, visit, gram, dtype, finished, crossing, keep, there, spill)
+        _walk(model, units, batches, visit, gram, dtype, finished, crossing, keep, there, device, spill)
     except _Stale:  # nothing was visited yet
-        _walk(model, units, batches, visit, gram, dtype, finished, lambda: None, keep, there, spill)
+        _walk(model, units, batches, visit, gram, dtype, finished, lambda: None, keep, there, device, spill)
 
 
 def _walk(
@@ -278,6 +281,7 @@ def _walk(
     crossing: Callable[[], Crossing | None],
     keep: Keeper | None,
     there: Presence,
+    device: torch.device | None,
     spill: Spill | None,
 ) -> None:
     # A block is run more than once on the same arguments, which a cache would not survive.
@@ -293,8 +297,14 @@ def _walk(
         if spill and each.arrival:
             each.maps = spill.rest(_tensors(each.arrival[1:]))
 
-    def restoring(forward: Callable) -> Callable:
-        return lambda *args, **kwargs: precision.restored(forward(*args, **kwargs), model.dtype, device)
+    def calling(forward: Callable) -> Callable:
+        def call(module: nn.Module, *args, **kwargs):
+            if device is not None:
+                args, kwargs = _moved(args, device), _moved(kwargs, device)
+            output = precision.restored(forward(module, *args, **kwargs), model.dtype, device or home)
+            return output if device is None else _moved(output, home)
+
+        return call
 
     begun = crossing() if finished else None
     watched = bool(keep or begun)
@@ -304,15 +314,15 @@ def _walk(
     remaining = {unit.name for unit in units}
     with torch.inference_mode(), _eager_experts(model), _headless(model, units), _paused(units, forwards):
         with there(None):
-            device = model.device  # where it is when it has weights
-            multiplying = functools.partial(precision.forwards, dtype, model.dtype, device)
+            home = model.device  # where it is when it has weights
+            multiplying = functools.partial(precision.forwards, dtype, model.dtype, device or home)
             for each in forwards:
                 resume(each)
         while wanted := remaining.difference(finished):
             unit = _common(forwards, remaining)
             remaining.discard(unit.name)
             last = wanted == {unit.name}
-            call = restoring(type(unit.module).forward)
+            call = calling(type(unit.module).forward)
             if unit.name in finished:
                 with contextlib.nullcontext() if begun else there(unit), multiplying():
                     for number, each in enumerate(forwards):
@@ -372,6 +382,15 @@ def _visit(
         if forwards[0].arrival:
             _common(forwards[:1], after)
     visit(Visit(unit, capture.statistics(), capture.leaders, outputs))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A value with the tensors in its tuples, lists and dicts on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(part, device) for part in value)
+    return {key: _moved(part, device) for key, part in value.items()} if type(value) is dict else value
 
 
 def _run(call: Callable, forward: _Forward) -> Any:
