@@ -8,6 +8,9 @@ from torch import Tensor
 from optimum_order.calibration.precision import products
 from optimum_order.layer import Statistics
 
+_ROWS_AT_A_TIME = 256
+"""Few enough that what is made of them stays in a processor's cache."""
+
 
 class Accumulator:
     """Sums over the tokens of one input that one or more layers read.
@@ -26,13 +29,16 @@ class Accumulator:
 
     def add(self, x: Tensor) -> None:
         """Take in more tokens, (..., in)."""
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = x.reshape(-1, x.shape[-1])
         self.tokens += len(rows)
         if self.sums.ndim == 2:
+            rows = rows.float()
             with products(self.dtype):
                 self.sums.addmm_(rows.T, rows)
-        else:
-            self.sums += rows.square().sum(0)
+            return
+        for part in rows.split(_ROWS_AT_A_TIME):
+            part = part.float()
+            self.sums += torch.linalg.vecdot(part, part, dim=0)
 
     def result(self) -> Statistics:
         """What is known so far."""
