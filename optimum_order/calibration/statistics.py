@@ -10,6 +10,8 @@ from optimum_order.layer import Statistics
 
 _ROWS_AT_A_TIME = 256
 """Few enough that what is made of them stays in a processor's cache."""
+_BLOCK = 512
+"""`X^T X` is symmetric: blocks of so many columns below its diagonal are not multiplied but copied."""
 
 
 class Accumulator:
@@ -34,7 +36,9 @@ class Accumulator:
         if self.sums.ndim == 2:
             rows = rows.float()
             with products(self.dtype):
-                self.sums.addmm_(rows.T, rows)
+                for first in range(0, len(self.sums), _BLOCK):
+                    block = slice(first, first + _BLOCK)
+                    self.sums[block, first:].addmm_(rows[:, block].T, rows[:, first:])
             return
         for part in rows.split(_ROWS_AT_A_TIME):
             part = part.float()
@@ -43,5 +47,7 @@ class Accumulator:
     def result(self) -> Statistics:
         """What is known so far."""
         if self.sums.ndim == 2:
+            for last in range(_BLOCK, len(self.sums), _BLOCK):
+                self.sums[last:, last - _BLOCK : last] = self.sums[last - _BLOCK : last, last:].T
             return Statistics(self.tokens, self.sums.diagonal().contiguous(), self.sums)
         return Statistics(self.tokens, self.sums)

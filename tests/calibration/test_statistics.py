@@ -41,3 +41,15 @@ def test_no_tokens_add_nothing():
     accumulator = Accumulator(3, gram=True, device=torch.device("cpu"))
     accumulator.add(torch.zeros(0, 3))
     assert accumulator.result().tokens == 0
+
+
+@pytest.mark.parametrize("inputs", [511, 512, 513, 1300])
+def test_what_lies_below_the_diagonal_is_copied(inputs):
+    X = torch.randn(20, inputs, generator=torch.Generator().manual_seed(0))
+    accumulator = Accumulator(inputs, gram=True, device=torch.device("cpu"))
+    for part in X.split(9):
+        accumulator.add(part)
+    gram = accumulator.result().gram
+    assert torch.allclose(gram.double(), X.double().T @ X.double(), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(gram, gram.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(accumulator.result().gram, gram)
