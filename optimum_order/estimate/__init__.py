@@ -7,6 +7,7 @@ write (`size`). The rest is counting, here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
 import sys
@@ -251,7 +252,7 @@ class _Run:
                 self.history[target.name] += stages
             working = max(working, squares + max(held, cost.working))
         memory = self.resident + self.weights + self._states() + waiting + working
-        low_memory = self.resident + self._largest() + min(waiting, LIMIT) + working
+        low_memory = self.resident + self._streamed() + min(waiting, LIMIT) + working
         if not walk.tried:
             self.applied.append(walk.label)
         layers, applied = self._samples(), " > ".join(self.applied)
@@ -266,15 +267,22 @@ class _Run:
             walk.label, tokens, seconds, memory, low_memory, saved.bytes, saved.format, saved.exact, forward, gram
         )
 
-    def _largest(self) -> int:
-        """Bytes of the unit that takes most, its weights and its layers' states before and after; or of the rest."""
+    def _streamed(self) -> int:
+        """Bytes of the model that are there at most where it is read a block at a time."""
         inside = {id(parameter) for unit in self.units for parameter in unit.module.parameters()}
-        rest = sum(each.nbytes for each in self.model.parameters() if id(each) not in inside)
+        head, embedding = self.model.get_output_embeddings(), None
+        with contextlib.suppress(NotImplementedError):  # what models of images say
+            embedding = self.model.get_input_embeddings()
+        first = set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
+        last = set() if head is None else {id(parameter) for parameter in head.parameters()} - first
+        outside = {id(each): each.nbytes for each in self.model.parameters() if id(each) not in inside | last}
         units = (
-            sum(each.nbytes for each in unit.module.parameters()) + sum(5 * t.view.nbytes // 2 for t in unit.targets)
+            sum(each.nbytes for each in unit.module.parameters())  # and the layers' states, before and after
+            + sum(2 * target.view.nbytes + target.view.numel() for target in unit.targets)
             for unit in self.units
         )
-        return max(rest, *units)
+        rest = sum(size for key, size in outside.items() if key not in first)
+        return rest + max(sum(outside.values()) - rest, *units)
 
     def _samples(self) -> dict[str, tuple[Target, LayerState]]:
         """Each layer with a small one that was treated like it."""

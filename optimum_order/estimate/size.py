@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -17,7 +17,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from optimum_order import formats, manifest
 from optimum_order.backends.bitsandbytes import NESTED_BLOCKSIZE, BlockGrid, NestedScales, RowGrid
 from optimum_order.checkpoint import Checkpoint, InMemory
-from optimum_order.estimate.trace import Counter
+from optimum_order.estimate.trace import Counter, size_of
+from optimum_order.formats import checkpoint
+from optimum_order.formats.base import blocks
 from optimum_order.layer import LayerState, UniformGrid
 from optimum_order.targets import Target
 
@@ -40,15 +42,20 @@ _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
 
 
 def empty(source: Checkpoint | InMemory) -> PreTrainedModel:
-    """The model without its numbers, on the meta device, in evaluation mode."""
+    """The model without its numbers, on the meta device, in evaluation mode.
+
+    Raises:
+        ModelError: If the checkpoint's files cannot be read, or do not fill the model.
+    """
     if isinstance(source, InMemory):
         tensors = [*source.model.parameters(), *source.model.buffers()]
         memo: dict[int, Any] = {id(tensor): _like(tensor) for tensor in tensors}
         return copy.deepcopy(source.model, memo)
-    with torch.device("meta"):
-        dtype = source.config.dtype if source._dtype == "auto" else source._dtype
-        model = source.auto.from_config(source.config, dtype=dtype)
-    return model.eval()
+    trusted = source._hub["trust_remote_code"]
+    if trusted and getattr(source.config, "auto_map", None):  # its own code may load in ways that nobody can follow
+        with torch.device("meta"):
+            return source.auto.from_config(source.config, trust_remote_code=trusted).eval()
+    return source.load_empty().model.to("meta")  # type: ignore[arg-type]  # transformers hides its signature
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -101,12 +108,16 @@ def stored(model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState
                 tensors, sure = encoded[like]
                 prefix, exact = piece.key.removesuffix("weight"), exact and sure
                 replaced.setdefault(piece.key, {}).update({prefix + local: t for local, t in tensors.items()})
-        dense = _saved(model)
-    files: dict[str, dict[str, Tensor]] = {}
-    for key, file in split_torch_state_dict_into_shards(dense, max_shard_size=SHARD).tensor_to_filename.items():
-        files.setdefault(file, {}).update(replaced.get(key, {key: dense[key]}))
     header = {manifest.KEY: order, "format": "pt"}
-    return Stored(chosen.name, sum(_file_bytes(part, header) for part in files.values()), exact)
+    files: list[dict[str, Tensor]] = [{}]
+    dense = checkpoint._dense(model)
+    for block in blocks(dense):
+        for key, tensor in revert_weight_conversion(model, {name: dense[name] for name in block}).items():
+            tensors = replaced.get(key, {key: tensor})
+            if files[-1] and size_of((files[-1], tensors)) > convert_file_size_to_int(SHARD):
+                files.append({})
+            files[-1].update(tensors)
+    return Stored(chosen.name, sum(_file_bytes(part, header) for part in files), exact)
 
 
 def _grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
@@ -149,13 +160,6 @@ def _encoded(format: formats.Format, sample: LayerState, grown: LayerState) -> t
         tensors = format.encode(sample)
         sizes = {local: round(tensor.numel() * ratio) for local, tensor in tensors.items()}
         return {local: _meta(sizes[local], dtype=tensor.dtype) for local, tensor in tensors.items()}, False
-
-
-def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What stock `save_pretrained` would put into files."""
-    tied = model.all_tied_weights_keys
-    kept = {key: tensor for key, tensor in model.state_dict().items() if key not in tied}
-    return dict(revert_weight_conversion(model, kept))
 
 
 def _file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:

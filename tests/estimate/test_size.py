@@ -78,7 +78,7 @@ def test_several_files(make_model, tmp_path, monkeypatch):
     save = artifact.save
     monkeypatch.setattr(artifact, "save", lambda *args, **options: save(*args, **options, max_shard_size="40KB"))
     said, bytes_ = both(compressor(make_model("llama", hidden_size=64)), "rtn:4", "auto", tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert said.bytes == bytes_
 
 
