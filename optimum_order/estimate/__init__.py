@@ -292,10 +292,10 @@ class _Run:
         }
 
     def _states(self) -> int:
-        """Bytes of the layers' states: what they were before the run and what they are."""
-        states = {name: sample for name, (_, sample) in self._samples().items()}
-        masks = sum(self.targets[name].view.numel() for name, state in states.items() if state.pruned is not None)
-        return 2 * sum(target.view.nbytes for target in self.targets.values()) + masks
+        """Bytes of the layers' states: their masks, and their weights where they cannot lie in the model's memory."""
+        pruned = (target.view.numel() for target, state in self._samples().values() if state.pruned is not None)
+        copies = (target.view.nbytes for target in self.targets.values() if not target.view.is_contiguous())
+        return sum(pruned) + sum(copies)
 
 
 def _resident() -> int:
