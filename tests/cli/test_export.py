@@ -268,7 +268,7 @@ def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, monk
     done = program(*arguments, "--work-dir", tmp_path / "elsewhere", "--resume", "--schedule", "block")
     assert done.code == 2 and "whose schedule was 'stage', and now it is 'block'" in done.err.splitlines()[-1]
     assert "to go on:" not in done.err
-    monkeypatch.setattr("optimum_order.pipeline._apply", lambda *_: pytest.fail("it is finished"))
+    monkeypatch.setattr("optimum_order.pipeline._Passes._apply", lambda *_: pytest.fail("it is finished"))
     assert program(*arguments, "--work-dir", tmp_path / "elsewhere", "--resume", "--format", "dense").code == 0
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
     assert manifest.load(tmp_path / "out")["format"] == "dense"
