@@ -339,7 +339,7 @@ class JointCompressor:
 
         Args:
             stages: 2 to 5 of them, such as `["wanda:0.5", "gptq(bits=4, group_size=64)"]`.
-            strategy: "auto" runs every order on a small part of the data until one is surely ahead; "measure" runs
+            strategy: "auto" tries every order on a few layers and samples until one is surely ahead; "measure" runs
                 them in full; "pih" and "proxy" are the rules of thumb of `optimum_order.ordering.planner`.
             metric: The performance M, as in `evaluate`.
             evaluation: What it is measured on, as in `evaluate`.

@@ -15,8 +15,10 @@ Rank every order of two to five stages for MODEL, without saving anything.
 
 EPILOG = """\
 strategies:
-  auto     every order on a small part of the data, until one is surely ahead of the others
-  measure  every order in full, with --draws calibration draws
+  auto     every order on a few layers, each with a small calibration draw of its own, then on more, until one is
+           surely ahead; whole models on a few samples where layers alone do not say
+  measure  every order in full, with --draws calibration draws; an order is only called decisively better with two
+           or more, unless no stage looks at calibration data
   pih      weaker first, stronger later, by what each stage costs alone
   proxy    by the layers' output errors on inputs of the original model
 
@@ -59,7 +61,8 @@ class PlanCommand(Command):
             metavar="N",
             type=int,
             default=1,
-            help="how many disjoint calibration draws 'measure' runs (default %(default)s)",
+            help="how many disjoint calibration draws 'measure' runs (default %(default)s, whose interval then covers "
+            "samples only)",
         )
         arguments.loading(parser)
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
@@ -83,9 +86,10 @@ class PlanCommand(Command):
 
         table = Table()
         table.add_column("order, best first", overflow="fold")
-        table.add_column("score", justify="right")
+        table.add_column(result["scored_by"], justify="right")
         for row in result["ranking"]:
-            table.add_row(row["order"].replace(" > ", " → "), f"{row['score']:.4g}")
+            score = "not measured" if row["score"] is None else f"{row['score']:.4g}"
+            table.add_row(row["order"].replace(" > ", " → "), score)
         console = Console(markup=False, highlight=False)
         console.print(table)
         unit = "log-perplexity" if result["metric"] == "perplexity" else result["metric"]
@@ -93,7 +97,7 @@ class PlanCommand(Command):
             gap = result["difference"]
             console.print(
                 f"{unit} gained over the next: {gap['mean']:+.4f}, "
-                f"{gap['confidence']:.0%} interval {gap['low']:+.4f} to {gap['high']:+.4f}"
+                f"{gap['confidence']:.0%} interval over {gap['over']} {gap['low']:+.4f} to {gap['high']:+.4f}"
             )
         console.print(f"{'Decisive' if result['decisive'] else 'Not decisive'}: {result['reason']}", soft_wrap=True)
         console.print(f"It took {result['cost']['seconds']:.1f} seconds.")

@@ -4,20 +4,28 @@ Strategies, cheapest first:
 
     pih      weaker first, stronger later (the Progressive Intensity Hypothesis), by M of each stage alone
     proxy    the layers' output errors on inputs of the original model: one pass of statistics, no model is run after
-    auto     every order on a small part of the calibration data, block by block, then a race: the orders are scored
-             on ever more samples, pair by pair, and one that is surely worse than the best is dropped
-    measure  every order in full
+    auto     the layers' output errors on a few layers, each with a calibration draw of its own; on twice as many while
+             it is not sure that one order is ahead by more than such errors can mislead; and where that never comes,
+             all layers, and M (or what stands for it) of the whole model on a few samples
+    measure  every order in full, with one calibration draw or more
 
-`pih` and `proxy` say nothing about M itself. Neither was found to be reliable; they are here to be compared with.
+`pih` and `proxy` say nothing about M itself; they are here to be compared with.
+
+A compression that calibrates comes out otherwise with other calibration data, so an order is only called decisively
+better where an interval that covers draws says so: `auto` splits its few calibration samples into small draws,
+`measure` needs two draws or more.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from scipy.special import stdtrit
@@ -25,23 +33,32 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_order import pipeline
-from optimum_order.backends import Backend, method
-from optimum_order.calibration.walk import walk
+from optimum_order.backends import Allocator, method
 from optimum_order.errors import OrderError, unknown
 from optimum_order.evaluation import Measurement, Metric, Samples
+from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import Difference, difference_over_draws
-from optimum_order.layer import Statistics
 from optimum_order.order import Order, Stage
-from optimum_order.ordering.runner import Runner
+from optimum_order.ordering.runner import Batches, Runner
+from optimum_order.ordering.sketch import Sketch
 
 STRATEGIES = ("auto", "measure", "pih", "proxy")
 MOST_STAGES = 5
 
-_PARTS = {"window": (16, (16, 8)), "image": (4, (4, 2, 1))}
-"""What `auto` uses, by the kind of sample: the calibration draw divided by the first, the evaluation samples divided by
-each of the others in turn; no fewer than 4. An image says less than a window: it has one answer and few tokens."""
+_CALIBRATING = {"window": 16, "image": 4}
+_ESTIMATING = {"window": 32, "image": 16}
+_SCORING = {"window": 16, "image": 8}
+"""What `auto` uses, by the kind of sample: the calibration draw, and what M is estimated or measured on, divided by
+these. An image says less than a window: it has one answer and few tokens."""
+_SMALL_DRAWS = 4
+"""Into how many small draws `auto` splits its calibration samples."""
+_FIRST_LAYERS = 4
+"""How many layers `auto` looks at to begin with."""
+MARGIN = 0.1
+"""By how much the logarithm of the output errors must differ before it is believed: they do not say everything of M."""
 _SURE = 0.99
-"""How sure the race must be to drop an order; it looks several times, so this is stricter than what is reported."""
+"""How sure of that `auto` must be; it looks several times, so this is stricter than what is reported."""
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -49,17 +66,20 @@ class Plan:
     """A recommendation, and what it rests on.
 
     Args:
-        ranking: Every order with its score, best first; what a score is depends on the strategy.
+        ranking: Every order with its score, best first; None for one that was dropped before it was scored.
+        scored_by: What a score is: a metric's mean, higher is better, or one of `layer error` (of the layers' outputs,
+            relative) and `inversions` (of the weaker-first rule), lower is better.
         strategy: How it was found.
         metric: The name of M.
-        difference: Expected M of the recommended order less that of the next, with its interval; None where the
-            strategy does not measure M.
-        decisive: Whether the recommended order is known to be better than the next.
+        difference: Expected M of the recommended order less that of the next, with its interval and what that covers;
+            None where the strategy does not measure M.
+        decisive: Whether the recommended order is known to be better than the next, whatever the calibration draw.
         reason: One sentence for people.
         cost: Seconds, processor seconds, and what was run.
     """
 
-    ranking: tuple[tuple[Order, float], ...]
+    ranking: tuple[tuple[Order, float | None], ...]
+    scored_by: str
     strategy: str
     metric: str
     difference: Difference | None
@@ -79,6 +99,7 @@ class Plan:
             "strategy": self.strategy,
             "metric": self.metric,
             "ranking": [{"order": str(order), "score": score} for order, score in self.ranking],
+            "scored_by": self.scored_by,
             "difference": self.difference and self.difference.as_dict(),
             "decisive": self.decisive,
             "reason": self.reason,
@@ -114,6 +135,7 @@ def plan(
     scorer: Metric | None = None,
     calibration_samples: int = 128,
     draws: int = 1,
+    margin: float = MARGIN,
     batch_size: int = 8,
     progress: bool = False,
 ) -> Plan:
@@ -128,6 +150,8 @@ def plan(
         scorer: What `auto` ranks by, where M of a single sample is too coarse, as accuracy is; by default M.
         calibration_samples: How many a draw has.
         draws: How many calibration draws `measure` runs.
+        margin: By how much the logarithms of output errors must differ for `auto` to believe them: the larger, the more
+            often it goes on to score whole models. At infinity it always does, at minus infinity it never looks twice.
         batch_size: Of the metric.
         progress: Whether to show a bar on stderr.
 
@@ -143,22 +167,40 @@ def plan(
     planner = _Planner(runner, orders, metric, samples, batch_size, progress)
     wall, cpu = time.perf_counter(), time.process_time()
     if strategy == "auto":
-        ranking, difference, decisive, reason = planner.auto(scorer or metric, calibration_samples)
+        found = planner.auto(scorer or metric, calibration_samples, margin)
     elif strategy == "measure":
-        ranking, difference, decisive, reason = planner.measure(draws)
+        found = planner.measure(draws)
     else:
-        ranking, reason = planner.pih() if strategy == "pih" else planner.proxy(calibration_samples)
-        difference, decisive = None, False
+        found = planner.pih() if strategy == "pih" else planner.proxy(calibration_samples)
     runner.reset()
     cost = {
         "seconds": round(time.perf_counter() - wall, 3),
         "cpu_seconds": round(time.process_time() - cpu, 3),
         **planner.done,
     }
-    return Plan(tuple(ranking), strategy, metric.name, difference, decisive, reason, cost)
+    return Plan(
+        tuple(found.ranking),
+        found.scored_by,
+        strategy,
+        metric.name,
+        found.difference,
+        found.decisive,
+        found.reason,
+        cost,
+    )
 
 
-Ranking = list[tuple[Order, float]]
+Ranking = list[tuple[Order, float | None]]
+
+
+class Found(NamedTuple):
+    """What a strategy makes of the orders; see `Plan`."""
+
+    ranking: Ranking
+    scored_by: str
+    difference: Difference | None
+    decisive: bool
+    reason: str
 
 
 class _Planner:
@@ -168,90 +210,176 @@ class _Planner:
         self.runner, self.orders, self.metric, self.samples = runner, orders, metric, samples
         self.batch_size, self.progress = batch_size, progress
         self.done = {"orders": 0, "calibration_samples": 0, "scored_samples": 0}
+        self._calibrated = any(pipeline.needs_data(stage) for stage in orders[0])
 
-    def auto(self, scorer: Metric, calibration_samples: int) -> tuple[Ranking, Difference, bool, str]:
-        few, rounds = self._few(calibration_samples), _PARTS[self.samples.unit][1]
-        batches = self.runner.batches(0, few)
-        results = {}
-        for order in self._shown(self.orders):
-            results[order] = pipeline.run(
-                self.runner.model,
-                self.runner.units,
-                order,
-                batches,
-                schedule="block",
-                start=self.runner.original,
-                progress=False,
-            )
-        self.done |= {"orders": len(results), "calibration_samples": few if batches else 0}
-        scores: dict[Order, list[Tensor]] = {order: [] for order in results}
-        alive, seen, best = list(results), 0, self.orders[0]
-        for part in rounds:
-            end = min(len(self.samples), max(4, len(self.samples) // part))
-            if end == seen:
-                continue
-            new = self.samples.take(torch.arange(seen, end))
-            for order in alive:
-                results[order].write(self.runner.units)
-                scores[order].append(self._measure(scorer, new).performances)
-            seen = end
-            best = max(alive, key=lambda order: torch.cat(scores[order]).mean().item())
-            alive = [o for o in alive if o is best or not _surely(scores[best], scores[o], _SURE)]
-            if len(alive) == 1:
-                break
-        self.done["scored_samples"] = seen
-        ranking = sorted(
-            ((order, torch.cat(scores[order]).mean().item()) for order in results),
-            # those that were dropped earlier stand below those that stayed longer, whatever their mean was then
-            key=lambda each: (-len(scores[each[0]]), -each[1]),
+    def auto(self, scorer: Metric, calibration_samples: int, margin: float) -> Found:
+        if any(isinstance(method(stage), Allocator) for stage in self.orders[0]):
+            return self._in_small(scorer, calibration_samples)
+        draws = self._small_draws(calibration_samples)
+        with self._bar("layer") as bar:
+            sketch = Sketch(self.runner, self.orders, draws, bar.update)
+            total, count = len(sketch.layers), max(_FIRST_LAYERS, len(draws))
+            alive = list(self.orders)
+            while True:
+                sketch.take(count := min(count, total), alive)
+                best, ratios = self._ratios(sketch, alive)
+                alive = [best, *(order for order, found in ratios.items() if not found.low > margin)]
+                near = any(found.high < margin for order, found in ratios.items() if order in alive)
+                if len(alive) == 1 or near or count == total:
+                    break
+                count = total if 2 * count > total / 2 else 2 * count
+            if len(alive) > 1:
+                sketch.take(total, alive)
+        looked = {"orders": len(self.orders), "calibration_samples": sum(map(_count, draws))}
+        self.done |= looked | {"layers": len(sketch.errors[alive[0]])}
+        errors = {order: sketch.logarithms(order).mean().exp().item() for order in self.orders}
+        by_error = sorted(self.orders, key=lambda order: (order not in alive, errors[order]))
+        if len(alive) > 1:
+            return self._whole(sketch, alive, [order for order in by_error if order not in alive], scorer)
+        second, found = by_error[1], ratios[by_error[1]]
+        difference = self._imagined(sketch, best, second)
+        reason = (
+            f"on {count} of {total} layers, each {self._seen(draws)}, '{best}' leaves {1 - math.exp(-found.mean):.0%} "
+            f"less output error than '{second}' ({1 - math.exp(-found.low):.0%} to {1 - math.exp(-found.high):.0%}); "
+            f"what that is worth in {self.metric.name} is estimated with noise of that size in the other layers."
         )
-        ranking.sort(key=lambda each: each[0] is not best)
-        runner_up = ranking[1][0]
-        together = min(len(scores[best]), len(scores[runner_up]))
-        gaps = torch.cat(scores[best][:together]) - torch.cat(scores[runner_up][:together])
-        decisive = len(alive) == 1 or _student(gaps, 0.95).decisive
-        if scorer is self.metric:
-            difference = _student(gaps, 0.95)
-        else:
-            common = self.samples.take(torch.arange(len(gaps)))
-            measured = []
-            for order in (best, runner_up):
-                results[order].write(self.runner.units)
-                measured.append(self._measure(self.metric, common).performances)
-            difference = _student(measured[0] - measured[1], 0.95)
-        unit = f"{len(gaps)} {self.samples.unit}s"
-        by = f", by {scorer.name}" if scorer is not self.metric else ""
-        if decisive:
-            reason = (
-                f"compressed with {few} calibration samples and scored on {unit}{by}, '{best}' is ahead of all others."
-            )
-        else:
-            reason = f"no difference between '{best}' and '{runner_up}' that {unit}{by} would show."
-        return ranking, difference, decisive, reason
+        return Found([(order, errors[order]) for order in by_error], "layer error", difference, True, reason)
 
-    def measure(self, draws: int) -> tuple[Ranking, Difference, bool, str]:
-        needed = range(draws) if any(pipeline.needs_data(stage) for stage in self.orders[0]) else range(1)
+    def _ratios(self, sketch: Sketch, orders: list[Order]) -> tuple[Order, dict[Order, Difference]]:
+        """The order with the least output error, and the logarithm of every other's over it, over layers and draws."""
+        logarithms = {order: sketch.logarithms(order) for order in orders}
+        best = min(orders, key=lambda order: logarithms[order].mean().item())
+        return best, {o: _student(logarithms[o] - logarithms[best], _SURE) for o in orders if o is not best}
+
+    def _imagined(self, sketch: Sketch, best: Order, second: Order) -> Difference:
+        """M of the best order less that of another, where the layers that were not looked at are noise."""
+        samples = self._some(_ESTIMATING)
+        gaps = []
+        for draw in range(max(1, len(sketch.draws))):
+            found = []
+            for order in (best, second):
+                sketch.imagine(order, draw)
+                found.append(self._measure(self.metric, samples).performances)
+            gaps.append(found[0] - found[1])
+        self.done["scored_samples"] = len(samples)
+        return self._interval(self.metric, torch.stack(gaps), "draws, layers and samples")
+
+    def _whole(self, sketch: Sketch, alive: list[Order], dropped: list[Order], scorer: Metric) -> Found:
+        """Rank orders whose layers are all compressed by what the whole model makes of them."""
+        samples = self._some(_SCORING)
+        scores = {}
+        for order in alive:
+            sketch.write(order)
+            scores[order] = self._measure(scorer, samples).performances
+        self.done["scored_samples"] = len(samples)
+        ranked = sorted(alive, key=lambda order: -scores[order].mean().item())
+        best, second = ranked[:2]
+        found = self._jackknife(sketch, best, second, scorer, samples, scores[best] - scores[second])
+        difference = found if scorer is self.metric else self._jackknife(sketch, best, second, self.metric, samples)
+        shown = f"{len(samples)} {self.samples.unit}s"
+        by = f", by {scorer.name}" if scorer is not self.metric else ""
+        how = f"all layers, each {self._seen(sketch.draws)}, scored on {shown}{by}"
+        if found.decisive:
+            reason = f"with {how}, '{best}' is ahead of '{second}'."
+        else:
+            reason = f"no difference between '{best}' and '{second}' that {how}, would show."
+        ranking: Ranking = [(order, scores[order].mean().item()) for order in ranked]
+        return Found([*ranking, *((order, None) for order in dropped)], scorer.name, difference, found.decisive, reason)
+
+    def _jackknife(
+        self,
+        sketch: Sketch,
+        best: Order,
+        second: Order,
+        metric: Metric,
+        samples: Samples,
+        gaps: Tensor | None = None,
+    ) -> Difference:
+        """The difference of two whole models; its interval from leaving out the layers of one draw after another.
+
+        With D the difference and D_r that without the layers of draw r, R D - (R - 1) D_r are as good as R independent
+        estimates of D (Tukey's pseudo-values), which vary with draws, layers and samples.
+        """
+
+        def gap(draw: int | None) -> Tensor:
+            found = []
+            for order in (best, second):
+                sketch.write(order, without=draw)
+                found.append(self._measure(metric, samples).performances)
+            return found[0] - found[1]
+
+        whole = gap(None) if gaps is None else gaps
+        plain, count = self._interval(metric, whole[None]), len(sketch.draws)
+        if count < 2 or not self._calibrated or not plain.decisive:  # what samples leave open, draws do not close
+            return plain
+        values = torch.stack([count * whole - (count - 1) * gap(draw) for draw in range(count)])
+        found = self._interval(metric, values, "draws, layers and samples")
+        moved = plain.mean - found.mean
+        return dataclasses.replace(found, mean=plain.mean, low=found.low + moved, high=found.high + moved)
+
+    def _in_small(self, scorer: Metric, calibration_samples: int) -> Found:
+        """Every order in full on each of the small draws, for stages that look at all layers at once."""
+        draws, samples = self._small_draws(calibration_samples), self._some(_SCORING)
+        scores: dict[Order, list[Tensor]] = {order: [] for order in self.orders}
+        values: dict[Order, list[Tensor]] = {order: [] for order in self.orders}
+        with self._bar("order") as bar:
+            for batches, order in itertools.product(draws, self.orders):
+                model, units, start = self.runner.model, self.runner.units, self.runner.original
+                pipeline.run(model, units, order, batches, schedule="block", start=start, progress=False)
+                scores[order].append(self._measure(scorer, samples).performances)
+                if scorer is not self.metric:
+                    values[order].append(self._measure(self.metric, samples).performances)
+                bar.update()
+        self.done |= {
+            "orders": len(draws) * len(self.orders),
+            "calibration_samples": sum(map(_count, draws)),
+            "scored_samples": len(samples),
+        }
+        means = {order: torch.stack(found).mean().item() for order, found in scores.items()}
+        best, second, *_ = ranked = sorted(self.orders, key=lambda order: -means[order])
+        found = self._interval(scorer, torch.stack(scores[best]) - torch.stack(scores[second]))
+        difference = found
+        if scorer is not self.metric:
+            difference = self._interval(self.metric, torch.stack(values[best]) - torch.stack(values[second]))
+        how = f"{len(draws)} draws of {_count(draws[0])} calibration samples and {len(samples)} {self.samples.unit}s"
+        if found.decisive:
+            reason = f"compressed and scored with {how}, '{best}' is ahead of '{second}'."
+        else:
+            reason = f"no difference between '{best}' and '{second}' that {how} would show."
+        return Found([(order, means[order]) for order in ranked], scorer.name, difference, found.decisive, reason)
+
+    def measure(self, draws: int) -> Found:
+        needed = range(draws) if self._calibrated else range(1)
         found: dict[Order, list[Tensor]] = {order: [] for order in self.orders}
-        for draw in needed:
-            for order in self._shown(self.orders):
+        with self._bar("order", len(needed) * len(self.orders)) as bar:
+            for draw, order in itertools.product(needed, self.orders):
                 self.runner.run(order, draw)
                 found[order].append(self._measure(self.metric, self.samples).performances)
+                bar.update()
         self.done |= {"orders": len(self.orders) * len(needed), "scored_samples": len(self.samples)}
         ranking = sorted(((o, torch.stack(m).mean().item()) for o, m in found.items()), key=lambda each: -each[1])
         (best, _), (second, _) = ranking[:2]
         difference = difference_over_draws(torch.stack(found[best]) - torch.stack(found[second]))
-        what = f"{len(needed)} calibration draw{'s' if len(needed) > 1 else ''}"
-        if difference.decisive:
+        known = len(needed) > 1 or not self._calibrated
+        what = f"{len(needed)} calibration draw{'s' if len(needed) > 1 else ''}" if self._calibrated else "all samples"
+        if not difference.decisive:
+            reason = f"no difference between '{best}' and '{second}' that {what} would show."
+        elif known:
             reason = f"measured in full with {what}, '{best}' is better than '{second}'."
         else:
-            reason = f"no difference between '{best}' and '{second}' that {what} would show."
-        return ranking, difference, difference.decisive, reason
+            reason = (
+                f"'{best}' is better than '{second}' with this one calibration draw, and the interval covers samples "
+                "only; whether it is with another draw takes more of them to know."
+            )
+        return Found([*ranking], self.metric.name, difference, difference.decisive and known, reason)
 
-    def pih(self) -> tuple[Ranking, str]:
+    def pih(self) -> Found:
         alone: dict[Stage, float] = {}
-        for stage in self._shown(dict.fromkeys(self.orders[0])):
-            self.runner.run(Order((stage,)), 0)
-            alone[stage] = self._measure(self.metric, self.samples).performance
+        with self._bar("stage") as bar:
+            for stage in dict.fromkeys(self.orders[0]):
+                self.runner.run(Order((stage,)), 0)
+                alone[stage] = self._measure(self.metric, self.samples).performance
+                bar.update()
         self.done |= {"orders": len(alone), "scored_samples": len(self.samples)}
 
         def inversions(order: Order) -> float:
@@ -259,45 +387,70 @@ class _Planner:
 
         ranking = sorted(((order, inversions(order)) for order in self.orders), key=lambda each: each[1])
         weakest, strongest = max(alone, key=alone.__getitem__), min(alone, key=alone.__getitem__)
-        return ranking, f"weaker first: of the stages alone '{weakest}' costs the least and '{strongest}' the most."
+        reason = f"weaker first: of the stages alone '{weakest}' costs the least and '{strongest}' the most."
+        return Found([*ranking], "inversions", None, False, reason)
 
-    def proxy(self, calibration_samples: int) -> tuple[Ranking, str]:
+    def proxy(self, calibration_samples: int) -> Found:
         few = self._few(calibration_samples)
-        known: dict[str, Statistics] = {}
         batches = self.runner.batches(0, few)
-        if batches:
-            self.runner.reset()
-            walk(self.runner.model, self.runner.units, batches, lambda at: known.update(at.statistics), gram=True)
-        self.done |= {"orders": len(self.orders), "calibration_samples": few if batches else 0}
-        errors = []
-        for order in self._shown(self.orders):
-            backends = [_backend(stage) for stage in order]
-            total = 0.0
-            for name, original in self.runner.original.states.items():
-                state = original
-                for backend in backends:
-                    state = backend.apply(state, known.get(name), where=name)
-                total += pipeline.relative_error(original.weight, state.weight, known.get(name))[0]
-            errors.append((order, total / len(self.runner.original.states)))
-        ranking = sorted(errors, key=lambda each: each[1])
+        with self._bar("layer") as bar:
+            sketch = Sketch(self.runner, self.orders, [batches] if batches else [], bar.update)
+            sketch.take(len(sketch.layers), self.orders)
+        self.done |= {
+            "orders": len(self.orders),
+            "calibration_samples": few if batches else 0,
+            "layers": len(sketch.layers),
+        }
+        errors = {order: sum(found.values()) / len(found) for order, found in sketch.errors.items()}
+        ranking = sorted(errors.items(), key=lambda each: each[1])
         (_, least), (_, next_) = ranking[:2]
-        return ranking, f"the layers' mean relative output error is {least:.3g} in this order, {next_:.3g} in the next."
+        reason = f"the layers' mean relative output error is {least:.3g} in this order, {next_:.3g} in the next."
+        return Found([*ranking], "layer error", None, False, reason)
 
     def _few(self, calibration_samples: int) -> int:
-        return min(calibration_samples, max(4, calibration_samples // _PARTS[self.samples.unit][0]))
+        return min(calibration_samples, max(4, calibration_samples // _CALIBRATING[self.samples.unit]))
 
-    def _shown(self, work: Collection) -> Iterable:
-        return tqdm(work, desc="plan", unit="order", disable=not self.progress)
+    def _small_draws(self, calibration_samples: int) -> list[Batches]:
+        """A few calibration samples in disjoint parts; none where there is no calibration."""
+        batches = self.runner.batches(0, self._few(calibration_samples))
+        whole = {name: torch.cat([batch[name] for batch in batches]) for name in (batches[0] if batches else {})}
+        count = min((len(tensor) for tensor in whole.values()), default=0)
+        parts = [torch.arange(count)[first::_SMALL_DRAWS] for first in range(min(_SMALL_DRAWS, count))]
+        return [[{name: tensor[part] for name, tensor in whole.items()}] for part in parts]
+
+    def _some(self, divided_by: dict[str, int]) -> Samples:
+        """So many of the samples, from all over them."""
+        total = len(self.samples)
+        count = min(total, max(2, total // divided_by[self.samples.unit]))
+        return self.samples.take(torch.arange(count) * total // count)
+
+    def _seen(self, draws: list[Batches]) -> str:
+        unit = self.samples.unit
+        return f"with one of {len(draws)} draws of {_count(draws[0])} calibration {unit}s" if draws else "without data"
+
+    def _interval(self, metric: Metric, gaps: Tensor, over: str = "draws and samples") -> Difference:
+        """The mean of gaps (draws, samples) and its interval."""
+        draws, samples = gaps.shape
+        if isinstance(metric, Accuracy) and not gaps.any():
+            # no answer changed, of so few: the share of those that do may still be this large (the "rule of three")
+            most = 1 - (1 - _CONFIDENCE) ** (1 / samples)
+            return Difference(0.0, -most, most, over if draws > 1 else "samples", _CONFIDENCE)
+        if draws == 1:
+            return _student(gaps[0], _CONFIDENCE)
+        return dataclasses.replace(difference_over_draws(gaps, confidence=_CONFIDENCE), over=over)
+
+    @contextlib.contextmanager
+    def _bar(self, unit: str, total: int | None = None) -> Iterator[tqdm]:
+        with tqdm(total=total, desc="plan", unit=unit, disable=not self.progress) as bar:
+            yield bar
 
     def _measure(self, metric: Metric, samples: Samples) -> Measurement:
         return self.runner.measure(metric, samples, batch_size=self.batch_size)
 
 
-def _backend(stage: Stage) -> Backend:
-    chosen = method(stage)
-    if not isinstance(chosen, Backend):
-        raise OrderError(f"Strategy 'proxy' looks at one layer at a time and cannot rank '{stage}'; use 'auto'.")
-    return chosen
+def _count(batches: Batches) -> int:
+    """How many samples."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def _student(differences: Tensor, confidence: float) -> Difference:
@@ -305,7 +458,3 @@ def _student(differences: Tensor, confidence: float) -> Difference:
     mean, count = differences.mean().item(), len(differences)
     half = float(stdtrit(count - 1, (1 + confidence) / 2)) * (differences.std() / count**0.5).item()
     return Difference(mean, mean - half, mean + half, "samples", confidence)
-
-
-def _surely(best: Sequence[Tensor], other: Sequence[Tensor], confidence: float) -> bool:
-    return _student(torch.cat(list(best)) - torch.cat(list(other)), confidence).low > 0

@@ -1,0 +1,39 @@
+"""Statistics of some layers in one plain forward: for those who only look and change no weight on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_order.calibration.capture import Capture
+from optimum_order.calibration.walk import _eager_experts
+from optimum_order.evaluation.samples import placed
+from optimum_order.layer import Statistics
+from optimum_order.targets import Target
+
+
+def glance(
+    model: PreTrainedModel, targets: Iterable[Target], batches: Sequence[dict[str, Tensor]]
+) -> dict[str, Statistics]:
+    """The Gram matrix of each layer's inputs, all of them in memory at once.
+
+    Args:
+        model: In evaluation mode; it is run as it is.
+        targets: The layers.
+        batches: Keyword arguments of the model's forward.
+
+    Returns:
+        By name; zero tokens for a layer that was not reached.
+
+    Raises:
+        ModelError: If an input was NaN or infinite.
+    """
+    capture = Capture(targets, gram=True)
+    with torch.inference_mode(), _eager_experts(model):
+        for batch in batches:
+            with capture:
+                model(**placed(batch, model))
+    return capture.statistics()
