@@ -12,7 +12,7 @@ from typing import Any
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command, size
 from optimum_order.errors import FormatError, HubError, ModelError, OrderError, unknown
-from optimum_order.order import Order
+from optimum_order.order import Order, Stage, parse_stages
 
 DESCRIPTION = """\
 Compress MODEL by the stages of an order, first to last, and save it to OUTPUT: a folder that
@@ -31,6 +31,7 @@ how an order is written:
 examples:
   optimum-order export tiny-llama out --order "wanda:0.5 > gptq:4" --evaluate builtin
   optimum-order export tiny-resnet out --order "gptq:4 > sparsegpt:0.5" --evaluate builtin
+  optimum-order export tiny-llama out --order auto --stages "wanda:0.5, gptq:4"
   optimum-order export ./my-model out --order "rtn:8" --format compressed-tensors
   optimum-order export some/model out --order "sparsegpt(sparsity=0.5, pattern=2:4) > gptq:4" \\
       --calibration my-text.txt --evaluate my-held-out-text.txt
@@ -68,7 +69,14 @@ class ExportCommand(Command):
         parser.epilog = EPILOG
         arguments.model(parser)
         parser.add_argument("output", metavar="OUTPUT", help="the folder to write; refused if it is not empty")
-        parser.add_argument("--order", help='the stages, first to last, such as "wanda:0.5 > gptq:4"')
+        parser.add_argument(
+            "--order", help='the stages, first to last, such as "wanda:0.5 > gptq:4"; or auto, for the best of --stages'
+        )
+        parser.add_argument(
+            "--stages",
+            help="with --order auto: what to put into the order that 'optimum-order plan' recommends, separated by "
+            'commas, such as "wanda:0.5, gptq:4"',
+        )
         parser.add_argument(
             "--format",
             default="auto",
@@ -118,12 +126,11 @@ class ExportCommand(Command):
 
     def work(self) -> dict[str, Any]:
         from optimum_order import artifact, evaluation, formats, hub, workdir
-        from optimum_order.backends import canonical
 
         arguments.hush_libraries()
         args, output = self.args, Path(self.args.output)
         # What can be refused at once is refused before anything is read or computed.
-        order = None if args.order is None else canonical(Order.parse(args.order))
+        order, stages = self._order()
         if args.format not in (allowed := ["auto", *formats.available()]):
             raise FormatError(unknown("format", args.format, allowed))
         if args.metric not in (allowed := ["auto", *evaluation.available()]):
@@ -154,7 +161,12 @@ class ExportCommand(Command):
             lap("evaluate_before")
         self._began = True
         compressed = compressor.compress(
-            order, args.schedule, work_dir=self._work_dir, resume=args.resume, low_memory=args.low_memory
+            order,
+            args.schedule,
+            stages=stages,
+            work_dir=self._work_dir,
+            resume=args.resume,
+            low_memory=args.low_memory,
         )
         lap("compress")
         if args.evaluate:
@@ -168,6 +180,24 @@ class ExportCommand(Command):
         pushed = {"url": self._push(output)} if args.push_to_hub else {}
         seconds["total"] = round(time.perf_counter() - begin, 2)
         return self._result(stated, seconds) | pushed
+
+    def _order(self) -> tuple[Order | str | None, list[Stage] | None]:
+        """What `compress` is to be given: an order, "auto" with its stages, or nothing."""
+        from optimum_order.backends import canonical
+        from optimum_order.ordering.planner import permutations
+
+        args = self.args
+        if (args.order == "auto") != (args.stages is not None):
+            raise OrderError(
+                "'--order auto' and '--stages' need each other: give both, such as --order auto --stages "
+                '"wanda:0.5, gptq:4", or an order alone.'
+            )
+        if args.stages is None:
+            return (None if args.order is None else canonical(Order.parse(args.order))), None
+        stages = parse_stages(args.stages)
+        for order in permutations(stages):
+            canonical(order)
+        return "auto", stages
 
     @property
     def _work_dir(self) -> Path:
@@ -221,7 +251,7 @@ class ExportCommand(Command):
                 name: {when: measured and measured["value"] for when, measured in both.items()}
                 for name, both in manifest["metrics"].items()
             },
-        }
+        } | ({"plan": manifest["plan"]} if "plan" in manifest else {})
 
     def _push(self, output: Path) -> str:
         from optimum_order import hub
@@ -243,6 +273,8 @@ class ExportCommand(Command):
             return
         table = Table(show_header=False)
         table.add_row("order", result["order"].replace(" > ", " → "))
+        if "plan" in result:
+            table.add_row("why", result["plan"]["reason"])
         for name, values in result["metrics"].items():
             before = "not measured" if values["before"] is None else f"{values['before']:.4g}"
             table.add_row(name, f"{before} → {values['after']:.4g}")

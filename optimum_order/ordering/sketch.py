@@ -166,7 +166,10 @@ def one_layer(stage: Stage) -> Backend:
     """
     chosen = method(stage)
     if not isinstance(chosen, Backend):
-        raise OrderError(f"Stage '{stage}' looks at more than one layer at a time and cannot be judged by single ones; use strategy 'auto'.")
+        raise OrderError(
+            f"Stage '{stage}' looks at more than one layer at a time and cannot be judged by single ones; use strategy "
+            "'auto'."
+        )
     return chosen
 
 

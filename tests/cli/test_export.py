@@ -26,6 +26,15 @@ def arguments(tiny_llama_folder, text_file, tmp_path):
     return ["export", tiny_llama_folder, tmp_path / "out", *order, "--calibration", text_file, *small]
 
 
+def test_auto_takes_the_order_that_is_planned_and_says_why(program, arguments, tmp_path):
+    done = program(*arguments, "--order", "auto", "--stages", "magnitude:0.6, rtn:3", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["order"] == result["plan"]["order"] in {"magnitude:0.6 > rtn:3", "rtn:3 > magnitude:0.6"}
+    assert manifest.load(tmp_path / "out")["plan"] == result["plan"]
+    assert {each["order"] for each in result["plan"]["ranking"]} == {"magnitude:0.6 > rtn:3", "rtn:3 > magnitude:0.6"}
+
+
 def test_json_is_one_object_with_these_keys(program, arguments, text_file, tmp_path):
     done = program(*arguments, "--evaluate", text_file, "--json")
     assert done.code == 0, done.err
@@ -119,6 +128,10 @@ BAD = {
     "all weights removed": (["--order", "wanda:1"], "must be a number in [0, 1), got 1"),
     "no stage": (["--order", ""], "at least one stage"),
     "an order that cannot be read": (["--order", "wanda:0.5 >"], "the name of a method"),
+    "auto without stages": (["--order", "auto"], "'--stages' need each other"),
+    "stages without auto": (["--stages", "wanda:0.5, gptq:4"], "'--stages' need each other"),
+    "one stage to order": (["--order", "auto", "--stages", "wanda:0.5"], "2 to 5 stages, got 1"),
+    "an unknown stage to order": (["--order", "auto", "--stages", "wandaa:0.5, rtn:4"], "Did you mean 'wanda'?"),
     "a group size that does not divide": (["--order", "rtn(bits=4, group_size=48)"], "8, 16, 32, 64"),
     "an unknown format": (["--format", "compresed-tensors"], "Did you mean 'compressed-tensors'?"),
     "a format that cannot hold it": (["--order", "rtn:4", "--format", "bitsandbytes"], "compressed-tensors"),

@@ -1,13 +1,16 @@
 """What a plan recommends, what it claims, and what it refuses."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from optimum_order import JointCompressor
 from optimum_order.errors import DataError, ModelError, OrderError
-from optimum_order.evaluation import Windows
+from optimum_order.evaluation.accuracy import Accuracy
+from optimum_order.evaluation.perplexity import Perplexity
+from optimum_order.ordering import planner
 from optimum_order.ordering.planner import STRATEGIES, _student, permutations
 
 PAIR = ["magnitude:0.5", "rtn:3"]
@@ -155,19 +158,61 @@ def test_the_interval_is_students():
     assert isinstance(found.decisive, bool)
 
 
-def test_windows_are_scored_once(compressor):
-    """No sample is scored in two rounds: the race takes the next ones."""
-    seen = []
+class TestDraws:
+    """Another calibration draw may prefer another order: what is called decisive must say something about them."""
 
-    class Recording(Windows):
-        def take(self, index):
-            seen.extend(index.tolist())
-            return super().take(index)
+    def test_one_full_draw_decides_nothing_and_says_so(self, compressor):
+        plan = compressor.plan(["wanda:0.65", "gptq:2"], "measure", evaluation_samples=32, progress=False)
+        assert plan.difference.decisive and plan.difference.over == "samples"
+        assert not plan.decisive and "covers samples only" in plan.reason
 
-    samples = compressor._evaluation("builtin", 32)
-    compressor_samples = Recording(samples.ids, samples.source)
-    from optimum_order.evaluation.perplexity import Perplexity
-    from optimum_order.ordering.planner import plan
+    def test_two_draws_give_an_interval_over_both(self, compressor):
+        plan = compressor.plan(CALIBRATED, "measure", draws=2, evaluation_samples=16, progress=False)
+        assert plan.difference.over == "draws and samples" and plan.decisive == plan.difference.decisive
+        assert "2 calibration draws" in plan.reason and plan.cost["orders"] == 4
 
-    plan(compressor._runner(progress=False), ["rtn:8", "magnitude:0.0"], Perplexity(), compressor_samples)
-    assert seen == sorted(set(seen))
+    def test_without_calibration_there_is_nothing_to_draw(self, compressor):
+        plan = compressor.plan(["magnitude:0.65", "rtn:2"], "measure", draws=3, evaluation_samples=16, progress=False)
+        assert plan.cost["orders"] == 2 and plan.decisive and plan.difference.over == "samples"
+
+    def test_auto_splits_its_few_samples_into_draws(self, compressor):
+        plan = compressor.plan(["wanda:0.65", "gptq:2"], evaluation_samples=32, progress=False)
+        assert plan.difference.over == "draws, layers and samples" and "4 draws of 1 calibration window" in plan.reason
+        assert plan.cost["calibration_samples"] == 4 and plan.decisive
+
+
+class TestHowFarAutoLooks:
+    def planned(self, compressor, margin, stages=CALIBRATED):
+        runner, samples = compressor._runner(progress=False), compressor._evaluation("builtin", 64)
+        return planner.plan(runner, stages, Perplexity(), samples, calibration_samples=8, margin=margin)
+
+    def test_a_few_layers_do_where_any_difference_is_believed(self, compressor):
+        plan = self.planned(compressor, -math.inf)
+        assert plan.cost["layers"] == 4 and plan.scored_by == "layer error"
+
+    def test_all_layers_and_whole_models_where_none_is(self, compressor):
+        plan = self.planned(compressor, math.inf)
+        assert plan.cost["layers"] == 28 and plan.scored_by == "perplexity"
+        assert plan.cost["scored_samples"] == 4
+
+    def test_an_order_that_fell_behind_is_not_scored(self, compressor):
+        plan = self.planned(compressor, 0.1, ["magnitude:0.6", "rtn:2", "rtn:8"])
+        scores = [score for _, score in plan.ranking]
+        assert len(scores) == 6
+        if plan.scored_by == "perplexity":
+            assert scores == sorted((s for s in scores if s is not None), reverse=True) + [None] * scores.count(None)
+        else:
+            assert scores == sorted(scores)
+
+    def test_stages_that_look_at_all_layers_run_in_small(self, compressor):
+        plan = self.planned(compressor, 0.1, ["magnitude:0.5", "mixed_precision(bits=3, quantizer=rtn)"])
+        assert plan.cost["orders"] == 8 and plan.difference.over == "draws and samples"
+
+
+def test_accuracy_that_did_not_change_is_not_known_exactly(compressor):
+    runner, samples = compressor._runner(progress=False), compressor._evaluation("builtin", 4)
+    found = planner._Planner(runner, permutations(PAIR), Perplexity(), samples, 8, False)._interval(
+        Accuracy(), torch.zeros(1, 59)
+    )
+    assert (found.low, found.high) == pytest.approx((-0.0495, 0.0495), abs=1e-4)  # 0.95 ** 59 is 5 % left
+    assert not found.decisive
