@@ -1,32 +1,44 @@
-"""The paper's findings on our models: the figures of benchmarks/paper.md, from studies that this script runs.
+"""The paper's findings on our models: the figures of benchmarks/paper.md, from the folders of the studies.
 
-    python benchmarks/paper.py --output paper-output    (hours on two cores; goes on where it was stopped)
-    python benchmarks/paper.py --output paper-output --run mild-on-the-grid 1     (one draw of one study)
+    python benchmarks/paper.py --run mild 1         one draw of one study, resumed where it was stopped
+    python benchmarks/paper.py --run mild           all three
+    python benchmarks/paper.py                      the tables, of what has been run
 
-The studies of the planner's benchmark are read from its folder, `--planner`.
+The studies of benchmarks/planner.py are read from its own folder, `--planner`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from planner import DRAWS, PRUNERS, QUANTIZERS, Setting
+from planner import DRAWS, GRIDS, PRUNERS, QUANTIZERS, Setting
+from rich.console import Console
+from rich.table import Table
 
 from optimum_order import Order, Stage
-from optimum_order.ordering.study import grid, quiet
+from optimum_order.backends import canonical, method
+from optimum_order.ordering.analysis import summarize
+from optimum_order.ordering.study import TRIALS, Study, Trials, grid, quiet, with_parts
 
 SPARSEGPT = [Stage("sparsegpt")]
 TEXTBOOK = [Stage("rtn", clip="none"), Stage("gptq", clip="none")]
 MILD = ([0.1, 0.2, 0.3, 0.4], QUANTIZERS, [3, 4, 5, 6])
 STRONG = ([0.3, 0.5, 0.65], QUANTIZERS, [2, 3, 4])
+MIXED = [f"mixed_precision(bits=3, widths=[2, 4], first={first})" for first in ("weaker", "stronger")]
 
 STUDIES: dict[str, tuple[str, list[Order]]] = {
     "mild": ("tiny-llama", grid(SPARSEGPT, *MILD)),
     "mild-off-grid": ("tiny-llama", grid(SPARSEGPT, *MILD, simulate=True)),
     "strong-off-grid": ("tiny-llama", grid(SPARSEGPT, *STRONG, simulate=True)),
     "textbook": ("tiny-llama", grid(PRUNERS[:2], [0.3, 0.5, 0.65], TEXTBOOK, [2])),
+    "mixed": ("tiny-llama", [Order.parse(each) for each in MIXED]),
     "vit-mild": ("tiny-vit", grid(SPARSEGPT, *MILD)),
     "vit-mild-off-grid": ("tiny-vit", grid(SPARSEGPT, *MILD, simulate=True)),
     "resnet-mild": ("tiny-resnet", grid(SPARSEGPT, *MILD)),
@@ -38,21 +50,160 @@ STUDIES: dict[str, tuple[str, list[Order]]] = {
 
 def run(name: str, folder: Path, draws: list[int]) -> None:
     model, orders = STUDIES[name]
-    Setting(model).study(folder).run(orders, draws)
+    study = Setting(model).study(folder)
+    on_the_grid = folder.with_name(name.removesuffix("-off-grid"))
+    if name.endswith("-off-grid") and (on_the_grid / TRIALS).exists():
+        borrow(study, Trials.open(on_the_grid), orders, draws)
+    study.run(orders, draws)
+
+
+def borrow(study: Study, other: Trials, orders: Iterable[Order], draws: Iterable[int]) -> None:
+    """Take over the trials that are the same off the grid as on it: those in which nothing prunes a quantised layer."""
+    if other.settings != study.trials.settings:
+        raise SystemExit(f"'{other.folder}' has other settings than '{study.folder}': choose another output.")
+    rows, done = other.rows("trials"), study.trials.done()
+    for order in with_parts(canonical(order) for order in orders):
+        quantizes = [method(stage).kind == "quantize" for stage in order]
+        if quantizes == sorted(quantizes):
+            name = str(canonical(Order(_on_grid(stage) for stage in order)))
+            for draw in draws:
+                if (name, draw) in rows and (str(order), draw) not in done:
+                    study.trials.add({("trials", str(order), draw): rows[name, draw]})
+
+
+def _on_grid(stage: Stage) -> Stage:
+    return Stage(stage.method, **{k: v for k, v in method(stage).resolved.items() if k != "off_grid"})
+
+
+def gain(pair: Mapping[str, Any]) -> float:
+    """Of pruning first."""
+    return -pair["advantage"]["mean"]
+
+
+def signs(summaries: Mapping[str, dict]) -> Table:
+    """What each study says of the sign and of how A(Q -> P) goes with the intensity."""
+    table = Table(
+        title="A(Q -> P) against C*_P - C*_Q, and how often three rules are right in decisive pairs",
+        title_justify="left",
+    )
+    for column in (
+        "study",
+        "draws",
+        "pairs",
+        "decisive",
+        "rho [interval]",
+        "weaker first",
+        "prune first",
+        "layer errors",
+        "mean |A|",
+    ):
+        table.add_column(column, justify="left" if column == "study" else "right", no_wrap=True)
+    for name, summary in summaries.items():
+        found = summary["all"]
+        if not found["pairs"]:
+            continue
+        rho, rules = found["spearman"], found["rules"]
+        interval = "" if rho.get("low") is None else f" [{rho['low']:+.2f}, {rho['high']:+.2f}]"
+        factor = summary["measure"]["factor"]
+        table.add_row(
+            name,
+            str(len(summary["draws"])),
+            str(found["pairs"]),
+            str(found["decisive"]),
+            "-" if rho["rho"] is None else f"{rho['rho']:+.2f}{interval}",
+            *(_share(rules[rule]) for rule in ("weaker_first", "prune_first", "layer_errors")),
+            f"{factor * found['mean_absolute_advantage']:.3f}",
+        )
+    return table
+
+
+def _share(rule: Mapping[str, Any]) -> str:
+    return "-" if rule["right"] is None else f"{rule['right']:.0%} of {rule['decisive']}"
+
+
+def by_setting(name: str, summary: Mapping[str, Any]) -> Table:
+    """Mean gain of pruning first and mean absolute interference, by bits and by sparsity."""
+    factor, groups = summary["measure"]["factor"], defaultdict(list)
+    for pair in summary["pairs"]:
+        for stage in (pair["first"], pair["second"]):
+            chosen = method(Order.parse(stage)[0])
+            knob = "bits" if chosen.kind == "quantize" else "sparsity"
+            groups[f"{knob} {chosen.resolved[knob]:g}"].append(pair)
+    table = Table(title=f"{name}: by setting", title_justify="left")
+    for column in ("setting", "pairs", "gain of pruning first", "mean |interference|"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for setting, pairs in sorted(groups.items()):
+        splits = [abs(pair["split"]["interference"]) for pair in pairs if pair["split"]]
+        mean = f"{statistics.fmean(splits):.3f}" if splits else "-"
+        table.add_row(setting, str(len(pairs)), f"{factor * statistics.fmean(map(gain, pairs)):+.3f}", mean)
+    return table
+
+
+def sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """The figures that need no table."""
+    found, said = summary["all"], []
+    if found["pairs"]:
+        share = found["split"]["owner_share"]
+        said.append(f"{found['quantize_first']} of {found['decisive']} decisive pairs favour quantising first")
+        if share is not None:
+            said.append(f"owner changes are {share:.0%} of the advantage in layer output error")
+    if summary["correlation"]:
+        correlation = summary["correlation"]
+        said.append(f"block errors' cosine {correlation['mean']:.3f}, highest pair {correlation['highest']:.3f}")
+    for family, combining in summary["combining"].items():
+        if combining["comparable"]:
+            said.append(
+                f"{family} formats: of {combining['comparable']} joint orders {combining['decisively_better']} are "
+                f"decisively better than single methods of the same bytes, {combining['decisively_worse']} worse"
+            )
+    for ranking in summary["rankings"]:
+        last = ranking["ranking"][-1]
+        gap = last["difference"]
+        said.append(
+            f"best {ranking['ranking'][0]['order']}, worst {last['order']}, {gap['mean']:+.3f} "
+            f"[{gap['low']:+.3f}, {gap['high']:+.3f}] behind"
+        )
+    for entry in summary["orders"]:
+        if "mixed_precision" in entry["order"] and entry["value"] is not None:
+            said.append(f"{entry['order']}: {entry['value']:.4g}")
+    return [f"{name}: {each}" for each in said]
+
+
+def paired(on: Mapping[str, Any], off: Mapping[str, Any]) -> str:
+    """The same pairs on the grid and off it: how often the better order is another one."""
+    strip: Callable[[str], str] = lambda stage: str(canonical(Order((_on_grid(Order.parse(stage)[0]),))))  # noqa: E731
+    there = {(strip(p["first"]), strip(p["second"])): p["advantage"] for p in off["pairs"]}
+    both = [(p["advantage"], there[key]) for p in on["pairs"] if (key := (p["first"], p["second"])) in there]
+    decisive = [(a, b) for a, b in both if a["decisive"] and b["decisive"]]
+    other = sum((a["mean"] > 0) != (b["mean"] > 0) for a, b in decisive)
+    return f"{len(both)} pairs in both, {len(decisive)} decisive in both; of these {other} turn round off it"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("paper-output"))
     parser.add_argument("--planner", type=Path, default=Path("planner-output"))
-    parser.add_argument("--run", nargs="+", metavar=("STUDY", "DRAW"), help="only this study, and only these draws")
+    parser.add_argument("--run", nargs="+", metavar=("STUDY", "DRAW"), help=f"one of {', '.join(STUDIES)}, and draws")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    name, *draws = args.run or [None]
-    with quiet():
-        for each in STUDIES:
-            if name in (None, each):
-                run(each, args.output / each, [int(draw) for draw in draws] or list(range(DRAWS)))
+    if args.run:
+        torch.set_num_threads(1)
+        name, *draws = args.run
+        with quiet():
+            run(name, args.output / name, [int(draw) for draw in draws] or list(range(DRAWS)))
+        return
+    folders = {name: args.planner / name.replace(", ", "-").replace(" ", "-") for name in GRIDS}
+    folders |= {name: args.output / name for name in STUDIES}
+    found = {name: summarize(Trials.open(folder)) for name, folder in folders.items() if (folder / TRIALS).exists()}
+    console = Console(width=150, markup=False, highlight=False)
+    console.print(signs(found))
+    for name, summary in found.items():
+        for line in sentences(name, summary):
+            console.print(line)
+    for name in [name for name in GRIDS if name in found and found[name]["pairs"]]:
+        console.print(by_setting(name, found[name]))
+    for name in [name for name in found if f"{name}-off-grid" in found]:
+        console.print(f"{name} and {name}-off-grid: {paired(found[name], found[f'{name}-off-grid'])}")
+    (args.output / "paper.json").write_text(json.dumps(found, default=float) + "\n")
 
 
 if __name__ == "__main__":

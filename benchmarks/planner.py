@@ -2,10 +2,11 @@
 
     python benchmarks/planner.py --output planner-output            (hours on two cores; goes on where it was stopped)
     python benchmarks/planner.py --output planner-output --only truth tiny-llama 1    (one part, for a second process)
+    python benchmarks/planner.py --output planner-output --only curve tiny-vit        (accuracy against cost)
 
 The truth of a pair is its order advantage, the mean over three disjoint calibration draws; a pair is decisive where the
 95 % interval over draws and samples together excludes 0. The planner sees neither those calibration draws nor the
-samples the truth is measured on. It was tuned on tiny-llama's pairs of even index only.
+samples the truth is measured on.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +30,7 @@ from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
-from optimum_order.ordering.planner import plan
+from optimum_order.ordering.planner import MARGIN, plan
 from optimum_order.ordering.runner import Runner
 from optimum_order.ordering.study import Study, Trials, grid, quiet
 
@@ -40,6 +43,8 @@ GRIDS = {
     "tiny-vit": grid(PRUNERS, [0.4, 0.6], QUANTIZERS, [2, 3]),
     "tiny-resnet": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
 }
+MARGINS = [-math.inf, 0.0, 0.05, 0.1, 0.2, math.inf]
+"""Of `auto`: from never looking twice to always scoring whole models."""
 
 
 class Setting:
@@ -94,14 +99,20 @@ def groups(name: str) -> list[list[Order]]:
     return [orders] if len(orders[0]) > 2 else [list(pair) for pair in zip(orders[::2], orders[1::2], strict=True)]
 
 
-def plans(name: str, file: Path, strategies: list[str]) -> None:
-    """Ask the planner about every group, one JSON line each; those in the file are left out."""
-    done = {(row["index"], row["plan"]["strategy"]) for row in map(json.loads, file.open())} if file.exists() else set()
+def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
+    """Ask the planner about every group, one JSON line each; those in the file are left out.
+
+    Args:
+        name: Of the grid.
+        file: Where the lines go.
+        variants: Strategies, each with the margin that `auto` takes.
+    """
+    done = {(row["index"], row["plan"]["strategy"], row["margin"]) for row in lines(file)}
     setting = Setting(name)
     with file.open("a") as out:
         for index, orders in enumerate(groups(name)):
-            for strategy in strategies:
-                if (index, strategy) in done:
+            for strategy, margin in variants:
+                if (index, strategy, margin) in done:
                     continue
                 found = plan(
                     setting.planning,
@@ -111,10 +122,15 @@ def plans(name: str, file: Path, strategies: list[str]) -> None:
                     strategy=strategy,
                     scorer=setting.scorer,
                     calibration_samples=setting.size,
+                    margin=margin,
                     batch_size=batch_size(setting.plan_samples),
                 )
-                out.write(json.dumps({"index": index, "plan": found.as_dict()}) + "\n")
+                out.write(json.dumps({"index": index, "margin": margin, "plan": found.as_dict()}) + "\n")
                 out.flush()
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.open()] if file.exists() else []
 
 
 class Truth:
@@ -153,6 +169,7 @@ def choices(truth: Truth, orders: list[Order], found: dict[str, dict]) -> dict[s
 def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
     strategies = ["auto", "proxy", "pih", "prune first", "one full run"]
     totals: dict[tuple[str, str], list[tuple[bool | None, float, float, float]]] = {}
+    claims: dict[str, list[tuple[bool, bool, bool, float, float]]] = {}
     gaps: dict[str, list[float]] = {}
     decisive_count: dict[str, int] = {}
     for index, orders in enumerate(groups(name)):
@@ -168,6 +185,8 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
         decisive_count[half] = decisive_count.get(half, 0) + decisive
         gaps.setdefault(half, []).append(means[best] - means[worst])
         full = sum(map(truth.cost, orders))
+        if "auto" in found:
+            claims.setdefault(half, []).append(claim(found["auto"], truth, best))
         for strategy, (order, cost) in choices(truth, orders, found).items():
             right = (order == best) if decisive else None
             totals.setdefault((half, strategy), []).append((right, means[best] - means[order], cost, full))
@@ -194,14 +213,69 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
         label = f"{half}: {len(gaps[half])}, {decisive_count[half]} decisive"
         shown.add_row(label, strategy, share, f"{regret:.3f}", f"{cost:.1%}")
         summary[f"{half}/{strategy}"] = {"right": share, "regret": regret, "cost": cost}
+    for half, made in claims.items():
+        said = [right for decisive, right, *_ in made if decisive]
+        expected, true = np.array([(e, t) for *_, e, t in made]).T
+        summary[f"{half}/claims of auto"] = {
+            "plans": len(made),
+            "called decisive": len(said),
+            "of those right": sum(said),
+            "intervals that hold the true difference": sum(held for _, _, held, *_ in made),
+            "expected over true difference": float(expected.sum() / np.abs(true).sum()),
+        }
     summary["mean |A|"] = {half: float(np.mean(values)) for half, values in gaps.items()}
     return shown, summary
+
+
+def claim(found: dict, truth: Truth, best: Order) -> tuple[bool, bool, bool, float, float]:
+    """Of a plan: called decisive, right, whether its interval holds the true difference to the next, and both."""
+    first, second = (Order.parse(row["order"]) for row in found["ranking"][:2])
+    true, gap = float(truth.draws(first).mean() - truth.draws(second).mean()), found["difference"]
+    return found["decisive"], first == best, gap["low"] <= true <= gap["high"], gap["mean"], true
+
+
+def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Table, dict]:
+    """What `auto` would be with other margins, with the rules beside it: accuracy and regret against cost."""
+    shown = Table(title=f"{name}: accuracy against cost", title_justify="left")
+    for column in ("margin", "right where decisive", "regret / mean |A|", "cost", "layers looked at", "of them whole"):
+        shown.add_column(column, justify="right")
+    found: dict[str, dict] = {}
+    for margin in MARGINS:
+        mine = [row for row in rows if row["margin"] == margin]
+        _, summary = table(name, truth, mine)
+        halves = [value for key, value in summary.items() if key.endswith("/auto")]
+        if not halves:
+            continue
+        right, decisive = (sum(int(half["right"].split()[i]) for half in halves) for i in (0, 2))
+        regret, cost = (np.mean([half[key] for half in halves]) for key in ("regret", "cost"))
+        layers = np.mean([row["plan"]["cost"].get("layers", 0) for row in mine])
+        whole = np.mean([row["plan"]["scored_by"] != "layer error" for row in mine])
+        shown.add_row(
+            f"{margin:g}", f"{right} of {decisive}", f"{regret:.3f}", f"{cost:.1%}", f"{layers:.1f}", f"{whole:.0%}"
+        )
+        found[f"{margin:g}"] = {"right": right, "decisive": decisive, "regret": regret, "cost": cost}
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right_ = figure.subplots(1, 2)
+    for axis, key, label, target in ((left, "right", "right where decisive", 0.95), (right_, "regret", "regret", 0.03)):
+        values = [each[key] / (each["decisive"] if key == "right" else 1) for each in found.values()]
+        costs = [each["cost"] for each in found.values()]
+        axis.plot(costs, values, "o-")
+        for margin, x, y in zip(found, costs, values, strict=True):
+            axis.annotate(margin, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
+        axis.axhline(target, color="grey", linestyle=":")
+        axis.axvline(0.15, color="grey", linestyle=":")
+        axis.set(xlabel="cost / all orders in full", ylabel=label, xlim=(0, None))
+    figure.suptitle(f"{name}: auto at other margins; dotted are the targets")
+    figure.savefig(picture, dpi=120)
+    return shown, found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("planner-output"))
-    parser.add_argument("--only", nargs="+", metavar="PART", help="'truth NAME DRAW', 'plans NAME' or 'table'")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="'truth NAME DRAW', 'plans NAME', 'curve NAME' or 'table'"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that processor seconds are those of the work
     part, *rest = args.only or [""]
@@ -211,15 +285,23 @@ def main() -> None:
             if part in ("", "truth") and (not rest or rest[0] == name):
                 truth(name, folder, [int(rest[1])] if len(rest) > 1 else list(range(DRAWS)))
             if part in ("", "plans") and (not rest or rest[0] == name):
-                plans(name, folder / "plans.jsonl", ["auto", "proxy"])
-    if part in ("", "table"):
+                plans(name, folder / "plans.jsonl", [("auto", MARGIN), ("proxy", MARGIN)])
+            if part in ("", "curve") and (not rest or rest[0] == name):
+                plans(name, folder / "curve.jsonl", [("auto", margin) for margin in MARGINS])
+    if part in ("", "table", "curve"):
         console, everything = Console(width=110), {}
         for name in GRIDS:
             folder = args.output / name.replace(", ", "-").replace(" ", "-")
-            if (folder / "plans.jsonl").exists():
-                rows = [json.loads(line) for line in (folder / "plans.jsonl").open()]
+            if part != "curve" and (rows := lines(folder / "plans.jsonl")):
                 shown, everything[name] = table(name, Truth(folder), rows)
                 console.print(shown)
+                for key, value in everything[name].items():
+                    if key.endswith("claims of auto"):
+                        console.print(f"{key}: " + ", ".join(f"{what} {number:g}" for what, number in value.items()))
+            if rows := lines(folder / "curve.jsonl"):
+                shown, found = curve(name, Truth(folder), rows, folder / "curve.png")
+                console.print(shown)
+                everything[f"{name}, curve"] = found
         (args.output / "planner.json").write_text(json.dumps(everything, indent=2, default=float) + "\n")
 
 
