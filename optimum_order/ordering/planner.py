@@ -243,7 +243,7 @@ class _Planner:
             f"less output error than '{second}' ({1 - math.exp(-found.low):.0%} to {1 - math.exp(-found.high):.0%}); "
             f"what that is worth in {self.metric.name} is estimated with noise of that size in the other layers."
         )
-        return Found([(order, errors[order]) for order in by_error], "layer error", difference, True, reason)
+        return Found([(order, errors[order]) for order in by_error], "layer error", difference, found.low > 0, reason)
 
     def _ratios(self, sketch: Sketch, orders: list[Order]) -> tuple[Order, dict[Order, Difference]]:
         """The order with the least output error, and the logarithm of every other's over it, over layers and draws."""
