@@ -194,6 +194,12 @@ class ExportCommand(Command):
             )
         if args.stages is None:
             return (None if args.order is None else canonical(Order.parse(args.order))), None
+        for option in ("dry_run", "low_memory"):
+            if getattr(args, option):
+                raise OrderError(
+                    f"'--order auto' runs the whole model to plan, which '--{option.replace('_', '-')}' is there to "
+                    "avoid: plan first, with 'optimum-order plan', and give the order."
+                )
         stages = parse_stages(args.stages)
         for order in permutations(stages):
             canonical(order)

@@ -143,9 +143,7 @@ class Trials:
         if stored and stored != self.settings:
             before, now = _leaves(stored), _leaves(self.settings)
             differing = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-            differing.sort(
-                key=lambda key: key == "weights" or key.endswith("digest")
-            )  # what people chose first
+            differing.sort(key=lambda key: key == "weights" or key.endswith("digest"))  # what people chose first
             more = f" ({', '.join(differing[1:])} differ too)" if differing[1:] else ""
             raise OutputError(
                 f"'{folder / TRIALS}' holds the trials of another study: '{differing[0]}' is "

@@ -130,6 +130,7 @@ BAD = {
     "an order that cannot be read": (["--order", "wanda:0.5 >"], "the name of a method"),
     "auto without stages": (["--order", "auto"], "'--stages' need each other"),
     "stages without auto": (["--stages", "wanda:0.5, gptq:4"], "'--stages' need each other"),
+    "auto without running": (["--order", "auto", "--stages", "wanda:0.5, rtn:4", "--dry-run"], "plan first"),
     "one stage to order": (["--order", "auto", "--stages", "wanda:0.5"], "2 to 5 stages, got 1"),
     "an unknown stage to order": (["--order", "auto", "--stages", "wandaa:0.5, rtn:4"], "Did you mean 'wanda'?"),
     "a group size that does not divide": (["--order", "rtn(bits=4, group_size=48)"], "8, 16, 32, 64"),
