@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,14 +40,18 @@ class WorkDir:
         folder: Made if missing.
         fingerprint: All that decides what the run computes, nested mappings of plain values.
         resume: Whether to go on from what is there. Otherwise nothing may be there.
+        patience: Seconds of forwards that may have to be run again: activations are larger than what they are computed
+            from, and kept no more often than this.
 
     Raises:
         OutputError: If the folder is in use or of another run, or if it has what was not asked for: a run that could be
             resumed, or nothing to resume.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any], *, resume: bool):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any], *, resume: bool, patience: float = 10.0):
+        self.folder, self.patience = Path(folder), patience
+        self.flowed = time.monotonic()
+        """When activations were last kept."""
         check(self.folder, resume=resume)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -223,11 +228,13 @@ class Passage:
         index = self._index[unit]
         self.work.wait()
         values = {self._file(index, kind): value}
-        instead_of = [*self.work.files("crossing").values()]
+        instead_of = [file for (at, _), file in self.work.files("crossing").items() if at != self.number]
         if kind == "state":
             instead_of += [file for (at, which), file in self.work.files(kind).items() if which == index]
-        if (flowing := crossing()) is not None:
+        if time.monotonic() - self.work.flowed >= self.work.patience and (flowing := crossing()) is not None:
             values[self._file(index, "crossing")] = flowing
+            instead_of = [*instead_of, *self.work.files("crossing").values()]
+            self.work.flowed = time.monotonic()
         self.work.write(values, [file for file in instead_of if file not in values])
 
     def _file(self, index: int, kind: str) -> Path:

@@ -304,7 +304,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(
     for files in itertools.cycle((2, 1, 3)):
         left = files
         model.load_state_dict(original)
-        with contextlib.suppress(Killed), WorkDir(tmp_path / "work", {}, resume=bool(kept)) as work:
+        with contextlib.suppress(Killed), WorkDir(tmp_path / "work", {}, resume=bool(kept), patience=0) as work:
             found = pipeline.run(model, units, order, inputs, schedule=schedule, work=work, progress=False)
             break
     assert len(kept) > 1 and len(kept) == len(set(kept)), "nothing that was kept was done again"

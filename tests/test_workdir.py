@@ -53,7 +53,7 @@ def test_what_is_saved_is_there_for_the_run_that_goes_on(begun):
 
 def test_a_file_goes_once_another_has_taken_its_place(folder):
     flowing = Crossing("a", (torch.ones(2),), "00")
-    with WorkDir(folder, FINGERPRINT, resume=False) as work:
+    with WorkDir(folder, FINGERPRINT, resume=False, patience=0) as work:
         first = work.passage(0, UNITS)
         first.save("a", "state", value(1), lambda: flowing)
         first.save("b", "state", value(2), lambda: Crossing("b", (torch.zeros(2),), "01"))
@@ -71,6 +71,17 @@ def test_a_file_goes_once_another_has_taken_its_place(folder):
         assert again.over and again.finished(UNITS) == UNITS
         assert again.load("b") is None, "a later pass has left something since"
         assert work.passage(1, UNITS).finished(UNITS) == ["b"]
+
+
+def test_activations_are_kept_no_more_often_than_it_pays(folder):
+    with WorkDir(folder, FINGERPRINT, resume=False, patience=1000) as work:
+        first = work.passage(0, UNITS)
+        first.save("a", "state", value(1), lambda: pytest.fail("too soon"))
+        work.flowed -= 1000
+        first.save("b", "state", value(2), lambda: Crossing("b", (torch.zeros(2),), "01"))
+        first.save("c", "state", value(3), lambda: pytest.fail("too soon"))
+        work.wait()
+        assert first.crossing().unit == "b", "older activations are of use until there are others"
 
 
 def test_what_was_measured_stays(folder):
