@@ -75,6 +75,8 @@ class WorkDir:
         """Go on from what is there, or begin."""
         check(self.folder, resume=resume)  # once more: now nobody else can change it
         (self.folder / _PROCESS).unlink(missing_ok=True)
+        for removed in self.folder.parent.glob(f".{self.folder.name}.*.old"):
+            shutil.rmtree(removed, ignore_errors=True)
         for unfinished in self.folder.glob(_UNFINISHED):  # of a process that was killed
             unfinished.unlink()
         file = self.folder / _FINGERPRINT
@@ -261,6 +263,20 @@ def check(folder: Path, *, resume: bool) -> None:
 def has_progress(folder: Path) -> bool:
     """Whether a work dir holds anything that was finished."""
     return folder.is_dir() and any(_FILE.fullmatch(file.name) for file in folder.iterdir())
+
+
+def led_to(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a saved model is what the run of a work dir ends in: it was stopped before it could remove the folder."""
+    try:
+        run = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
+        model, samples = manifest["base_model"], manifest.get("calibration") or {}
+        said = (run["model"]["digest"], (run["calibration"] or {}).get("digest"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    same = all(
+        run.get(field) == manifest.get(field) for field in ("order", "schedule", "targets", "ignore", "versions")
+    )
+    return same and said == (model.get("digest"), samples.get("digest"))
 
 
 def is_ours(folder: Path) -> bool:

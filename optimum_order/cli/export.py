@@ -135,7 +135,8 @@ class ExportCommand(Command):
             raise FormatError(unknown("format", args.format, allowed))
         if args.metric not in (allowed := ["auto", *evaluation.available()]):
             raise ModelError(unknown("metric", args.metric, allowed))
-        artifact.check_output(output, overwrite=args.overwrite)
+        overwrite = args.overwrite or (args.resume and self._is_there(output))
+        artifact.check_output(output, overwrite=overwrite)
         if args.push_to_hub:
             hub.check(args.push_to_hub)
         if order is None:
@@ -172,7 +173,7 @@ class ExportCommand(Command):
         if args.evaluate:
             compressed.evaluate(args.evaluate, args.metric, format=args.format)
             lap("evaluate_after")
-        chosen = compressed.save_pretrained(output, format=args.format, overwrite=args.overwrite)
+        chosen = compressed.save_pretrained(output, format=args.format, overwrite=overwrite)
         stated = compressed.manifest | {"format": chosen}
         compressed.close()
         workdir.remove(self._work_dir)
@@ -209,6 +210,12 @@ class ExportCommand(Command):
     def _work_dir(self) -> Path:
         output = Path(self.args.output)
         return output.with_name(f"{output.name}.work") if self.args.work_dir is None else Path(self.args.work_dir)
+
+    def _is_there(self, output: Path) -> bool:
+        """Whether the run that is to go on was stopped when it had written OUTPUT already."""
+        from optimum_order import manifest, workdir
+
+        return (output / manifest.FILE).is_file() and workdir.led_to(self._work_dir, manifest.load(output))
 
     def advice(self) -> str:
         from optimum_order import workdir

@@ -288,6 +288,28 @@ def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, monk
     assert manifest.load(tmp_path / "out")["format"] == "dense"
 
 
+def test_a_run_that_was_stopped_when_all_was_written_ends(program, arguments, monkeypatch, tmp_path):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_order.workdir.remove", interrupt)
+    assert program(*arguments).code == 130
+    monkeypatch.undo()
+    expected = files(tmp_path / "out")
+    assert expected and (tmp_path / "out.work").exists()
+    done = program(*arguments, "--order", "rtn:4", "--resume")
+    assert done.code == 2 and "whose order was" in done.err
+    assert program(*arguments, "--resume").code == 0
+    assert files(tmp_path / "out") == expected and not (tmp_path / "out.work").exists()
+    program(*arguments, "--overwrite", "--format", "dense")
+    monkeypatch.setattr("optimum_order.workdir.remove", interrupt)
+    assert program(*arguments, "--seed", 5, "--overwrite").code == 130
+    monkeypatch.undo()
+    (tmp_path / "out" / "optimum_order.json").unlink()
+    done = program(*arguments, "--seed", 5, "--resume")
+    assert done.code == 2 and "is not empty" in done.err, "what is there is something else"
+
+
 def test_nothing_to_resume_is_said_at_once(program, arguments, tmp_path):
     done = program(*arguments, "--resume")
     assert done.code == 2 and f"no work dir '{tmp_path / 'out.work'}'" in done.err and done.err.count("\n") == 1
