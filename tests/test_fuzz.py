@@ -51,7 +51,7 @@ FUZZED = settings(max_examples=20, deadline=timedelta(seconds=10), suppress_heal
 
 
 def saved_in_each_format(model, root, shard):
-    """An artifact of several shards in each format."""
+    """An artifact in each format, of several shards if it is larger than one may be."""
     source = root / "source"
     model.to(torch.bfloat16).save_pretrained(source)
     compressor = JointCompressor.from_pretrained(source)
@@ -69,7 +69,9 @@ def saved_in_each_format(model, root, shard):
 @pytest.fixture(scope="module")
 def artifacts(make_model, tmp_path_factory):
     model = make_model("llama", intermediate_size=64, num_key_value_heads=4)
-    return saved_in_each_format(model, tmp_path_factory.mktemp("fuzz"), "30KB")
+    made = saved_in_each_format(model, tmp_path_factory.mktemp("fuzz"), "8KB")
+    assert all((folder / INDEX).exists() for folder in made.values())
+    return made
 
 
 @pytest.fixture(scope="module")
