@@ -4,7 +4,8 @@ python benchmarks/estimate.py
 
 The models are tiny-llama, a Llama of 88 million random weights in float32 and one half as wide in bfloat16, and
 tiny-vit. Every estimate and every run has a process of its own. Seconds are those of `compress`, the reading of the
-checkpoint included; memory is what the process has resident at most; bytes are those of the weight files.
+checkpoint included; memory is what the process has resident at most, as a run is by default and in low memory; bytes
+are those of the weight files.
 """
 
 import argparse
@@ -50,6 +51,10 @@ def job(kind: str, model: str, order: str, format: str, schedule: str, threads: 
     if kind == "estimate":
         found = compressor.estimate(order, schedule, format=format).as_dict()
         return found["total"] | {"format": found["format"], "took": time.perf_counter() - begin}
+    if kind == "low":
+        with tempfile.TemporaryDirectory() as folder:
+            compressor.compress(order, schedule, work_dir=Path(folder) / "work", low_memory=True, progress=False)
+            return {"low_memory": memory("VmHWM")}
     compressed = compressor.compress(order, schedule, progress=False)
     seconds, peak = time.perf_counter() - begin, memory("VmHWM")
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +76,8 @@ def main() -> None:
     from rich.table import Table
 
     table = Table("model", "order", "format")
-    for column in ("seconds", "measured", "ratio", "MB", "measured", "ratio", "bytes", "measured", "ratio", "took"):
+    measured = ("measured", "ratio")
+    for column in ("seconds", *measured, "MB", *measured, "low MB", *measured, "bytes", *measured, "took"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         made = {"llama": (LLAMA, "float32"), "small": (SMALL, "bfloat16")}
@@ -84,7 +90,7 @@ def main() -> None:
                 continue
             path = str(Path(folder) / model) if model in made else model
             found = {}
-            for kind in ("estimate", "run"):
+            for kind in ("estimate", "run", "low"):
                 asked = json.dumps([kind, path, order, format, schedule, args.threads, str(ids)])
                 command = [sys.executable, __file__, "--job", asked]
                 environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
@@ -92,19 +98,20 @@ def main() -> None:
                 if done.returncode:
                     raise SystemExit(f"{asked}: {done.stderr[-3000:]}")
                 found[kind] = json.loads(done.stdout.splitlines()[-1])
-            said, true = found["estimate"], found["run"]
+            said, true = found["estimate"], found["run"] | found["low"]
             if said["format"] != true["format"]:
                 raise SystemExit(f"{model}, {order}: expected {said['format']}, got {true['format']}")
             row = [f"{said['seconds']:.1f}", f"{true['seconds']:.1f}", f"{said['seconds'] / true['seconds']:.2f}"]
-            row += [f"{each['memory'] / 1e6:.0f}" for each in (said, true)]
-            row += [f"{said['memory'] / true['memory']:.2f}"]
+            for kind in ("memory", "low_memory"):
+                row += [f"{each[kind] / 1e6:.0f}" for each in (said, true)]
+                row += [f"{said[kind] / true[kind]:.2f}"]
             row += [f"{each['bytes']:,}" for each in (said, true)]
             row += ["exact" if said["bytes"] == true["bytes"] else f"{said['bytes'] / true['bytes']:.4f}"]
             if said["exact"] and said["bytes"] != true["bytes"]:
                 row[-1] += ", NOT exact"
             table.add_row(model, f"{order} ({schedule})", true["format"], *row, f"{said['took']:.1f} s")
             print(*table.columns[0]._cells[-1:], order, *row, file=sys.stderr, flush=True)
-    Console(width=190).print(table)
+    Console(width=210).print(table)
     print(f"{args.threads} threads. Each ratio is the estimate over what was measured; took: the estimate itself.")
 
 

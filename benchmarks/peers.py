@@ -383,7 +383,8 @@ def scaling(bench: Bench, recipe: Recipe) -> None:
     for growing, cases in {"weights": [(*size, 16) for size in SIZES], "tokens": [(512, 6, n) for n in TOKENS]}.items():
         points = []
         for width, layers, samples in cases:
-            sizes = LLAMA | {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_hidden_layers": layers}
+            inner = round(width / 48) * 128  # 8/3, in whole groups
+            sizes = LLAMA | {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
             sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
             with tempfile.TemporaryDirectory(dir=bench.work) as folder:
                 make_llama(Path(folder), sizes, "float32")
