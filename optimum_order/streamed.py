@@ -37,7 +37,9 @@ class Streamed:
         self.states = States(units, work)
         self.spill = Spill(work.folder, activation_limit)
         self._outside = weights.outside(units)
-        embedding = weights.model.get_input_embeddings()
+        embedding = None
+        with contextlib.suppress(NotImplementedError):  # what models of images say
+            embedding = weights.model.get_input_embeddings()
         used_once = set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
         named = dict(weights.model.named_parameters(remove_duplicate=False))
         self._at_first = [name for name in self._outside if id(named[name]) in used_once]

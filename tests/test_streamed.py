@@ -156,3 +156,12 @@ def test_the_program_does_the_same(saved, tmp_path):
     with pytest.raises(SystemExit) as end:
         main(["export", "model", str(tmp_path / "out"), "--order", "rtn:4", "--low-memory", "--evaluate", "builtin"])
     assert end.value.code == 2
+
+
+def test_a_model_without_embeddings_is_compressed_likewise(tmp_path):
+    compressor = JointCompressor.from_pretrained("tiny-resnet", calibration_samples=8)
+    expected = compressor.compress("wanda:0.5 > rtn:4", progress=False)
+    found = compressor.compress("wanda:0.5 > rtn:4", work_dir=tmp_path / "work", low_memory=True, progress=False)
+    for name, state in expected.layers.items():
+        assert torch.equal(found.layers[name].weight, state.weight), name
+    found.close()
