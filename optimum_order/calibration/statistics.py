@@ -44,6 +44,7 @@ class Accumulator:
             part = part.float()
             self.sums += torch.linalg.vecdot(part, part, dim=0)
 
+    @torch.inference_mode()  # in which the sums were taken; outside they could not be completed in place
     def result(self) -> Statistics:
         """What is known so far."""
         if self.sums.ndim == 2:

@@ -53,3 +53,11 @@ def test_what_lies_below_the_diagonal_is_copied(inputs):
     assert torch.allclose(gram.double(), X.double().T @ X.double(), rtol=1e-4, atol=1e-4)
     assert torch.allclose(gram, gram.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(accumulator.result().gram, gram)
+
+
+def test_sums_that_were_taken_in_inference_mode_are_completed_outside():
+    X = torch.randn(20, 600, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        accumulator = Accumulator(600, gram=True, device=torch.device("cpu"))
+        accumulator.add(X)
+    assert torch.allclose(accumulator.result().gram, X.T @ X, rtol=1e-2, atol=1e-1)

@@ -33,7 +33,7 @@ def sketch(runner, draws):
 def gathered(runner, batches):
     seen = {}
     runner.reset()
-    walk(runner.model, runner.units, batches, lambda at: seen.update(at.statistics), gram=True)
+    walk(runner.model, runner.units, batches, lambda at: seen.update(at.statistics), gram=True, dtype=torch.float32)
     return seen
 
 
