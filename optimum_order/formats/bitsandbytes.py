@@ -155,8 +155,11 @@ class BitsAndBytes(Format):
             wanted |= {"weight.nested_absmax", "weight.nested_quant_map"}
         if set(tensors) != wanted:
             raise ArtifactError(f"a 4-bit layer has the tensors {', '.join(sorted(wanted))}, got {', '.join(tensors)}")
+        state = tensors[name]
+        if state.dtype != torch.uint8 or state.ndim != 1:  # of a single number, Python would make as many bytes
+            raise ArtifactError(f"its quant state must be one dimension of uint8, got {state.dtype} {state.ndim}-D")
         try:
-            facts = unpack_tensor_to_dict(tensors[name])
+            facts = unpack_tensor_to_dict(state)
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"its quant state cannot be read: {error}") from error
         if not isinstance(facts, dict):

@@ -124,6 +124,7 @@ def restate(**changes):
         (NF4, lambda t: t.pop("weight.absmax"), "has the tensors"),
         (NF4, lambda t: t.update({STATE: torch.tensor([255, 0], dtype=torch.uint8)}), "cannot be read"),
         (NF4, lambda t: t.update({STATE: torch.tensor(list(b"[1]"), dtype=torch.uint8)}), "no JSON object"),
+        (NF4, lambda t: t.update({STATE: torch.tensor(2**40)}), "one dimension of uint8"),
         (NF4, restate(dtype="load"), "does not fit config.json"),
         (NF4, restate(quant_type="fp4"), "does not fit config.json"),
         (NF4, restate(blocksize=63), "does not fit config.json"),
