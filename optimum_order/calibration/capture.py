@@ -22,8 +22,7 @@ from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layer import Statistics
 from optimum_order.targets import Target
 
-# Which positional arguments of a product are its input and its weight.
-_PRODUCTS = {
+PRODUCTS = {
     functional.linear: (0, 1),
     torch.addmm: (1, 2),
     torch.matmul: (0, 1),
@@ -31,6 +30,7 @@ _PRODUCTS = {
     Tensor.matmul: (0, 1),
     Tensor.__matmul__: (0, 1),
 }
+"""Which positional arguments of a product are its input and its weight."""
 _MOST_UNFOLDED = 2**24
 """Numbers in the patches that are held at once, unless a single image has more."""
 
@@ -100,7 +100,7 @@ class Capture(TorchFunctionMode):
         self._last: dict[str, tuple[Tensor, _Patches | None]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        places = _PRODUCTS.get(func)
+        places = PRODUCTS.get(func)
         if places and len(args) > places[1]:
             target = self.watched.get(args[places[1]].data_ptr())
             if target is not None:

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
+from optimum_order.calibration.capture import PRODUCTS
 from optimum_order.targets import Target, Unit
 
 _ATEN = torch.ops.aten
@@ -30,16 +31,7 @@ _FACTORISATIONS = {
     _ATEN.cholesky_inverse: 2 / 3,
     _ATEN.linalg_solve_triangular: 1 / 3,
 }
-# Which positional arguments of a product are its input and its weight, as in `calibration.capture`.
-_PRODUCTS = {
-    functional.linear: (0, 1),
-    torch.addmm: (1, 2),
-    torch.matmul: (0, 1),
-    torch.mm: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    functional.conv2d: (0, 1),
-}
+_PRODUCTS = {**PRODUCTS, functional.conv2d: (0, 1)}
 
 
 class Counter(TorchDispatchMode):
