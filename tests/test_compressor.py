@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ViTImageProcessorP
 
 from optimum_order import JointCompressor, Stage
 from optimum_order.artifact import verify
+from optimum_order.calibration import precision
 from optimum_order.calibration.data import load
 from optimum_order.calibration.images import digits
 from optimum_order.errors import DataError, FormatError, ModelError, OptimumOrderError, OrderError, OutputError
@@ -411,7 +412,9 @@ def test_a_manifest_says_what_images_were_used(classifiers, tmp_path):
     manifest = json.loads((tmp_path / "out" / "optimum_order.json").read_text())
     calibration = manifest["calibration"]
     assert len(calibration.pop("digest")) == 64
-    assert calibration == {"source": "builtin", "samples": 32, "image_shape": [3, 32, 32], "note": ""}
+    multiplied = str(precision.choose("auto", torch.float32, torch.device("cpu"))).removeprefix("torch.")
+    images = {"source": "builtin", "samples": 32, "image_shape": [3, 32, 32], "note": ""}
+    assert calibration == images | {"dtype": multiplied}
     metric = manifest["metrics"]["accuracy"]
     assert metric["after"]["value"] == after.value and metric["before"]["value"] > 0.95
     assert metric["after"]["source"] == "builtin" and metric["after"]["digest"] == after.digest

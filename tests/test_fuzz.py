@@ -78,7 +78,9 @@ def artifacts(make_model, tmp_path_factory):
 def larger(make_model, tmp_path_factory):
     """Of 56 layers, each of them small beside the file: reading goes layer by layer."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_key_value_heads": 4}
-    return saved_in_each_format(make_model("llama", **sizes), tmp_path_factory.mktemp("larger"), "8MB")
+    made = saved_in_each_format(make_model("llama", **sizes), tmp_path_factory.mktemp("larger"), "1MB")
+    assert all((folder / INDEX).exists() for folder in made.values())
+    return made
 
 
 @contextlib.contextmanager
