@@ -189,7 +189,11 @@ class JointCompressor:
             )
         if (stages is not None) != (order == "auto"):
             raise OrderError("Give 'stages' with order='auto', and with no other order: they are what it is made of.")
-        found = None if stages is None else self.plan(stages, progress=progress)
+        found = None
+        if stages is not None:
+            stages = list(stages)
+            found = self._planned(work_dir, stages) if resume else None
+            found = found or self.plan(stages, progress=progress)
         order = Order.of(order) if found is None else found.order
         for stage in order:
             method(stage)  # the cheapest errors first, before any weight is read
@@ -213,6 +217,7 @@ class JointCompressor:
             work = streamed = None
             if work_dir is not None:
                 fingerprint = self._fingerprint(base, model.config, order, schedule, samples, len(batches), str(dtype))
+                fingerprint |= {"plan": found and found.as_dict()}
                 work = stack.enter_context(WorkDir(work_dir, fingerprint, resume=resume))
             if weights is not None:
                 streamed = Streamed(weights, units, work, activation_limit)
@@ -238,6 +243,15 @@ class JointCompressor:
         calibration = None if samples is None else _describe(samples) | multiplied
         about = (schedule, calibration, base, seconds, found)
         return CompressedModel(self, model, units, result, *about, tensors, work if tensors is not None else None)
+
+    @staticmethod
+    def _planned(work_dir: str | Path, stages: list[Stage | str]) -> Plan | None:
+        """The plan that a run of these stages was started with, if that is what the work dir holds."""
+        try:
+            found = Plan.from_dict(workdir.read_fingerprint(Path(work_dir))["plan"])
+        except (KeyError, TypeError, OrderError):
+            return None  # another run, which is refused when all is known that it is compared by
+        return found if found.order in map(canonical, planner.permutations(stages)) else None
 
     def _fingerprint(
         self,

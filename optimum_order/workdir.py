@@ -79,14 +79,10 @@ class WorkDir:
             shutil.rmtree(removed, ignore_errors=True)
         for unfinished in self.folder.glob(_UNFINISHED):  # of a process that was killed
             unfinished.unlink()
-        file = self.folder / _FINGERPRINT
         if has_progress(self.folder):
-            try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise OutputError(f"'{file}' is missing or damaged: remove the work dir, and start anew.") from error
-            _compare(before, fingerprint, self.folder)
+            _compare(read_fingerprint(self.folder), fingerprint, self.folder)
         else:
+            file = self.folder / _FINGERPRINT
             beside = file.with_name(f".{file.name}.partial")
             beside.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
             beside.replace(file)
@@ -263,6 +259,19 @@ def check(folder: Path, *, resume: bool) -> None:
 def has_progress(folder: Path) -> bool:
     """Whether a work dir holds anything that was finished."""
     return folder.is_dir() and any(_FILE.fullmatch(file.name) for file in folder.iterdir())
+
+
+def read_fingerprint(folder: Path) -> Any:
+    """What the run of a work dir was started with.
+
+    Raises:
+        OutputError: If that is damaged.
+    """
+    file = folder / _FINGERPRINT
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"'{file}' is missing or damaged: remove the work dir, and start anew.") from error
 
 
 def led_to(folder: Path, manifest: Mapping[str, Any]) -> bool:

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order.calibration import precision
 from optimum_order.calibration.capture import Capture
-from optimum_order.calibration.walk import _eager_experts
+from optimum_order.calibration.walk import eager_experts
 from optimum_order.evaluation.samples import placed
 from optimum_order.layer import Statistics
 from optimum_order.targets import Target
 
 
 def glance(
-    model: PreTrainedModel, targets: Iterable[Target], batches: Sequence[dict[str, Tensor]]
+    model: PreTrainedModel,
+    targets: Iterable[Target],
+    batches: Sequence[dict[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Statistics]:
     """The Gram matrix of each layer's inputs, all of them in memory at once.
 
@@ -24,6 +28,7 @@ def glance(
         model: In evaluation mode; it is run as it is.
         targets: The layers.
         batches: Keyword arguments of the model's forward.
+        dtype: To multiply in, from `precision.choose`.
 
     Returns:
         By name; zero tokens for a layer that was not reached.
@@ -31,8 +36,9 @@ def glance(
     Raises:
         ModelError: If an input was NaN or infinite.
     """
-    capture = Capture(targets, gram=True)
-    with torch.inference_mode(), _eager_experts(model):
+    capture = Capture(targets, gram=True, dtype=dtype)
+    multiplying = precision.forwards(dtype, model.dtype, model.device)
+    with torch.inference_mode(), eager_experts(model), multiplying:
         for batch in batches:
             with capture:
                 model(**placed(batch, model))

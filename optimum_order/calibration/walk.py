@@ -312,7 +312,7 @@ def _walk(
     if begun and len(begun.outputs) != len(forwards):
         raise _Stale
     remaining = {unit.name for unit in units}
-    with torch.inference_mode(), _eager_experts(model), _headless(model, units), _paused(units, forwards):
+    with torch.inference_mode(), eager_experts(model), _headless(model, units), _paused(units, forwards):
         with there(None):
             home = model.device  # where it is when it has weights
             multiplying = functools.partial(precision.forwards, dtype, model.dtype, device or home)
@@ -492,7 +492,7 @@ def _headless(model: PreTrainedModel, units: Sequence[Unit]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
+def eager_experts(model: nn.Module) -> Iterator[None]:
     """Run fused experts one at a time, as their authors wrote them, so that each one's inputs can be seen."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")}
     before = [(config, config._experts_implementation) for config in configs.values()]

@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,6 +91,15 @@ class Plan:
     def order(self) -> Order:
         """The recommended order."""
         return self.ranking[0][0]
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Plan:
+        """The plan that `as_dict` was made of."""
+        gap = found["difference"]
+        ranking = tuple((Order.parse(row["order"]), row["score"]) for row in found["ranking"])
+        difference = gap and Difference(**{name: value for name, value in gap.items() if name != "decisive"})
+        rest = ("scored_by", "strategy", "metric", "decisive", "reason", "cost")
+        return cls(ranking, difference=difference, **{name: found[name] for name in rest})
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON, and for the manifest of what is compressed by it."""
@@ -324,8 +333,9 @@ class _Planner:
         values: dict[Order, list[Tensor]] = {order: [] for order in self.orders}
         with self._bar("order") as bar:
             for batches, order in itertools.product(draws, self.orders):
-                model, units, start = self.runner.model, self.runner.units, self.runner.original
-                pipeline.run(model, units, order, batches, schedule="block", start=start, progress=False)
+                options: dict[str, Any] = {"schedule": "block", "start": self.runner.original, "progress": False}
+                model, units, dtype = self.runner.model, self.runner.units, self.runner.dtype
+                pipeline.run(model, units, order, batches, dtype=dtype, **options)
                 scores[order].append(self._measure(scorer, samples).performances)
                 if scorer is not self.metric:
                     values[order].append(self._measure(self.metric, samples).performances)

@@ -8,7 +8,6 @@ samples is all the data costs.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
@@ -94,7 +93,7 @@ class Sketch:
         for number, batches in enumerate(self.draws):
             mine = [t for t in self._targets() if t.name in wanted and self.draw(t.name) == number]
             if mine:
-                self._known |= glance(self.runner.model, mine, batches)
+                self._known |= glance(self.runner.model, mine, batches, self.runner.dtype)
         return self._known
 
     def _compress(self, name: str, statistics: Statistics | None, orders: Collection[Order]) -> None:
@@ -181,7 +180,8 @@ def spread(count: int) -> list[int]:
     Args:
         count: At least 1.
     """
-    step = next(step for step in itertools.count(math.ceil(_GOLDEN * count)) if math.gcd(step, count) == 1)
+    fair = [step for step in range(1, count + 1) if math.gcd(step, count) == 1]
+    step = min(fair, key=lambda step: abs(step - _GOLDEN * count))
     return [k * step % count for k in range(count)]
 
 

@@ -413,7 +413,8 @@ class Study:
             batches = self.runner.batches(draw)
             if batches and size <= _MOST_GRAM_BYTES:
                 self.runner.reset()
-                walk(self.runner.model, self.runner.units, batches, lambda at: found.update(at.statistics), gram=True)
+                model, units, dtype = self.runner.model, self.runner.units, self.runner.dtype
+                walk(model, units, batches, lambda at: found.update(at.statistics), gram=True, dtype=dtype)
             self._statistics = draw, found
         return self._statistics[1]
 
@@ -451,7 +452,7 @@ class Study:
                 target.write(self.runner.original.states[target.name].weight)
 
         self.runner.reset()
-        walk(self.runner.model, self.runner.units, batches, visit, gram=False)
+        walk(self.runner.model, self.runner.units, batches, visit, gram=False, dtype=self.runner.dtype)
         return [[_cosine(a, b) for b in errors] for a in errors]
 
 

@@ -288,6 +288,22 @@ def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, monk
     assert manifest.load(tmp_path / "out")["format"] == "dense"
 
 
+def test_a_run_whose_order_was_planned_is_not_planned_again(program, arguments, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    auto = [*arguments, "--order", "auto", "--stages"]
+    monkeypatch.setattr("optimum_order.formats.checkpoint.write", full)
+    assert program(*auto, "magnitude:0.6, rtn:3").code == 2
+    monkeypatch.undo()
+    planned = json.loads((tmp_path / "out.work" / "fingerprint.json").read_text())["plan"]
+    done = program(*auto, "magnitude:0.6, rtn:4", "--resume")
+    assert done.code == 2 and "whose order was" in done.err.splitlines()[-1], "those are other stages"
+    monkeypatch.setattr("optimum_order.compressor.JointCompressor.plan", lambda *_, **__: pytest.fail("it is planned"))
+    assert program(*auto, "rtn:3, magnitude(sparsity=0.6)", "--resume").code == 0
+    assert manifest.load(tmp_path / "out")["plan"] == planned
+
+
 def test_a_run_that_was_stopped_when_all_was_written_ends(program, arguments, monkeypatch, tmp_path):
     def interrupt(_):
         raise KeyboardInterrupt

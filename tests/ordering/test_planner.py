@@ -11,7 +11,7 @@ from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.perplexity import Perplexity
 from optimum_order.ordering import planner
-from optimum_order.ordering.planner import STRATEGIES, _student, permutations
+from optimum_order.ordering.planner import STRATEGIES, Plan, _student, permutations
 
 PAIR = ["magnitude:0.5", "rtn:3"]
 CALIBRATED = ["wanda:0.5", "gptq:3"]
@@ -43,6 +43,7 @@ def test_a_plan_is_json(plans):
         found = json.loads(json.dumps(plan.as_dict(), allow_nan=False))
         assert found["order"] == str(plan.order) == found["ranking"][0]["order"]
         assert {"difference", "decisive", "reason", "cost"} <= set(found)
+        assert Plan.from_dict(found) == plan
 
 
 def test_rules_of_thumb_claim_nothing_about_performance(plans):
