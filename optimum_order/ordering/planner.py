@@ -46,7 +46,7 @@ STRATEGIES = ("auto", "measure", "pih", "proxy")
 MOST_STAGES = 5
 
 _CALIBRATING = {"window": 16, "image": 4}
-_ESTIMATING = {"window": 32, "image": 16}
+_ESTIMATING = {"window": 16, "image": 16}
 _SCORING = {"window": 16, "image": 8}
 """What `auto` uses, by the kind of sample: the calibration draw, and what M is estimated or measured on, divided by
 these. An image says less than a window: it has one answer and few tokens."""
@@ -261,17 +261,22 @@ class _Planner:
         return best, {o: _student(logarithms[o] - logarithms[best], _SURE) for o in orders if o is not best}
 
     def _imagined(self, sketch: Sketch, best: Order, second: Order) -> Difference:
-        """M of the best order less that of another, where the layers that were not looked at are noise."""
-        samples = self._some(_ESTIMATING)
-        gaps = []
-        for draw in range(max(1, len(sketch.draws))):
-            found = []
-            for order in (best, second):
-                sketch.imagine(order, draw)
-                found.append(self._measure(self.metric, samples).performances)
-            gaps.append(found[0] - found[1])
+        """M of the best order less that of another, where the layers that were not looked at are noise.
+
+        Its interval is that over samples, and that over layers and draws of what it comes from: M is taken to differ in
+        proportion to the logarithm of the output errors.
+        """
+        samples, measured = self._some(_ESTIMATING), []
+        for order in (best, second):
+            sketch.imagine(order)
+            measured.append(self._measure(self.metric, samples).performances)
         self.done["scored_samples"] = len(samples)
-        return self._interval(self.metric, torch.stack(gaps), "draws, layers and samples")
+        over_samples = self._interval(self.metric, (measured[0] - measured[1])[None])
+        ratio = _student(sketch.logarithms(second) - sketch.logarithms(best), _CONFIDENCE)
+        mean = over_samples.mean
+        over_layers = abs(mean) * (ratio.high - ratio.mean) / ratio.mean if ratio.mean else 0.0
+        half = math.hypot(over_samples.high - mean, over_layers)
+        return Difference(mean, mean - half, mean + half, "draws, layers and samples", _CONFIDENCE)
 
     def _whole(self, sketch: Sketch, alive: list[Order], dropped: list[Order], scorer: Metric) -> Found:
         """Rank orders whose layers are all compressed by what the whole model makes of them."""

@@ -54,8 +54,6 @@ class Sketch:
         """Relative squared output errors."""
         self._alignment: dict[str, float] = {}
         self._known: dict[str, Statistics] = {}
-        self._noise: dict[int, dict[str, Tensor]] = {}
-        """Of the last draw that was imagined."""
 
     def draw(self, layer: str) -> int:
         """The number of the draw that a layer sees."""
@@ -129,29 +127,24 @@ class Sketch:
             known = name in found and not (without is not None and self.draw(name) == without)
             target.write((found[name] if known else self.runner.original.states[name]).weight)
 
-    def imagine(self, order: Order, draw: int) -> None:
-        """Put into the model what a whole run may look like, by the layers of one draw.
+    def imagine(self, order: Order) -> None:
+        """Put into the model what a whole run may look like, by the layers that were taken.
 
         All other layers get white noise that makes the same relative error in their outputs, the same noise for every
         order. That is milder than what it stands for, whose errors are not independent of the weights.
 
         Args:
             order: Which.
-            draw: The draw whose layers are known.
         """
-        mine = [name for name in self.errors[order] if self.draw(name) == draw]
-        error = sum(self.errors[order][name] for name in mine) / len(mine)
-        alignment = sum(self._alignment[name] for name in mine) / len(mine)
-        if draw not in self._noise:
-            generator = torch.Generator().manual_seed(draw)
-            states = {name: state for name, state in self.runner.original.states.items() if name not in mine}
-            self._noise = {draw: {name: _noise(state.weight, generator) for name, state in states.items()}}
+        known = self.states[order]
+        error = sum(self.errors[order].values()) / len(known)
+        alignment = sum(self._alignment[name] for name in known) / len(known)
+        generator = torch.Generator().manual_seed(0)
         for target in self._targets():
-            if target.name in mine:
-                target.write(self.states[order][target.name].weight)
-            else:
-                weight = self.runner.original.states[target.name].weight
-                target.write(weight + (error * alignment) ** 0.5 * self._noise[draw][target.name])
+            weight = self.runner.original.states[target.name].weight
+            noise = _noise(weight, generator)  # for known layers too, so that the others' is the same in every order
+            found = known[target.name].weight if target.name in known else None
+            target.write(weight + (error * alignment) ** 0.5 * noise if found is None else found)
 
     def _targets(self) -> list[Target]:
         return [target for unit in self.runner.units for target in unit.targets]
