@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
-from optimum_order.ordering.planner import MARGIN, plan
+from optimum_order.ordering.planner import CONFIDENCE, plan
 from optimum_order.ordering.runner import Runner
 from optimum_order.ordering.study import Study, Trials, grid, quiet
 
@@ -43,8 +42,8 @@ GRIDS = {
     "tiny-vit": grid(PRUNERS, [0.4, 0.6], QUANTIZERS, [2, 3]),
     "tiny-resnet": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
 }
-MARGINS = [-math.inf, 0.0, 0.05, 0.1, 0.2, math.inf]
-"""Of `auto`: from never looking twice to always scoring whole models."""
+CONFIDENCES = [0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0]
+"""Of `auto`: from looking twice as seldom as can be to always scoring whole models."""
 
 
 class Setting:
@@ -105,14 +104,14 @@ def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
     Args:
         name: Of the grid.
         file: Where the lines go.
-        variants: Strategies, each with the margin that `auto` takes.
+        variants: Strategies, each with the confidence that `auto` asks for.
     """
-    done = {(row["index"], row["plan"]["strategy"], row["margin"]) for row in lines(file)}
+    done = {(row["index"], row["plan"]["strategy"], row["confidence"]) for row in lines(file)}
     setting = Setting(name)
     with file.open("a") as out:
         for index, orders in enumerate(groups(name)):
-            for strategy, margin in variants:
-                if (index, strategy, margin) in done:
+            for strategy, confidence in variants:
+                if (index, strategy, confidence) in done:
                     continue
                 found = plan(
                     setting.planning,
@@ -122,10 +121,10 @@ def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
                     strategy=strategy,
                     scorer=setting.scorer,
                     calibration_samples=setting.size,
-                    margin=margin,
+                    confidence=confidence,
                     batch_size=batch_size(setting.plan_samples),
                 )
-                out.write(json.dumps({"index": index, "margin": margin, "plan": found.as_dict()}) + "\n")
+                out.write(json.dumps({"index": index, "confidence": confidence, "plan": found.as_dict()}) + "\n")
                 out.flush()
 
 
@@ -235,13 +234,20 @@ def claim(found: dict, truth: Truth, best: Order) -> tuple[bool, bool, bool, flo
 
 
 def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Table, dict]:
-    """What `auto` would be with other margins, with the rules beside it: accuracy and regret against cost."""
+    """What `auto` would be with other confidences, with the rules beside it: accuracy and regret against cost."""
     shown = Table(title=f"{name}: accuracy against cost", title_justify="left")
-    for column in ("margin", "right where decisive", "regret / mean |A|", "cost", "layers looked at", "of them whole"):
+    for column in (
+        "confidence",
+        "right where decisive",
+        "regret / mean |A|",
+        "cost",
+        "layers looked at",
+        "of them whole",
+    ):
         shown.add_column(column, justify="right")
     found: dict[str, dict] = {}
-    for margin in MARGINS:
-        mine = [row for row in rows if row["margin"] == margin]
+    for confidence in CONFIDENCES:
+        mine = [row for row in rows if row["confidence"] == confidence]
         _, summary = table(name, truth, mine)
         halves = [value for key, value in summary.items() if key.endswith("/auto")]
         if not halves:
@@ -251,21 +257,21 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
         layers = np.mean([row["plan"]["cost"].get("layers", 0) for row in mine])
         whole = np.mean([row["plan"]["scored_by"] != "layer error" for row in mine])
         shown.add_row(
-            f"{margin:g}", f"{right} of {decisive}", f"{regret:.3f}", f"{cost:.1%}", f"{layers:.1f}", f"{whole:.0%}"
+            f"{confidence:g}", f"{right} of {decisive}", f"{regret:.3f}", f"{cost:.1%}", f"{layers:.1f}", f"{whole:.0%}"
         )
-        found[f"{margin:g}"] = {"right": right, "decisive": decisive, "regret": regret, "cost": cost}
+        found[f"{confidence:g}"] = {"right": right, "decisive": decisive, "regret": regret, "cost": cost}
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right_ = figure.subplots(1, 2)
     for axis, key, label, target in ((left, "right", "right where decisive", 0.95), (right_, "regret", "regret", 0.03)):
         values = [each[key] / (each["decisive"] if key == "right" else 1) for each in found.values()]
         costs = [each["cost"] for each in found.values()]
         axis.plot(costs, values, "o-")
-        for margin, x, y in zip(found, costs, values, strict=True):
-            axis.annotate(margin, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
+        for confidence, x, y in zip(found, costs, values, strict=True):
+            axis.annotate(confidence, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
         axis.axhline(target, color="grey", linestyle=":")
         axis.axvline(0.15, color="grey", linestyle=":")
         axis.set(xlabel="cost / all orders in full", ylabel=label, xlim=(0, None))
-    figure.suptitle(f"{name}: auto at other margins; dotted are the targets")
+    figure.suptitle(f"{name}: auto at other confidences; dotted are the targets")
     figure.savefig(picture, dpi=120)
     return shown, found
 
@@ -285,9 +291,9 @@ def main() -> None:
             if part in ("", "truth") and (not rest or rest[0] == name):
                 truth(name, folder, [int(rest[1])] if len(rest) > 1 else list(range(DRAWS)))
             if part in ("", "plans") and (not rest or rest[0] == name):
-                plans(name, folder / "plans.jsonl", [("auto", MARGIN), ("proxy", MARGIN)])
+                plans(name, folder / "plans.jsonl", [("auto", CONFIDENCE), ("proxy", CONFIDENCE)])
             if part in ("", "curve") and (not rest or rest[0] == name):
-                plans(name, folder / "curve.jsonl", [("auto", margin) for margin in MARGINS])
+                plans(name, folder / "curve.jsonl", [("auto", confidence) for confidence in CONFIDENCES])
     if part in ("", "table", "curve"):
         console, everything = Console(width=110), {}
         for name in GRIDS:

@@ -4,9 +4,10 @@ Strategies, cheapest first:
 
     pih      weaker first, stronger later (the Progressive Intensity Hypothesis), by M of each stage alone
     proxy    the layers' output errors on inputs of the original model: one pass of statistics, no model is run after
-    auto     the layers' output errors on a few layers, each with a calibration draw of its own; on twice as many while
-             it is not sure that one order is ahead by more than such errors can mislead; and where that never comes,
-             all layers, and M (or what stands for it) of the whole model on a few samples
+    auto     a few layers, each compressed in every order with a calibration draw of its own. There are two witnesses:
+             the layers' output errors, and M (or what stands for it) of the model with these layers alone compressed,
+             on a few samples. An order is out once both say so and the errors differ by more than chance; otherwise
+             twice as many layers are looked at, and where that never ends it, M of the whole models decides
     measure  every order in full, with one calibration draw or more
 
 `pih` and `proxy` say nothing about M itself; they are here to be compared with.
@@ -46,18 +47,15 @@ STRATEGIES = ("auto", "measure", "pih", "proxy")
 MOST_STAGES = 5
 
 _CALIBRATING = {"window": 16, "image": 4}
-_ESTIMATING = {"window": 16, "image": 16}
 _SCORING = {"window": 16, "image": 8}
-"""What `auto` uses, by the kind of sample: the calibration draw, and what M is estimated or measured on, divided by
-these. An image says less than a window: it has one answer and few tokens."""
+"""What `auto` uses, by the kind of sample: the calibration draw, and what models are scored on, divided by these. An
+image says less than a window: it has one answer and few tokens."""
 _SMALL_DRAWS = 4
 """Into how many small draws `auto` splits its calibration samples."""
 _FIRST_LAYERS = 4
 """How many layers `auto` looks at to begin with."""
-MARGIN = 0.1
-"""By how much the logarithm of the output errors must differ before it is believed: they do not say everything of M."""
-_SURE = 0.99
-"""How sure of that `auto` must be; it looks several times, so this is stricter than what is reported."""
+CONFIDENCE = 0.9
+"""Of the interval of the output errors' ratio that must exclude 1 before `auto` believes them."""
 _CONFIDENCE = 0.95
 
 
@@ -144,7 +142,7 @@ def plan(
     scorer: Metric | None = None,
     calibration_samples: int = 128,
     draws: int = 1,
-    margin: float = MARGIN,
+    confidence: float = CONFIDENCE,
     batch_size: int = 8,
     progress: bool = False,
 ) -> Plan:
@@ -159,8 +157,8 @@ def plan(
         scorer: What `auto` ranks by, where M of a single sample is too coarse, as accuracy is; by default M.
         calibration_samples: How many a draw has.
         draws: How many calibration draws `measure` runs.
-        margin: By how much the logarithms of output errors must differ for `auto` to believe them: the larger, the more
-            often it goes on to score whole models. At infinity it always does, at minus infinity it never looks twice.
+        confidence: How sure `auto` must be of the layers' output errors. The surer, the more layers it looks at, and
+            the more often whole models decide: at 1 always, at 0 as seldom as can be.
         batch_size: Of the metric.
         progress: Whether to show a bar on stderr.
 
@@ -176,7 +174,7 @@ def plan(
     planner = _Planner(runner, orders, metric, samples, batch_size, progress)
     wall, cpu = time.perf_counter(), time.process_time()
     if strategy == "auto":
-        found = planner.auto(scorer or metric, calibration_samples, margin)
+        found = planner.auto(scorer or metric, calibration_samples, confidence)
     elif strategy == "measure":
         found = planner.measure(draws)
     else:
@@ -221,56 +219,74 @@ class _Planner:
         self.done = {"orders": 0, "calibration_samples": 0, "scored_samples": 0}
         self._calibrated = any(pipeline.needs_data(stage) for stage in orders[0])
 
-    def auto(self, scorer: Metric, calibration_samples: int, margin: float) -> Found:
+    def auto(self, scorer: Metric, calibration_samples: int, confidence: float) -> Found:
         if any(isinstance(method(stage), Allocator) for stage in self.orders[0]):
             return self._in_small(scorer, calibration_samples)
-        draws = self._small_draws(calibration_samples)
+        draws, samples = self._small_draws(calibration_samples), self._some(_SCORING)
         with self._bar("layer") as bar:
             sketch = Sketch(self.runner, self.orders, draws, bar.update)
-            total, count = len(sketch.layers), max(_FIRST_LAYERS, len(draws))
-            alive = list(self.orders)
+            total, count, alive = len(sketch.layers), max(_FIRST_LAYERS, len(draws)), list(self.orders)
             while True:
-                sketch.take(count := min(count, total), alive)
-                best, ratios = self._ratios(sketch, alive)
-                alive = [best, *(order for order, found in ratios.items() if not found.low > margin)]
-                near = any(found.high < margin for order, found in ratios.items() if order in alive)
-                if len(alive) == 1 or near or count == total:
+                count = min(count, total)
+                sketch.take(count, alive)
+                scores = self._scores(sketch, alive, scorer, samples)
+                best, ratios = self._ratios(sketch, alive, confidence)
+                mean = {order: scores[order].mean().item() for order in alive}
+                sure = {o for o, found in ratios.items() if found.low > 0 and mean[o] < mean[best]}
+                alive = [order for order in alive if order not in sure]
+                if len(alive) == 1 or count == total:
                     break
-                count = total if 2 * count > total / 2 else 2 * count
-            if len(alive) > 1:
-                sketch.take(total, alive)
-        looked = {"orders": len(self.orders), "calibration_samples": sum(map(_count, draws))}
-        self.done |= looked | {"layers": len(sketch.errors[alive[0]])}
+                count *= 2
+        self.done |= {
+            "orders": len(self.orders),
+            "calibration_samples": sum(map(_count, draws)),
+            "scored_samples": len(samples),
+            "layers": count,
+        }
         errors = {order: sketch.logarithms(order).mean().exp().item() for order in self.orders}
-        by_error = sorted(self.orders, key=lambda order: (order not in alive, errors[order]))
+        # those that fell behind earlier were looked at on fewer layers
+        by_error = sorted(self.orders, key=lambda order: (order not in alive, order not in ratios, errors[order]))
         if len(alive) > 1:
-            return self._whole(sketch, alive, [order for order in by_error if order not in alive], scorer)
+            dropped = [order for order in by_error if order not in alive]
+            return self._whole(sketch, {order: scores[order] for order in alive}, dropped, scorer, samples)
         second, found = by_error[1], ratios[by_error[1]]
-        difference = self._imagined(sketch, best, second)
+        difference = self._imagined(sketch, best, second, samples)
+        less, most, least = (1 - math.exp(-ratio) for ratio in (found.mean, found.high, found.low))
         reason = (
-            f"on {count} of {total} layers, each {self._seen(draws)}, '{best}' leaves {1 - math.exp(-found.mean):.0%} "
-            f"less output error than '{second}' ({1 - math.exp(-found.low):.0%} to {1 - math.exp(-found.high):.0%}); "
-            f"what that is worth in {self.metric.name} is estimated with noise of that size in the other layers."
+            f"on {count} of {total} layers, each {self._seen(draws)}, '{best}' leaves {less:.0%} less output error "
+            f"than '{second}' ({least:.0%} to {most:.0%}), and the model with these layers alone compressed agrees; "
+            f"what it is worth in {self.metric.name} is estimated with noise of that size in the other layers."
         )
-        return Found([(order, errors[order]) for order in by_error], "layer error", difference, found.low > 0, reason)
+        known = {best, *ratios}
+        ranking: Ranking = [(order, errors[order] if order in known else None) for order in by_error]
+        return Found(ranking, "layer error", difference, difference.decisive, reason)
 
-    def _ratios(self, sketch: Sketch, orders: list[Order]) -> tuple[Order, dict[Order, Difference]]:
+    def _scores(self, sketch: Sketch, orders: Iterable[Order], scorer: Metric, samples: Samples) -> dict[Order, Tensor]:
+        """What the model is worth with the layers that were taken and no other compressed: (samples,) of each order."""
+        found = {}
+        for order in orders:
+            sketch.write(order)
+            found[order] = self._measure(scorer, samples).performances
+        return found
+
+    def _ratios(
+        self, sketch: Sketch, orders: Iterable[Order], confidence: float
+    ) -> tuple[Order, dict[Order, Difference]]:
         """The order with the least output error, and the logarithm of every other's over it, over layers and draws."""
         logarithms = {order: sketch.logarithms(order) for order in orders}
-        best = min(orders, key=lambda order: logarithms[order].mean().item())
-        return best, {o: _student(logarithms[o] - logarithms[best], _SURE) for o in orders if o is not best}
+        best = min(logarithms, key=lambda order: logarithms[order].mean().item())
+        return best, {o: _student(found - logarithms[best], confidence) for o, found in logarithms.items() if o != best}
 
-    def _imagined(self, sketch: Sketch, best: Order, second: Order) -> Difference:
+    def _imagined(self, sketch: Sketch, best: Order, second: Order, samples: Samples) -> Difference:
         """M of the best order less that of another, where the layers that were not looked at are noise.
 
         Its interval is that over samples, and that over layers and draws of what it comes from: M is taken to differ in
         proportion to the logarithm of the output errors.
         """
-        samples, measured = self._some(_ESTIMATING), []
+        measured = []
         for order in (best, second):
             sketch.imagine(order)
             measured.append(self._measure(self.metric, samples).performances)
-        self.done["scored_samples"] = len(samples)
         over_samples = self._interval(self.metric, (measured[0] - measured[1])[None])
         ratio = _student(sketch.logarithms(second) - sketch.logarithms(best), _CONFIDENCE)
         mean = over_samples.mean
@@ -278,15 +294,16 @@ class _Planner:
         half = math.hypot(over_samples.high - mean, over_layers)
         return Difference(mean, mean - half, mean + half, "draws, layers and samples", _CONFIDENCE)
 
-    def _whole(self, sketch: Sketch, alive: list[Order], dropped: list[Order], scorer: Metric) -> Found:
+    def _whole(
+        self,
+        sketch: Sketch,
+        scores: dict[Order, Tensor],
+        dropped: list[Order],
+        scorer: Metric,
+        samples: Samples,
+    ) -> Found:
         """Rank orders whose layers are all compressed by what the whole model makes of them."""
-        samples = self._some(_SCORING)
-        scores = {}
-        for order in alive:
-            sketch.write(order)
-            scores[order] = self._measure(scorer, samples).performances
-        self.done["scored_samples"] = len(samples)
-        ranked = sorted(alive, key=lambda order: -scores[order].mean().item())
+        ranked = sorted(scores, key=lambda order: -scores[order].mean().item())
         best, second = ranked[:2]
         found = self._jackknife(sketch, best, second, scorer, samples, scores[best] - scores[second])
         difference = found if scorer is self.metric else self._jackknife(sketch, best, second, self.metric, samples)

@@ -1,7 +1,6 @@
 """What a plan recommends, what it claims, and what it refuses."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from optimum_order.ordering.planner import STRATEGIES, Plan, _student, permutati
 
 PAIR = ["magnitude:0.5", "rtn:3"]
 CALIBRATED = ["wanda:0.5", "gptq:3"]
+EASY = ["sparsegpt:0.65", "rtn:2"]
 
 
 @pytest.fixture(scope="module")
@@ -178,32 +178,40 @@ class TestDraws:
 
 
 class TestHowFarAutoLooks:
-    def planned(self, compressor, margin, stages=CALIBRATED):
+    def planned(self, compressor, confidence, stages=CALIBRATED):
         runner, samples = compressor._runner(progress=False), compressor._evaluation("builtin", 64)
-        return planner.plan(runner, stages, Perplexity(), samples, calibration_samples=8, margin=margin)
+        return planner.plan(runner, stages, Perplexity(), samples, calibration_samples=8, confidence=confidence)
 
     def test_a_few_layers_do_where_any_difference_is_believed(self, compressor):
-        plan = self.planned(compressor, -math.inf)
+        plan = self.planned(compressor, 0.0, EASY)
         assert plan.cost["layers"] == 4 and plan.scored_by == "layer error"
         assert "4 draws of 1 calibration window" in plan.reason and plan.cost["calibration_samples"] == 4
         assert plan.difference.over == "draws, layers and samples"
 
     def test_all_layers_and_whole_models_where_none_is(self, compressor):
-        plan = self.planned(compressor, math.inf)
+        plan = self.planned(compressor, 1.0, EASY)
         assert plan.cost["layers"] == 28 and plan.scored_by == "perplexity"
         assert plan.cost["scored_samples"] == 4
 
     def test_an_order_that_fell_behind_is_not_scored(self, compressor):
-        plan = self.planned(compressor, 0.1, ["magnitude:0.6", "rtn:2", "rtn:8"])
+        plan = self.planned(compressor, 0.9, ["magnitude:0.6", "rtn:2", "rtn:8"])
         scores = [score for _, score in plan.ranking]
-        assert len(scores) == 6
-        if plan.scored_by == "perplexity":
-            assert scores == sorted((s for s in scores if s is not None), reverse=True) + [None] * scores.count(None)
-        else:
-            assert scores == sorted(scores)
+        assert len(scores) == 6 and None in scores
+        known = sorted((score for score in scores if score is not None), reverse=plan.scored_by == "perplexity")
+        assert scores == known + [None] * scores.count(None)
+
+    def test_no_order_is_dropped_that_the_partly_compressed_model_prefers(self, compressor, monkeypatch):
+        """The layers' errors alone would do here, if the model did not say otherwise."""
+        monkeypatch.setattr(
+            planner._Planner,
+            "_scores",
+            lambda self, sketch, orders, *_: {o: torch.tensor([o[0].method == "rtn"] * 4, dtype=float) for o in orders},
+        )
+        plan = self.planned(compressor, 0.9, EASY)
+        assert plan.cost["layers"] == 28 and plan.scored_by == "perplexity" and plan.order[0].method == "rtn"
 
     def test_stages_that_look_at_all_layers_run_in_small(self, compressor):
-        plan = self.planned(compressor, 0.1, ["magnitude:0.5", "mixed_precision(bits=3, quantizer=rtn)"])
+        plan = self.planned(compressor, 0.9, ["magnitude:0.5", "mixed_precision(bits=3, quantizer=rtn)"])
         assert plan.cost["orders"] == 8 and plan.difference.over == "draws and samples"
 
 
