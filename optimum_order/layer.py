@@ -237,6 +237,13 @@ class UniformGrid(Grid):
         group = self._group[columns]
         return self.scale[:, group], 0 if self.zero_point is None else self.zero_point[:, group]
 
+    def _beside(self, values: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor, Tensor | int]:
+        """Values (..., out, k) of these columns, seen so that their scales and zero points broadcast to them."""
+        if isinstance(columns, slice) and columns == slice(None):  # without each weight's own copy of its scale
+            zero = 0 if self.zero_point is None else self.zero_point[..., None]
+            return values.unflatten(-1, (self.scale.shape[1], -1)), self.scale[..., None], zero
+        return values, *self._affine(columns)
+
     @property
     def _codes(self) -> tuple[int, int]:
         """The lowest and the highest code."""
@@ -249,9 +256,9 @@ class UniformGrid(Grid):
         return max(-low, high) * torch.finfo(self.dtype).eps <= 1
 
     def quantize(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
-        scale, zero = self._affine(columns)
+        values, scale, zero = self._beside(weight, columns)
         low, high = self._codes
-        codes = ((weight.float() / scale.float()).round_() + zero).clamp_(low, high).short()
+        codes = (values.float() / scale.float()).round_().add_(zero).clamp_(low, high).short().reshape(weight.shape)
         if self._codes_are_exact:
             return codes
         # Such codes have more digits than the dtype (8 bit without sign in bfloat16): what is stored may have been
@@ -261,8 +268,8 @@ class UniformGrid(Grid):
         return near.gather(0, distance.argmin(0, keepdim=True))[0]
 
     def dequantize(self, codes: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
-        scale, zero = self._affine(columns)
-        return (codes - zero).to(self.dtype) * scale
+        steps, scale, zero = self._beside(codes, columns)
+        return ((steps - zero).to(self.dtype) * scale).reshape(codes.shape)
 
     def nearest(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
         if not (isinstance(columns, slice) and columns == slice(None)) or not self._codes_are_exact:
@@ -364,14 +371,19 @@ class LayerState:
         if self.pruned is not None:
             if self.pruned.dtype != torch.bool or self.pruned.shape != self.weight.shape:
                 raise broken("the mask is not a boolean tensor of the weight's shape")
-            bits = self.weight.view(_INTEGERS[self.weight.element_size()])  # those of +0.0, and of nothing else, are 0
-            if lost := int(torch.count_nonzero(bits.masked_fill(~self.pruned, 0))):
+            # the bits of +0.0, and of nothing else, are 0
+            if lost := int(torch.count_nonzero(integers(self.weight).masked_fill(~self.pruned, 0))):
                 raise broken(f"{lost} pruned weights are no longer +0.0")
         if self.grid is not None:
             if self.grid.dtype != self.weight.dtype:
                 raise broken(f"the grid is in {self.grid.dtype}, the weight in {self.weight.dtype}")
             if not self.grid.holds(self.weight):
                 raise broken("a weight is off its quantisation grid")
+
+
+def integers(weight: Tensor) -> Tensor:
+    """The bits of a weight, as integers in the same memory: equal only where it is the same to the sign of a zero."""
+    return weight.view(_INTEGERS[weight.element_size()])
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -21,6 +21,7 @@ from optimum_order.calibration.walk import Crossing, Keeper, Visit, Visitor, wal
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.layer import LayerState, StageRecord, Statistics
 from optimum_order.order import Order, Stage
+from optimum_order.packed import Packed, States, is_masked
 from optimum_order.streamed import Streamed, refuse_infinite, trim
 from optimum_order.targets import Target, Unit
 from optimum_order.workdir import Passage, WorkDir
@@ -136,11 +137,11 @@ def run(
         refuse_infinite(model.named_parameters())
         if start is None:
             states = {target.name: LayerState(target.shared()) for unit in units for target in unit.targets}
-            result = Result(states, {name: [] for name in states}, order.stages)
+            result = Result(States(states), {name: [] for name in states}, order.stages)
         else:
             start.write(units)
             records = {name: list(found) for name, found in start.records.items()}
-            result = Result(dict(start.states), records, (*start.stages, *order))
+            result = Result(States(start.states), records, (*start.stages, *order))
     with tqdm(total=0, unit="block", disable=not progress) as bar:
         passes = _Passes(model, units, batches, result, bar, work, streamed, device, dtype, start is None)
         for group in _groups(order, schedule):
@@ -200,6 +201,8 @@ class _Passes:
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
+        self._masked = set(self.result.records)
+        """Layers whose weights are those that the run began with but for what was pruned."""
 
     def apply(self, stages: Pass, label: str) -> None:
         """Do to each layer what a pass says."""
@@ -218,9 +221,15 @@ class _Passes:
             self.bar.update()
 
         def keep(unit: Unit, crossing: Callable[[], Crossing | None] = lambda: None) -> None:
-            names, result = [target.name for target in unit.targets], self.result
-            states, records = ({name: of[name] for name in names} for of in (result.states, result.records))
-            self._save(kept, unit, "state", {"states": states, "records": records}, crossing)
+            names = [target.name for target in unit.targets]
+            packed = {name: Packed.of(self.result.states[name]) for name in names}
+            records, masked = {name: self.result.records[name] for name in names}, self._masked.intersection(names)
+
+            def value() -> dict[str, Any]:
+                states = {name: each.reduced(only_masked=name in masked) for name, each in packed.items()}
+                return {"states": states, "records": records}
+
+            self._save(kept, unit, "state", value, crossing)
 
         if needs:
             self._walk(changed, finished, lambda at: treat(at.unit, at.statistics), needs, kept, keep)
@@ -286,6 +295,8 @@ class _Passes:
         after = backend.apply(before, statistics, where=target.name)
         with precision.products(torch.bfloat16):  # a figure of four digits for people
             error, measured_on = relative_error(before.weight, after.weight, statistics)
+        if self.work is not None and target.name in self._masked and not is_masked(before, after):
+            self._masked.remove(target.name)
         target.write(after.weight)
         if self.device is not None:
             after = after.to(torch.device(self._home))
@@ -313,8 +324,10 @@ class _Passes:
         for unit in units:
             if unit.name in finished and (found := kept.load(unit.name, self._home)) is not None:
                 self.result.records.update({name: list(records) for name, records in found["records"].items()})
+                packed: dict[str, Packed] = found["states"]
+                self._masked -= {name for name, each in packed.items() if each.weight is not None}
                 for target in [] if self.streamed else unit.targets:
-                    state = found["states"][target.name]
+                    state = packed[target.name].state(target.read())
                     target.write(state.weight)
                     shared = dataclasses.replace(state, weight=target.shared()) if self.shares else state
                     self.result.states[target.name] = shared

@@ -24,6 +24,7 @@ from optimum_order.backends import available
 from optimum_order.calibration.walk import Crossing
 from optimum_order.errors import ArtifactError
 from optimum_order.layer import Grid, LayerState, StageRecord
+from optimum_order.packed import Packed
 
 _KEY, _DIGEST = "snapshot", "sha256"
 
@@ -134,7 +135,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32,
 def _known() -> dict[str, type]:
     """Every class that may stand in a snapshot, by name: states, records, and the grids of all backends."""
     available()  # a grid is defined beside its backend
-    return {cls.__name__: cls for cls in (*_parts(LayerState), StageRecord, Crossing, *_grids(Grid))}
+    return {cls.__name__: cls for cls in (*_parts(LayerState), Packed, StageRecord, Crossing, *_grids(Grid))}
 
 
 def _grids(base: type) -> Iterator[type]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimum_order.calibration.spill import Spill
 from optimum_order.errors import ModelError
 from optimum_order.layer import LayerState
-from optimum_order.targets import Unit
+from optimum_order.packed import Packed
+from optimum_order.targets import Target, Unit
 from optimum_order.weights import Weights
 from optimum_order.workdir import WorkDir
 
@@ -34,7 +36,7 @@ class Streamed:
 
     def __init__(self, weights: Weights, units: Sequence[Unit], work: WorkDir, activation_limit: int):
         self.weights, self.work = weights, work
-        self.states = States(units, work)
+        self.states = States(units, work, weights)
         self.spill = Spill(work.folder, activation_limit)
         self._outside = weights.outside(units)
         embedding = None
@@ -75,13 +77,16 @@ class States(MutableMapping[str, LayerState]):
     Args:
         units: All units of the model.
         work: Where the others are.
+        weights: What the checkpoint holds, for layers of which the work dir knows only what was pruned.
     """
 
-    def __init__(self, units: Sequence[Unit], work: WorkDir):
-        self._work = work
+    def __init__(self, units: Sequence[Unit], work: WorkDir, weights: Weights):
+        self._work, self._weights = work, weights
         self._names = [unit.name for unit in units]
         self._place = {target.name: (number, target) for number, unit in enumerate(units) for target in unit.targets}
-        self._held: dict[str, LayerState] = {}
+        self._held: dict[str, Packed] = {}
+        self._own: dict[str, Tensor] = {}
+        """Parameters of the unit that were read from the checkpoint, as the model is empty."""
         self._unit = -1
 
     def changed(self, unit: Unit) -> bool:
@@ -92,18 +97,28 @@ class States(MutableMapping[str, LayerState]):
         number, target = self._place[name]
         self._turn_to(number)
         if name not in self._held:
-            self._held[name] = LayerState(target.read())
-        return self._held[name]
+            self._held[name] = Packed.of(LayerState(self._read(target)))
+        held = self._held[name]
+        return held.state(self._read(target) if held.weight is None else None)
 
     def __setitem__(self, name: str, state: LayerState) -> None:
         self._turn_to(self._place[name][0])
-        self._held[name] = state
+        self._held[name] = Packed.of(state)
 
     def _turn_to(self, number: int) -> None:
         if number != self._unit:
-            self._unit, self._held = number, {}
+            self._unit, self._held, self._own = number, {}, {}
             if (file := self._work.latest(number)) is not None:
                 self._held = dict(self._work.read(file)["states"])
+
+    def _read(self, target: Target) -> Tensor:
+        """A layer's weight as it is in the model, or if that is empty, as it was: pruning makes of both the same."""
+        name = target.parameter_name
+        if not target.parameter.is_meta:
+            return target.read()
+        if name not in self._own:
+            self._own[name] = self._weights[name].to(self._weights.device)
+        return dataclasses.replace(target, parameter=nn.Parameter(self._own[name], requires_grad=False)).read()
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("every layer has a state")

@@ -123,7 +123,7 @@ class WorkDir:
 
         def work() -> None:
             for file, value in values.items():
-                snapshot.save(value, file, durable=True)
+                snapshot.save(value() if callable(value) else value, file, durable=True)
             for file in instead_of:
                 file.unlink(missing_ok=True)
 
@@ -217,7 +217,7 @@ class Passage:
         Args:
             unit: The unit's name.
             kind: "state", or "measured" for what all later passes need.
-            value: As `snapshot.save` takes it.
+            value: As `snapshot.save` takes it, or a function that gives it, called while the run goes on.
             crossing: Gives what flows on from there, or None.
 
         Raises:

@@ -175,6 +175,17 @@ def test_columns_are_rounded_as_they_are_in_the_whole_matrix():
 
 
 @pytest.mark.parametrize(("dtype", "bits", "symmetric"), CASES)
+def test_codes_of_columns_are_those_of_the_whole_matrix(dtype, bits, symmetric):
+    weight = gaussian(dtype)
+    grid = UniformGrid.fit(weight, bits=bits, group_size=8, symmetric=symmetric)
+    codes, columns = grid.quantize(weight * 1.1), torch.arange(INPUTS)
+    assert torch.equal(grid.quantize(weight * 1.1, columns), codes)
+    assert torch.equal(grid.quantize((weight * 1.1).T.contiguous().T), codes)  # however it lies in memory
+    assert torch.equal(grid.dequantize(codes, columns), grid.dequantize(codes))
+    assert torch.equal(grid.dequantize(codes), grid.nearest(weight * 1.1))
+
+
+@pytest.mark.parametrize(("dtype", "bits", "symmetric"), CASES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_sweep_rounds_as_the_whole_matrix_does(dtype, bits, symmetric, shape):
     weight = SHAPES[shape](gaussian(dtype), torch.finfo(dtype))

@@ -30,6 +30,7 @@ FLOORS = [
     {"backends"},
     {"manifest"},
     {"targets"},
+    {"packed"},
     {"layer"},
     {"order"},
     {"errors", "registry"},

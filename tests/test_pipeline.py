@@ -273,6 +273,8 @@ CUT_OFF = [
     ("llama", "wanda:0.5 > gptq:4", "block"),
     ("llama", "magnitude:0.3 > mixed_precision(bits=3.6, widths=[2,3,4], first=weaker) > wanda:0.5", "stage"),
     ("mixtral", "mixed_precision(bits=4, quantizer=rtn, widths=[3,4])", "block"),
+    ("llama", "wanda:0.3 > magnitude:0.5 > wanda:0.6", "stage"),  # of which only masks are kept
+    ("mixtral", "magnitude:0.3 > wanda:0.5", "block"),
     ("convnext", "sparsegpt:0.5 > rtn:4", "stage"),  # its stages do more than hand on what blocks return
 ]
 
@@ -315,6 +317,32 @@ def test_a_run_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(
         assert torch.equal(state.weight, expected.states[name].weight)
         assert torch.equal(state.mask, expected.states[name].mask) and state.notes == expected.states[name].notes
     assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_of_what_was_only_masked_no_weight_is_kept(make_model, batches, tmp_path, again):
+    """Not on disk, where a run may also continue what others left, and be continued in its turn."""
+    model = make_model("llama")
+    units, order = find_units(model), Order.parse("wanda:0.3 > magnitude:0.5")
+    start = run(make_model("llama"), "sparsegpt:0.2", batches) if again else None
+
+    def once(resume):
+        with WorkDir(tmp_path / "work", {}, resume=resume) as work:
+            return pipeline.run(model, units, order, batches, start=start, work=work, progress=False)
+
+    found = once(resume=False)
+    files = sorted((tmp_path / "work").glob("*.state.safetensors"))
+    kept = {name: state for file in files for name, state in snapshot.load(file)["states"].items()}
+    assert kept.keys() == found.states.keys() and all(state.weight is None for state in kept.values())
+    assert {name: state.pruned.numel() for name, state in kept.items()} == {
+        name: -(-state.weight.numel() // 8) for name, state in found.states.items()
+    }
+    model.load_state_dict(make_model("llama").state_dict())
+    resumed, weights = once(resume=True), weights_of(model)
+    for name, state in found.states.items():
+        assert torch.equal(resumed.states[name].weight, state.weight)
+        assert torch.equal(resumed.states[name].mask, state.mask)
+        assert torch.equal(weights[name], state.weight)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

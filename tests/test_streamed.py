@@ -41,6 +41,8 @@ CASES = [
     ("llama", "mixed_precision(bits=3.6, widths=[2,3,4,6], first=weaker) > magnitude:0.5", {}),
     ("gpt2", "magnitude:0.5 > rtn:4", {}),
     ("mixtral", "sparsegpt:0.5 > rtn:4", {}),
+    ("mixtral", "magnitude:0.3 > wanda:0.5", {}),  # of which only masks are on the disk
+    ("gpt2", "wanda:0.5", {"schedule": "block"}),
     ("gemma", "gptq:4", {}),
 ]
 
@@ -90,8 +92,9 @@ def test_no_more_than_a_block_is_ever_filled(saved, tmp_path, monkeypatch):
     compressed.close()
 
 
-def test_what_was_cut_off_goes_on(saved, tmp_path, monkeypatch):
-    compressor, order, save, left = saved("llama", num_hidden_layers=4), "wanda:0.5 > gptq:4", snapshot.save, 0
+@pytest.mark.parametrize("order", ["wanda:0.5 > gptq:4", "magnitude:0.3 > wanda:0.5"])
+def test_what_was_cut_off_goes_on(saved, tmp_path, monkeypatch, order):
+    compressor, save, left = saved("llama", num_hidden_layers=4), snapshot.save, 0
     expected = compressor.compress(order, progress=False).layers
 
     def killed(*arguments, **options):

@@ -292,10 +292,11 @@ class _Run:
         }
 
     def _states(self) -> int:
-        """Bytes of the layers' states: their masks, and their weights where they cannot lie in the model's memory."""
-        pruned = (target.view.numel() for target, state in self._samples().values() if state.pruned is not None)
+        """Bytes of the layers' states: masks of bits, and their weights where they cannot lie in the model's memory."""
+        samples = self._samples().values()
+        masks = (-(-target.view.numel() // 8) for target, state in samples if state.pruned is not None)
         copies = (target.view.nbytes for target in self.targets.values() if not target.view.is_contiguous())
-        return sum(pruned) + sum(copies)
+        return sum(masks) + sum(copies)
 
 
 def _resident() -> int:
