@@ -212,11 +212,16 @@ class _Passes:
         kept = self._begin(changed, label)
         finished = self._restore(kept, changed)
 
+        # A sweep's matrices are the largest there are, and what the forwards before it freed is of other sizes.
+        tight = self.streamed is not None or "gram" in needs
+
         def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
+            if tight:
+                trim()
             for target in unit.targets:
                 for backend in stages.get(target.name, []):
                     self._apply(backend, target, statistics.get(target.name))
-                    if self.streamed is not None:
+                    if tight:
                         trim()
             self.bar.update()
 
