@@ -56,6 +56,8 @@ _FIRST_LAYERS = 4
 """How many layers `auto` looks at to begin with."""
 CONFIDENCE = 0.9
 """Of the interval of the output errors' ratio that must exclude 1 before `auto` believes them."""
+_BIAS = 0.1
+"""What a logarithm of the output errors' ratio may be off by, when it stands for M, however many layers it is of."""
 _CONFIDENCE = 0.95
 
 
@@ -255,7 +257,8 @@ class _Planner:
         reason = (
             f"on {count} of {total} layers, each {self._seen(draws)}, '{best}' leaves {less:.0%} less output error "
             f"than '{second}' ({least:.0%} to {most:.0%}), and the model with these layers alone compressed agrees; "
-            f"what it is worth in {self.metric.name} is estimated with noise of that size in the other layers."
+            f"what it is worth in {self.metric.name} is estimated with noise of that size in the other layers"
+            f"{'.' if difference.decisive else ', and is too little to be sure of.'}"
         )
         known = {best, *ratios}
         ranking: Ranking = [(order, errors[order] if order in known else None) for order in by_error]
@@ -280,8 +283,8 @@ class _Planner:
     def _imagined(self, sketch: Sketch, best: Order, second: Order, samples: Samples) -> Difference:
         """M of the best order less that of another, where the layers that were not looked at are noise.
 
-        Its interval is that over samples, and that over layers and draws of what it comes from: M is taken to differ in
-        proportion to the logarithm of the output errors.
+        Its interval is that over samples and that over layers and draws of what it comes from, and what such errors do
+        not say of M (`_BIAS`) is in it too: M is taken to differ in proportion to their logarithm.
         """
         measured = []
         for order in (best, second):
@@ -290,7 +293,8 @@ class _Planner:
         over_samples = self._interval(self.metric, (measured[0] - measured[1])[None])
         ratio = _student(sketch.logarithms(second) - sketch.logarithms(best), _CONFIDENCE)
         mean = over_samples.mean
-        over_layers = abs(mean) * (ratio.high - ratio.mean) / ratio.mean if ratio.mean else 0.0
+        unknown = math.hypot(ratio.high - ratio.mean, _BIAS)
+        over_layers = abs(mean) * unknown / ratio.mean
         half = math.hypot(over_samples.high - mean, over_layers)
         return Difference(mean, mean - half, mean + half, "draws, layers and samples", _CONFIDENCE)
 

@@ -188,6 +188,14 @@ class TestHowFarAutoLooks:
         assert "4 draws of 1 calibration window" in plan.reason and plan.cost["calibration_samples"] == 4
         assert plan.difference.over == "draws, layers and samples"
 
+    def test_what_layer_errors_do_not_say_of_performance_is_in_the_interval(self, compressor, monkeypatch):
+        plan = self.planned(compressor, 0.0, EASY)
+        assert plan.decisive and plan.reason.endswith("in the other layers.")
+        monkeypatch.setattr(planner, "_BIAS", 10.0)
+        wide = self.planned(compressor, 0.0, EASY)
+        assert wide.order == plan.order and wide.difference.mean == plan.difference.mean
+        assert not wide.decisive and wide.reason.endswith("too little to be sure of.")
+
     def test_all_layers_and_whole_models_where_none_is(self, compressor):
         plan = self.planned(compressor, 1.0, EASY)
         assert plan.cost["layers"] == 28 and plan.scored_by == "perplexity"
