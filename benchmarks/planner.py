@@ -266,8 +266,15 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
         values = [each[key] / (each["decisive"] if key == "right" else 1) for each in found.values()]
         costs = [each["cost"] for each in found.values()]
         axis.plot(costs, values, "o-")
+        points: list[tuple[list[str], float, float]] = []  # those that lie on each other have one label
         for confidence, x, y in zip(found, costs, values, strict=True):
-            axis.annotate(confidence, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
+            if points and points[-1][2] == y and abs(points[-1][1] - x) < 0.05:
+                points[-1][0].append(confidence)
+            else:
+                points.append(([confidence], x, y))
+        for names, x, y in points:
+            text = " to ".join(dict.fromkeys((names[0], names[-1])))
+            axis.annotate(text, (x, y), textcoords="offset points", xytext=(4, 5), fontsize=8)
         axis.axhline(target, color="grey", linestyle=":")
         axis.axvline(0.15, color="grey", linestyle=":")
         axis.set(xlabel="cost / all orders in full", ylabel=label, xlim=(0, None))
