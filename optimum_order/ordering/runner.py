@@ -78,7 +78,7 @@ class Prefixes:
         """
         file = self._file(draw, order)
         parts = {
-            "states": node.result.states,
+            "states": dict(node.result.states),
             "records": node.result.records,
             "wall": node.seconds,
             "cpu": node.cpu_seconds,
