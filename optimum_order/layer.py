@@ -272,17 +272,16 @@ class UniformGrid(Grid):
         return ((steps - zero).to(self.dtype) * scale).reshape(codes.shape)
 
     def nearest(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
-        if not (isinstance(columns, slice) and columns == slice(None)) or not self._codes_are_exact:
+        if not self._codes_are_exact:
             return super().nearest(weight, columns)
-        # The same arithmetic without codes, and without each weight's own copy of its scale.
-        scale, (low, high) = self.scale[..., None], self._codes
-        steps = (weight.reshape(*scale.shape[:2], -1).float() / scale.float()).round_()
-        if self.zero_point is None:
+        # The same arithmetic without codes.
+        values, scale, zero = self._beside(weight, columns)
+        steps, (low, high) = (values.float() / scale.float()).round_(), self._codes
+        if isinstance(zero, int):
             steps.clamp_(low, high)
         else:
-            zero = self.zero_point[..., None].float()
-            torch.clamp(steps, low - zero, high - zero, out=steps)
-        return steps.add_(0.0).to(self.dtype).mul_(scale).view(weight.shape)  # codes know no -0.0
+            torch.clamp(steps, low - zero.float(), high - zero.float(), out=steps)
+        return steps.add_(0.0).to(self.dtype).mul_(scale).reshape(weight.shape)  # codes know no -0.0
 
     def rounder(self, columns: Tensor) -> Rounder:
         if not self._codes_are_exact:

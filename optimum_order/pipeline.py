@@ -22,8 +22,9 @@ from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.layer import LayerState, StageRecord, Statistics
 from optimum_order.order import Order, Stage
 from optimum_order.packed import Packed, States, is_masked
-from optimum_order.streamed import Streamed, refuse_infinite, trim
+from optimum_order.streamed import Streamed, refuse_infinite
 from optimum_order.targets import Target, Unit
+from optimum_order.weights import trim
 from optimum_order.workdir import Passage, WorkDir
 
 SCHEDULES = ("stage", "block")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
@@ -15,7 +14,7 @@ from optimum_order.errors import ModelError
 from optimum_order.layer import LayerState
 from optimum_order.packed import Packed
 from optimum_order.targets import Target, Unit
-from optimum_order.weights import Weights
+from optimum_order.weights import Weights, embedding_parameters, trim
 from optimum_order.workdir import WorkDir
 
 
@@ -39,10 +38,7 @@ class Streamed:
         self.states = States(units, work, weights)
         self.spill = Spill(work.folder, activation_limit)
         self._outside = weights.outside(units)
-        embedding = None
-        with contextlib.suppress(NotImplementedError):  # what models of images say
-            embedding = weights.model.get_input_embeddings()
-        used_once = set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
+        used_once = embedding_parameters(weights.model)
         named = dict(weights.model.named_parameters(remove_duplicate=False))
         self._at_first = [name for name in self._outside if id(named[name]) in used_once]
         """Of what is in no unit, what only the beginning of a forward needs, and is large."""
@@ -128,12 +124,6 @@ class States(MutableMapping[str, LayerState]):
 
     def __len__(self) -> int:
         return len(self._place)
-
-
-def trim() -> None:
-    """Have the C library give back what was freed: it keeps pieces of megabytes, in gaps where nothing else fits."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc does that, and can be asked not to
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def refuse_infinite(parameters: Iterable[tuple[str, Tensor]]) -> None:

@@ -332,6 +332,20 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
 
 
+def trim() -> None:
+    """Have the C library give back what was freed: it keeps pieces of megabytes, in gaps where nothing else fits."""
+    with suppress(OSError, AttributeError):  # only glibc does that, and can be asked not to
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def embedding_parameters(model: PreTrainedModel) -> set[int]:
+    """The `id` of each parameter of the input embeddings, which only the beginning of a forward needs."""
+    embedding = None
+    with suppress(NotImplementedError):  # what models of images say
+        embedding = model.get_input_embeddings()
+    return set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
+
+
 def _swap(parameter: nn.Parameter, tensor: Tensor) -> None:
     """Give a parameter other values, on another device, and leave it the object that it is."""
     torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))

@@ -277,10 +277,10 @@ def read_fingerprint(folder: Path) -> Any:
 def led_to(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether a saved model is what the run of a work dir ends in: it was stopped before it could remove the folder."""
     try:
-        run = json.loads((folder / _FINGERPRINT).read_text(encoding="utf-8"))
+        run = read_fingerprint(folder)
         model, samples = manifest["base_model"], manifest.get("calibration") or {}
         said = (run["model"]["digest"], (run["calibration"] or {}).get("digest"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OutputError, KeyError, TypeError, AttributeError):
         return False
     same = all(
         run.get(field) == manifest.get(field) for field in ("order", "schedule", "targets", "ignore", "versions")

@@ -7,7 +7,6 @@ write (`size`). The rest is counting, here.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import resource
 import sys
@@ -30,6 +29,7 @@ from optimum_order.estimate.trace import UnitCost, trace
 from optimum_order.layer import LayerState
 from optimum_order.order import Order, Stage
 from optimum_order.targets import Target, Unit
+from optimum_order.weights import embedding_parameters
 
 __all__ = ["Estimate", "Step", "empty", "estimate"]
 
@@ -270,10 +270,7 @@ class _Run:
     def _streamed(self) -> int:
         """Bytes of the model that are there at most where it is read a block at a time."""
         inside = {id(parameter) for unit in self.units for parameter in unit.module.parameters()}
-        head, embedding = self.model.get_output_embeddings(), None
-        with contextlib.suppress(NotImplementedError):  # what models of images say
-            embedding = self.model.get_input_embeddings()
-        first = set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
+        head, first = self.model.get_output_embeddings(), embedding_parameters(self.model)
         last = set() if head is None else {id(parameter) for parameter in head.parameters()} - first
         outside = {id(each): each.nbytes for each in self.model.parameters() if id(each) not in inside | last}
         units = (
