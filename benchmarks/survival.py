@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("part", choices=["kills", "full-disk", "overhead"])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--megabytes", type=int, default=40, help="size of the small disk")
+    parser.add_argument("--megabytes", type=int, default=4, help="size of the small disk")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--orders", nargs="+", default=list(ORDERS))
     parser.add_argument("--schedule", default="stage")
