@@ -34,9 +34,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from optimum_order import JointCompressor, artifact
+from optimum_order import JointCompressor
+from optimum_order.artifact.verify import verify
 from optimum_order.errors import FormatError
-from optimum_order.formats import checkpoint
+from optimum_order.files import weight_bytes
+from optimum_order.formats import safetensors as checkpoint
 from optimum_order.formats.sparse import decode_weight
 
 ORDERS = ["sparsegpt:0.5 > gptq:4", "wanda(pattern=2:4) > gptq:4", "sparsegpt:0.7 > gptq:3"]
@@ -45,7 +47,12 @@ LARGE_ORDERS = [
     "magnitude(pattern=2:4) > rtn(bits=8, clip=none)",
     "magnitude:0.7",
 ]
-LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+LARGE = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 FORMATS = ["dense", "compressed-tensors", "gptq", "sparse"]
 RUNS = 3
 COLUMNS = ["layers", "theory", "over", "bits/weight", "file", "theory", "over"]
@@ -115,7 +122,11 @@ def theory(format: str, layers: dict) -> float:
     for layer in layers.values():
         (rows, inputs), b = layer["shape"], layer["bits"]
         n = rows * inputs
-        groups = n // (inputs if layer["group_size"] == -1 else layer["group_size"]) if layer["group_size"] else 0
+        groups = (
+            n // (inputs if layer["group_size"] == -1 else layer["group_size"])
+            if layer["group_size"]
+            else 0
+        )
         kept = (n - layer["pruned"]) / n
         if format == "dense":
             bits += 16 * n
@@ -141,14 +152,32 @@ def stored(folder: Path, layers: dict) -> int:
 
 def load(folder: Path, reference: Path, format: str) -> tuple[float, float, float, bool]:
     """Seconds, both kinds of memory in sizes of the model, and whether every parameter has the bits measured."""
-    command = [sys.executable, "-W", "ignore", "-c", LOAD, folder, reference, "ours" if format == "sparse" else ""]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        LOAD,
+        folder,
+        reference,
+        "ours" if format == "sparse" else "",
+    ]
     quiet = os.environ | {"TQDM_DISABLE": "1"}
     runs = [
-        json.loads(subprocess.run([*command, watched], env=quiet, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        json.loads(
+            subprocess.run(
+                [*command, watched], env=quiet, stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+        )
         for watched in [""] * RUNS + ["watched"]
     ]
     *timed, watched = runs
-    return min(run[0] for run in timed), min(run[1] for run in timed), watched[2], all(run[3] for run in runs)
+    return (
+        min(run[0] for run in timed),
+        min(run[1] for run in timed),
+        watched[2],
+        all(run[3] for run in runs),
+    )
 
 
 def rate(folder: Path, layers: dict) -> float:
@@ -159,7 +188,9 @@ def rate(folder: Path, layers: dict) -> float:
     seconds = []
     for _ in range(RUNS):
         begin = time.process_time()
-        decoded = sum(decode_weight(payload).nbytes for payload in payloads if payload.dtype == torch.uint8)
+        decoded = sum(
+            decode_weight(payload).nbytes for payload in payloads if payload.dtype == torch.uint8
+        )
         seconds.append(time.process_time() - begin)
     return decoded / min(seconds)
 
@@ -192,20 +223,37 @@ def table(name: str, compressed, scratch: Path, notes: list[str]) -> Table:
             notes.append(f"{name}, {compressed.order}: {error}")
             made.add_row(format, *["-"] * len(COLUMNS))
             continue
-        if problems := artifact.verify(folder):
+        if problems := verify(folder):
             raise SystemExit(f"{folder}: {problems}")
-        layers, whole = compressed.manifest["layers"], checkpoint.weight_bytes(folder)
+        layers, whole = compressed.manifest["layers"], weight_bytes(folder)
         weights = sum(math.prod(layer["shape"]) for layer in layers.values())
         held, least = stored(folder, layers), theory(format, layers) / 8
         base = whole - held if base is None else base  # what no format compresses, header and all
-        cost = [f"{held:,}", f"{least:,.0f}", f"{held / least - 1:+.2%}", f"{8 * held / weights:.3f}"]
+        cost = [
+            f"{held:,}",
+            f"{least:,.0f}",
+            f"{held / least - 1:+.2%}",
+            f"{8 * held / weights:.3f}",
+        ]
         cost += [f"{whole:,}", f"{least + base:,.0f}", f"{whole / (least + base) - 1:+.2%}"]
         if format == "gptq":
-            cost += ["-", "-", "-", "-", "unpacked" if unpacked(folder, layers, reference) else "NO"]
+            cost += [
+                "-",
+                "-",
+                "-",
+                "-",
+                "unpacked" if unpacked(folder, layers, reference) else "NO",
+            ]
         else:
             seconds, peak, own, same = load(folder, reference, format)
             decoding = f"{rate(folder, layers) / 1e6:,.0f}" if format == "sparse" else "-"
-            cost += [f"{seconds:.2f}", f"{peak:.2f}x", f"{own:.2f}x", decoding, "yes" if same else "NO"]
+            cost += [
+                f"{seconds:.2f}",
+                f"{peak:.2f}x",
+                f"{own:.2f}x",
+                decoding,
+                "yes" if same else "NO",
+            ]
         made.add_row(format, *cost)
     return made
 
@@ -232,17 +280,32 @@ def main() -> None:
                 args.model, calibration="builtin", calibration_samples=args.calibration_samples
             )
             for order in ORDERS:
-                console.print(table(args.model, compressor.compress(order, progress=False), Path(scratch), notes))
+                console.print(
+                    table(
+                        args.model, compressor.compress(order, progress=False), Path(scratch), notes
+                    )
+                )
         if args.only != "given":
             compressor = JointCompressor.from_pretrained(generated(Path(scratch) / "generated"))
             for order in LARGE_ORDERS:
-                console.print(table("91 M weights", compressor.compress(order, progress=False), Path(scratch), notes))
-    print("layers, file: bytes of the compressed layers and of the whole weight file, each beside its theory.")
+                console.print(
+                    table(
+                        "91 M weights",
+                        compressor.compress(order, progress=False),
+                        Path(scratch),
+                        notes,
+                    )
+                )
+    print(
+        "layers, file: bytes of the compressed layers and of the whole weight file, each beside its theory."
+    )
     print("A whole file's theory adds what dense has besides: embeddings, norms and the header.")
     print(
         "seconds: of the processor. peak, own: memory to load, in sizes of the loaded model, with and without the file."
     )
-    print("gptq is decoded by our own reader: GPTQModel needs another torch. See benchmarks/check_gptqmodel.py.")
+    print(
+        "gptq is decoded by our own reader: GPTQModel needs another torch. See benchmarks/check_gptqmodel.py."
+    )
     print(*notes, sep="\n")
 
 

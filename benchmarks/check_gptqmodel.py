@@ -68,10 +68,14 @@ def load(library: str, folder: Path):
         from gptqmodel import BACKEND, GPTQModel
 
         dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
-        return GPTQModel.load(str(folder), device="cpu", dtype=dtype, backend=BACKEND.GPTQ_TORCH).model
+        return GPTQModel.load(
+            str(folder), device="cpu", dtype=dtype, backend=BACKEND.GPTQ_TORCH
+        ).model
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    kernel = GPTQConfig(bits=4, backend="gptq_torch")  # of this only the kernel is taken, the rest from config.json
+    kernel = GPTQConfig(
+        bits=4, backend="gptq_torch"
+    )  # of this only the kernel is taken, the rest from config.json
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, device_map="cpu", quantization_config=kernel, output_loading_info=True
     )
@@ -88,7 +92,9 @@ def load_all(library: str, work: Path) -> None:
         try:
             model = load(library, folder)
         except Exception as error:  # whatever a library refuses with is what is to be shown
-            result.with_suffix(f".{library}.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))
+            result.with_suffix(f".{library}.json").write_text(
+                json.dumps(f"{type(error).__name__}: {error}")
+            )
             continue
         tensors = {"logits": logits_of(model, ids)}
         for name, module in model.named_modules():
@@ -97,8 +103,14 @@ def load_all(library: str, work: Path) -> None:
                 if module.bias is not None:
                     tensors[f"{name}.bias"] = module.bias.to(model.dtype)
             else:
-                tensors |= {f"{name}.{key}": tensor for key, tensor in module.named_parameters(recurse=False)}
-        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, f"{result}.safetensors")
+                tensors |= {
+                    f"{name}.{key}": tensor
+                    for key, tensor in module.named_parameters(recurse=False)
+                }
+        save_file(
+            {name: t.detach().clone().contiguous() for name, t in tensors.items()},
+            f"{result}.safetensors",
+        )
 
 
 # --- run in ours ---
@@ -111,7 +123,9 @@ def environment(folder: Path, requirement: str | None) -> Path:
         print(f"making an environment in {folder}", flush=True)
         venv.create(folder, with_pip=True)
         for wanted in filter(None, (requirement, "gptqmodel optimum")):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *shlex.split(wanted)], check=True)
+            subprocess.run(
+                [python, "-m", "pip", "install", "--quiet", *shlex.split(wanted)], check=True
+            )
     return python
 
 
@@ -122,7 +136,14 @@ def gpt2(folder: Path) -> None:
     from optimum_order import JointCompressor
 
     torch.manual_seed(0)
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 0, "eos_token_id": 1}
+    sizes = {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, **sizes))
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
@@ -152,17 +173,21 @@ def reference(folder: Path, ids: torch.Tensor, work: Path) -> dict[str, torch.Te
     """The parameters and logits of the model whose weights are what this package decodes from the folder."""
     from transformers.pytorch_utils import Conv1D
 
-    from optimum_order import JointCompressor, artifact, manifest
-    from optimum_order.formats import checkpoint
+    from optimum_order import JointCompressor
+    from optimum_order.artifact import manifest
+    from optimum_order.artifact.verify import verify
+    from optimum_order.formats import safetensors as checkpoint
 
-    if problems := artifact.verify(folder):
+    if problems := verify(folder):
         raise SystemExit(f"{folder} does not verify: {problems}")
     facts = manifest.load(folder)
     base = facts["base_model"]
     source = "tiny-llama" if base["id"] == "tiny-llama" else work / "models" / base["id"]
     model = JointCompressor.from_pretrained(source, dtype=base["dtype"]).source.load()
     weights = {}
-    for name, state in checkpoint.read(folder, {name: said["stored"] for name, said in facts["layers"].items()}):
+    for name, state in checkpoint.read(
+        folder, {name: said["stored"] for name, said in facts["layers"].items()}
+    ):
         module = model.get_submodule(name)
         module.weight.data.copy_(state.weight.T if isinstance(module, Conv1D) else state.weight)
         weights[f"{name}.weight"] = state.weight
@@ -175,7 +200,7 @@ def check(work: Path, python: Path) -> bool:
     from rich.table import Table
 
     from optimum_order import JointCompressor
-    from optimum_order.calibration.data import load as load_text
+    from optimum_order.data.text import load as load_text
 
     (work / "models").mkdir()
     gpt2(work / "models" / "gpt2")
@@ -211,7 +236,9 @@ def check(work: Path, python: Path) -> bool:
                 failures += [(library, row[0])] if (library, case) not in UNREAD else []
                 continue
             theirs = load_file(work / f"{number:02}.{library}.safetensors")
-            off = [name for name in ours if name != "logits" and not same(ours[name], theirs.get(name))]
+            off = [
+                name for name in ours if name != "logits" and not same(ours[name], theirs.get(name))
+            ]
             failures += [(library, row[0])] if off or (library, case) in UNREAD else []
             row.append(f"{len(ours) - 1 - len(off)} of {len(ours) - 1}")
             row.append(f"{(theirs['logits'] - ours['logits']).abs().max():.4f}")
@@ -219,7 +246,10 @@ def check(work: Path, python: Path) -> bool:
         table.add_row(*row)
     Console(width=160).print(table)
     print(*refusals, sep="\n")
-    print(f"{len(CASES)} folders, {len(failures)} not as they should be" + (f": {failures}" if failures else "."))
+    print(
+        f"{len(CASES)} folders, {len(failures)} not as they should be"
+        + (f": {failures}" if failures else ".")
+    )
     return bool(failures)
 
 
@@ -229,7 +259,9 @@ def same(ours: torch.Tensor, theirs: torch.Tensor | None) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--env", type=Path, help="the folder of the environment, made if missing and kept")
+    parser.add_argument(
+        "--env", type=Path, help="the folder of the environment, made if missing and kept"
+    )
     parser.add_argument("--torch", help="what pip installs first")
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-llama")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--calibration-samples", type=int, default=64)
-    parser.add_argument("--evaluate", default="builtin", help="the text whose perplexity is measured")
+    parser.add_argument(
+        "--evaluate", default="builtin", help="the text whose perplexity is measured"
+    )
     parser.add_argument("--output", default="demo-output")
     args = parser.parse_args()
     begin = time.perf_counter()
@@ -52,10 +54,15 @@ def main() -> None:
         table.add_column(column, justify="right")
     before = compressor.evaluate(args.evaluate)
     width = 8 * compressor.source.config.dtype.itemsize
-    table.add_row("(uncompressed)", f"{before.value:.2f}", f"{width:.2f}", f"{compressor.source.bytes:,}", "")
+    table.add_row(
+        "(uncompressed)", f"{before.value:.2f}", f"{width:.2f}", f"{compressor.source.bytes:,}", ""
+    )
 
     joint = []
-    for order in [*map(Order.parse, ALONE), *(each for pair in TOGETHER for each in Order.parse(pair).permutations())]:
+    for order in [
+        *map(Order.parse, ALONE),
+        *(each for pair in TOGETHER for each in Order.parse(pair).permutations()),
+    ]:
         compressed = compressor.compress(order)
         perplexity = compressed.evaluate(args.evaluate).value
         compressed.save_pretrained(args.output, overwrite=True)
@@ -68,9 +75,15 @@ def main() -> None:
     best = min(joint, key=lambda each: each[0])[1]
     chosen = best.save_pretrained(args.output, overwrite=True)
     Console(width=100).print(table)
-    print("bits per weight: of the compressed layers, scales and all. bytes: of the weight files on disk.")
-    print(f"Of the {len(joint)} joint orders, the one with the lowest perplexity is kept: {best.order}")
-    print(f"It is in {args.output}, as {chosen}. A fresh process with stock transformers reads it and writes:\n")
+    print(
+        "bits per weight: of the compressed layers, scales and all. bytes: of the weight files on disk."
+    )
+    print(
+        f"Of the {len(joint)} joint orders, the one with the lowest perplexity is kept: {best.order}"
+    )
+    print(
+        f"It is in {args.output}, as {chosen}. A fresh process with stock transformers reads it and writes:\n"
+    )
     command = [sys.executable, "-c", SAMPLE, args.output, "The import statement"]
     print(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     print(f"{time.perf_counter() - begin:.0f} seconds in all.")

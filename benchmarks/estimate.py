@@ -33,10 +33,17 @@ CASES = [  # model, order, format, schedule
     ("llama", "sparsegpt:0.5 > gptq:4", "auto", "stage"),
     ("llama", "sparsegpt:0.5 > gptq:4", "sparse", "block"),
 ]
-SMALL = LLAMA | {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2}
+SMALL = LLAMA | {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 
 
-def job(kind: str, model: str, order: str, format: str, schedule: str, threads: int, ids: str) -> dict:
+def job(
+    kind: str, model: str, order: str, format: str, schedule: str, threads: int, ids: str
+) -> dict:
     """An estimate, or a run, in this process."""
     import torch
 
@@ -53,13 +60,20 @@ def job(kind: str, model: str, order: str, format: str, schedule: str, threads: 
         return found["total"] | {"format": found["format"], "took": time.perf_counter() - begin}
     if kind == "low":
         with tempfile.TemporaryDirectory() as folder:
-            compressor.compress(order, schedule, work_dir=Path(folder) / "work", low_memory=True, progress=False)
+            compressor.compress(
+                order, schedule, work_dir=Path(folder) / "work", low_memory=True, progress=False
+            )
             return {"low_memory": memory("VmHWM")}
     compressed = compressor.compress(order, schedule, progress=False)
     seconds, peak = time.perf_counter() - begin, memory("VmHWM")
     with tempfile.TemporaryDirectory() as folder:
         chosen = compressed.save_pretrained(Path(folder) / "model", format)
-        return {"seconds": seconds, "memory": peak, "bytes": compressed.manifest["bytes"]["after"], "format": chosen}
+        return {
+            "seconds": seconds,
+            "memory": peak,
+            "bytes": compressed.manifest["bytes"]["after"],
+            "format": chosen,
+        }
 
 
 def main() -> None:
@@ -77,13 +91,25 @@ def main() -> None:
 
     table = Table("model", "order", "format")
     measured = ("measured", "ratio")
-    for column in ("seconds", *measured, "MB", *measured, "low MB", *measured, "bytes", *measured, "took"):
+    for column in (
+        "seconds",
+        *measured,
+        "MB",
+        *measured,
+        "low MB",
+        *measured,
+        "bytes",
+        *measured,
+        "took",
+    ):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         made = {"llama": (LLAMA, "float32"), "small": (SMALL, "bfloat16")}
         for name in set(args.models) & set(made):
             make_llama(Path(folder) / name, *made[name])
-        drawn = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(
+            0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0)
+        )
         ids = save_ids(drawn, Path(folder) / "ids.safetensors")
         for model, order, format, schedule in CASES:
             if model not in args.models:
@@ -93,26 +119,44 @@ def main() -> None:
             for kind in ("estimate", "run", "low"):
                 asked = json.dumps([kind, path, order, format, schedule, args.threads, str(ids)])
                 command = [sys.executable, __file__, "--job", asked]
-                environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
+                environment = {
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "1",
+                    "OMP_NUM_THREADS": str(args.threads),
+                }
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{asked}: {done.stderr[-3000:]}")
                 found[kind] = json.loads(done.stdout.splitlines()[-1])
             said, true = found["estimate"], found["run"] | found["low"]
             if said["format"] != true["format"]:
-                raise SystemExit(f"{model}, {order}: expected {said['format']}, got {true['format']}")
-            row = [f"{said['seconds']:.1f}", f"{true['seconds']:.1f}", f"{said['seconds'] / true['seconds']:.2f}"]
+                raise SystemExit(
+                    f"{model}, {order}: expected {said['format']}, got {true['format']}"
+                )
+            row = [
+                f"{said['seconds']:.1f}",
+                f"{true['seconds']:.1f}",
+                f"{said['seconds'] / true['seconds']:.2f}",
+            ]
             for kind in ("memory", "low_memory"):
                 row += [f"{each[kind] / 1e6:.0f}" for each in (said, true)]
                 row += [f"{said[kind] / true[kind]:.2f}"]
             row += [f"{each['bytes']:,}" for each in (said, true)]
-            row += ["exact" if said["bytes"] == true["bytes"] else f"{said['bytes'] / true['bytes']:.4f}"]
+            row += [
+                "exact"
+                if said["bytes"] == true["bytes"]
+                else f"{said['bytes'] / true['bytes']:.4f}"
+            ]
             if said["exact"] and said["bytes"] != true["bytes"]:
                 row[-1] += ", NOT exact"
-            table.add_row(model, f"{order} ({schedule})", true["format"], *row, f"{said['took']:.1f} s")
+            table.add_row(
+                model, f"{order} ({schedule})", true["format"], *row, f"{said['took']:.1f} s"
+            )
             print(*table.columns[0]._cells[-1:], order, *row, file=sys.stderr, flush=True)
     Console(width=210).print(table)
-    print(f"{args.threads} threads. Each ratio is the estimate over what was measured; took: the estimate itself.")
+    print(
+        f"{args.threads} threads. Each ratio is the estimate over what was measured; took: the estimate itself."
+    )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from optimum_order import JointCompressor, Stage
 from optimum_order.backends import method
-from optimum_order.calibration.data import load
 from optimum_order.calibration.walk import walk
-from optimum_order.layer import LayerState
-from optimum_order.pipeline import relative_error
-from optimum_order.targets import find_units
+from optimum_order.data.text import load
+from optimum_order.engine.run import relative_error
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import find_units
 
 
 def main() -> None:
@@ -46,13 +46,26 @@ def main() -> None:
 
     def visit(at):
         for target in at.unit.targets:
-            rows.append((target.name, *errors(LayerState(target.read()), at.statistics[target.name], target.name)))
+            rows.append(
+                (
+                    target.name,
+                    *errors(LayerState(target.read()), at.statistics[target.name], target.name),
+                )
+            )
 
     walk(model, find_units(model), list(windows.batches(8)), visit, gram=True)
 
     table = Table(title=f"{args.model}: relative squared output error", title_justify="left")
     table.add_column("layer", no_wrap=True)
-    for column in ("rtn:4", "gptq:4", "rtn:3", "gptq:3", "same mask, plain", "sparsegpt:0.5", "magnitude:0.5"):
+    for column in (
+        "rtn:4",
+        "gptq:4",
+        "rtn:3",
+        "gptq:3",
+        "same mask, plain",
+        "sparsegpt:0.5",
+        "magnitude:0.5",
+    ):
         table.add_column(column, justify="right")
     for name, *found in rows:
         table.add_row(name, *(f"{error:.5f}" for error in found))
@@ -62,7 +75,10 @@ def main() -> None:
         for name, rtn4, gptq4, rtn3, gptq3, plain, sparse, magnitude in rows
         if gptq4 > rtn4 or gptq3 > rtn3 or sparse > plain or sparse > magnitude
     ]
-    print(f"{len(rows)} layers, {len(worse)} where a correction made it worse" + (f": {worse}" if worse else "."))
+    print(
+        f"{len(rows)} layers, {len(worse)} where a correction made it worse"
+        + (f": {worse}" if worse else ".")
+    )
     sys.exit(bool(worse))
 
 

@@ -25,12 +25,17 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_order import JointCompressor
-from optimum_order.artifact import verify
-from optimum_order.workdir import remove
+from optimum_order.artifact.verify import verify
+from optimum_order.engine.workdir import remove
 
 
 def make_checkpoint(
-    folder: str | Path, *, blocks: int = 48, hidden: int = 2048, intermediate: int = 5632, vocabulary: int = 8192
+    folder: str | Path,
+    *,
+    blocks: int = 48,
+    hidden: int = 2048,
+    intermediate: int = 5632,
+    vocabulary: int = 8192,
 ) -> Path:
     """Write a Llama of random weights in bfloat16, a block and a file at a time; 4.4 GB unless told otherwise.
 
@@ -61,7 +66,9 @@ def make_checkpoint(
         dtype="bfloat16",
     )
     with init_empty_weights():
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+        shapes = {
+            name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()
+        }
     files: dict[str, list[str]] = {}
     for name in shapes:
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
@@ -77,7 +84,9 @@ def make_checkpoint(
     return folder
 
 
-def _write_file(file: Path, names: Iterable[str], shapes: dict[str, torch.Size], narrower: float) -> None:
+def _write_file(
+    file: Path, names: Iterable[str], shapes: dict[str, torch.Size], narrower: float
+) -> None:
     generator = torch.Generator().manual_seed(zlib.crc32(file.name.encode()))
     tensors = {}
     for name in names:
@@ -92,15 +101,21 @@ def _write_file(file: Path, names: Iterable[str], shapes: dict[str, torch.Size],
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, made if it is not there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="folder of the checkpoint, made if it is not there"
+    )
     parser.add_argument("--make", action="store_true", help="make the checkpoint and no more")
     parser.add_argument("--blocks", type=int, default=48)
     parser.add_argument("--order", default="wanda:0.5 > gptq:4")
     parser.add_argument("--schedule", default="block")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=128)
-    parser.add_argument("--activation-limit", type=int, default=2**20, help="bytes; lower than the activations")
+    parser.add_argument(
+        "--activation-limit", type=int, default=2**20, help="bytes; lower than the activations"
+    )
     parser.add_argument("--limit", type=int, default=3 * 2**30, help="bytes of anonymous memory")
     parser.add_argument("--output", type=Path, help="by default CHECKPOINT.out; it is replaced")
     arguments = parser.parse_args()
@@ -109,7 +124,9 @@ def main() -> None:
         make_checkpoint(arguments.checkpoint, blocks=arguments.blocks)
         return
     folder = arguments.checkpoint  # made by another process, which may need memory for it
-    subprocess.run([sys.executable, __file__, folder, "--make", "--blocks", str(arguments.blocks)], check=True)
+    subprocess.run(
+        [sys.executable, __file__, folder, "--make", "--blocks", str(arguments.blocks)], check=True
+    )
     stored = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {stored:,} bytes ({time.perf_counter() - begin:.0f} s)", flush=True)
     output = arguments.output or folder.with_name(f"{folder.name}.out")
@@ -122,13 +139,21 @@ def main() -> None:
     config = LlamaConfig.from_pretrained(folder)
     block, gram = sizes(config)
     bound = baseline + 3 * (block + gram) + arguments.activation_limit
-    print(f"baseline {mb(baseline)}, largest block in float32 {mb(block)}, X^T X of its distinct inputs {mb(gram)}")
+    print(
+        f"baseline {mb(baseline)}, largest block in float32 {mb(block)}, X^T X of its distinct inputs {mb(gram)}"
+    )
 
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (arguments.samples, arguments.sequence_length), generator=generator)
+    ids = torch.randint(
+        0, config.vocab_size, (arguments.samples, arguments.sequence_length), generator=generator
+    )
     begin = time.perf_counter()
     compressor = JointCompressor.from_pretrained(
-        *(folder,), calibration=ids, calibration_samples=len(ids), sequence_length=ids.shape[1], device="cpu"
+        *(folder,),
+        calibration=ids,
+        calibration_samples=len(ids),
+        sequence_length=ids.shape[1],
+        device="cpu",
     )
     compressed = compressor.compress(
         *(arguments.order, arguments.schedule),
@@ -141,12 +166,20 @@ def main() -> None:
     remove(work)
     seconds = time.perf_counter() - begin
     peak = resident("VmHWM")
-    print(f"{arguments.order}, schedule {arguments.schedule}, {ids.numel()} tokens: {seconds:.0f} s, saved as {format}")
+    print(
+        f"{arguments.order}, schedule {arguments.schedule}, {ids.numel()} tokens: {seconds:.0f} s, saved as {format}"
+    )
     print(f"difference to its manifest: {verify(output) or 'none'}")
     activations = ids.numel() * config.hidden_size * 2
-    print(f"activations between blocks {mb(activations)}, of which {mb(arguments.activation_limit)} may stay in memory")
-    print(f"peak resident {mb(peak)}; bound, baseline + 3 x (block + X^T X) + activation limit: {mb(bound)}")
-    print(f"anonymous memory limited to {mb(arguments.limit)} (RLIMIT_DATA); the checkpoint has {mb(stored)}")
+    print(
+        f"activations between blocks {mb(activations)}, of which {mb(arguments.activation_limit)} may stay in memory"
+    )
+    print(
+        f"peak resident {mb(peak)}; bound, baseline + 3 x (block + X^T X) + activation limit: {mb(bound)}"
+    )
+    print(
+        f"anonymous memory limited to {mb(arguments.limit)} (RLIMIT_DATA); the checkpoint has {mb(stored)}"
+    )
     sys.exit(peak > bound)
 
 

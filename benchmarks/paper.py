@@ -24,14 +24,16 @@ from rich.table import Table
 
 from optimum_order import Order, Stage
 from optimum_order.backends import canonical, method
-from optimum_order.ordering.analysis import summarize
-from optimum_order.ordering.study import TRIALS, Study, Trials, grid, quiet, with_parts
+from optimum_order.study.analysis import summarize
+from optimum_order.study.study import TRIALS, Study, Trials, grid, quiet, with_parts
 
 SPARSEGPT = [Stage("sparsegpt")]
 TEXTBOOK = [Stage("rtn", clip="none"), Stage("gptq", clip="none")]
 MILD = ([0.1, 0.2, 0.3, 0.4], QUANTIZERS, [3, 4, 5, 6])
 STRONG = ([0.3, 0.5, 0.65], QUANTIZERS, [2, 3, 4])
-MIXED = [f"mixed_precision(bits=3, widths=[2, 4], first={first})" for first in ("weaker", "stronger")]
+MIXED = [
+    f"mixed_precision(bits=3, widths=[2, 4], first={first})" for first in ("weaker", "stronger")
+]
 
 STUDIES: dict[str, tuple[str, list[Order]]] = {
     "mild": ("tiny-llama", grid(SPARSEGPT, *MILD)),
@@ -60,7 +62,9 @@ def run(name: str, folder: Path, draws: list[int]) -> None:
 def borrow(study: Study, other: Trials, orders: Iterable[Order], draws: Iterable[int]) -> None:
     """Take over the trials that are the same off the grid as on it: those in which nothing prunes a quantised layer."""
     if other.settings != study.trials.settings:
-        raise SystemExit(f"'{other.folder}' has other settings than '{study.folder}': choose another output.")
+        raise SystemExit(
+            f"'{other.folder}' has other settings than '{study.folder}': choose another output."
+        )
     rows, done = other.rows("trials"), study.trials.done()
     for order in with_parts(canonical(order) for order in orders):
         quantizes = [method(stage).kind == "quantize" for stage in order]
@@ -72,7 +76,9 @@ def borrow(study: Study, other: Trials, orders: Iterable[Order], draws: Iterable
 
 
 def _on_grid(stage: Stage) -> Stage:
-    return Stage(stage.method, **{k: v for k, v in method(stage).resolved.items() if k != "off_grid"})
+    return Stage(
+        stage.method, **{k: v for k, v in method(stage).resolved.items() if k != "off_grid"}
+    )
 
 
 def gain(pair: Mapping[str, Any]) -> float:
@@ -135,7 +141,9 @@ def by_setting(name: str, summary: Mapping[str, Any]) -> Table:
     for setting, pairs in sorted(groups.items()):
         splits = [abs(pair["split"]["interference"]) for pair in pairs if pair["split"]]
         mean = f"{statistics.fmean(splits):.3f}" if splits else "-"
-        table.add_row(setting, str(len(pairs)), f"{factor * statistics.fmean(map(gain, pairs)):+.3f}", mean)
+        table.add_row(
+            setting, str(len(pairs)), f"{factor * statistics.fmean(map(gain, pairs)):+.3f}", mean
+        )
     return table
 
 
@@ -144,12 +152,16 @@ def sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
     found, said = summary["all"], []
     if found["pairs"]:
         share = found["split"]["owner_share"]
-        said.append(f"{found['quantize_first']} of {found['decisive']} decisive pairs favour quantising first")
+        said.append(
+            f"{found['quantize_first']} of {found['decisive']} decisive pairs favour quantising first"
+        )
         if share is not None:
             said.append(f"owner changes are {share:.0%} of the advantage in layer output error")
     if summary["correlation"]:
         correlation = summary["correlation"]
-        said.append(f"block errors' cosine {correlation['mean']:.3f}, highest pair {correlation['highest']:.3f}")
+        said.append(
+            f"block errors' cosine {correlation['mean']:.3f}, highest pair {correlation['highest']:.3f}"
+        )
     for family, combining in summary["combining"].items():
         if combining["comparable"]:
             said.append(
@@ -171,9 +183,15 @@ def sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
 
 def paired(on: Mapping[str, Any], off: Mapping[str, Any]) -> str:
     """The same pairs on the grid and off it: how often the better order is another one."""
-    strip: Callable[[str], str] = lambda stage: str(canonical(Order((_on_grid(Order.parse(stage)[0]),))))  # noqa: E731
+    strip: Callable[[str], str] = lambda stage: str(
+        canonical(Order((_on_grid(Order.parse(stage)[0]),)))
+    )
     there = {(strip(p["first"]), strip(p["second"])): p["advantage"] for p in off["pairs"]}
-    both = [(p["advantage"], there[key]) for p in on["pairs"] if (key := (p["first"], p["second"])) in there]
+    both = [
+        (p["advantage"], there[key])
+        for p in on["pairs"]
+        if (key := (p["first"], p["second"])) in there
+    ]
     decisive = [(a, b) for a, b in both if a["decisive"] and b["decisive"]]
     other = sum((a["mean"] > 0) != (b["mean"] > 0) for a, b in decisive)
     return f"{len(both)} pairs in both, {len(decisive)} decisive in both; of these {other} turn round off it"
@@ -183,7 +201,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("paper-output"))
     parser.add_argument("--planner", type=Path, default=Path("planner-output"))
-    parser.add_argument("--run", nargs="+", metavar=("STUDY", "DRAW"), help=f"one of {', '.join(STUDIES)}, and draws")
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        metavar=("STUDY", "DRAW"),
+        help=f"one of {', '.join(STUDIES)}, and draws",
+    )
     args = parser.parse_args()
     if args.run:
         torch.set_num_threads(1)
@@ -193,7 +216,11 @@ def main() -> None:
         return
     folders = {name: args.planner / name.replace(", ", "-").replace(" ", "-") for name in GRIDS}
     folders |= {name: args.output / name for name in STUDIES}
-    found = {name: summarize(Trials.open(folder)) for name, folder in folders.items() if (folder / TRIALS).exists()}
+    found = {
+        name: summarize(Trials.open(folder))
+        for name, folder in folders.items()
+        if (folder / TRIALS).exists()
+    }
     console = Console(width=150, markup=False, highlight=False)
     console.print(signs(found))
     for name, summary in found.items():
@@ -202,7 +229,9 @@ def main() -> None:
     for name in [name for name in GRIDS if name in found and found[name]["pairs"]]:
         console.print(by_setting(name, found[name]))
     for name in [name for name in found if f"{name}-off-grid" in found]:
-        console.print(f"{name} and {name}-off-grid: {paired(found[name], found[f'{name}-off-grid'])}")
+        console.print(
+            f"{name} and {name}-off-grid: {paired(found[name], found[f'{name}-off-grid'])}"
+        )
     (args.output / "paper.json").write_text(json.dumps(found, default=float) + "\n")
 
 

@@ -72,7 +72,11 @@ class Recipe(NamedTuple):
     target: float | None = None
 
     def __str__(self) -> str:
-        return self.order if ">" not in self.order else f"{self.order}, {self.schedule} / {self.pipeline}"
+        return (
+            self.order
+            if ">" not in self.order
+            else f"{self.order}, {self.schedule} / {self.pipeline}"
+        )
 
 
 RECIPES = {
@@ -102,7 +106,10 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     from optimum_order.compressor import pipeline  # noqa: F401 (imported with the rest, before memory is looked at)
 
     torch.set_num_threads(job["threads"])
-    found = {"imported": memory("VmRSS"), "versions": versions("torch", "transformers", "compressed-tensors")}
+    found = {
+        "imported": memory("VmRSS"),
+        "versions": versions("torch", "transformers", "compressed-tensors"),
+    }
     found["versions"]["optimum-order"] = optimum_order.__version__
     ids = tokens(job)
     compressor = JointCompressor.from_pretrained(
@@ -131,12 +138,21 @@ def floor(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
     device, ids = torch.device(job["device"]), tokens(job)
     compressor = JointCompressor.from_pretrained(
-        job["model"], calibration=ids, calibration_samples=len(ids), sequence_length=ids.shape[1], device=job["device"]
+        job["model"],
+        calibration=ids,
+        calibration_samples=len(ids),
+        sequence_length=ids.shape[1],
+        device=job["device"],
     )
     steps = compressor.estimate(job["order"], job["schedule"]).steps
     width = compressor.source.config.hidden_size
-    speed = {name: rates.products(device, getattr(torch, name), 4096, width) for name in ("float32", "bfloat16")}
-    return speed | {part: sum(getattr(step, part) for step in steps) for part in ("forward", "gram")}
+    speed = {
+        name: rates.products(device, getattr(torch, name), 4096, width)
+        for name in ("float32", "bfloat16")
+    }
+    return speed | {
+        part: sum(getattr(step, part) for step in steps) for part in ("forward", "gram")
+    }
 
 
 def theirs(job: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +219,9 @@ class stopwatch:
         self.found, self.cuda = found, job["device"].startswith("cuda")
 
     def __enter__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the most it had resident starts again from what it has now
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # the most it had resident starts again from what it has now
         self.found["loaded"] = memory("VmRSS")
         self.usage, self.begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
 
@@ -215,7 +233,9 @@ class stopwatch:
             self.found["gpu"] = torch.cuda.max_memory_allocated()
         usage = resource.getrusage(resource.RUSAGE_SELF)
         self.found["seconds"] = time.perf_counter() - self.begin
-        self.found["processor"] = usage.ru_utime + usage.ru_stime - self.usage.ru_utime - self.usage.ru_stime
+        self.found["processor"] = (
+            usage.ru_utime + usage.ru_stime - self.usage.ru_utime - self.usage.ru_stime
+        )
         self.found["peak"] = memory("VmHWM")
 
 
@@ -241,7 +261,9 @@ class Bench:
     def __init__(self, args: argparse.Namespace, work: Path):
         self.args, self.work, self.count = args, work, 0
 
-    def run(self, side: str, recipe: Recipe, model: Path, ids: Path, output: Path | None = None) -> dict[str, Any]:
+    def run(
+        self, side: str, recipe: Recipe, model: Path, ids: Path, output: Path | None = None
+    ) -> dict[str, Any]:
         """One compression, "ours" or "theirs", and what it took; or its "floor"."""
         self.count += 1
         found = self.work / f"{self.count}.json"
@@ -255,18 +277,27 @@ class Bench:
             "threads": self.args.threads,
             "device": self.args.device,
         }
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(self.args.threads)}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(self.args.threads),
+        }
         if self.args.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         python = self.args.theirs if side == "theirs" else sys.executable
         done = subprocess.run(
-            [python, __file__, "--job", json.dumps(job)], env=environment, capture_output=True, text=True
+            [python, __file__, "--job", json.dumps(job)],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise SystemExit(f"{side}, {recipe}: {done.stderr[-3000:]}")
         return json.loads(found.read_text())
 
-    def pairs(self, recipes: list[Recipe], model: Path, ids: Path) -> dict[Recipe, list[dict[str, Any]]]:
+    def pairs(
+        self, recipes: list[Recipe], model: Path, ids: Path
+    ) -> dict[Recipe, list[dict[str, Any]]]:
         """Ours and theirs in turn, each recipe as often as was asked for."""
         found: dict[Recipe, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
         for number in range(self.args.rounds):
@@ -310,11 +341,25 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
 
     model = bench.work / "llama"
     make_llama(model, LLAMA, "float32")
-    drawn = torch.randint(0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(
+        0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     found = bench.pairs(recipes, model, save_ids(drawn, bench.work / "speed.safetensors"))
-    table = Table(title=f"a Llama of {weights(model) / 1e6:.0f} M weights in float32, {SAMPLES} x {LENGTH} tokens")
+    table = Table(
+        title=f"a Llama of {weights(model) / 1e6:.0f} M weights in float32, {SAMPLES} x {LENGTH} tokens"
+    )
     table.add_column("recipe, our schedule / their pipeline", no_wrap=True)
-    columns = ("seconds", "theirs", "ratio", "target", "processor seconds", "theirs", "peak MB", "theirs", "ratio")
+    columns = (
+        "seconds",
+        "theirs",
+        "ratio",
+        "target",
+        "processor seconds",
+        "theirs",
+        "peak MB",
+        "theirs",
+        "ratio",
+    )
     for column in (*columns, "target"):
         table.add_column(column, justify="right")
     for recipe, pairs in found.items():
@@ -341,8 +386,13 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
         print(f"{side}: {names}; {resident} with the model")
         if "gpu" in last[side]:
             print(f"{side}: {last[side]['gpu'] / 1e6:.0f} MB at most on the GPU")
-    print(f"{bench.args.threads} threads, {bench.args.device}; a row is one pair of runs, ours first, then theirs.")
-    above_floor(bench, {recipe: min(pair["ours"]["seconds"] for pair in pairs) for recipe, pairs in found.items()})
+    print(
+        f"{bench.args.threads} threads, {bench.args.device}; a row is one pair of runs, ours first, then theirs."
+    )
+    above_floor(
+        bench,
+        {recipe: min(pair["ours"]["seconds"] for pair in pairs) for recipe, pairs in found.items()},
+    )
 
 
 def above_floor(bench: Bench, seconds: dict[Recipe, float]) -> None:
@@ -376,25 +426,43 @@ def scaling(bench: Bench, recipe: Recipe) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("growing", title=f"{recipe.order}, schedule {recipe.schedule}", title_justify="left")
+    table = Table(
+        "growing", title=f"{recipe.order}, schedule {recipe.schedule}", title_justify="left"
+    )
     for column in ("weights in the blocks", "tokens", "seconds", "processor seconds"):
         table.add_column(column, justify="right")
     exponents = {}
-    for growing, cases in {"weights": [(*size, 16) for size in SIZES], "tokens": [(512, 6, n) for n in TOKENS]}.items():
+    for growing, cases in {
+        "weights": [(*size, 16) for size in SIZES],
+        "tokens": [(512, 6, n) for n in TOKENS],
+    }.items():
         points = []
         for width, layers, samples in cases:
             inner = round(width / 48) * 128  # 8/3, in whole groups
-            sizes = LLAMA | {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+            sizes = LLAMA | {
+                "hidden_size": width,
+                "intermediate_size": inner,
+                "num_hidden_layers": layers,
+            }
             sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
             with tempfile.TemporaryDirectory(dir=bench.work) as folder:
                 make_llama(Path(folder), sizes, "float32")
-                ids = torch.randint(0, VOCABULARY, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
+                ids = torch.randint(
+                    0, VOCABULARY, (samples, LENGTH), generator=torch.Generator().manual_seed(0)
+                )
                 file = save_ids(ids, Path(folder) / "ids.safetensors")
-                runs = [bench.run("ours", recipe, Path(folder), file) for _ in range(bench.args.rounds)]
+                runs = [
+                    bench.run("ours", recipe, Path(folder), file) for _ in range(bench.args.rounds)
+                ]
                 inside = weights(Path(folder)) - 2 * width * VOCABULARY
             best = min(runs, key=lambda run: run["seconds"])
             points.append((inside if growing == "weights" else ids.numel(), best["seconds"]))
-            row = [f"{inside:,}", f"{ids.numel():,}", f"{best['seconds']:.2f}", f"{best['processor']:.2f}"]
+            row = [
+                f"{inside:,}",
+                f"{ids.numel():,}",
+                f"{best['seconds']:.2f}",
+                f"{best['processor']:.2f}",
+            ]
             table.add_row(growing, *row)
             print(growing, *row, file=sys.stderr, flush=True)
         exponents[growing] = exponent(points)
@@ -428,7 +496,7 @@ def quality(bench: Bench, recipes: list[Recipe]) -> None:
     from rich.table import Table
 
     from optimum_order import JointCompressor
-    from optimum_order.calibration.data import load
+    from optimum_order.data.text import load
 
     original = JointCompressor.from_pretrained("tiny-llama")
     source = Path(original.source._path)
@@ -438,7 +506,17 @@ def quality(bench: Bench, recipes: list[Recipe]) -> None:
         f"(uncompressed: {original.evaluate(progress=False).value:.3f})"
     )
     table.add_column("recipe, our schedule / their pipeline", no_wrap=True)
-    columns = ("ours", "theirs", "ratio", "target", "of each draw", "zeros", "theirs", "theirs pruned", "ratio")
+    columns = (
+        "ours",
+        "theirs",
+        "ratio",
+        "target",
+        "of each draw",
+        "zeros",
+        "theirs",
+        "theirs pruned",
+        "ratio",
+    )
     for column in columns:
         table.add_column(column, justify="right")
 
@@ -458,15 +536,30 @@ def quality(bench: Bench, recipes: list[Recipe]) -> None:
                     if output.with_name(output.name + PRUNED).exists():
                         found["pruned"].append(measured(output.with_name(output.name + PRUNED)))
         (mine, kept), (other, left), *rest = (
-            [statistics.mean(part) for part in zip(*each, strict=True)] for each in found.values() if each
+            [statistics.mean(part) for part in zip(*each, strict=True)]
+            for each in found.values()
+            if each
         )
         ratios = [f"{a[0] / b[0]:.3f}" for a, b in zip(found["ours"], found["theirs"], strict=True)]
-        row = [f"{mine:.3f}", f"{other:.3f}", f"{mine / other:.4f}", "1.00", " ".join(ratios), f"{kept:.1%}"]
-        row += [f"{left:.1%}", *(f"{value:.3f}" for value, _ in rest), *(f"{mine / value:.4f}" for value, _ in rest)]
+        row = [
+            f"{mine:.3f}",
+            f"{other:.3f}",
+            f"{mine / other:.4f}",
+            "1.00",
+            " ".join(ratios),
+            f"{kept:.1%}",
+        ]
+        row += [
+            f"{left:.1%}",
+            *(f"{value:.3f}" for value, _ in rest),
+            *(f"{mine / value:.4f}" for value, _ in rest),
+        ]
         table.add_row(str(recipe), *row)
         print(recipe, *row, file=sys.stderr, flush=True)
     Console(width=150).print(table)
-    print("zeros: of the weights of the blocks. Rounding makes zeros of its own, of nothing that was pruned.")
+    print(
+        "zeros: of the weights of the blocks. Rounding makes zeros of its own, of nothing that was pruned."
+    )
     print(
         "theirs pruned: their result with what SparseGPT had pruned put back to zero. Their GPTQ moves such weights "
         "on, and what comes out is no longer pruned."
@@ -475,26 +568,40 @@ def quality(bench: Bench, recipes: list[Recipe]) -> None:
 
 def zeros(compressor: Any) -> float:
     """The share of zeros in a model's blocks."""
-    from optimum_order.targets import find_units
+    from optimum_order.models.units import find_units
 
-    views = [target.view for unit in find_units(compressor.source.load()) for target in unit.targets]
+    views = [
+        target.view for unit in find_units(compressor.source.load()) for target in unit.targets
+    ]
     return sum(int((view == 0).sum()) for view in views) / sum(view.numel() for view in views)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--theirs", default=ROOT / ".venv-peers/bin/python", help="the Python that has llm-compressor")
+    parser.add_argument(
+        "--theirs",
+        default=ROOT / ".venv-peers/bin/python",
+        help="the Python that has llm-compressor",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="pairs of runs for each recipe (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="pairs of runs for each recipe (default %(default)s)"
+    )
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--parts", nargs="+", choices=("speed", "quality"), default=["speed", "quality"])
-    parser.add_argument("--scaling", action="store_true", help="how our time grows, and nothing else")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("speed", "quality"), default=["speed", "quality"]
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="how our time grows, and nothing else"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         job = json.loads(args.job)
-        Path(job["found"]).write_text(json.dumps({"ours": ours, "theirs": theirs, "floor": floor}[job["side"]](job)))
+        Path(job["found"]).write_text(
+            json.dumps({"ours": ours, "theirs": theirs, "floor": floor}[job["side"]](job))
+        )
         return
     if not args.scaling and not Path(args.theirs).exists():
         raise SystemExit(f"There is no {args.theirs}: 'make peers' makes it.")

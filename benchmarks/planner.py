@@ -24,17 +24,20 @@ from rich.table import Table
 
 from optimum_order import JointCompressor, Order, Stage
 from optimum_order.backends import canonical
-from optimum_order.calibration.load import batch_size, inputs
+from optimum_order.data.load import batch_size, inputs
+from optimum_order.engine.runner import Runner
 from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
-from optimum_order.ordering.planner import CONFIDENCE, plan
-from optimum_order.ordering.runner import Runner
-from optimum_order.ordering.study import Study, Trials, grid, quiet
+from optimum_order.search.planner import CONFIDENCE, plan
+from optimum_order.study.study import Study, Trials, grid, quiet
 
 DRAWS = 3
-PRUNERS, QUANTIZERS = [Stage("magnitude"), Stage("wanda"), Stage("sparsegpt")], [Stage("rtn"), Stage("gptq")]
+PRUNERS, QUANTIZERS = (
+    [Stage("magnitude"), Stage("wanda"), Stage("sparsegpt")],
+    [Stage("rtn"), Stage("gptq")],
+)
 TRIPLE = "wanda:0.4 > gptq:4 > magnitude:0.55"
 GRIDS = {
     "tiny-llama": grid(PRUNERS, [0.3, 0.5, 0.65], QUANTIZERS, [2, 3, 4]),
@@ -66,7 +69,9 @@ class Setting:
             self.scorer = Fidelity(compressor.source.load())
         else:
             self.settings["sequence_length"] = compressor.sequence_length
-            self.truth_samples, self.plan_samples = (held_out.take(torch.arange(first, 256, 4)) for first in (0, 2))
+            self.truth_samples, self.plan_samples = (
+                held_out.take(torch.arange(first, 256, 4)) for first in (0, 2)
+            )
             self.metric, self.scorer = Perplexity(), None
 
         def batches(draw: int, samples: int | None = None) -> list:
@@ -74,7 +79,9 @@ class Setting:
             return inputs(drawn.take(torch.arange(first, first + (samples or self.size))))
 
         self.runner = Runner(compressor.source, batches, progress=False)
-        self.planning = Runner(compressor.source, lambda draw, samples: batches(DRAWS, samples), progress=False)
+        self.planning = Runner(
+            compressor.source, lambda draw, samples: batches(DRAWS, samples), progress=False
+        )
 
     def study(self, folder: Path) -> Study:
         size = batch_size(self.truth_samples)
@@ -95,7 +102,11 @@ def truth(name: str, folder: Path, draws: list[int]) -> None:
 def groups(name: str) -> list[list[Order]]:
     """The orders to choose among: pairs, or all permutations."""
     orders = [canonical(order) for order in GRIDS[name] if len(order) > 1]
-    return [orders] if len(orders[0]) > 2 else [list(pair) for pair in zip(orders[::2], orders[1::2], strict=True)]
+    return (
+        [orders]
+        if len(orders[0]) > 2
+        else [list(pair) for pair in zip(orders[::2], orders[1::2], strict=True)]
+    )
 
 
 def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
@@ -124,7 +135,10 @@ def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
                     confidence=confidence,
                     batch_size=batch_size(setting.plan_samples),
                 )
-                out.write(json.dumps({"index": index, "confidence": confidence, "plan": found.as_dict()}) + "\n")
+                out.write(
+                    json.dumps({"index": index, "confidence": confidence, "plan": found.as_dict()})
+                    + "\n"
+                )
                 out.flush()
 
 
@@ -141,7 +155,9 @@ class Truth:
     def draws(self, order: Order) -> np.ndarray:
         """M of each sample with each draw, (draws, samples); one row where the draw does not matter."""
         found = [
-            self.rows[str(order), draw]["performances"] for draw in range(DRAWS) if (str(order), draw) in self.rows
+            self.rows[str(order), draw]["performances"]
+            for draw in range(DRAWS)
+            if (str(order), draw) in self.rows
         ]
         return np.array(found)
 
@@ -154,14 +170,22 @@ class Truth:
         return float(self.draws(Order((stage,))).mean())
 
 
-def choices(truth: Truth, orders: list[Order], found: dict[str, dict]) -> dict[str, tuple[Order, float]]:
+def choices(
+    truth: Truth, orders: list[Order], found: dict[str, dict]
+) -> dict[str, tuple[Order, float]]:
     """What each strategy chooses, and its processor seconds."""
     alone = {stage: truth.alone(stage) for stage in orders[0]}
-    chosen = {name: (Order.parse(each["order"]), each["cost"]["cpu_seconds"]) for name, each in found.items()}
+    chosen = {
+        name: (Order.parse(each["order"]), each["cost"]["cpu_seconds"])
+        for name, each in found.items()
+    }
     pruners = {"magnitude", "wanda", "sparsegpt"}
     weaker = sorted(orders[0], key=lambda stage: -alone[stage])
     chosen["pih"] = (Order(weaker), sum(truth.cost(Order((stage,))) for stage in orders[0]))
-    chosen["prune first"] = (Order(sorted(orders[0], key=lambda stage: stage.method not in pruners)), 0.0)
+    chosen["prune first"] = (
+        Order(sorted(orders[0], key=lambda stage: stage.method not in pruners)),
+        0.0,
+    )
     return chosen
 
 
@@ -178,7 +202,9 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
         found = {row["plan"]["strategy"]: row["plan"] for row in rows if row["index"] == index}
         means = {order: truth.draws(order).mean() for order in orders}
         best, worst = max(means, key=means.get), min(means, key=means.get)
-        count = min(len(truth.draws(order)) for order in orders)  # fewer while the truth is still being run
+        count = min(
+            len(truth.draws(order)) for order in orders
+        )  # fewer while the truth is still being run
         values = torch.from_numpy(truth.draws(best)[:count] - truth.draws(worst)[:count])
         decisive = difference_over_draws(values).decisive
         decisive_count[half] = decisive_count.get(half, 0) + decisive
@@ -188,7 +214,9 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
             claims.setdefault(half, []).append(claim(found["auto"], truth, best))
         for strategy, (order, cost) in choices(truth, orders, found).items():
             right = (order == best) if decisive else None
-            totals.setdefault((half, strategy), []).append((right, means[best] - means[order], cost, full))
+            totals.setdefault((half, strategy), []).append(
+                (right, means[best] - means[order], cost, full)
+            )
         if len(values) > 1:  # one draw against the mean of the others
             for draw in range(len(values)):
                 rest = [d for d in range(len(values)) if d != draw]
@@ -198,7 +226,13 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
                 row = ((pick == top) if decisive else None, judged[top] - judged[pick], full, full)
                 totals.setdefault((half, "one full run"), []).append(row)
     shown = Table(title=name, title_justify="left")
-    for column in ("pairs", "strategy", "right where decisive", "regret / mean |A|", "cost / all orders in full"):
+    for column in (
+        "pairs",
+        "strategy",
+        "right where decisive",
+        "regret / mean |A|",
+        "cost / all orders in full",
+    ):
         shown.add_column(column, justify="left" if column in ("pairs", "strategy") else "right")
     summary = {}
     for half, strategy in itertools.product(gaps, strategies):
@@ -208,7 +242,9 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
         judged = [right for right, *_ in found if right is not None]
         regret = np.mean([lost for _, lost, _, _ in found]) / np.mean(gaps[half])
         cost = sum(c for *_, c, _ in found) / sum(f for *_, f in found)
-        share = f"{sum(judged)} of {len(judged)}" + (f" ({sum(judged) / len(judged):.0%})" if judged else "")
+        share = f"{sum(judged)} of {len(judged)}" + (
+            f" ({sum(judged) / len(judged):.0%})" if judged else ""
+        )
         label = f"{half}: {len(gaps[half])}, {decisive_count[half]} decisive"
         shown.add_row(label, strategy, share, f"{regret:.3f}", f"{cost:.1%}")
         summary[f"{half}/{strategy}"] = {"right": share, "regret": regret, "cost": cost}
@@ -257,16 +293,33 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
         layers = np.mean([row["plan"]["cost"].get("layers", 0) for row in mine])
         whole = np.mean([row["plan"]["scored_by"] != "layer error" for row in mine])
         shown.add_row(
-            f"{confidence:g}", f"{right} of {decisive}", f"{regret:.3f}", f"{cost:.1%}", f"{layers:.1f}", f"{whole:.0%}"
+            f"{confidence:g}",
+            f"{right} of {decisive}",
+            f"{regret:.3f}",
+            f"{cost:.1%}",
+            f"{layers:.1f}",
+            f"{whole:.0%}",
         )
-        found[f"{confidence:g}"] = {"right": right, "decisive": decisive, "regret": regret, "cost": cost}
+        found[f"{confidence:g}"] = {
+            "right": right,
+            "decisive": decisive,
+            "regret": regret,
+            "cost": cost,
+        }
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right_ = figure.subplots(1, 2)
-    for axis, key, label, target in ((left, "right", "right where decisive", 0.95), (right_, "regret", "regret", 0.03)):
-        values = [each[key] / (each["decisive"] if key == "right" else 1) for each in found.values()]
+    for axis, key, label, target in (
+        (left, "right", "right where decisive", 0.95),
+        (right_, "regret", "regret", 0.03),
+    ):
+        values = [
+            each[key] / (each["decisive"] if key == "right" else 1) for each in found.values()
+        ]
         costs = [each["cost"] for each in found.values()]
         axis.plot(costs, values, "o-")
-        points: list[tuple[list[str], float, float]] = []  # those that lie on each other have one label
+        points: list[
+            tuple[list[str], float, float]
+        ] = []  # those that lie on each other have one label
         for confidence, x, y in zip(found, costs, values, strict=True):
             if points and points[-1][2] == y and abs(points[-1][1] - x) < 0.05:
                 points[-1][0].append(confidence)
@@ -287,7 +340,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("planner-output"))
     parser.add_argument(
-        "--only", nargs="+", metavar="PART", help="'truth NAME DRAW', 'plans NAME', 'curve NAME' or 'table'"
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help="'truth NAME DRAW', 'plans NAME', 'curve NAME' or 'table'",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that processor seconds are those of the work
@@ -300,7 +356,11 @@ def main() -> None:
             if part in ("", "plans") and (not rest or rest[0] == name):
                 plans(name, folder / "plans.jsonl", [("auto", CONFIDENCE), ("proxy", CONFIDENCE)])
             if part in ("", "curve") and (not rest or rest[0] == name):
-                plans(name, folder / "curve.jsonl", [("auto", confidence) for confidence in CONFIDENCES])
+                plans(
+                    name,
+                    folder / "curve.jsonl",
+                    [("auto", confidence) for confidence in CONFIDENCES],
+                )
     if part in ("", "table", "curve"):
         console, everything = Console(width=110), {}
         for name in GRIDS:
@@ -310,12 +370,17 @@ def main() -> None:
                 console.print(shown)
                 for key, value in everything[name].items():
                     if key.endswith("claims of auto"):
-                        console.print(f"{key}: " + ", ".join(f"{what} {number:g}" for what, number in value.items()))
+                        console.print(
+                            f"{key}: "
+                            + ", ".join(f"{what} {number:g}" for what, number in value.items())
+                        )
             if rows := lines(folder / "curve.jsonl"):
                 shown, found = curve(name, Truth(folder), rows, folder / "curve.png")
                 console.print(shown)
                 everything[f"{name}, curve"] = found
-        (args.output / "planner.json").write_text(json.dumps(everything, indent=2, default=float) + "\n")
+        (args.output / "planner.json").write_text(
+            json.dumps(everything, indent=2, default=float) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optimum_order import JointCompressor, Order
-from optimum_order.calibration.data import load
+from optimum_order.data.text import load
 
 
 def main() -> None:
@@ -30,7 +30,9 @@ def main() -> None:
     torch.set_num_threads(1)  # so that processor seconds are those of the work
     source = JointCompressor.from_pretrained(args.model).source
     windows = load("builtin", source.processor, samples=args.samples * args.draws, length=512)
-    table = Table(title=f"{args.model}, perplexity, mean of {args.draws} draws of {args.samples} windows")
+    table = Table(
+        title=f"{args.model}, perplexity, mean of {args.draws} draws of {args.samples} windows"
+    )
     table.add_column("order", no_wrap=True)
     for column in ("stage", "block", "block / stage", "of each draw", "seconds, block / stage"):
         table.add_column(column, justify="right")
@@ -40,7 +42,9 @@ def main() -> None:
         seconds = dict.fromkeys(values, 0.0)
         for draw in range(args.draws):
             ids = windows.ids[draw * args.samples : (draw + 1) * args.samples]
-            compressor = JointCompressor.from_pretrained(args.model, calibration=ids, calibration_samples=args.samples)
+            compressor = JointCompressor.from_pretrained(
+                args.model, calibration=ids, calibration_samples=args.samples
+            )
             for schedule in values:
                 begin = time.process_time()
                 compressed = compressor.compress(order, schedule, progress=False)
@@ -51,7 +55,9 @@ def main() -> None:
         worst = max(worst, *ratios)
         each = " ".join(f"{ratio:.4f}" for ratio in ratios)
         time_ratio = f"{seconds['block'] / seconds['stage']:.2f}"
-        table.add_row(str(order), f"{stage:.3f}", f"{block:.3f}", f"{block / stage:.4f}", each, time_ratio)
+        table.add_row(
+            str(order), f"{stage:.3f}", f"{block:.3f}", f"{block / stage:.4f}", each, time_ratio
+        )
     Console(width=120).print(table)
     print(f"The most that block costs in any draw: {worst - 1:+.2%}")
 

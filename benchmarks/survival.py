@@ -43,14 +43,19 @@ def export(output: Path, *more: str) -> subprocess.Popen:
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file in a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def progress(work: Path) -> str:
     """How far a run has come, in words."""
     files = sorted(work.glob("*.state.safetensors")) if work.is_dir() else []
     passes = [int(file.name[:3]) for file in files]
-    return f"stage {max(passes) + 1}, {passes.count(max(passes))} of 4 blocks" if files else "nothing"
+    return (
+        f"stage {max(passes) + 1}, {passes.count(max(passes))} of 4 blocks" if files else "nothing"
+    )
 
 
 def undisturbed(folder: Path) -> tuple[dict[str, str], float]:
@@ -62,7 +67,9 @@ def undisturbed(folder: Path) -> tuple[dict[str, str], float]:
         assert child.returncode == 0, error
         found.append(digests(folder / f"undisturbed-{number}"))
         seconds = time.perf_counter() - begin
-    print(f"undisturbed: {seconds:.1f} s; the same command twice gives the same bytes: {found[0] == found[1]}")
+    print(
+        f"undisturbed: {seconds:.1f} s; the same command twice gives the same bytes: {found[0] == found[1]}"
+    )
     return found[0], seconds
 
 
@@ -94,7 +101,9 @@ def kills(count: int, seed: int) -> bool:
                 killed += 1
                 print(f"kill {killed:2} after {patience:5.1f} s: {progress(work)}", flush=True)
         left = [file.name for file in root.iterdir() if not file.name.startswith("undisturbed")]
-        print(f"{killed} kills, {runs} runs, all files as if undisturbed: {all_same}; left behind: {left or 'nothing'}")
+        print(
+            f"{killed} kills, {runs} runs, all files as if undisturbed: {all_same}; left behind: {left or 'nothing'}"
+        )
     return all_same
 
 
@@ -105,15 +114,23 @@ def full_disk(megabytes: int) -> bool:
         expected, _ = undisturbed(root)
         disk = root / "disk"
         disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk], check=True
+        )
         try:
             for resume in ([], ["--resume"]):
-                _, error = (child := export(root / "out", "--work-dir", str(disk / "work"), *resume)).communicate()
-                print(f"exit code {child.returncode}; {progress(disk / 'work')}; {os.listdir(disk / 'work')}")
+                _, error = (
+                    child := export(root / "out", "--work-dir", str(disk / "work"), *resume)
+                ).communicate()
+                print(
+                    f"exit code {child.returncode}; {progress(disk / 'work')}; {os.listdir(disk / 'work')}"
+                )
                 print("".join(f"    {line}\n" for line in error.splitlines()[-2:]), end="")
                 assert child.returncode == 2 and "No space left on device" in error, error
             subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
-            _, error = (child := export(root / "out", "--work-dir", str(disk / "work"), "--resume")).communicate()
+            _, error = (
+                child := export(root / "out", "--work-dir", str(disk / "work"), "--resume")
+            ).communicate()
             assert child.returncode == 0, error
         finally:
             subprocess.run(["umount", disk], check=True)
@@ -137,7 +154,9 @@ def overhead(rounds: int, orders: list[str], schedule: str) -> bool:
     model = LlamaForCausalLM(config)
     ids = torch.randint(0, config.vocab_size, (32, 512))
     compressor = JointCompressor(model, calibration=ids, calibration_samples=32, device="cpu")
-    print(f"{model.num_parameters() / 1e6:.0f} M parameters, 32 x 512 tokens, {torch.get_num_threads()} threads")
+    print(
+        f"{model.num_parameters() / 1e6:.0f} M parameters, 32 x 512 tokens, {torch.get_num_threads()} threads"
+    )
     worst = 0.0
     for order in orders:
         ratios = []
@@ -146,9 +165,14 @@ def overhead(rounds: int, orders: list[str], schedule: str) -> bool:
             for kept in (False, True) if number % 2 else (True, False):
                 with tempfile.TemporaryDirectory(dir=".") as folder:
                     work = Path(folder) / "work" if kept else None
-                    seconds[kept] = compressor.compress(order, schedule, work_dir=work, progress=False).seconds
+                    seconds[kept] = compressor.compress(
+                        order, schedule, work_dir=work, progress=False
+                    ).seconds
             ratios.append(seconds[True] / seconds[False])
-            print(f"{order} ({schedule}): without {seconds[False]:.1f} s, with {seconds[True]:.1f} s", flush=True)
+            print(
+                f"{order} ({schedule}): without {seconds[False]:.1f} s, with {seconds[True]:.1f} s",
+                flush=True,
+            )
         print(
             f"{order} ({schedule}): overhead {statistics.median(ratios) - 1:+.1%} (median of {rounds}; target <= 5 %)"
         )
@@ -157,7 +181,9 @@ def overhead(rounds: int, orders: list[str], schedule: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["kills", "full-disk", "overhead"])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

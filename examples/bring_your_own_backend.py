@@ -24,7 +24,9 @@ from optimum_order.backends import option
 
 @dataclasses.dataclass(frozen=True)
 class RandomOptions:
-    sparsity: float = option(0.5, "fraction removed", check=lambda v: 0 <= v < 1, allowed="a number in [0, 1)")
+    sparsity: float = option(
+        0.5, "fraction removed", check=lambda v: 0 <= v < 1, allowed="a number in [0, 1)"
+    )
     seed: int = option(0, "which weights are drawn")
 
 
@@ -38,18 +40,28 @@ class Random(Backend):
 
     def compress(self, state, statistics):
         generator = torch.Generator().manual_seed(self.options.seed)
-        pruned = (torch.rand(state.weight.shape, generator=generator) < self.options.sparsity).to(state.weight.device)
+        pruned = (torch.rand(state.weight.shape, generator=generator) < self.options.sparsity).to(
+            state.weight.device
+        )
         if state.pruned is not None:
-            pruned |= state.pruned  # what an earlier stage removed stays removed; the base class checks it
-        return dataclasses.replace(state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned)
+            pruned |= (
+                state.pruned
+            )  # what an earlier stage removed stays removed; the base class checks it
+        return dataclasses.replace(
+            state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned
+        )
 
 
 def install(folder: Path) -> None:
     """What `pip install` would do with the entry point above, for this process only."""
     info = folder / "bring_your_own_backend-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bring-your-own-backend\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[optimum_order.backends]\nrandom = bring_your_own_backend:Random\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: bring-your-own-backend\nVersion: 1.0\n"
+    )
+    (info / "entry_points.txt").write_text(
+        "[optimum_order.backends]\nrandom = bring_your_own_backend:Random\n"
+    )
     sys.path.append(str(folder))
 
 

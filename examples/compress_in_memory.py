@@ -9,15 +9,23 @@ from optimum_order import JointCompressor
 
 # Any causal LM and its tokenizer; this one is built on the spot, so it has learnt nothing.
 config = transformers.LlamaConfig(
-    hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=384
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=384,
 )
 model = transformers.LlamaForCausalLM(config)
 tokenizer = transformers.ByT5Tokenizer()  # one token per byte, no file needed
 
 texts = ["The order of two compression methods changes the result. " * 40] * 8
-compressor = JointCompressor(model, tokenizer, calibration=texts, calibration_samples=8, sequence_length=128)
+compressor = JointCompressor(
+    model, tokenizer, calibration=texts, calibration_samples=8, sequence_length=128
+)
 compressed = compressor.compress("sparsegpt(pattern=2:4) > rtn:8")
 
 for name, layer in compressed.layers.items():
-    print(f"{name}: {layer.sparsity:.0%} pruned, {layer.bits} bits, first weights {layer.weight[0, :4].tolist()}")
+    print(
+        f"{name}: {layer.sparsity:.0%} pruned, {layer.bits} bits, first weights {layer.weight[0, :4].tolist()}"
+    )
 # `model` itself is as it was; `compressed.model` is an ordinary transformers model with the new weights.

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_order.calibration.data import docstrings, reference_topics
+from optimum_order.data.text import docstrings, reference_topics
 
 VOCABULARY, WINDOW = 4096, 512
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -45,7 +45,12 @@ CONFIG = dict(
 
 def corpus() -> list[str]:
     """Unique prose, one document per docstring: a paragraph that was seen before, or is held out, is dropped."""
-    forbidden = {line.strip() for text in reference_topics() for line in text.splitlines() if len(line.strip()) >= 40}
+    forbidden = {
+        line.strip()
+        for text in reference_topics()
+        for line in text.splitlines()
+        if len(line.strip()) >= 40
+    }
     standard = Path(sysconfig.get_path("stdlib"))
     site = Path(sysconfig.get_path("purelib"))
     files = [file for file in sorted(standard.rglob("*.py")) if "site-packages" not in file.parts]
@@ -56,7 +61,9 @@ def corpus() -> list[str]:
     for text in [*readmes, *(text for file in files for text in docstrings(file))]:
         kept = []
         for paragraph in re.split(r"\n\s*\n", text):
-            key = hashlib.blake2b(" ".join(paragraph.split()).encode("utf-8", "replace"), digest_size=8).digest()
+            key = hashlib.blake2b(
+                " ".join(paragraph.split()).encode("utf-8", "replace"), digest_size=8
+            ).digest()
             if len(paragraph) > 30 and key in seen:
                 continue
             seen.add(key)
@@ -83,7 +90,11 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, model_max_length=2 * WINDOW
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=2 * WINDOW,
     )
 
 
@@ -110,7 +121,9 @@ def bits_per_byte(model, tokenizer) -> float:
         row = torch.cat([bos, window])[None]
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(row).logits.float()
-        nats += torch.nn.functional.cross_entropy(logits[0, :-1], row[0, 1:], reduction="sum").item()
+        nats += torch.nn.functional.cross_entropy(
+            logits[0, :-1], row[0, 1:], reduction="sum"
+        ).item()
     return nats / math.log(2) / len(text.encode())
 
 
@@ -129,9 +142,14 @@ def main() -> None:
     size = sum(len(document.encode()) for document in documents)
     tokenizer = train_tokenizer(documents)
     tokens = stream(tokenizer, documents)
-    print(f"corpus: {len(documents)} documents, {size / 1e6:.1f} MB, {len(tokens) / 1e6:.2f} M tokens", flush=True)
+    print(
+        f"corpus: {len(documents)} documents, {size / 1e6:.1f} MB, {len(tokens) / 1e6:.2f} M tokens",
+        flush=True,
+    )
 
-    config = LlamaConfig(**CONFIG, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(
+        **CONFIG, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
     config.pad_token_id = tokenizer.pad_token_id
     model = LlamaForCausalLM(config)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
@@ -146,13 +164,17 @@ def main() -> None:
     def objective(batch):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch[:, 1:].flatten()
+        )
 
     compiled = torch.compile(objective)  # a quarter faster here; the mathematics is the same
     generator = torch.Generator().manual_seed(args.seed)
     begin, step, mean, order = time.monotonic(), 0, None, torch.empty(0, dtype=torch.long)
     while (progress := (time.monotonic() - begin) / (60 * args.minutes)) < 1:
-        if len(order) < args.batch:  # a new epoch: the same windows from another offset, in another order
+        if (
+            len(order) < args.batch
+        ):  # a new epoch: the same windows from another offset, in another order
             offset = int(torch.randint(WINDOW, (1,), generator=generator))
             count = (len(tokens) - offset - 1) // WINDOW
             order = offset + WINDOW * torch.randperm(count, generator=generator)
@@ -193,7 +215,9 @@ def main() -> None:
 
 def save(model, tokenizer, output: Path, recipe: dict) -> None:
     """Write bfloat16 weights, tokenizer and recipe; training goes on in float32."""
-    state = {name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().to(torch.bfloat16) for name, tensor in model.state_dict().items()
+    }
     del state["lm_head.weight"]  # tied to the embedding
     model.config.dtype = torch.bfloat16
     model.save_pretrained(output, state_dict=state)

@@ -28,7 +28,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from optimum_order.calibration.images import digits
+from optimum_order.data.images import digits
 
 NAMES = {"id2label": {n: str(n) for n in range(10)}, "label2id": {str(n): n for n in range(10)}}
 SIZE = {"vit": 8, "resnet": 32}
@@ -38,7 +38,12 @@ EPOCHS = {"vit": 200, "resnet": 30}
 def make(name: str):
     """The untrained model: 0.14 M parameters in 4 blocks, or 0.24 M in 3."""
     if name == "resnet":
-        blocks = {"embedding_size": 64, "hidden_sizes": [64, 64], "depths": [2, 1], "layer_type": "basic"}
+        blocks = {
+            "embedding_size": 64,
+            "hidden_sizes": [64, 64],
+            "depths": [2, 1],
+            "layer_type": "basic",
+        }
         return ResNetForImageClassification(ResNetConfig(**blocks, **NAMES))
     config = ViTConfig(
         image_size=8,
@@ -56,7 +61,9 @@ def make(name: str):
 def read(purpose: str, processor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels (n, 3, h, w) and labels (n,)."""
     images, labels = digits(purpose)
-    pixels = processor(images=[Image.fromarray(image).convert("RGB") for image in images], return_tensors="pt")
+    pixels = processor(
+        images=[Image.fromarray(image).convert("RGB") for image in images], return_tensors="pt"
+    )
     return pixels["pixel_values"], torch.from_numpy(labels)
 
 
@@ -70,8 +77,12 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     angle, shear, width, height = draw(math.radians(15)), draw(0.15), 1 + draw(0.15), 1 + draw(0.15)
     across = torch.stack([angle.cos() * width, shear - angle.sin() * height, draw(0.25)], dim=1)
     down = torch.stack([angle.sin() * width, angle.cos() * height, draw(0.25)], dim=1)
-    grid = functional.affine_grid(torch.stack([across, down], dim=1), list(pixels.shape), align_corners=False)
-    moved = functional.grid_sample(pixels + 1, grid, align_corners=False) - 1  # beyond the edge is paper, which is -1
+    grid = functional.affine_grid(
+        torch.stack([across, down], dim=1), list(pixels.shape), align_corners=False
+    )
+    moved = (
+        functional.grid_sample(pixels + 1, grid, align_corners=False) - 1
+    )  # beyond the edge is paper, which is -1
     return moved + 0.15 * torch.randn(count, 1, *pixels.shape[2:], generator=generator)
 
 
@@ -99,16 +110,23 @@ def main() -> None:
     processor = ViTImageProcessorPil(size=size, resample=Image.Resampling.NEAREST)
     pixels, labels = read("calibration", processor)
     model = make(args.model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pixels)} images", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(pixels)} images",
+        flush=True,
+    )
 
     begin, generator = time.process_time(), torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2)
     each = len(pixels) // args.batch  # a last batch of one image would be nothing to normalise by
     steps = args.epochs * each
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, 1 - step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, 1 - step / steps)
+    )
     for epoch in range(args.epochs):
         mean = 0.0
-        for rows in torch.randperm(len(pixels), generator=generator)[: each * args.batch].split(args.batch):
+        for rows in torch.randperm(len(pixels), generator=generator)[: each * args.batch].split(
+            args.batch
+        ):
             logits = model(augment(pixels[rows], generator)).logits
             loss = functional.cross_entropy(logits, labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
@@ -118,11 +136,16 @@ def main() -> None:
             schedule.step()
             mean += loss.item() / each
         if (epoch + 1) % 10 == 0:
-            print(f"epoch {epoch + 1}  loss {mean:.3f}  {time.process_time() - begin:.0f} s", flush=True)
+            print(
+                f"epoch {epoch + 1}  loss {mean:.3f}  {time.process_time() - begin:.0f} s",
+                flush=True,
+            )
 
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
-    shipped = AutoModelForImageClassification.from_pretrained(args.output).eval()  # what ships is what is measured
+    shipped = AutoModelForImageClassification.from_pretrained(
+        args.output
+    ).eval()  # what ships is what is measured
     recipe = {
         "images": len(pixels),
         "steps": steps,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from optimum_order.compressor import CompressedModel, JointCompressor
     from optimum_order.errors import OptimumOrderError
     from optimum_order.formats import Format
-    from optimum_order.layer import LayerState
+    from optimum_order.layers.state import LayerState
     from optimum_order.order import Order, Stage
 
 # Where each public name lives. Nothing is imported before it is asked for: `import optimum_order` stays fast.
@@ -32,7 +32,7 @@ _HOME = {
     "CompressedModel": "compressor",
     "Format": "formats",
     "JointCompressor": "compressor",
-    "LayerState": "layer",
+    "LayerState": "layers.state",
     "OptimumOrderError": "errors",
     "Order": "order",
     "Stage": "order",

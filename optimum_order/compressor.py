@@ -15,23 +15,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order import artifact, estimate, evaluation, formats, hub, manifest, pipeline, workdir
+from optimum_order import estimate, evaluation, formats
+from optimum_order.artifact import folder as artifact
+from optimum_order.artifact import hub, manifest
 from optimum_order.backends import canonical, method
 from optimum_order.calibration import precision
-from optimum_order.calibration.load import batch_size, inputs, samples_for
-from optimum_order.checkpoint import Checkpoint, InMemory, weights_digest
+from optimum_order.data.load import batch_size, inputs, samples_for
+from optimum_order.engine import run as pipeline
+from optimum_order.engine import workdir
+from optimum_order.engine.runner import Batches, Runner
+from optimum_order.engine.streamed import Streamed
+from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Measurement, Metric, Samples, Windows
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
+from optimum_order.models.lazy import Overlaid
+from optimum_order.models.source import Checkpoint, InMemory, weights_digest
+from optimum_order.models.units import Target, find_units
 from optimum_order.order import Order, Stage
-from optimum_order.ordering import planner
-from optimum_order.ordering.planner import Plan
-from optimum_order.ordering.runner import Batches, Runner
-from optimum_order.ordering.study import Study, check_folder, quiet
-from optimum_order.streamed import Streamed
-from optimum_order.targets import Target, find_units
-from optimum_order.weights import Overlaid
-from optimum_order.workdir import WorkDir
+from optimum_order.search import planner
+from optimum_order.search.planner import Plan
+from optimum_order.study.study import Study, check_folder, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +83,13 @@ class JointCompressor:
         ignore: Iterable[str] | None = None,
     ):
         self.source = model if isinstance(model, Checkpoint) else InMemory.of(model, processor)
-        self.calibration = "builtin" if calibration is None and self.source.embedded else calibration
-        for name, value in (("calibration_samples", calibration_samples), ("sequence_length", sequence_length)):
+        self.calibration = (
+            "builtin" if calibration is None and self.source.embedded else calibration
+        )
+        for name, value in (
+            ("calibration_samples", calibration_samples),
+            ("sequence_length", sequence_length),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise DataError(f"'{name}' must be a positive integer, got {value!r}.")
         self.calibration_samples = calibration_samples
@@ -89,7 +98,9 @@ class JointCompressor:
         self.seed = seed
         self.device = _device(device)
         self.calibration_dtype = calibration_dtype
-        precision.choose(calibration_dtype, torch.float32, self.device)  # an error now, if it is none
+        precision.choose(
+            calibration_dtype, torch.float32, self.device
+        )  # an error now, if it is none
         self.targets = list(targets) if targets else None
         self.ignore = list(ignore) if ignore else None
         self._measured: dict[tuple[str, str], Measurement] = {}
@@ -127,7 +138,9 @@ class JointCompressor:
         Raises:
             ModelError: If there is no such model, or it cannot be compressed.
         """
-        checkpoint = Checkpoint(model, revision=revision, token=token, dtype=dtype, trust_remote_code=trust_remote_code)
+        checkpoint = Checkpoint(
+            model, revision=revision, token=token, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         return cls(
             checkpoint,
             calibration=calibration,
@@ -188,7 +201,9 @@ class JointCompressor:
                 "A model that is in memory already cannot be compressed with 'low_memory': give its folder."
             )
         if (stages is not None) != (order == "auto"):
-            raise OrderError("Give 'stages' with order='auto', and with no other order: they are what it is made of.")
+            raise OrderError(
+                "Give 'stages' with order='auto', and with no other order: they are what it is made of."
+            )
         found = None
         if stages is not None:
             stages = list(stages)
@@ -201,7 +216,9 @@ class JointCompressor:
         model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         order = pipeline.check(order, units, schedule, calibrated=self.calibration is not None)
-        samples = self._calibration() if any(pipeline.needs_data(stage) for stage in order) else None
+        samples = (
+            self._calibration() if any(pipeline.needs_data(stage) for stage in order) else None
+        )
         if samples and samples.note:
             logger.warning(samples.note)
         base = {
@@ -216,7 +233,9 @@ class JointCompressor:
         with contextlib.ExitStack() as stack:
             work = streamed = None
             if work_dir is not None:
-                fingerprint = self._fingerprint(base, model.config, order, schedule, samples, len(batches), str(dtype))
+                fingerprint = self._fingerprint(
+                    base, model.config, order, schedule, samples, len(batches), str(dtype)
+                )
                 fingerprint |= {"plan": found and found.as_dict()}
                 work = stack.enter_context(WorkDir(work_dir, fingerprint, resume=resume))
             if weights is not None:
@@ -242,7 +261,9 @@ class JointCompressor:
         multiplied = {"dtype": str(dtype).removeprefix("torch.")}
         calibration = None if samples is None else _describe(samples) | multiplied
         about = (schedule, calibration, base, seconds, found)
-        return CompressedModel(self, model, units, result, *about, tensors, work if tensors is not None else None)
+        return CompressedModel(
+            self, model, units, result, *about, tensors, work if tensors is not None else None
+        )
 
     @staticmethod
     def _planned(work_dir: str | Path, stages: list[Stage | str]) -> Plan | None:
@@ -272,7 +293,8 @@ class JointCompressor:
             "schedule": schedule,
             "model": {name: base[name] for name in ("architecture", "dtype", "digest")},
             "config": about,
-            "calibration": samples and {**_describe(samples), "note": "", "seed": self.seed, "batches": batches},
+            "calibration": samples
+            and {**_describe(samples), "note": "", "seed": self.seed, "batches": batches},
             "calibration_dtype": calibration_dtype,
             "targets": self.targets,
             "ignore": self.ignore,
@@ -282,7 +304,11 @@ class JointCompressor:
         }
 
     def estimate(
-        self, order: str | Order | Stage | Iterable[Stage | str], schedule: str = "stage", *, format: str = "auto"
+        self,
+        order: str | Order | Stage | Iterable[Stage | str],
+        schedule: str = "stage",
+        *,
+        format: str = "auto",
     ) -> estimate.Estimate:
         """What `compress` with the same arguments would take, and the size of what comes out. No weight is read.
 
@@ -302,7 +328,9 @@ class JointCompressor:
         units = find_units(model, self.targets, self.ignore)
         order = pipeline.check(order, units, schedule, calibrated=self.calibration is not None)
         begin = time.perf_counter()
-        samples = self._calibration() if any(pipeline.needs_data(stage) for stage in order) else None
+        samples = (
+            self._calibration() if any(pipeline.needs_data(stage) for stage in order) else None
+        )
         drawing = time.perf_counter() - begin
         return estimate.estimate(
             model,
@@ -317,7 +345,9 @@ class JointCompressor:
             drawing=drawing,
         )
 
-    def evaluate(self, source: Any = "builtin", metric: str = "auto", *, progress: bool = True) -> Measurement:
+    def evaluate(
+        self, source: Any = "builtin", metric: str = "auto", *, progress: bool = True
+    ) -> Measurement:
         """Measure the model before compression; remembered, and put into the manifests of what follows.
 
         Args:
@@ -335,7 +365,9 @@ class JointCompressor:
         chosen = self._metric(model, metric)
         key = (chosen.name, samples.digest)
         if key not in self._measured:
-            self._measured[key] = chosen.measure(model, samples, batch_size=batch_size(samples), progress=progress)
+            self._measured[key] = chosen.measure(
+                model, samples, batch_size=batch_size(samples), progress=progress
+            )
         return self._measured[key]
 
     def plan(
@@ -354,7 +386,7 @@ class JointCompressor:
         Args:
             stages: 2 to 5 of them, such as `["wanda:0.5", "gptq(bits=4, group_size=64)"]`.
             strategy: "auto" tries every order on a few layers and samples until one is surely ahead; "measure" runs
-                them in full; "pih" and "proxy" are the rules of thumb of `optimum_order.ordering.planner`.
+                them in full; "pih" and "proxy" are the rules of thumb of `optimum_order.search.planner`.
             metric: The performance M, as in `evaluate`.
             evaluation: What it is measured on, as in `evaluate`.
             evaluation_samples: How many windows from all over the text, or images; by default 64 or 1000, or all there
@@ -376,7 +408,9 @@ class JointCompressor:
         with quiet():
             runner = self._runner(progress=False)
             by = self._metric(runner.model, metric)
-            samples = self._evaluation(evaluation, self._usual if evaluation_samples is None else evaluation_samples)
+            samples = self._evaluation(
+                evaluation, self._usual if evaluation_samples is None else evaluation_samples
+            )
             if self.calibration is not None:
                 self._draw(draws - 1)
             return planner.plan(
@@ -415,7 +449,7 @@ class JointCompressor:
         Trials are stored as they finish: what was stopped goes on from there when it is started again.
 
         Args:
-            orders: Such as `optimum_order.ordering.study.grid` gives, or any others.
+            orders: Such as `optimum_order.study.study.grid` gives, or any others.
             folder: Gets trials.sqlite, trials.csv, summary.json, plots and report.html; made if missing.
             draws: How many disjoint calibration draws, each of `calibration_samples`; or their numbers, so that
                 several processes may share the work of one folder.
@@ -436,7 +470,7 @@ class JointCompressor:
             ModelError: If the metric says nothing about the model.
             OutputError: If the folder cannot be written, or holds another study.
         """
-        from optimum_order.ordering import report  # draws, and only a study does
+        from optimum_order.study import report
 
         folder, checked = Path(folder), [canonical(Order.of(order)) for order in orders]
         numbers = range(draws) if isinstance(draws, int) else sorted(set(draws))
@@ -453,10 +487,14 @@ class JointCompressor:
             for order in checked:
                 runner.check(order)
             by = self._metric(runner.model, metric)
-            samples = self._evaluation(evaluation, self._usual if evaluation_samples is None else evaluation_samples)
+            samples = self._evaluation(
+                evaluation, self._usual if evaluation_samples is None else evaluation_samples
+            )
             calibration = None
             if self.calibration is not None:
-                self._draw(max(numbers))  # all of them in one reading, and an error now if there is too little
+                self._draw(
+                    max(numbers)
+                )  # all of them in one reading, and an error now if there is too little
                 calibration = _describe(self._draw(0)) | {"seed": self.seed}
                 if note := calibration.pop("note"):
                     logger.warning(note)
@@ -531,7 +569,9 @@ class JointCompressor:
         """All that a source has to evaluate with, or so many samples of it; windows of text from all over it."""
         images = self.source.main_input_name == "pixel_values"
         options = {"samples": samples if images else None, "length": self.sequence_length}
-        found = samples_for(self.source, source, self.source.processor, **options, purpose="evaluation")
+        found = samples_for(
+            self.source, source, self.source.processor, **options, purpose="evaluation"
+        )
         if samples is None or samples >= len(found):
             return found
         return found.take(torch.arange(samples) * len(found) // samples)
@@ -570,7 +610,9 @@ class CompressedModel:
         self.plan = plan
         self.layers: Mapping[str, LayerState] = result.states
         self._compressor = compressor
-        self._targets: dict[str, Target] = {target.name: target for unit in units for target in unit.targets}
+        self._targets: dict[str, Target] = {
+            target.name: target for unit in units for target in unit.targets
+        }
         self._records = result.records
         self._calibration = calibration
         self._base = base
@@ -602,7 +644,12 @@ class CompressedModel:
         return self._facts() | {"metrics": self._metrics()} | self._saved
 
     def evaluate(
-        self, source: Any = "builtin", metric: str = "auto", *, format: str = "auto", progress: bool = True
+        self,
+        source: Any = "builtin",
+        metric: str = "auto",
+        *,
+        format: str = "auto",
+        progress: bool = True,
     ) -> Measurement:
         """Measure the compressed model, on what will load.
 
@@ -641,7 +688,9 @@ class CompressedModel:
         self._measured.append((chosen.runs_dense, found))
         return found
 
-    def save_pretrained(self, path: str | Path, format: str = "auto", *, overwrite: bool = False) -> str:
+    def save_pretrained(
+        self, path: str | Path, format: str = "auto", *, overwrite: bool = False
+    ) -> str:
         """Write a folder that stock `from_pretrained` and `pipeline` load, and `optimum-order verify` checks.
 
         Args:
@@ -657,7 +706,9 @@ class CompressedModel:
             OutputError: If the folder cannot be written. Nothing is left half-written.
         """
         written = self._save(path, format=format, overwrite=overwrite)
-        self._saved = {key: written[key] for key in ("format", "bytes", "files", "layers", "metrics")}
+        self._saved = {
+            key: written[key] for key in ("format", "bytes", "files", "layers", "metrics")
+        }
         return written["format"]
 
     def push_to_hub(
@@ -671,7 +722,7 @@ class CompressedModel:
         token: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Save to a temporary folder and upload that, with a model card, as one commit. See `optimum_order.hub.push`.
+        """Save to a temporary folder and upload that, with a model card, as one commit. See `optimum_order.artifact.hub.push`.
 
         Args:
             repo_id: `namespace/name`, or `name` for your own namespace; made if there is none.
@@ -707,7 +758,14 @@ class CompressedModel:
         facts = self._facts() | {"metrics": self._metrics(chosen.runs_dense)}
         processor = self._compressor.source.processor
         return artifact.save(
-            self.model, processor, pairs, facts, path, format=chosen, overwrite=overwrite, tensors=self._tensors
+            self.model,
+            processor,
+            pairs,
+            facts,
+            path,
+            format=chosen,
+            overwrite=overwrite,
+            tensors=self._tensors,
         )
 
     def _pairs(self) -> formats.Layers:
@@ -719,7 +777,10 @@ class CompressedModel:
         found: dict[str, Any] = {}
         for dense, after in self._measured:
             if runs_dense in (None, dense):
-                first = found.get(after.name, {"after": after.as_dict()})["after"]["digest"] == after.digest
+                first = (
+                    found.get(after.name, {"after": after.as_dict()})["after"]["digest"]
+                    == after.digest
+                )
                 original = before.get((after.name, after.digest))
                 found[after.name if first else f"{after.name} on {after.source}"] = {
                     "before": original and original.as_dict(),
@@ -737,7 +798,8 @@ class CompressedModel:
             "base_model": self._base,
             "order": str(self.order),
             "stages": [
-                {"stage": str(stage), "method": stage.method, "options": method(stage).resolved} for stage in self.order
+                {"stage": str(stage), "method": stage.method, "options": method(stage).resolved}
+                for stage in self.order
             ],
             "schedule": self.schedule,
             **({} if self.plan is None else {"plan": self.plan.as_dict()}),

@@ -88,15 +88,25 @@ class Stage:
 
     def __init__(self, method: str, value: Value | None = None, /, **options: Value):
         if not isinstance(method, str) or not _NAME.fullmatch(method):
-            raise OrderError(f"A stage begins with the name of a method such as 'wanda', got {method!r}.")
+            raise OrderError(
+                f"A stage begins with the name of a method such as 'wanda', got {method!r}."
+            )
         if value is not None and options:
-            raise OrderError(f"Stage '{method}' has both a bare value and named options; name them all.")
+            raise OrderError(
+                f"Stage '{method}' has both a bare value and named options; name them all."
+            )
         for key in options:
             if not _NAME.fullmatch(key):
                 raise OrderError(f"Stage '{method}': {key!r} cannot be the name of an option.")
         object.__setattr__(self, "method", method)
-        object.__setattr__(self, "value", None if value is None else _checked(value, f"Stage '{method}': the value"))
-        pairs = sorted((k, _checked(v, f"Stage '{method}': option '{k}'")) for k, v in options.items())
+        object.__setattr__(
+            self,
+            "value",
+            None if value is None else _checked(value, f"Stage '{method}': the value"),
+        )
+        pairs = sorted(
+            (k, _checked(v, f"Stage '{method}': option '{k}'")) for k, v in options.items()
+        )
         object.__setattr__(self, "options", tuple(pairs))
 
     @classmethod
@@ -128,13 +138,17 @@ class Order:
             stages = _Parser(stages).order()
         stages = tuple(Stage.parse(s) if isinstance(s, str) else s for s in stages)
         if not stages:
-            raise OrderError("An order needs at least one stage, such as 'wanda:0.5 > gptq:4', got none.")
+            raise OrderError(
+                "An order needs at least one stage, such as 'wanda:0.5 > gptq:4', got none."
+            )
         for stage in stages:
             if not isinstance(stage, Stage):
                 raise OrderError(f"An order is made of Stage objects or their text, got {stage!r}.")
         object.__setattr__(self, "stages", stages)
         if len(str(self)) > _MAX_LENGTH:
-            raise OrderError(f"An order is at most {_MAX_LENGTH} characters long, got {len(str(self))}.")
+            raise OrderError(
+                f"An order is at most {_MAX_LENGTH} characters long, got {len(str(self))}."
+            )
 
     @classmethod
     def parse(cls, text: str) -> Order:

@@ -22,11 +22,15 @@ def discover(package: ModuleType, base: type, group: str) -> dict[str, Any]:
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         members = vars(import_module(module.name)).values()
         found += [m for m in members if inspect.isclass(m) and m.__module__ == module.name]
-    found = [cls for cls in found if issubclass(cls, base) and "name" in vars(cls)]  # a name makes it a plug-in
+    found = [
+        cls for cls in found if issubclass(cls, base) and "name" in vars(cls)
+    ]  # a name makes it a plug-in
     for point in entry_points(group=group):
         cls = point.load()
         if not (inspect.isclass(cls) and issubclass(cls, base)):
-            raise OptimumOrderError(f"Entry point '{point.name}' of '{group}' must be a {base.__name__}, got {cls!r}.")
+            raise OptimumOrderError(
+                f"Entry point '{point.name}' of '{group}' must be a {base.__name__}, got {cls!r}."
+            )
         found.append(cls)
     by_name: dict[str, Any] = {}
     for cls in found:

@@ -3,7 +3,9 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny tensors one thread is faster; inherited by child processes
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # on tiny tensors one thread is faster; inherited by child processes
 
 import importlib.util
 import json
@@ -20,7 +22,9 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def prose() -> str:
     """About 60 kB of English that every machine has."""
-    return "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:16])
+    return "\n\n".join(
+        pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:16]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +49,15 @@ def tiny_llama_folder(prose, tmp_path_factory) -> Path:
     bpe.train_from_iterator(
         [prose],
         trainers.BpeTrainer(
-            vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=384,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -89,7 +98,14 @@ ARCHITECTURES = {
     "gemma": _GROUPED | {"head_dim": 8},
     "gemma3_text": _GROUPED
     | {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
-    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
+    "gpt2": {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "bos_token_id": 1,
+    }
     | {"eos_token_id": 2},
     "gpt_neox": _SMALL,
     "gpt_oss": _GROUPED
@@ -100,7 +116,8 @@ ARCHITECTURES = {
     "mixtral": _GROUPED | _ROUTED,
     "opt": _SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "qwen3": _GROUPED | {"head_dim": 8},
-    "qwen3_moe": _GROUPED | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": _GROUPED
+    | {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -114,8 +131,14 @@ def make_model():
     import transformers
 
     def make(architecture, **changes):
-        config = transformers.AutoConfig.for_model(architecture, **(ARCHITECTURES[architecture] | changes))
-        auto = transformers.AutoModel if architecture in ("albert", "bert") else transformers.AutoModelForCausalLM
+        config = transformers.AutoConfig.for_model(
+            architecture, **(ARCHITECTURES[architecture] | changes)
+        )
+        auto = (
+            transformers.AutoModel
+            if architecture in ("albert", "bert")
+            else transformers.AutoModelForCausalLM
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = auto.from_config(config)
@@ -127,14 +150,26 @@ def make_model():
     return make
 
 
-_TRANSFORMER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_TRANSFORMER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2]}
 IMAGE_CLASSIFIERS = {
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
-    "deit": _TRANSFORMER | {"image_size": 16, "patch_size": 4, "architectures": ["DeiTForImageClassification"]},
+    "deit": _TRANSFORMER
+    | {"image_size": 16, "patch_size": 4, "architectures": ["DeiTForImageClassification"]},
     "regnet": _STAGES | {"groups_width": 4},
     "resnet": _STAGES | {"layer_type": "basic"},
-    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 16, "patch_size": 2}
+    "swin": {
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "image_size": 16,
+        "patch_size": 2,
+    }
     | {"window_size": 4},
     "vit": _TRANSFORMER | {"image_size": 16, "patch_size": 4},
 }
@@ -154,7 +189,9 @@ def make_image_model():
             model = transformers.AutoModelForImageClassification.from_config(config)
             with torch.no_grad():
                 for name, tensor in model.named_buffers():
-                    if name.endswith(("running_mean", "running_var")):  # what training would have left there
+                    if name.endswith(
+                        ("running_mean", "running_var")
+                    ):  # what training would have left there
                         tensor.add_(torch.rand_like(tensor))
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -169,7 +206,9 @@ def image_batches():
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return [{"pixel_values": torch.randn(count, 3, 16, 16, generator=generator)} for count in (3, 1, 2)]
+    return [
+        {"pixel_values": torch.randn(count, 3, 16, 16, generator=generator)} for count in (3, 1, 2)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +217,10 @@ def batches():
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": torch.randint(0, 64, shape, generator=generator)} for shape in [(2, 16), (1, 9), (2, 12)]]
+    return [
+        {"input_ids": torch.randint(0, 64, shape, generator=generator)}
+        for shape in [(2, 16), (1, 9), (2, 12)]
+    ]
 
 
 class Hub:
@@ -190,7 +232,9 @@ class Hub:
         spec.loader.exec_module(module)
         self.tokens = {user: token for token, user in module.TOKENS.items()}
         self.server = module.HubServer()
-        self.environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {
+        self.environment = {
+            key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"
+        } | {
             "HF_ENDPOINT": self.server.url,
             "HF_HOME": str(home),
             "HF_TOKEN": self.tokens["me"],
@@ -235,7 +279,9 @@ class Hub:
         command = [sys.executable, "-c", code, *map(str, arguments)]
         environment = self.environment | {"HF_HOME": str(home)} | variables
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
-        assert done.returncode == 0, f"{code}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, (
+            f"{code}\nended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout
 
     def close(self):
@@ -264,9 +310,19 @@ def large_llama(tmp_path_factory):
     import torch
     import transformers
 
-    sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+    }
     config = transformers.LlamaConfig(
-        **sizes, num_hidden_layers=12, dtype="bfloat16", bos_token_id=1, eos_token_id=2, max_position_embeddings=64
+        **sizes,
+        num_hidden_layers=12,
+        dtype="bfloat16",
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=64,
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).bfloat16()

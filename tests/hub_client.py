@@ -14,13 +14,13 @@ import traceback
 
 
 def push(folder, repo_id, **options):
-    from optimum_order import hub
+    from optimum_order.artifact import hub
 
     return hub.push(folder, repo_id, **options)
 
 
 def pull(repo_id, **options):
-    from optimum_order import hub
+    from optimum_order.artifact import hub
 
     return str(hub.pull(repo_id, **options))
 
@@ -35,15 +35,14 @@ def push_files(repo_id, base):
 
 
 def check(repo_id, **options):
-    from optimum_order import hub
+    from optimum_order.artifact import hub
 
     return hub.check(repo_id, **options)
 
 
 def verify(folder):
-    from optimum_order import artifact
 
-    return artifact.verify(folder)
+    return verify(folder)
 
 
 def compress(model, order, out=None, *, push_to=None, options=None, **settings):
@@ -51,7 +50,11 @@ def compress(model, order, out=None, *, push_to=None, options=None, **settings):
     from optimum_order import JointCompressor
 
     compressed = JointCompressor.from_pretrained(model, **settings).compress(order, progress=False)
-    url = compressed.push_to_hub(push_to, **(options or {})) if push_to else compressed.save_pretrained(out)
+    url = (
+        compressed.push_to_hub(push_to, **(options or {}))
+        if push_to
+        else compressed.save_pretrained(out)
+    )
     return {"manifest": compressed.manifest, "url": url}
 
 
@@ -72,13 +75,19 @@ def program(*arguments):
 def serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints by mistake goes where logs go
-    time.sleep = lambda seconds: None  # the client waits before it tries again; the server will not change its mind
+    time.sleep = lambda seconds: (
+        None
+    )  # the client waits before it tries again; the server will not change its mind
     for line in sys.stdin:
         asked = json.loads(line)
         try:
             result = {"result": globals()[asked["call"]](*asked["arguments"], **asked["options"])}
         except Exception as error:
-            result = {"error": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            result = {
+                "error": type(error).__name__,
+                "message": str(error),
+                "traceback": traceback.format_exc(),
+            }
         sys.stderr.flush()
         print(json.dumps(result), file=answers, flush=True)
 

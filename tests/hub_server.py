@@ -44,7 +44,9 @@ class Repository:
         return made
 
     def at(self, revision: str) -> Commit | None:
-        return self.branches.get(revision) or next((c for c in self.commits if c.oid == revision), None)
+        return self.branches.get(revision) or next(
+            (c for c in self.commits if c.oid == revision), None
+        )
 
 
 class Refusal(Exception):
@@ -78,7 +80,9 @@ class HubServer:
         for server in self._servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self.url, self.storage = (
+            f"http://127.0.0.1:{server.server_port}" for server in self._servers
+        )
 
     def clear(self):
         """Forget everything."""
@@ -92,7 +96,10 @@ class HubServer:
         self.drop_from: int | None = None
         self.answer_with: int | None = None
         self.before: Callable[[str], None] | None = None
-        self.tamper: Callable[[str, int, bytes, dict[str, str]], tuple[int, bytes | None, dict[str, str]]] | None = None
+        self.tamper: (
+            Callable[[str, int, bytes, dict[str, str]], tuple[int, bytes | None, dict[str, str]]]
+            | None
+        ) = None
 
     def close(self):
         for server in self._servers:
@@ -113,7 +120,10 @@ class HubServer:
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """What a revision holds, large files filled in."""
-        return {path: self.content(stored) for path, stored in self.repositories[repo_id].at(revision).files.items()}
+        return {
+            path: self.content(stored)
+            for path, stored in self.repositories[repo_id].at(revision).files.items()
+        }
 
     # --- what can be asked ---------------------------------------------------------------------------------------
 
@@ -127,7 +137,9 @@ class HubServer:
             raise Refusal(401, "Invalid username or password.")
         repo_id = f"{body.get('organization') or user}/{body['name']}"
         if not repo_id.startswith(f"{user}/"):
-            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{repo_id}"')
+            raise Refusal(
+                403, f'You don\'t have the rights to create a model under the namespace "{repo_id}"'
+            )
         if repo_id in self.repositories:
             raise Refusal(409, "You already created this model repo", url=f"{self.url}/{repo_id}")
         made = self.repositories[repo_id] = Repository(private=body.get("visibility") == "private")
@@ -137,7 +149,12 @@ class HubServer:
     def info(self, user, repo_id, revision="main", **_):
         repository, commit = self._found(user, repo_id, revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        return {"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings}
+        return {
+            "id": repo_id,
+            "sha": commit.oid,
+            "private": repository.private,
+            "siblings": siblings,
+        }
 
     def branch(self, user, repo_id, revision, body, **_):
         repository, start = self._writable(user, repo_id, body.get("startingPoint", "main"))
@@ -161,11 +178,15 @@ class HubServer:
         _, commit = self._pushable(user, repo_id, revision, query)
         answers = []
         for file in body["files"]:
-            large = file["path"].endswith(".safetensors") or b"\0" in base64.b64decode(file["sample"])
+            large = file["path"].endswith(".safetensors") or b"\0" in base64.b64decode(
+                file["sample"]
+            )
             stored = commit.files.get(file["path"])
             oid = _git_oid(stored) if isinstance(stored, bytes) else stored
             mode = "lfs" if large else "regular"
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            answers.append(
+                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+            )
         return {"files": answers}
 
     def lfs_batch(self, user, repo_id, body, **_):
@@ -216,7 +237,11 @@ class HubServer:
         branch = f"refs/pr/{number}" if "create_pr" in query else revision
         made = repository.commit(branch, header["value"]["summary"], files)
         answer = {"commitUrl": f"{self.url}/{repo_id}/commit/{made.oid}", "commitOid": made.oid}
-        request = {"pullRequestUrl": f"{self.url}/{repo_id}/discussions/{number}"} if "create_pr" in query else {}
+        request = (
+            {"pullRequestUrl": f"{self.url}/{repo_id}/discussions/{number}"}
+            if "create_pr" in query
+            else {}
+        )
         return answer | request
 
     def tree(self, user, repo_id, revision, path="", **_):
@@ -226,7 +251,12 @@ class HubServer:
         entries = []
         for name, stored in sorted(commit.files.items()):
             size = len(self.content(stored))
-            entry = {"type": "file", "path": name, "size": size, "oid": _git_oid(self.content(stored))}
+            entry = {
+                "type": "file",
+                "path": name,
+                "size": size,
+                "oid": _git_oid(self.content(stored)),
+            }
             if isinstance(stored, str):
                 entry["lfs"] = {"oid": stored, "size": size, "pointerSize": 134}
             entries.append(entry)
@@ -264,7 +294,9 @@ class HubServer:
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         if not repo_id.startswith(f"{user}/"):
-            raise Refusal(403, "Authorization error: pass `create_pr=1` to open a pull request instead.")
+            raise Refusal(
+                403, "Authorization error: pass `create_pr=1` to open a pull request instead."
+            )
         return found
 
     def _pushable(self, user, repo_id, revision, query):
@@ -282,15 +314,27 @@ _ROUTES = [
     ("POST", r"/api/repos/create", HubServer.create),
     ("POST", r"/api/validate-yaml", HubServer.validate_yaml),
     ("POST", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)", HubServer.branch),
-    ("POST", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", HubServer.preupload),
+    (
+        "POST",
+        r"/api/models/(?P<repo_id>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
+        HubServer.preupload,
+    ),
     ("POST", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", HubServer.commit),
     ("GET", r"/api/models/(?P<repo_id>[^/]+/[^/]+)", HubServer.info),
     ("GET", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", HubServer.info),
-    ("GET", r"/api/models/(?P<repo_id>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?", HubServer.tree),
+    (
+        "GET",
+        r"/api/models/(?P<repo_id>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?",
+        HubServer.tree,
+    ),
     ("POST", r"/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", HubServer.lfs_batch),
     ("POST", r"/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/verify", HubServer.lfs_verify),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", HubServer.lfs_put),
-    ("GET", r"/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", HubServer.resolve),
+    (
+        "GET",
+        r"/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
+        HubServer.resolve,
+    ),
 ]
 
 
@@ -327,7 +371,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if hub.answer_with is not None:
             said = json.dumps({"error": f"refused: {dict(self.headers)}"}).encode()
-            return self._send(hub.answer_with, said, {"X-Error-Message": str(self.headers.get("Authorization"))})
+            return self._send(
+                hub.answer_with, said, {"X-Error-Message": str(self.headers.get("Authorization"))}
+            )
         if url.path.startswith("/lfs/") and "Authorization" in self.headers:
             return self._send(400, b"This is not the Hub: keep your token.", {})
         if method == "GET" and url.path.startswith("/lfs/"):
@@ -336,7 +382,10 @@ class _Handler(BaseHTTPRequestHandler):
             status, content, headers = self._route(method, url, raw)
         except Refusal as refusal:
             headers = {"X-Error-Message": refusal.message, "X-Error-Code": refusal.code}
-            status, content = refusal.status, json.dumps({"error": refusal.message, **refusal.more}).encode()
+            status, content = (
+                refusal.status,
+                json.dumps({"error": refusal.message, **refusal.more}).encode(),
+            )
         self._send(status, content, headers)
 
     def _route(self, method: str, url, raw: bytes):
@@ -348,11 +397,19 @@ class _Handler(BaseHTTPRequestHandler):
         for verb, pattern, call in _ROUTES:
             found = re.fullmatch(pattern, url.path)
             if verb == method and found:
-                named = {key: unquote(value) for key, value in found.groupdict().items() if value is not None}
-                json_body = "json" in self.headers.get("Content-Type", "") and call is not HubServer.commit
+                named = {
+                    key: unquote(value)
+                    for key, value in found.groupdict().items()
+                    if value is not None
+                }
+                json_body = (
+                    "json" in self.headers.get("Content-Type", "") and call is not HubServer.commit
+                )
                 body = json.loads(raw) if raw and json_body else {}
                 with hub.lock:
-                    answer = call(hub, user=user, body=body, raw=raw, query=parse_qs(url.query), **named)
+                    answer = call(
+                        hub, user=user, body=body, raw=raw, query=parse_qs(url.query), **named
+                    )
                 if call is not HubServer.resolve:
                     return 200, json.dumps(answer).encode(), {"Content-Type": "application/json"}
                 content, headers = answer

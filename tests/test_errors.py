@@ -11,7 +11,9 @@ def test_the_tree_is_the_one_its_docstring_draws():
     classes = {
         name: cls
         for name, cls in vars(errors).items()
-        if inspect.isclass(cls) and cls.__module__ == errors.__name__ and cls is not errors.OptimumOrderError
+        if inspect.isclass(cls)
+        and cls.__module__ == errors.__name__
+        and cls is not errors.OptimumOrderError
     }
     assert {name: cls.__bases__[1].__name__ for name, cls in classes.items()} == drawn
     assert all(cls.__bases__[0] is errors.OptimumOrderError for cls in classes.values())
@@ -25,7 +27,12 @@ def test_every_error_is_caught_by_its_builtin_kind():
 
 
 @pytest.mark.parametrize(
-    ("got", "hint"), [("wandaa", " Did you mean 'wanda'?"), ("sparsgpt", " Did you mean 'sparsegpt'?"), ("zzzz", "")]
+    ("got", "hint"),
+    [
+        ("wandaa", " Did you mean 'wanda'?"),
+        ("sparsgpt", " Did you mean 'sparsegpt'?"),
+        ("zzzz", ""),
+    ],
 )
 def test_unknown_suggests_the_nearest_and_lists_what_is_allowed(got, hint):
     message = errors.unknown("method", got, ["wanda", "sparsegpt", "rtn"])
@@ -34,11 +41,19 @@ def test_unknown_suggests_the_nearest_and_lists_what_is_allowed(got, hint):
 
 @pytest.mark.parametrize(
     "text",
-    ["my-secret", "Authorization: Bearer my-secret", "bearer anything", "hf_AbCdEfGh0123", "eyJhbGci.eyJzdWIi.c2ln"],
+    [
+        "my-secret",
+        "Authorization: Bearer my-secret",
+        "bearer anything",
+        "hf_AbCdEfGh0123",
+        "eyJhbGci.eyJzdWIi.c2ln",
+    ],
 )
 def test_nothing_that_looks_like_a_token_is_told(text):
     told = errors.redacted(f"refused: {text}", "my-secret", None)
-    assert "***" in told and not any(word in told for word in ("my-secret", "anything", "hf_", "eyJ"))
+    assert "***" in told and not any(
+        word in told for word in ("my-secret", "anything", "hf_", "eyJ")
+    )
 
 
 def test_what_is_no_token_stays():

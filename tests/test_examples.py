@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TRAINING = ("train_tiny_llama.py", "train_tiny_vision.py")  # take minutes or hours
-EXAMPLES = sorted(file.name for file in (ROOT / "examples").glob("*.py") if file.name not in TRAINING)
+EXAMPLES = sorted(
+    file.name for file in (ROOT / "examples").glob("*.py") if file.name not in TRAINING
+)
 
 
 def run(*command, folder) -> str:
@@ -24,7 +26,9 @@ def run(*command, folder) -> str:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, (
+        f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    )
     return done.stdout
 
 
@@ -45,13 +49,25 @@ def test_the_training_script_explains_itself(tmp_path):
 
 @pytest.mark.parametrize(("model", "better_than"), [("vit", 0.35), ("resnet", 0.8)])
 def test_a_vision_model_is_trained_and_saved(model, better_than, tmp_path):
-    run(ROOT / "examples" / "train_tiny_vision.py", model, "--epochs", "4", "--output", "out", folder=tmp_path)
+    run(
+        ROOT / "examples" / "train_tiny_vision.py",
+        model,
+        "--epochs",
+        "4",
+        "--output",
+        "out",
+        folder=tmp_path,
+    )
     shipped = ROOT / "optimum_order" / "assets" / f"tiny-{model}"
     for name in ("config.json", "preprocessor_config.json"):
-        made, meant = (json.loads((folder / name).read_text()) for folder in (tmp_path / "out", shipped))
+        made, meant = (
+            json.loads((folder / name).read_text()) for folder in (tmp_path / "out", shipped)
+        )
         version = {"transformers_version": None}  # of the library that wrote it
         assert made | version == meant | version
-    trained, recipe = (json.loads((f / "recipe.json").read_text()) for f in (tmp_path / "out", shipped))
+    trained, recipe = (
+        json.loads((f / "recipe.json").read_text()) for f in (tmp_path / "out", shipped)
+    )
     assert set(trained) == set(recipe)
     assert better_than < trained["accuracy_held_out"] < recipe["accuracy_held_out"]
 
@@ -92,12 +108,19 @@ def test_the_code_in_the_readme_runs(tmp_path):
 
 def test_the_commands_in_the_readme_run(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^(optimum-order (?:export|inspect|verify|backends)[^\n#]*)", readme, flags=re.MULTILINE)
+    commands = re.findall(
+        r"^(optimum-order (?:export|inspect|verify|backends)[^\n#]*)", readme, flags=re.MULTILINE
+    )
     assert len(commands) == 4
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
         small = " --calibration-samples 8" if " export " in command else ""
         done = subprocess.run(
-            command + small, shell=True, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True
+            command + small,
+            shell=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0 and done.stdout, f"{command}:\n{done.stdout}\n{done.stderr}"

@@ -23,9 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from optimum_order import JointCompressor, artifact, formats, manifest
+from optimum_order import JointCompressor, formats
+from optimum_order.artifact import folder as artifact
+from optimum_order.artifact import manifest
+from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError
-from optimum_order.formats import checkpoint
+from optimum_order.files import sha256
+from optimum_order.formats import safetensors as checkpoint
 
 FORMATS = {
     "dense": "magnitude:0.5",
@@ -38,16 +42,47 @@ INDEX = "model.safetensors.index.json"
 SPARE = 16 * 2**20
 """Bytes that reading may take beside what the process has: room for libraries, and far less than a lie would need."""
 
-NUMBERS = st.sampled_from([-1, 0, 1, 2, 3, 31, 33, 2**20, 2**31, 2**40, 2**62, 2**63, 2**64, 10**400, 0.5, 64.0])
-DTYPES = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64"]
+NUMBERS = st.sampled_from(
+    [-1, 0, 1, 2, 3, 31, 33, 2**20, 2**31, 2**40, 2**62, 2**63, 2**64, 10**400, 0.5, 64.0]
+)
+DTYPES = [
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "F8_E8M0",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "C64",
+]
 DTYPES += ["F64", "I64", "U64", "F4"]
-NAMES = st.sampled_from([*DTYPES, *FORMATS, "float32", "float8", "Linear", "re:(a+)+$"]) | st.sampled_from(
-    ["", "x", "..", "../model.safetensors", "/etc/passwd", "a\0b", "\ud800", "n" * 5000, "model.safetensors"]
+NAMES = st.sampled_from(
+    [*DTYPES, *FORMATS, "float32", "float8", "Linear", "re:(a+)+$"]
+) | st.sampled_from(
+    [
+        "",
+        "x",
+        "..",
+        "../model.safetensors",
+        "/etc/passwd",
+        "a\0b",
+        "\ud800",
+        "n" * 5000,
+        "model.safetensors",
+    ]
 )
 LEAVES = st.none() | st.booleans() | NUMBERS | NAMES
 VALUES = LEAVES | st.lists(LEAVES, max_size=3) | st.dictionaries(NAMES, LEAVES, max_size=2)
 RANDOM = st.randoms(use_true_random=False)
-FUZZED = settings(max_examples=20, deadline=timedelta(seconds=10), suppress_health_check=list(HealthCheck))
+FUZZED = settings(
+    max_examples=20, deadline=timedelta(seconds=10), suppress_health_check=list(HealthCheck)
+)
 
 
 def saved_in_each_format(model, root, shard):
@@ -60,8 +95,10 @@ def saved_in_each_format(model, root, shard):
         compressed = compressor.compress(order, progress=False)
         pairs, facts = compressed._pairs(), compressed._facts() | {"metrics": {}}
         chosen = formats.choose(compressed.model, pairs, name)
-        artifact.save(compressed.model, None, pairs, facts, root / name, format=chosen, max_shard_size=shard)
-        assert artifact.verify(root / name) == []
+        artifact.save(
+            compressed.model, None, pairs, facts, root / name, format=chosen, max_shard_size=shard
+        )
+        assert verify(root / name) == []
         made[name] = root / name
     return made
 
@@ -77,8 +114,15 @@ def artifacts(make_model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def larger(make_model, tmp_path_factory):
     """Of 56 layers, each of them small beside the file: reading goes layer by layer."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "num_key_value_heads": 4}
-    made = saved_in_each_format(make_model("llama", **sizes), tmp_path_factory.mktemp("larger"), "1MB")
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_key_value_heads": 4,
+    }
+    made = saved_in_each_format(
+        make_model("llama", **sizes), tmp_path_factory.mktemp("larger"), "1MB"
+    )
     assert all((folder / INDEX).exists() for folder in made.values())
     return made
 
@@ -96,7 +140,9 @@ def at_most(spare):
     libc.malloc_trim(0)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    resource.setrlimit(resource.RLIMIT_DATA, (int(status["VmData"].split()[0]) * 1024 + spare, before[1]))
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (int(status["VmData"].split()[0]) * 1024 + spare, before[1])
+    )
     try:
         yield
     finally:
@@ -119,28 +165,33 @@ def survives(made: Path, changes: dict[str, bytes], spare: int = SPARE):
 
 def _survives(made: Path, folder: Path, changes: dict[str, bytes]):
     untouched = all((made / name).read_bytes() == content for name, content in changes.items())
-    assert untouched or manifest.FILE in changes or artifact.verify(folder)
+    assert untouched or manifest.FILE in changes or verify(folder)
     try:
         facts = manifest.load(folder)
     except ArtifactError:
         facts = None
     if facts is not None:
         for name in set(changes) & set(facts["files"]):
-            facts["files"][name] = {"sha256": manifest.sha256(folder / name), "bytes": len(changes[name])}
+            facts["files"][name] = {"sha256": sha256(folder / name), "bytes": len(changes[name])}
         manifest.write(facts, folder)
         read_or_refused(folder, facts["layers"])
-        problems = artifact.verify(folder)
+        problems = verify(folder)
         assert all(isinstance(problem, str) for problem in problems)
         if not problems:
             stated = json.loads((made / manifest.FILE).read_text())["layers"]
-            stored = {name: layer["stored"] for name, layer in stated.items() if name in facts["layers"]}
+            stored = {
+                name: layer["stored"] for name, layer in stated.items() if name in facts["layers"]
+            }
             for name, state in checkpoint.read(folder, stored):
                 assert artifact.values_digest(state.weight) == stated[name]["digest"]
     read_or_refused(folder, None)
 
 
 def read_or_refused(folder, layers):
-    wanted = layers and {name: said.get("stored") if isinstance(said, dict) else said for name, said in layers.items()}
+    wanted = layers and {
+        name: said.get("stored") if isinstance(said, dict) else said
+        for name, said in layers.items()
+    }
     with contextlib.suppress(ArtifactError):
         for _, state in checkpoint.read(folder, wanted):
             assert state.weight.ndim == 2
@@ -190,7 +241,9 @@ def with_header(header: bytes, body: bytes) -> bytes:
 
 HOW = st.sampled_from(["set", "set", "drop", "copy", "rename"])
 JSON = st.sampled_from(["config.json", manifest.FILE, INDEX])
-RESHAPES = st.sampled_from(["same", "flat", "scalar", "empty", "column", "cube", "transposed", "huge"])
+RESHAPES = st.sampled_from(
+    ["same", "flat", "scalar", "empty", "column", "cube", "transposed", "huge"]
+)
 each = pytest.mark.parametrize("format", FORMATS)
 
 
@@ -227,7 +280,11 @@ def test_any_value_in_the_header_of_a_shard(artifacts, format, random, how, new)
 
 @each
 @FUZZED
-@given(random=RANDOM, near_the_start=st.booleans(), how=st.sampled_from(["flip", "cut", "insert", "remove"]))
+@given(
+    random=RANDOM,
+    near_the_start=st.booleans(),
+    how=st.sampled_from(["flip", "cut", "insert", "remove"]),
+)
 def test_any_byte_of_any_file(artifacts, format, random, near_the_start, how):
     made = artifacts[format]
     file = random.choice(sorted(made.iterdir()))
@@ -271,7 +328,9 @@ def tensor_of_another_kind(made, random, dtype, reshape):
     metadata = header_of(file.read_bytes())[0]["__metadata__"]
     old = save({key: tensors.pop(key)})
     header, body = header_of(old)
-    bits = 4 if dtype == "F4" else int(re.search(r"(\d+)(_|$)", "8" if dtype == "BOOL" else dtype)[1])
+    bits = (
+        4 if dtype == "F4" else int(re.search(r"(\d+)(_|$)", "8" if dtype == "BOOL" else dtype)[1])
+    )
     shape = header[key]["shape"]
     count = len(body) * 8 // bits
     shape = {
@@ -287,7 +346,11 @@ def tensor_of_another_kind(made, random, dtype, reshape):
     size = math.prod(shape) * bits // 8
     rest, content = header_of(save(tensors) if tensors else struct.pack("<Q", 2) + b"{}")
     size = min(size, 2**20)
-    rest[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(content), len(content) + size]}
+    rest[key] = {
+        "dtype": dtype,
+        "shape": shape,
+        "data_offsets": [len(content), len(content) + size],
+    }
     rest["__metadata__"] = metadata
     content += (body * (size // max(1, len(body)) + 1))[:size]
     return {file.name: with_header(json.dumps(rest).encode(), content)}
@@ -307,9 +370,13 @@ def test_any_tensor_of_another_kind(artifacts, format, random, dtype, reshape):
 def test_it_takes_no_more_memory_than_twice_the_files(larger, format, kind, random, data):
     made = larger[format]
     changes = {
-        "json": lambda: value_in_json(made, data.draw(JSON), random, data.draw(HOW), data.draw(VALUES)),
+        "json": lambda: value_in_json(
+            made, data.draw(JSON), random, data.draw(HOW), data.draw(VALUES)
+        ),
         "header": lambda: value_in_header(made, random, data.draw(HOW), data.draw(VALUES)),
         "bytes": lambda: bytes_in_a_tensor(made, random),
-        "tensor": lambda: tensor_of_another_kind(made, random, data.draw(st.sampled_from(DTYPES)), data.draw(RESHAPES)),
+        "tensor": lambda: tensor_of_another_kind(
+            made, random, data.draw(st.sampled_from(DTYPES)), data.draw(RESHAPES)
+        ),
     }[kind]()
     survives(made, changes, 2 * sum(file.stat().st_size for file in made.iterdir()))

@@ -32,7 +32,11 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3).map(tup
 stages = st.one_of(
     st.builds(Stage, names),
     st.builds(Stage, names, values),
-    st.builds(lambda method, options: Stage(method, **options), names, st.dictionaries(names, values, max_size=4)),
+    st.builds(
+        lambda method, options: Stage(method, **options),
+        names,
+        st.dictionaries(names, values, max_size=4),
+    ),
 )
 orders = st.lists(stages, min_size=1, max_size=4).map(Order)
 
@@ -55,7 +59,9 @@ def test_what_is_printed_parses_to_itself(order):
         assert same(before.options, after.options)
 
 
-@given(st.one_of(st.text(max_size=60), st.text(alphabet="ab01_.:/+-=,>()[] \nenftrue", max_size=60)))
+@given(
+    st.one_of(st.text(max_size=60), st.text(alphabet="ab01_.:/+-=,>()[] \nenftrue", max_size=60))
+)
 @settings(max_examples=500, deadline=None)
 @example("a:" + "0" * 20 + "9" * 5000)
 @example("a:" + "9" * 5000)
@@ -95,7 +101,10 @@ def test_any_value_survives_or_is_refused(value):
         ("bitsandbytes:nf4", "bitsandbytes:nf4"),
         ("wanda(pattern=2:4)", "wanda(pattern=2:4)"),
         ("rtn(symmetric=false, bits=4)", "rtn(bits=4, symmetric=false)"),
-        ("mixed_precision(bits=4.5, widths=[ 2, 4,8 ])", "mixed_precision(bits=4.5, widths=[2,4,8])"),
+        (
+            "mixed_precision(bits=4.5, widths=[ 2, 4,8 ])",
+            "mixed_precision(bits=4.5, widths=[2,4,8])",
+        ),
         ("a:[]", "a:[]"),
         ("a:[[1,b],true]", "a:[[1,b],true]"),
         ("rtn\n>\twanda:1e-3", "rtn > wanda:0.001"),
@@ -171,12 +180,18 @@ def test_an_error_is_one_line_even_if_the_text_is_not():
         (lambda: Order([1]), "Stage objects or their text, got 1"),
         (lambda: Order.parse(None), "got None"),
         (lambda: Order.parse("a(b=1, b=2)"), "gives option 'b' twice"),
-        (lambda: Stage("two words"), "begins with the name of a method such as 'wanda', got 'two words'"),
+        (
+            lambda: Stage("two words"),
+            "begins with the name of a method such as 'wanda', got 'two words'",
+        ),
         (lambda: Stage(""), "begins with the name of a method"),
         (lambda: Stage("wanda", 0.5, pattern="2:4"), "both a bare value and named options"),
         (lambda: Stage("wanda", **{"a b": 1}), "'a b' cannot be the name of an option"),
         (lambda: Stage("wanda", math.nan), "the value must be a finite number, got nan"),
-        (lambda: Stage("wanda", sparsity=math.inf), "option 'sparsity' must be a finite number, got inf"),
+        (
+            lambda: Stage("wanda", sparsity=math.inf),
+            "option 'sparsity' must be a finite number, got inf",
+        ),
         (lambda: Stage("wanda", "a b"), "must be a number, true, false, a word"),
         (lambda: Stage("wanda", "true"), "must be a number, true, false, a word"),
         (lambda: Stage("wanda", "0.5"), "must be a number, true, false, a word"),
@@ -222,7 +237,12 @@ def test_an_order_is_a_tuple_of_stages():
 
 def test_of_takes_every_way_an_order_is_written():
     expected = Order([Stage("wanda", 0.5), Stage("gptq", 4)])
-    for written in ("wanda:0.5 > gptq:4", ["wanda:0.5", Stage("gptq", 4)], iter(["wanda:0.5", "gptq:4"]), expected):
+    for written in (
+        "wanda:0.5 > gptq:4",
+        ["wanda:0.5", Stage("gptq", 4)],
+        iter(["wanda:0.5", "gptq:4"]),
+        expected,
+    ):
         assert Order.of(written) == expected
     assert Order.of(Stage("rtn", 4)) == Order.parse("rtn:4")
 
@@ -243,4 +263,8 @@ def test_knows_no_torch():
 
 
 def test_an_order_from_text_is_the_order_it_spells():
-    assert Order("wanda:0.5 > gptq:4") == Order.parse("wanda:0.5 > gptq:4") == Order.of("wanda:0.5 > gptq:4")
+    assert (
+        Order("wanda:0.5 > gptq:4")
+        == Order.parse("wanda:0.5 > gptq:4")
+        == Order.of("wanda:0.5 > gptq:4")
+    )

@@ -21,17 +21,28 @@ from pathlib import Path
 import pytest
 
 from optimum_order import backends, formats
-from optimum_order.checkpoint import EMBEDDED
+from optimum_order.models.source import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-INSTALL = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--ignore-installed"]
+INSTALL = [
+    "install",
+    "--quiet",
+    "--no-deps",
+    "--no-build-isolation",
+    "--no-index",
+    "--ignore-installed",
+]
 
 
 def run(*command, **options) -> str:
     """The output of a command; a failure shows all of it."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, **options
+    )
+    assert done.returncode == 0, (
+        f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    )
     return done.stdout
 
 
@@ -57,8 +68,12 @@ def installed(request, source, tmp_path_factory) -> Path:
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     editable = ["--editable"] if request.param == "editable" else []
     run(*PIP, "--python", python, *INSTALL, *editable, source)
-    where = run(python, "-c", "import optimum_order; print(optimum_order.__file__)", cwd=environment).strip()
-    assert Path(where).is_relative_to(source if editable else site), "another copy of the package is being tested"
+    where = run(
+        python, "-c", "import optimum_order; print(optimum_order.__file__)", cwd=environment
+    ).strip()
+    assert Path(where).is_relative_to(source if editable else site), (
+        "another copy of the package is being tested"
+    )
     return environment / "bin"
 
 
@@ -88,16 +103,32 @@ def test_the_embedded_models_are_installed(installed, tmp_path):
     names = set(run(installed / "python", "-c", textwrap.dedent(code), cwd=tmp_path).split())
     for model in EMBEDDED:
         reader = "tokenizer.json" if model == "tiny-llama" else "preprocessor_config.json"
-        assert {f"{model}/{file}" for file in ("config.json", "model.safetensors", "recipe.json", reader)} <= names
+        assert {
+            f"{model}/{file}"
+            for file in ("config.json", "model.safetensors", "recipe.json", reader)
+        } <= names
 
 
 @pytest.mark.parametrize("model", ["tiny-resnet", "tiny-vit"])
 def test_the_vision_models_are_small(model):
-    assert sum(file.stat().st_size for file in (ROOT / "optimum_order" / "assets" / model).iterdir()) < 1_000_000
+    assert (
+        sum(file.stat().st_size for file in (ROOT / "optimum_order" / "assets" / model).iterdir())
+        < 1_000_000
+    )
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(source, tmp_path):
-    run(*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path, source)
+    run(
+        *PIP,
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        tmp_path,
+        source,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
@@ -145,7 +176,11 @@ def test_everything_imported_is_declared():
                     imported.add(node.module.split(".")[0])
     imported -= {*sys.stdlib_module_names, "optimum_order", "optimum"}
     owners = packages_distributions()
-    missing = {name for name in imported if not {d.lower().replace("_", "-") for d in owners[name]} & declared}
+    missing = {
+        name
+        for name in imported
+        if not {d.lower().replace("_", "-") for d in owners[name]} & declared
+    }
     assert missing == set()
 
 
@@ -211,7 +246,9 @@ def plugin(tmp_path_factory) -> Path:
     return site
 
 
-def test_a_third_party_backend_and_format_are_used_by_their_names(plugin, tiny_llama_folder, text_file, tmp_path):
+def test_a_third_party_backend_and_format_are_used_by_their_names(
+    plugin, tiny_llama_folder, text_file, tmp_path
+):
     environment = os.environ | {"PYTHONPATH": str(plugin)}
     program = [sys.executable, "-c", "from optimum_order.cli import main; main()"]
     listed = json.loads(run(*program, "backends", "--json", env=environment))
@@ -222,7 +259,9 @@ def test_a_third_party_backend_and_format_are_used_by_their_names(plugin, tiny_l
     out = tmp_path / "out"
     small = ["--calibration", text_file, "--calibration-samples", 2, "--sequence-length", 64]
     order = ["--order", "stripes:4 > gptq:4 > stripes:8", "--format", "plain"]
-    done = run(*program, "export", tiny_llama_folder, out, *order, *small, "--json", env=environment)
+    done = run(
+        *program, "export", tiny_llama_folder, out, *order, *small, "--json", env=environment
+    )
     result = json.loads(done)
     assert (result["format"], result["sparsity"]) == ("plain", 0.25)
     assert run(*program, "verify", out, env=environment)

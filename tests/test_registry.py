@@ -94,7 +94,9 @@ def test_two_of_one_name_are_named(site):
     write_package(site, "registry_twins", {"a": f"{HERE}\nclass A(Plugin): name = 'twin'"})
     write_package(site, "registry_guest", {"guest": f"{HERE}\nclass Guest(Plugin): name = 'twin'"})
     write_entry_point(site, "guest", "registry_guest.guest:Guest")
-    with pytest.raises(OptimumOrderError, match=r"called 'twin': registry_twins\.a and registry_guest\.guest"):
+    with pytest.raises(
+        OptimumOrderError, match=r"called 'twin': registry_twins\.a and registry_guest\.guest"
+    ):
         discover(importlib.import_module("registry_twins"), Plugin, GROUP)
 
 

@@ -8,7 +8,16 @@ from optimum_order.errors import OrderError, unknown
 from optimum_order.order import Order, Stage
 from optimum_order.registry import discover
 
-__all__ = ["Allocator", "Backend", "Measured", "Method", "available", "canonical", "method", "option"]
+__all__ = [
+    "Allocator",
+    "Backend",
+    "Measured",
+    "Method",
+    "available",
+    "canonical",
+    "method",
+    "option",
+]
 
 
 @functools.cache

@@ -12,11 +12,14 @@ from typing import Any, ClassVar
 import torch
 
 from optimum_order.errors import InvariantError, OrderError, unknown
-from optimum_order.layer import LayerState, Statistics
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 from optimum_order.order import Stage
 
 
-def option(default: Any, help: str, *, check: Callable[[Any], bool] = lambda value: True, allowed: str = "") -> Any:
+def option(
+    default: Any, help: str, *, check: Callable[[Any], bool] = lambda value: True, allowed: str = ""
+) -> Any:
     """A field of a backend's `Options`.
 
     Args:
@@ -25,7 +28,9 @@ def option(default: Any, help: str, *, check: Callable[[Any], bool] = lambda val
         check: Whether a value of the right type is allowed.
         allowed: What is allowed, for the error message: "in [0, 1)".
     """
-    return dataclasses.field(default=default, metadata={"help": help, "check": check, "allowed": allowed})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "check": check, "allowed": allowed}
+    )
 
 
 def _matches(value: Any, annotation: Any) -> bool:
@@ -41,7 +46,13 @@ def _matches(value: Any, annotation: Any) -> bool:
 def describe(annotation: Any) -> str:
     if isinstance(annotation, types.UnionType):
         return " or ".join(describe(member) for member in typing.get_args(annotation))
-    names = {float: "a number", int: "an integer", bool: "true or false", str: "a word", tuple: "a list"}
+    names = {
+        float: "a number",
+        int: "an integer",
+        bool: "true or false",
+        str: "a word",
+        tuple: "a list",
+    }
     return names.get(annotation, str(annotation))
 
 
@@ -75,13 +86,17 @@ class Method(ABC):
             meta = fields[key].metadata
             if not _matches(value, hints[key]) or not meta["check"](value):
                 wanted = meta["allowed"] or describe(hints[key])
-                raise OrderError(f"Stage '{stage}': '{key}' ({meta['help']}) must be {wanted}, got {value!r}.")
+                raise OrderError(
+                    f"Stage '{stage}': '{key}' ({meta['help']}) must be {wanted}, got {value!r}."
+                )
             if float in (hints[key], *typing.get_args(hints[key])) and isinstance(value, int):
                 given[key] = float(value)
         for key, field in fields.items():
             if field.default is dataclasses.MISSING and key not in given:
                 meta = field.metadata
-                raise OrderError(f"Stage '{stage}' must give '{key}' ({meta['help']}): {meta['allowed']}.")
+                raise OrderError(
+                    f"Stage '{stage}' must give '{key}' ({meta['help']}): {meta['allowed']}."
+                )
         return cls.Options(**given)
 
     @classmethod
@@ -94,7 +109,11 @@ class Method(ABC):
         """The canonical stage: the main knob alone where all else is default, or every option that is not."""
         fields = dataclasses.fields(self.Options)
         values = {field.name: getattr(self.options, field.name) for field in fields}
-        given = {field.name: values[field.name] for field in fields if values[field.name] != field.default}
+        given = {
+            field.name: values[field.name]
+            for field in fields
+            if values[field.name] != field.default
+        }
         knob = fields[0].name
         return Stage(self.name, values[knob]) if set(given) <= {knob} else Stage(self.name, **given)
 
@@ -130,7 +149,9 @@ class Backend(Method):
         """
 
     @torch.no_grad()
-    def apply(self, state: LayerState, statistics: Statistics | None = None, *, where: str = "layer") -> LayerState:
+    def apply(
+        self, state: LayerState, statistics: Statistics | None = None, *, where: str = "layer"
+    ) -> LayerState:
         """Compress one layer and check every promise of `LayerState` on the result.
 
         A layer that no calibration token reached, such as an idle expert, is treated as if its inputs were white
@@ -145,8 +166,12 @@ class Backend(Method):
             InvariantError: If the backend was not given what it needs, or broke a promise.
         """
         where = f"{where}, stage '{self.stage}'"
-        if self.needs and (statistics is None or ("gram" in self.needs and statistics.gram is None)):
-            raise InvariantError(f"{where}: the backend needs {sorted(self.needs)} and was not given them.")
+        if self.needs and (
+            statistics is None or ("gram" in self.needs and statistics.gram is None)
+        ):
+            raise InvariantError(
+                f"{where}: the backend needs {sorted(self.needs)} and was not given them."
+            )
         if self.needs and statistics is not None and statistics.tokens == 0:
             statistics = statistics.isotropic()
             note = f"{self.stage}: no calibration token reached this layer; its inputs were taken as white noise"
@@ -154,10 +179,18 @@ class Backend(Method):
         result = self.compress(state, statistics)
         if result.weight.shape != state.weight.shape or result.weight.dtype != state.weight.dtype:
             raise InvariantError(f"{where}: the backend changed the weight's shape or dtype.")
-        if state.pruned is not None and (result.pruned is None or (state.pruned & ~result.pruned).any()):
+        if state.pruned is not None and (
+            result.pruned is None or (state.pruned & ~result.pruned).any()
+        ):
             raise InvariantError(f"{where}: the backend brought pruned weights back.")
-        if state.grid is not None and result.grid is None and not getattr(self.options, "off_grid", False):
-            raise InvariantError(f"{where}: the backend dropped the quantisation grid, and no 'off_grid' asked it to.")
+        if (
+            state.grid is not None
+            and result.grid is None
+            and not getattr(self.options, "off_grid", False)
+        ):
+            raise InvariantError(
+                f"{where}: the backend dropped the quantisation grid, and no 'off_grid' asked it to."
+            )
         result.check(where)
         return result
 

@@ -15,7 +15,10 @@ from optimum_order.backends.uniform import UniformOptions, UniformQuantizer
 class GPTQOptions(UniformOptions):
     act_order: bool = option(True, "visit the columns with the largest inputs first")
     damping: float = option(
-        0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]"
+        0.01,
+        "added to diag(H), relative to its mean",
+        check=lambda v: 0 < v <= 1,
+        allowed="in (0, 1]",
     )
 
 
@@ -36,6 +39,10 @@ class GPTQ(UniformQuantizer):
             return pruned[:, factor.columns[start : start + w.shape[1]]]
 
         swept, _ = sweep(weight, factor.U, grid=grid, choose=choose, order=factor.columns)
-        new, lost = keep_better_rows(swept.to(weight.dtype), grid.nearest(weight), weight, statistics.gram)
-        notes = state.notes + remarks(self.stage, self.options.damping, factor.damping, lost, len(weight))
+        new, lost = keep_better_rows(
+            swept.to(weight.dtype), grid.nearest(weight), weight, statistics.gram
+        )
+        notes = state.notes + remarks(
+            self.stage, self.options.damping, factor.damping, lost, len(weight)
+        )
         return dataclasses.replace(state, weight=new, grid=grid, notes=notes)

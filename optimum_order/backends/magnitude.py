@@ -8,7 +8,12 @@ from optimum_order.backends.selection import Pruner, PruningOptions, lowest, rem
 
 @dataclasses.dataclass(frozen=True)
 class MagnitudeOptions(PruningOptions):
-    per: str = option("layer", "where weights compete", check=lambda v: v in ("layer", "row"), allowed="layer or row")
+    per: str = option(
+        "layer",
+        "where weights compete",
+        check=lambda v: v in ("layer", "row"),
+        allowed="layer or row",
+    )
 
 
 class Magnitude(Pruner):

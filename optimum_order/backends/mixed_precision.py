@@ -29,16 +29,28 @@ def _is_widths(value: tuple) -> bool:
 @dataclasses.dataclass(frozen=True)
 class MixedPrecisionOptions:
     bits: float = option(
-        dataclasses.MISSING, "average bits per weight", check=lambda v: 2 <= v <= 8, allowed="a number in [2, 8]"
+        dataclasses.MISSING,
+        "average bits per weight",
+        check=lambda v: 2 <= v <= 8,
+        allowed="a number in [2, 8]",
     )
     widths: tuple = option(
-        (2, 3, 4, 6, 8), "widths a layer may have", check=_is_widths, allowed="a rising list of integers in 2..8"
+        (2, 3, 4, 6, 8),
+        "widths a layer may have",
+        check=_is_widths,
+        allowed="a rising list of integers in 2..8",
     )
     quantizer: str = option(
-        "gptq", "the method that rounds", check=lambda v: v in ("gptq", "rtn"), allowed="gptq or rtn"
+        "gptq",
+        "the method that rounds",
+        check=lambda v: v in ("gptq", "rtn"),
+        allowed="gptq or rtn",
     )
     group_size: int | str = group_size_option()
-    fuse: bool = option(True, "one width for layers that read the same input, such as q, k and v, and for all experts")
+    fuse: bool = option(
+        True,
+        "one width for layers that read the same input, such as q, k and v, and for all experts",
+    )
     first: str = option(
         "together",
         "which layers are quantised first: together goes block by block, weaker starts with the widest, stronger "
@@ -70,7 +82,10 @@ class MixedPrecision(Allocator):
 
     def candidates(self) -> list[Stage]:
         options = self.options
-        return [Stage(options.quantizer, bits=width, group_size=options.group_size) for width in options.widths]
+        return [
+            Stage(options.quantizer, bits=width, group_size=options.group_size)
+            for width in options.widths
+        ]
 
     def allocate(self, table: list[Measured]) -> list[dict[str, Stage]]:
         stages = self.candidates()
@@ -84,19 +99,30 @@ class MixedPrecision(Allocator):
         one_each = np.kron(np.eye(shape[0]), np.ones(shape[1]))
         budget = self.options.bits * sum(sizes.values())
         solved = milp(
-            error.ravel() / (error.max() or 1.0) * 1e6,  # the solver takes costs within 1e-6 of each other as equal
+            error.ravel()
+            / (error.max() or 1.0)
+            * 1e6,  # the solver takes costs within 1e-6 of each other as equal
             integrality=np.ones(error.size),
             bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits.ravel(), -math.inf, budget)],
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(bits.ravel(), -math.inf, budget),
+            ],
             options={"mip_rel_gap": 0.0},
         )
         if not solved.success:
-            raise OrderError(f"Stage '{self.stage}': no choice of widths meets the budget ({solved.message}).")
+            raise OrderError(
+                f"Stage '{self.stage}': no choice of widths meets the budget ({solved.message})."
+            )
         chosen = solved.x.reshape(shape).argmax(1)
-        concrete = {layer: stages[s] for group, s in zip(groups, chosen, strict=True) for layer in group}
+        concrete = {
+            layer: stages[s] for group, s in zip(groups, chosen, strict=True) for layer in group
+        }
         if self.options.first == "together":
             return [concrete]
         used = [stage for stage in stages if stage in concrete.values()]
         if self.options.first == "weaker":
             used.reverse()
-        return [{layer: stage for layer, stage in concrete.items() if stage == each} for each in used]
+        return [
+            {layer: stage for layer, stage in concrete.items() if stage == each} for each in used
+        ]

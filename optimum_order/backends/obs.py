@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from optimum_order.errors import InvariantError
-from optimum_order.layer import Grid, Statistics
+from optimum_order.layers.grids.base import Grid
+from optimum_order.layers.statistics import Statistics
 from optimum_order.order import Stage
 
 BLOCK = 128
@@ -25,7 +26,9 @@ STRIP = 16
 """Columns within a block whose corrections are applied one by one."""
 
 
-def inverse_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+def inverse_factor(
+    gram: Tensor, damping: float, order: Tensor | None = None
+) -> tuple[Tensor, float]:
     """`U`, upper triangular, with `U^T U = (H + damping * mean(diag H) * I)^-1`.
 
     Args:
@@ -53,7 +56,9 @@ def inverse_factor(gram: Tensor, damping: float, order: Tensor | None = None) ->
             if torch.isfinite(upper).all():
                 return upper, damping
         if damping > 1e6:
-            raise InvariantError(f"a Gram matrix of size {size} has no Cholesky factor even with damping {damping:g}")
+            raise InvariantError(
+                f"a Gram matrix of size {size} has no Cholesky factor even with damping {damping:g}"
+            )
         damping *= 10
 
 
@@ -61,11 +66,17 @@ def _inverse_of_upper(R: Tensor) -> Tensor:
     """The inverse of an upper triangular matrix, with the third of the operations that solving for it takes."""
     size = len(R)
     if size <= 256:
-        return torch.linalg.solve_triangular(R, torch.eye(size, dtype=R.dtype, device=R.device), upper=True)
+        return torch.linalg.solve_triangular(
+            R, torch.eye(size, dtype=R.dtype, device=R.device), upper=True
+        )
     half, inverse = size // 2, torch.zeros_like(R)
     inverse[:half, :half] = _inverse_of_upper(R[:half, :half])
     inverse[half:, half:] = _inverse_of_upper(R[half:, half:])
-    torch.mm(inverse[:half, :half] @ R[:half, half:], inverse[half:, half:].neg(), out=inverse[:half, half:])
+    torch.mm(
+        inverse[:half, :half] @ R[:half, half:],
+        inverse[half:, half:].neg(),
+        out=inverse[:half, half:],
+    )
     return inverse
 
 
@@ -128,7 +139,9 @@ def sweep(
     Returns:
         The new weight (out, in) in float32 and what was removed (out, in) bool, in the columns' own order.
     """
-    rows = weight.float().T[order]  # (in, out): each column of W is contiguous here; indexing copies
+    rows = weight.float().T[
+        order
+    ]  # (in, out): each column of W is contiguous here; indexing copies
     removed = torch.zeros_like(rows, dtype=torch.bool)
     inputs = len(rows)
     width = BLOCK // span * span  # no span straddles two blocks
@@ -137,9 +150,13 @@ def sweep(
         block, chosen = rows[start:end], removed[start:end]
         fixed, errors, gone = (torch.empty_like(block) for _ in range(3))
         diagonal = U.diagonal()[start:end]
-        follow = U[start:end, start:] / diagonal[:, None]  # (k, in - start): what an error does to later columns
+        follow = (
+            U[start:end, start:] / diagonal[:, None]
+        )  # (k, in - start): what an error does to later columns
         nearest = None if grid is None else grid.rounder(order[start:end])
-        columns = zip(*(each.unbind() for each in (block, fixed, errors, gone, chosen)), strict=True)
+        columns = zip(
+            *(each.unbind() for each in (block, fixed, errors, gone, chosen)), strict=True
+        )
         strip = stop = 0
         for i, (w, q, error, share, mask) in enumerate(columns):
             if i == stop:  # the next span
@@ -159,7 +176,9 @@ def sweep(
             if i + 1 < strip:
                 block[i + 1 : strip].addr_(follow[i, i + 1 : strip], error, alpha=-1)
             elif strip < end - start:
-                block[strip:].addmm_(follow[first:strip, strip : end - start].T, errors[first:strip], alpha=-1)
+                block[strip:].addmm_(
+                    follow[first:strip, strip : end - start].T, errors[first:strip], alpha=-1
+                )
         rows[end:].addmm_(follow[:, end - start :].T, errors, alpha=-1)
         if nearest is None:
             block.sub_(errors)  # exact: an error is all of a weight or nothing
@@ -169,7 +188,9 @@ def sweep(
     return rows[back].T.contiguous(), removed[back].T.contiguous()
 
 
-def keep_better_rows(swept: Tensor, plain: Tensor, original: Tensor, gram: Tensor) -> tuple[Tensor, int]:
+def keep_better_rows(
+    swept: Tensor, plain: Tensor, original: Tensor, gram: Tensor
+) -> tuple[Tensor, int]:
     """Row by row, the candidate with the smaller output error: the sweep is greedy and can lose on a row.
 
     Returns:

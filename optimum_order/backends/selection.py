@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optimum_order.backends.base import Backend, option
 from optimum_order.errors import OrderError
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
 _PATTERN = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
@@ -31,7 +31,10 @@ class PruningOptions:
     """What every pruner can be told; `sparsity` is left at None where `pattern` implies it."""
 
     sparsity: float | None = option(
-        None, "fraction of weights removed", check=lambda v: v is not None and 0 <= v < 1, allowed="a number in [0, 1)"
+        None,
+        "fraction of weights removed",
+        check=lambda v: v is not None and 0 <= v < 1,
+        allowed="a number in [0, 1)",
     )
     pattern: str = option(
         "none",
@@ -40,7 +43,8 @@ class PruningOptions:
         allowed="'none' or N:M with N < M < 100, such as 2:4",
     )
     off_grid: bool = option(
-        False, "let a quantised layer leave its grid, as papers simulate it; such a layer can only be saved dense"
+        False,
+        "let a quantised layer leave its grid, as papers simulate it; such a layer can only be saved dense",
     )
 
     @property

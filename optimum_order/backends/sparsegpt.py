@@ -15,7 +15,10 @@ from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid,
 @dataclasses.dataclass(frozen=True)
 class SparseGPTOptions(PruningOptions):
     damping: float = option(
-        0.01, "added to diag(H), relative to its mean", check=lambda v: 0 < v <= 1, allowed="in (0, 1]"
+        0.01,
+        "added to diag(H), relative to its mean",
+        check=lambda v: 0 < v <= 1,
+        allowed="in (0, 1]",
     )
 
 
@@ -35,11 +38,17 @@ class SparseGPT(Pruner):
         factor = Factor.of(statistics, options.damping)
 
         def choose(w, d, start):
-            return lowest((w / d).square(), options, before[:, start : start + w.shape[1]], per="layer")
+            return lowest(
+                (w / d).square(), options, before[:, start : start + w.shape[1]], per="layer"
+            )
 
         span = options.keep[1] if options.keep else BLOCK
-        swept, pruned = sweep(weight, factor.U, grid=grid, choose=choose, span=span, order=factor.columns)
+        swept, pruned = sweep(
+            weight, factor.U, grid=grid, choose=choose, span=span, order=factor.columns
+        )
         plain = weight.masked_fill(pruned, 0.0)
         new, lost = keep_better_rows(swept.to(weight.dtype), plain, weight, statistics.gram)
-        notes = state.notes + remarks(self.stage, options.damping, factor.damping, lost, len(weight))
+        notes = state.notes + remarks(
+            self.stage, options.damping, factor.damping, lost, len(weight)
+        )
         return dataclasses.replace(state, weight=new, pruned=pruned, grid=grid, notes=notes)

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from optimum_order.backends.base import Backend, option
-from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
 
 
 def group_size_option() -> Any:
@@ -24,7 +25,10 @@ class UniformOptions:
     """The grid a quantiser rounds to."""
 
     bits: int = option(
-        dataclasses.MISSING, "width of a weight", check=lambda v: 2 <= v <= 8, allowed="an integer in 2..8"
+        dataclasses.MISSING,
+        "width of a weight",
+        check=lambda v: 2 <= v <= 8,
+        allowed="an integer in 2..8",
     )
     group_size: int | str = group_size_option()
     symmetric: bool = option(True, "no zero point; what packed formats reload exactly")

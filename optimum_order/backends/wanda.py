@@ -12,4 +12,8 @@ class Wanda(Pruner):
 
     def compress(self, state, statistics):
         score = state.weight.float().abs() * statistics.squared_norms.sqrt()
-        return remove(state, lowest(score, self.options, state.pruned, per="row"), off_grid=self.options.off_grid)
+        return remove(
+            state,
+            lowest(score, self.options, state.pruned, per="row"),
+            off_grid=self.options.off_grid,
+        )

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from optimum_order.calibration.statistics import Accumulator
+from optimum_order.calibration.accumulate import Accumulator
 from optimum_order.errors import InvariantError, ModelError
-from optimum_order.layer import Statistics
-from optimum_order.targets import Target
+from optimum_order.layers.statistics import Statistics
+from optimum_order.models.units import Target
 
 PRODUCTS = {
     functional.linear: (0, 1),
@@ -54,11 +54,16 @@ class _Patches:
     dilation: tuple[int, int]
 
     @classmethod
-    def of(cls, weight: Tensor, stride: _Sizes, padding: _Sizes | str, dilation: _Sizes) -> _Patches:
+    def of(
+        cls, weight: Tensor, stride: _Sizes, padding: _Sizes | str, dilation: _Sizes
+    ) -> _Patches:
         """From what `conv2d` takes, its weight (out, in / groups, kh, kw)."""
         kernel, steps = (weight.shape[2], weight.shape[3]), _pair(dilation)
         if isinstance(padding, str):  # "same" or "valid"
-            missing = [step * (size - 1) * (padding == "same") for step, size in zip(steps, kernel, strict=True)]
+            missing = [
+                step * (size - 1) * (padding == "same")
+                for step, size in zip(steps, kernel, strict=True)
+            ]
             around = [(total // 2, total - total // 2) for total in missing]
         else:
             around = [(side, side) for side in _pair(padding)]
@@ -69,10 +74,14 @@ class _Patches:
         top, bottom, left, right = self.padding
         padded = functional.pad(images, (left, right, top, bottom))
         sizes = zip(padded.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
-        rows, columns = ((size - step * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, step in sizes)
+        rows, columns = (
+            (size - step * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, step in sizes
+        )
         numbers = images.shape[1] * self.kernel[0] * self.kernel[1] * rows * columns
         for part in padded.split(max(1, _MOST_UNFOLDED // max(1, numbers))):
-            patches = functional.unfold(part, self.kernel, dilation=self.dilation, stride=self.stride)
+            patches = functional.unfold(
+                part, self.kernel, dilation=self.dilation, stride=self.stride
+            )
             yield patches.transpose(1, 2).flatten(0, 1)
 
 
@@ -90,7 +99,9 @@ class Capture(TorchFunctionMode):
         dtype: In which it may be multiplied, see `Accumulator`.
     """
 
-    def __init__(self, targets: Iterable[Target], *, gram: bool, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, targets: Iterable[Target], *, gram: bool, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
         self.gram, self.dtype = gram, dtype
         self.watched = {target.view.data_ptr(): target for target in targets}
@@ -111,7 +122,9 @@ class Capture(TorchFunctionMode):
 
     def _see_convolution(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         images = input if input.ndim == 4 else input[None]
-        for channels, filters in zip(images.chunk(groups, dim=1), weight.chunk(groups), strict=True):
+        for channels, filters in zip(
+            images.chunk(groups, dim=1), weight.chunk(groups), strict=True
+        ):
             target = self.watched.get(filters.data_ptr())
             if target is not None:
                 self._see(target, channels, _Patches.of(filters, stride, padding, dilation))
@@ -129,11 +142,15 @@ class Capture(TorchFunctionMode):
         leader = self.leaders[name]
         if leader != name:
             if leader not in self._last or not _same(self._last[leader], (x, patches)):
-                raise InvariantError(f"'{name}' shared its input with '{leader}' in one batch and not in the next.")
+                raise InvariantError(
+                    f"'{name}' shared its input with '{leader}' in one batch and not in the next."
+                )
             return
         if leader not in self.accumulators:
             inputs = target.view.shape[1]
-            self.accumulators[leader] = Accumulator(inputs, gram=self.gram, device=x.device, dtype=self.dtype)
+            self.accumulators[leader] = Accumulator(
+                inputs, gram=self.gram, device=x.device, dtype=self.dtype
+            )
         for rows in [x] if patches is None else patches.cut(x):
             self.accumulators[leader].add(rows)
         self._last[leader] = x, patches
@@ -144,7 +161,9 @@ class Capture(TorchFunctionMode):
         Raises:
             ModelError: If an input was NaN or infinite.
         """
-        results = {leader: accumulator.result() for leader, accumulator in self.accumulators.items()}
+        results = {
+            leader: accumulator.result() for leader, accumulator in self.accumulators.items()
+        }
         for target in self.watched.values():
             if target.name not in self.leaders:
                 inputs, device = target.view.shape[1], target.view.device
@@ -155,10 +174,15 @@ class Capture(TorchFunctionMode):
                     f"The inputs of '{name}' are NaN or infinite on the calibration data, so nothing can be learnt "
                     "from them. Load the model with dtype='float32', or leave the layer out with 'ignore'."
                 )
-        return {target.name: results[self.leaders.get(target.name, target.name)] for target in self.watched.values()}
+        return {
+            target.name: results[self.leaders.get(target.name, target.name)]
+            for target in self.watched.values()
+        }
 
 
 def _same(one: tuple[Tensor, _Patches | None], other: tuple[Tensor, _Patches | None]) -> bool:
     (a, how), (b, how_else) = one, other
-    same = a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+    same = a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )
     return same and how == how_else

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from optimum_order.calibration import precision
 from optimum_order.calibration.capture import Capture
 from optimum_order.calibration.walk import eager_experts
-from optimum_order.evaluation.samples import placed
-from optimum_order.layer import Statistics
-from optimum_order.targets import Target
+from optimum_order.data.samples import placed
+from optimum_order.layers.statistics import Statistics
+from optimum_order.models.units import Target
 
 
 def glance(

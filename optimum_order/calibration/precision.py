@@ -48,7 +48,9 @@ def has_units(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # nothing public says so
 
 
-def forwards(dtype: torch.dtype, model_dtype: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager:
+def forwards(
+    dtype: torch.dtype, model_dtype: torch.dtype, device: torch.device
+) -> contextlib.AbstractContextManager:
     """In which a float32 model multiplies in `dtype`; its weights must not change meanwhile, they are cast once."""
     if dtype == model_dtype or model_dtype != torch.float32:
         return contextlib.nullcontext()

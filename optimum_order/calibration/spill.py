@@ -50,7 +50,11 @@ class Spill:
         """
         maps = []
         for tensor in tensors:
-            if id(tensor) not in self._known and tensor.device.type == "cpu" and tensor.is_contiguous():
+            if (
+                id(tensor) not in self._known
+                and tensor.device.type == "cpu"
+                and tensor.is_contiguous()
+            ):
                 self._take(tensor)
             if id(tensor) in self._known and (found := self._known[id(tensor)][1]) is not None:
                 maps.append(found)
@@ -80,7 +84,9 @@ class Spill:
     def _map(self, size: int) -> mmap.mmap:
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # no room is an error now, and not a signal later
+                os.posix_fallocate(
+                    file.fileno(), 0, size
+                )  # no room is an error now, and not a signal later
                 return mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise OutputError(

@@ -31,10 +31,11 @@ from transformers import PreTrainedModel
 from optimum_order.calibration import precision
 from optimum_order.calibration.capture import Capture
 from optimum_order.calibration.spill import Spill, drop
+from optimum_order.data.samples import placed
 from optimum_order.errors import ModelError
-from optimum_order.evaluation.samples import placed
-from optimum_order.layer import Statistics, tensor_bytes
-from optimum_order.targets import Unit
+from optimum_order.layers.state import tensor_bytes
+from optimum_order.layers.statistics import Statistics
+from optimum_order.models.units import Unit
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,12 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not self.changed and self.output is not None and func not in _SIZES and not _is_fact(func, result):
+        if (
+            not self.changed
+            and self.output is not None
+            and func not in _SIZES
+            and not _is_fact(func, result)
+        ):
             used = {id(tensor) for tensor in _tensors((args, kwargs))}
             self.changed = any(id(tensor) in used for tensor in _tensors(self.output))
         return result
@@ -138,7 +144,13 @@ def _tensors(value: Any) -> tuple[Tensor, ...]:
     """The tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return (value,)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    parts = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, (tuple, list))
+        else ()
+    )
     return tuple(tensor for part in parts for tensor in _tensors(part))
 
 
@@ -222,7 +234,9 @@ def _paused(units: Sequence[Unit], forwards: list[_Forward]) -> Iterator[None]:
                 forward._error = forward._error or _Stop()
                 forward._turn.release()
                 forward.join()
-        torch.set_num_threads(torch.get_num_threads())  # the number that new threads begin with again
+        torch.set_num_threads(
+            torch.get_num_threads()
+        )  # the number that new threads begin with again
 
 
 def walk(
@@ -265,9 +279,35 @@ def walk(
     """
     dtype = dtype or precision.choose("auto", model.dtype, device or model.device)
     try:
-        _walk(model, units, batches, visit, gram, dtype, finished, crossing, keep, there, device, spill)
+        _walk(
+            model,
+            units,
+            batches,
+            visit,
+            gram,
+            dtype,
+            finished,
+            crossing,
+            keep,
+            there,
+            device,
+            spill,
+        )
     except _Stale:  # nothing was visited yet
-        _walk(model, units, batches, visit, gram, dtype, finished, lambda: None, keep, there, device, spill)
+        _walk(
+            model,
+            units,
+            batches,
+            visit,
+            gram,
+            dtype,
+            finished,
+            lambda: None,
+            keep,
+            there,
+            device,
+            spill,
+        )
 
 
 def _walk(
@@ -285,7 +325,9 @@ def _walk(
     spill: Spill | None,
 ) -> None:
     # A block is run more than once on the same arguments, which a cache would not survive.
-    text_config = model.config.get_text_config()  # the config itself, but for a model of several modalities
+    text_config = (
+        model.config.get_text_config()
+    )  # the config itself, but for a model of several modalities
     arguments = {"use_cache": False} if getattr(text_config, "use_cache", None) is not None else {}
 
     def forward(batch: dict[str, Tensor]) -> Callable[[], Any]:
@@ -301,7 +343,9 @@ def _walk(
         def call(module: nn.Module, *args, **kwargs):
             if device is not None:
                 args, kwargs = _moved(args, device), _moved(kwargs, device)
-            output = precision.restored(forward(module, *args, **kwargs), model.dtype, device or home)
+            output = precision.restored(
+                forward(module, *args, **kwargs), model.dtype, device or home
+            )
             return output if device is None else _moved(output, home)
 
         return call
@@ -312,7 +356,12 @@ def _walk(
     if begun and len(begun.outputs) != len(forwards):
         raise _Stale
     remaining = {unit.name for unit in units}
-    with torch.inference_mode(), eager_experts(model), _headless(model, units), _paused(units, forwards):
+    with (
+        torch.inference_mode(),
+        eager_experts(model),
+        _headless(model, units),
+        _paused(units, forwards),
+    ):
         with there(None):
             home = model.device  # where it is when it has weights
             multiplying = functools.partial(precision.forwards, dtype, model.dtype, device or home)
@@ -334,7 +383,9 @@ def _walk(
                 continue
             with there(unit):
                 capture = Capture(unit.targets, gram=gram, dtype=dtype)
-                _visit(unit, call, forwards, visit, capture, multiplying, remaining if last else None)
+                _visit(
+                    unit, call, forwards, visit, capture, multiplying, remaining if last else None
+                )
                 del capture
                 if not last:
                     with multiplying():
@@ -343,7 +394,10 @@ def _walk(
                 if keep:
                     # what does not fit into memory is not worth a second copy on disk: blocks can be run again
                     flows = not last and not (spill and spill.spilled)
-                    keep(unit, functools.partial(_crossing, unit, forwards) if flows else lambda: None)
+                    keep(
+                        unit,
+                        functools.partial(_crossing, unit, forwards) if flows else lambda: None,
+                    )
 
 
 def _visit(
@@ -375,7 +429,9 @@ def _visit(
 
     def outputs() -> Tensor:
         with multiplying():
-            return torch.cat([_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes])
+            return torch.cat(
+                [_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes]
+            )
 
     if after is not None:  # what comes after is nobody's input, but it must not be a unit once more
         forwards[0].resume(first)
@@ -390,7 +446,9 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if type(value) in (tuple, list):
         return type(value)(_moved(part, device) for part in value)
-    return {key: _moved(part, device) for key, part in value.items()} if type(value) is dict else value
+    return (
+        {key: _moved(part, device) for key, part in value.items()} if type(value) is dict else value
+    )
 
 
 def _run(call: Callable, forward: _Forward) -> Any:
@@ -407,7 +465,11 @@ def _crossing(unit: Unit, forwards: list[_Forward]) -> Crossing | None:
     if any(watch.changed or watch.kept or not _can_be_kept(watch.output) for watch in watches):
         return None
     arguments = _arguments(forwards)
-    return Crossing(unit.name, tuple(watch.output for watch in watches), arguments) if arguments else None
+    return (
+        Crossing(unit.name, tuple(watch.output for watch in watches), arguments)
+        if arguments
+        else None
+    )
 
 
 def _can_be_kept(output: Any) -> bool:
@@ -426,17 +488,27 @@ def _arguments(forwards: list[_Forward]) -> str | None:
 
     def take_in(value: Any, outputs: dict[int, int]) -> bool:
         if isinstance(value, Tensor):
-            said = f"output {outputs[id(value)]}" if id(value) in outputs else f"{value.dtype} {tuple(value.shape)}"
+            said = (
+                f"output {outputs[id(value)]}"
+                if id(value) in outputs
+                else f"{value.dtype} {tuple(value.shape)}"
+            )
             digest.update(said.encode())
             if id(value) not in outputs:
                 digest.update(tensor_bytes(value))
             return True
         if isinstance(value, (tuple, list, dict)):
             digest.update(f"{type(value).__name__} {len(value)}".encode())
-            parts = [part for item in value.items() for part in item] if isinstance(value, dict) else value
+            parts = (
+                [part for item in value.items() for part in item]
+                if isinstance(value, dict)
+                else value
+            )
             return all(take_in(part, outputs) for part in parts)
         digest.update(f"{value!r};".encode())
-        return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device))
+        return value is None or isinstance(
+            value, (bool, int, float, str, torch.dtype, torch.device)
+        )
 
     for each in forwards:
         outputs = {id(tensor): number for number, tensor in enumerate(_tensors(each.watch.output))}
@@ -450,7 +522,11 @@ def _hidden(output: Any) -> Tensor:
 
     Of images (b, channels, h, w) each position is a token.
     """
-    tensor = output if isinstance(output, Tensor) else next(part for part in output if isinstance(part, Tensor))
+    tensor = (
+        output
+        if isinstance(output, Tensor)
+        else next(part for part in output if isinstance(part, Tensor))
+    )
     if tensor.ndim == 4:
         tensor = tensor.movedim(1, -1)
     return tensor.flatten(0, -2).float()
@@ -494,7 +570,11 @@ def _headless(model: PreTrainedModel, units: Sequence[Unit]) -> Iterator[None]:
 @contextlib.contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Run fused experts one at a time, as their authors wrote them, so that each one's inputs can be seen."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")}
+    configs = {
+        id(m.config): m.config
+        for m in model.modules()
+        if hasattr(m, "is_transposed") and hasattr(m, "config")
+    }
     before = [(config, config._experts_implementation) for config in configs.values()]
     for config, _ in before:
         config._experts_implementation = "eager"

@@ -21,12 +21,18 @@ SUMMARY = "Prune and quantise a Hugging Face model, in the order that hurts it l
 
 COMMANDS = (
     CommandInfo("export", "compress a model and save it", ExportCommand),
-    CommandInfo("study", "run many orders of a model and report what the order is worth", StudyCommand),
+    CommandInfo(
+        "study", "run many orders of a model and report what the order is worth", StudyCommand
+    ),
     CommandInfo("plan", "find the order of some stages that hurts a model least", PlanCommand),
     CommandInfo("inspect", "show what was done to a saved model, and what it cost", InspectCommand),
     CommandInfo("verify", "check that a saved model is what it says it is", VerifyCommand),
     CommandInfo("push", "upload a saved model to the Hub, with a model card", PushCommand),
-    CommandInfo("backends", "list the compression methods with their options, and the formats", BackendsCommand),
+    CommandInfo(
+        "backends",
+        "list the compression methods with their options, and the formats",
+        BackendsCommand,
+    ),
 )
 
 

@@ -51,7 +51,11 @@ def calibration(parser: argparse.ArgumentParser) -> None:
         help="tokens in a window of text, in calibration and evaluation (default %(default)s)",
     )
     parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="which windows or images are drawn (default %(default)s)"
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="which windows or images are drawn (default %(default)s)",
     )
     parser.add_argument(
         "--calibration-dtype",
@@ -75,10 +79,14 @@ def metric(parser: argparse.ArgumentParser) -> None:
 def loading(parser: argparse.ArgumentParser) -> None:
     """How the model is loaded, and which of its layers are compressed."""
     parser.add_argument(
-        "--device", default="auto", help="auto (default) takes a GPU where there is one; or cpu, cuda, cuda:N"
+        "--device",
+        default="auto",
+        help="auto (default) takes a GPU where there is one; or cpu, cuda, cuda:N",
     )
     parser.add_argument(
-        "--dtype", default="auto", help="auto (default) keeps the checkpoint's; or float32, bfloat16, float16"
+        "--dtype",
+        default="auto",
+        help="auto (default) keeps the checkpoint's; or float32, bfloat16, float16",
     )
     parser.add_argument(
         "--targets",
@@ -87,7 +95,12 @@ def loading(parser: argparse.ArgumentParser) -> None:
         help="compress only these layers: a shell pattern on the full name such as '*.q_proj', or 're:' and a "
         "regular expression; by default every layer inside the model's blocks",
     )
-    parser.add_argument("--ignore", metavar="PATTERN", nargs="+", help="leave these layers alone; wins over --targets")
+    parser.add_argument(
+        "--ignore",
+        metavar="PATTERN",
+        nargs="+",
+        help="leave these layers alone; wins over --targets",
+    )
 
 
 def compressor(args: argparse.Namespace) -> JointCompressor:
@@ -120,4 +133,6 @@ def hush_libraries() -> None:
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends optional kernels on every CPU
+        logging.getLogger("bitsandbytes").setLevel(
+            logging.ERROR
+        )  # recommends optional kernels on every CPU

@@ -15,7 +15,9 @@ class BackendsCommand(Command):
 
     @staticmethod
     def parse_args(parser):
-        parser.description = "List every compression method with its options, and every format, plug-ins included."
+        parser.description = (
+            "List every compression method with its options, and every format, plug-ins included."
+        )
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     def work(self) -> dict[str, Any]:
@@ -23,7 +25,9 @@ class BackendsCommand(Command):
 
         return {
             "methods": [_method(cls) for cls in backends.available().values()],
-            "formats": [{"name": name, "summary": cls.summary} for name, cls in formats.available().items()],
+            "formats": [
+                {"name": name, "summary": cls.summary} for name, cls in formats.available().items()
+            ],
         }
 
     def show(self, result: dict[str, Any]) -> None:
@@ -31,10 +35,16 @@ class BackendsCommand(Command):
         from rich.table import Table
 
         console = Console(markup=False, highlight=False)
-        console.print("A stage is written method, method:value (its first option) or method(key=value, ...).\n")
+        console.print(
+            "A stage is written method, method:value (its first option) or method(key=value, ...).\n"
+        )
         for method in result["methods"]:
             data = "needs calibration data" if method["calibration"] else "needs no data"
-            table = Table(title=f"{method['name']}: {method['summary']}; {data}", title_justify="left", expand=True)
+            table = Table(
+                title=f"{method['name']}: {method['summary']}; {data}",
+                title_justify="left",
+                expand=True,
+            )
             table.add_column("option", no_wrap=True)
             table.add_column("default", no_wrap=True)
             table.add_column("allowed", ratio=3)

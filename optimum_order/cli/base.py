@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from optimum.commands.base import BaseOptimumCLICommand
 
 from optimum_order.errors import OptimumOrderError
-from optimum_order.manifest import size as size
+from optimum_order.files import size as size
 
 PATH = "a folder that 'optimum-order export' wrote, or the id of such a model on the Hub: namespace/name"
 
@@ -81,7 +81,9 @@ def _terminable() -> Iterator[None]:
     def terminate(*_) -> None:
         raise _Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # only there may a program handle signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only there may a program handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, terminate)

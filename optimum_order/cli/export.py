@@ -68,9 +68,12 @@ class ExportCommand(Command):
         parser.description = DESCRIPTION
         parser.epilog = EPILOG
         arguments.model(parser)
-        parser.add_argument("output", metavar="OUTPUT", help="the folder to write; refused if it is not empty")
         parser.add_argument(
-            "--order", help='the stages, first to last, such as "wanda:0.5 > gptq:4"; or auto, for the best of --stages'
+            "output", metavar="OUTPUT", help="the folder to write; refused if it is not empty"
+        )
+        parser.add_argument(
+            "--order",
+            help='the stages, first to last, such as "wanda:0.5 > gptq:4"; or auto, for the best of --stages',
         )
         parser.add_argument(
             "--stages",
@@ -91,15 +94,25 @@ class ExportCommand(Command):
             "block before the next block, which is faster",
         )
         parser.add_argument(
-            "--evaluate", metavar="SRC", help="measure the model on this before and after; all of it is used"
+            "--evaluate",
+            metavar="SRC",
+            help="measure the model on this before and after; all of it is used",
         )
         arguments.metric(parser)
         arguments.loading(parser)
         parser.add_argument(
-            "--push-to-hub", metavar="ID", help="then upload OUTPUT to namespace/name on the Hub, with a model card"
+            "--push-to-hub",
+            metavar="ID",
+            help="then upload OUTPUT to namespace/name on the Hub, with a model card",
         )
-        parser.add_argument("--private", action="store_true", help="make that repository private, if it is new")
-        parser.add_argument("--create-pr", action="store_true", help="open a pull request there in place of committing")
+        parser.add_argument(
+            "--private", action="store_true", help="make that repository private, if it is new"
+        )
+        parser.add_argument(
+            "--create-pr",
+            action="store_true",
+            help="open a pull request there in place of committing",
+        )
         parser.add_argument(
             "--work-dir",
             metavar="DIR",
@@ -115,17 +128,24 @@ class ExportCommand(Command):
             action="store_true",
             help="hold no more than a block of the model in memory; needs room on the disk for two copies of it",
         )
-        parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is not empty")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace OUTPUT if it is not empty"
+        )
         parser.add_argument(
             "--dry-run",
             action="store_true",
             help="read no weights and write nothing: say how long compressing would take, how much memory, and how "
             "large OUTPUT would be",
         )
-        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout and nothing else"
+        )
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import artifact, evaluation, formats, hub, workdir
+        from optimum_order import evaluation, formats
+        from optimum_order.artifact import folder as artifact
+        from optimum_order.artifact import hub
+        from optimum_order.engine import workdir
 
         arguments.hush_libraries()
         args, output = self.args, Path(self.args.output)
@@ -185,7 +205,7 @@ class ExportCommand(Command):
     def _order(self) -> tuple[Order | str | None, list[Stage] | None]:
         """What `compress` is to be given: an order, "auto" with its stages, or nothing."""
         from optimum_order.backends import canonical
-        from optimum_order.ordering.planner import permutations
+        from optimum_order.search.planner import permutations
 
         args = self.args
         if (args.order == "auto") != (args.stages is not None):
@@ -209,16 +229,23 @@ class ExportCommand(Command):
     @property
     def _work_dir(self) -> Path:
         output = Path(self.args.output)
-        return output.with_name(f"{output.name}.work") if self.args.work_dir is None else Path(self.args.work_dir)
+        return (
+            output.with_name(f"{output.name}.work")
+            if self.args.work_dir is None
+            else Path(self.args.work_dir)
+        )
 
     def _is_there(self, output: Path) -> bool:
         """Whether the run that is to go on was stopped when it had written OUTPUT already."""
-        from optimum_order import manifest, workdir
+        from optimum_order.artifact import manifest
+        from optimum_order.engine import workdir
 
-        return (output / manifest.FILE).is_file() and workdir.led_to(self._work_dir, manifest.load(output))
+        return (output / manifest.FILE).is_file() and workdir.led_to(
+            self._work_dir, manifest.load(output)
+        )
 
     def advice(self) -> str:
-        from optimum_order import workdir
+        from optimum_order.engine import workdir
 
         if not self._began or not workdir.is_ours(self._work_dir):
             return ""
@@ -229,11 +256,15 @@ class ExportCommand(Command):
         return f"what was finished is kept in '{self._work_dir}'; to go on: {shlex.join(command)}"
 
     def _convert(self, output: Path) -> dict[str, Any]:
-        from optimum_order import hub, manifest
-        from optimum_order.convert import convert
+        from optimum_order.artifact import hub, manifest
+        from optimum_order.artifact.convert import convert
 
         args = self.args
-        given = hub.locate(args.model, revision=args.revision) if "/" in args.model else Path(args.model)
+        given = (
+            hub.locate(args.model, revision=args.revision)
+            if "/" in args.model
+            else Path(args.model)
+        )
         if not (given / manifest.FILE).is_file():
             raise OrderError(
                 f"'--order' must say what is to be done to '{args.model}'. Without it only a model that optimum-order "
@@ -245,11 +276,15 @@ class ExportCommand(Command):
         for name in default.keys() - _CONVERTING:
             if getattr(args, name) != default[name]:
                 option = name.replace("_", "-")
-                raise OrderError(f"'--{option}' means nothing without '--order': '{args.model}' is only stored anew.")
+                raise OrderError(
+                    f"'--{option}' means nothing without '--order': '{args.model}' is only stored anew."
+                )
         begin = time.perf_counter()
         converted = convert(given, output, args.format, overwrite=args.overwrite)
         seconds = {"total": round(time.perf_counter() - begin, 2)}
-        return self._result(converted, seconds) | ({"url": self._push(output)} if args.push_to_hub else {})
+        return self._result(converted, seconds) | (
+            {"url": self._push(output)} if args.push_to_hub else {}
+        )
 
     def _result(self, manifest: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         return {
@@ -267,11 +302,13 @@ class ExportCommand(Command):
         } | ({"plan": manifest["plan"]} if "plan" in manifest else {})
 
     def _push(self, output: Path) -> str:
-        from optimum_order import hub
+        from optimum_order.artifact import hub
 
         repo_id = self.args.push_to_hub
         try:
-            return hub.push(output, repo_id, private=self.args.private, create_pr=self.args.create_pr)
+            return hub.push(
+                output, repo_id, private=self.args.private, create_pr=self.args.create_pr
+            )
         except HubError as error:
             raise HubError(
                 f"{error} The model is saved in '{output}': 'optimum-order push {output} {repo_id}' tries again."
@@ -291,14 +328,22 @@ class ExportCommand(Command):
         for name, values in result["metrics"].items():
             before = "not measured" if values["before"] is None else f"{values['before']:.4g}"
             table.add_row(name, f"{before} → {values['after']:.4g}")
-        table.add_row("weights on disk", f"{size(result['bytes']['before'])} → {size(result['bytes']['after'])}")
+        table.add_row(
+            "weights on disk",
+            f"{size(result['bytes']['before'])} → {size(result['bytes']['after'])}",
+        )
         table.add_row("bits per compressed weight", f"{result['bytes']['per_weight_bits']:.2f}")
         table.add_row("sparsity", f"{result['sparsity']:.1%}")
         table.add_row("format", result["format"])
-        table.add_row("seconds", ", ".join(f"{name} {value:g}" for name, value in result["seconds"].items()))
+        table.add_row(
+            "seconds", ", ".join(f"{name} {value:g}" for name, value in result["seconds"].items())
+        )
         console = Console(markup=False, highlight=False)
         console.print(table)
-        console.print(f"Saved to {result['output']}; transformers loads it from there {_how(result)}.", soft_wrap=True)
+        console.print(
+            f"Saved to {result['output']}; transformers loads it from there {_how(result)}.",
+            soft_wrap=True,
+        )
         if "url" in result:
             console.print(f"Uploaded: {result['url']}", soft_wrap=True)
 

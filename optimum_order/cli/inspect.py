@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from optimum_order.artifact.verify import verify
 from optimum_order.cli.base import PATH, Command, printable, size
 from optimum_order.errors import ArtifactError
 
@@ -24,7 +25,9 @@ class InspectCommand(Command):
         parser.add_argument("path", metavar="PATH", help=PATH)
         parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
         parser.add_argument(
-            "--no-verify", action="store_true", help="read the manifest only; of a model on the Hub, download only that"
+            "--no-verify",
+            action="store_true",
+            help="read the manifest only; of a model on the Hub, download only that",
         )
         parser.add_argument(
             "--json",
@@ -33,9 +36,11 @@ class InspectCommand(Command):
         )
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import artifact, hub, manifest
+        from optimum_order.artifact import hub, manifest
 
-        folder = hub.locate(self.args.path, revision=self.args.revision, manifest_only=self.args.no_verify)
+        folder = hub.locate(
+            self.args.path, revision=self.args.revision, manifest_only=self.args.no_verify
+        )
         found = manifest.load(folder)
         try:  # a manifest may come from anywhere: its form was checked at the top level only
             self.overview, self.layers, self.notes = _overview(found), _layers(found), _notes(found)
@@ -44,7 +49,7 @@ class InspectCommand(Command):
                 f"The manifest in '{self.args.path}' is damaged ({type(error).__name__}: {error}). Run 'optimum-order "
                 "verify' on it, or get the model again."
             ) from error
-        return found | {"problems": None if self.args.no_verify else artifact.verify(folder)}
+        return found | {"problems": None if self.args.no_verify else verify(folder)}
 
     def exit_code(self, result: dict[str, Any]) -> int:
         return 1 if result["problems"] else 0
@@ -71,11 +76,16 @@ class InspectCommand(Command):
                 console.print(printable(line), style=style, soft_wrap=True)
             if len(lines) > _MOST:
                 console.print(f"... and {len(lines) - _MOST} more; --json shows them all")
-        table = Table(show_header=False)  # last, so that it is still on the screen where there are many layers
+        table = Table(
+            show_header=False
+        )  # last, so that it is still on the screen where there are many layers
         for row in self.overview:
             table.add_row(*map(printable, row))
         if result["problems"] is not None:
-            no = Text(f"no: {problems[0]}" if len(problems) == 1 else f"no: {len(problems)} differences", "bold red")
+            no = Text(
+                f"no: {problems[0]}" if len(problems) == 1 else f"no: {len(problems)} differences",
+                "bold red",
+            )
             table.add_row("verifies", no if problems else Text("yes", "bold green"))
         console.print(table)
 
@@ -93,7 +103,10 @@ def _overview(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append((name, f"{before} → {both['after']['value']:.4g}"))
     return [
         *rows,
-        ("weights on disk", f"{size(bytes_['before']) if bytes_['before'] else 'not known'} → {size(bytes_['after'])}"),
+        (
+            "weights on disk",
+            f"{size(bytes_['before']) if bytes_['before'] else 'not known'} → {size(bytes_['after'])}",
+        ),
         ("bits per compressed weight", f"{bytes_['per_weight_bits']:.2f}"),
         ("sparsity", f"{manifest['sparsity']:.1%}"),
     ]
@@ -118,4 +131,6 @@ def _layers(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _notes(manifest: Mapping[str, Any]) -> list[str]:
-    return [f"{name}: {note}" for name, layer in manifest["layers"].items() for note in layer["notes"]]
+    return [
+        f"{name}: {note}" for name, layer in manifest["layers"].items() for note in layer["notes"]
+    ]

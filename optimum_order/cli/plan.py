@@ -39,9 +39,13 @@ class PlanCommand(Command):
         parser.epilog = EPILOG
         arguments.model(parser)
         parser.add_argument(
-            "--stages", required=True, help='what to order, separated by commas, such as "wanda:0.5, gptq:4"'
+            "--stages",
+            required=True,
+            help='what to order, separated by commas, such as "wanda:0.5, gptq:4"',
         )
-        parser.add_argument("--strategy", default="auto", help="auto (default), measure, pih or proxy: see below")
+        parser.add_argument(
+            "--strategy", default="auto", help="auto (default), measure, pih or proxy: see below"
+        )
         arguments.calibration(parser)
         parser.add_argument(
             "--evaluate",
@@ -65,7 +69,9 @@ class PlanCommand(Command):
             "samples only)",
         )
         arguments.loading(parser)
-        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout and nothing else"
+        )
 
     def work(self) -> dict[str, Any]:
         arguments.hush_libraries()
@@ -99,5 +105,8 @@ class PlanCommand(Command):
                 f"{unit} gained over the next: {gap['mean']:+.4f}, "
                 f"{gap['confidence']:.0%} interval over {gap['over']} {gap['low']:+.4f} to {gap['high']:+.4f}"
             )
-        console.print(f"{'Decisive' if result['decisive'] else 'Not decisive'}: {result['reason']}", soft_wrap=True)
+        console.print(
+            f"{'Decisive' if result['decisive'] else 'Not decisive'}: {result['reason']}",
+            soft_wrap=True,
+        )
         console.print(f"It took {result['cost']['seconds']:.1f} seconds.")

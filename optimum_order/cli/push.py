@@ -17,16 +17,30 @@ class PushCommand(Command):
             "what its manifest says. Log in with 'hf auth login' or set HF_TOKEN. A README.md, LICENSE or NOTICE in "
             "the folder is pushed with it; without a README.md the card is made from the manifest."
         )
-        parser.add_argument("folder", metavar="FOLDER", help="a folder that 'optimum-order export' wrote")
-        parser.add_argument("repo_id", metavar="ID", help="namespace/name on the Hub; made if there is none")
-        parser.add_argument("--private", action="store_true", help="make the new repository private")
-        parser.add_argument("--revision", metavar="BRANCH", help="commit to this branch, made if there is none")
-        parser.add_argument("--create-pr", action="store_true", help="open a pull request in place of committing")
-        parser.add_argument("--message", metavar="TEXT", help="of the commit (default: the order and the format)")
-        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+        parser.add_argument(
+            "folder", metavar="FOLDER", help="a folder that 'optimum-order export' wrote"
+        )
+        parser.add_argument(
+            "repo_id", metavar="ID", help="namespace/name on the Hub; made if there is none"
+        )
+        parser.add_argument(
+            "--private", action="store_true", help="make the new repository private"
+        )
+        parser.add_argument(
+            "--revision", metavar="BRANCH", help="commit to this branch, made if there is none"
+        )
+        parser.add_argument(
+            "--create-pr", action="store_true", help="open a pull request in place of committing"
+        )
+        parser.add_argument(
+            "--message", metavar="TEXT", help="of the commit (default: the order and the format)"
+        )
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout and nothing else"
+        )
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import hub
+        from optimum_order.artifact import hub
 
         args = self.args
         url = hub.push(

@@ -54,10 +54,20 @@ class StudyCommand(Command):
         parser.description = DESCRIPTION
         parser.epilog = EPILOG
         arguments.model(parser, required=False)
-        parser.add_argument("-o", "--output", metavar="DIR", required=True, help="the folder of the study")
-        parser.add_argument("--pruners", metavar="STAGES", help="pruning methods of the grid, without their sparsity")
-        parser.add_argument("--sparsities", metavar="LIST", help="fractions to remove, each in [0, 1)")
-        parser.add_argument("--quantizers", metavar="STAGES", help="quantising methods, without their bits")
+        parser.add_argument(
+            "-o", "--output", metavar="DIR", required=True, help="the folder of the study"
+        )
+        parser.add_argument(
+            "--pruners",
+            metavar="STAGES",
+            help="pruning methods of the grid, without their sparsity",
+        )
+        parser.add_argument(
+            "--sparsities", metavar="LIST", help="fractions to remove, each in [0, 1)"
+        )
+        parser.add_argument(
+            "--quantizers", metavar="STAGES", help="quantising methods, without their bits"
+        )
         parser.add_argument("--bits", metavar="LIST", help="bit widths")
         parser.add_argument(
             "--orders",
@@ -80,7 +90,10 @@ class StudyCommand(Command):
         )
         arguments.metric(parser)
         parser.add_argument(
-            "--evaluate", metavar="SRC", default="builtin", help="what to measure on (default %(default)s)"
+            "--evaluate",
+            metavar="SRC",
+            default="builtin",
+            help="what to measure on (default %(default)s)",
         )
         parser.add_argument(
             "--evaluation-samples",
@@ -98,13 +111,17 @@ class StudyCommand(Command):
             help="disk that beginnings which orders share may take while it runs (default %(default)g)",
         )
         parser.add_argument(
-            "--report-only", action="store_true", help="run nothing: write the report of the trials that DIR has"
+            "--report-only",
+            action="store_true",
+            help="run nothing: write the report of the trials that DIR has",
         )
-        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object on stdout and nothing else"
+        )
 
     def work(self) -> dict[str, Any]:
-        from optimum_order.ordering import report
-        from optimum_order.ordering.study import Trials, check_folder
+        from optimum_order.study import report
+        from optimum_order.study.study import Trials, check_folder
 
         arguments.hush_libraries()
         args, folder = self.args, Path(self.args.output)
@@ -112,12 +129,16 @@ class StudyCommand(Command):
             trials = Trials.open(folder)
             studied = trials.settings.get("model")
             if args.model and studied not in (args.model, Path(args.model).resolve().name):
-                raise OutputError(f"'{folder}' holds a study of '{studied}', not of '{args.model}'. Leave MODEL out.")
+                raise OutputError(
+                    f"'{folder}' holds a study of '{studied}', not of '{args.model}'. Leave MODEL out."
+                )
             summary = report.write(trials, folder)
         elif args.model is None:
             raise ModelError("Say which MODEL to study: a folder, a Hub id or 'tiny-llama'.")
         else:
-            orders = self._orders()  # what can be refused at once is refused before anything is read or computed
+            orders = (
+                self._orders()
+            )  # what can be refused at once is refused before anything is read or computed
             check_folder(folder)
             summary = arguments.compressor(args).study(
                 orders,
@@ -132,7 +153,7 @@ class StudyCommand(Command):
 
     def _orders(self) -> list[Order]:
         from optimum_order.backends import canonical
-        from optimum_order.ordering.study import grid, off_grid
+        from optimum_order.study.study import grid, off_grid
 
         args, orders = self.args, []
         given = {name: getattr(args, name) for name in GRID if getattr(args, name) is not None}
@@ -152,13 +173,15 @@ class StudyCommand(Command):
         from rich.console import Console
         from rich.table import Table
 
-        from optimum_order.ordering import report
+        from optimum_order.study import report
 
         summary = result["summary"]
         console = Console(markup=False, highlight=False)
         rows = report.table(summary, short=True)
         if len(rows) > 1:
-            table = Table(caption="right in decisive pairs: always pruning first, always the weaker method first")
+            table = Table(
+                caption="right in decisive pairs: always pruning first, always the weaker method first"
+            )
             for at, heading in enumerate(rows[0]):
                 table.add_column(heading, justify="right" if at else "left", no_wrap=not at)
             for row in rows[1:]:
@@ -168,7 +191,9 @@ class StudyCommand(Command):
             console.print(f"{question} {answer}", soft_wrap=True)
         missing = len(summary["trials"]["missing"])
         if missing:
-            console.print(f"{missing} trials are missing; without --report-only the study goes on with them.")
+            console.print(
+                f"{missing} trials are missing; without --report-only the study goes on with them."
+            )
         console.print(f"Report: {result['report']}", soft_wrap=True)
 
 
@@ -193,7 +218,9 @@ def read_orders(file: Path) -> list[Order]:
 
     try:
         if file.stat().st_size > _LONGEST_FILE:
-            raise OrderError(f"'{file}' is too long for a list of orders: {_LONGEST_FILE} bytes are allowed.")
+            raise OrderError(
+                f"'{file}' is too long for a list of orders: {_LONGEST_FILE} bytes are allowed."
+            )
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
@@ -206,5 +233,7 @@ def read_orders(file: Path) -> list[Order]:
         except OrderError as error:
             raise OrderError(f"Line {number} of '{file}': {error}") from error
     if not orders:
-        raise OrderError(f"'{file}' has no order. Write one in each line, such as 'wanda:0.5 > gptq:4'.")
+        raise OrderError(
+            f"'{file}' has no order. Write one in each line, such as 'wanda:0.5 > gptq:4'."
+        )
     return orders

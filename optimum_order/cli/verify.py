@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from optimum_order.artifact.verify import verify
 from optimum_order.cli.base import PATH, Command, printable
 
 
@@ -21,10 +22,10 @@ class VerifyCommand(Command):
         parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import artifact, hub
+        from optimum_order.artifact import hub
 
         folder = hub.locate(self.args.path, revision=self.args.revision)
-        return {"path": self.args.path, "problems": artifact.verify(folder)}
+        return {"path": self.args.path, "problems": verify(folder)}
 
     def show(self, result: dict[str, Any]) -> None:
         for problem in result["problems"]:

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order import pipeline
 from optimum_order.backends import Allocator, Measured, method
+from optimum_order.engine import run as pipeline
 from optimum_order.errors import FormatError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
+from optimum_order.models.lazy import embedding_parameters
+from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage
-from optimum_order.targets import Target, Unit
-from optimum_order.weights import embedding_parameters
 
 __all__ = ["Estimate", "Step", "empty", "estimate"]
 
@@ -120,7 +120,8 @@ class Estimate:
             "before": self.before,
             "loading": self.loading,
             "steps": [dataclasses.asdict(step) for step in self.steps],
-            "total": total | {"tokens": max(step.tokens for step in self.steps), "exact": last.exact},
+            "total": total
+            | {"tokens": max(step.tokens for step in self.steps), "exact": last.exact},
             "rates": dataclasses.asdict(self.rates),
         }
 
@@ -206,7 +207,13 @@ class _Run:
         speed: Rates,
         resident: int,
     ):
-        self.model, self.units, self.costs, self.laboratory, self.speed = model, units, costs, laboratory, speed
+        self.model, self.units, self.costs, self.laboratory, self.speed = (
+            model,
+            units,
+            costs,
+            laboratory,
+            speed,
+        )
         sizes = [max(len(tensor) for tensor in batch.values()) for batch in batches]
         self.batches = sum(sizes) / sizes[0] if sizes else 0.0
         """How many, the last counted as the part of one that it is."""
@@ -221,7 +228,11 @@ class _Run:
     def step(self, walk: _Walk, format: str, *, last: bool) -> Step:
         """The cost of a walk; what it does is done. Only the last has to leave what the format can hold."""
         seconds, forward, gram, waiting = 0.0, 0.0, 0.0, 0
-        changed = [unit for unit in self.units if walk.tried or any(t.name in walk.stages for t in unit.targets)]
+        changed = [
+            unit
+            for unit in self.units
+            if walk.tried or any(t.name in walk.stages for t in unit.targets)
+        ]
         working = 0
         for unit in changed:
             cost = self.costs[unit.name] if walk.needs or walk.tried else UnitCost()
@@ -230,10 +241,14 @@ class _Run:
             seen = sum(2 * each.rows * each.width**2 for each in cost.inputs) * self.batches
             read = sum(each.rows * each.width for each in cost.inputs) * 12 * self.batches
             if walk.tried:
-                runs += min(_PROBES, self.batches) * (1 + len(walk.tried) * len(set(cost.leaders.values())))
+                runs += min(_PROBES, self.batches) * (
+                    1 + len(walk.tried) * len(set(cost.leaders.values()))
+                )
             forward += runs * cost.products
             gram += seen if grams else 0.0
-            seconds += runs * (cost.products / self.speed.forward + cost.traffic / self.speed.traffic)
+            seconds += runs * (
+                cost.products / self.speed.forward + cost.traffic / self.speed.traffic
+            )
             seconds += (seen if grams else 0.0) / self.speed.gram + read / self.speed.traffic
             waiting = max(waiting, int(cost.waiting * self.batches))
             squares = sum(4 * each.width**2 for each in cost.inputs) if grams else 0
@@ -242,7 +257,10 @@ class _Run:
                 rows, inputs = target.view.shape
                 stages = walk.stages.get(target.name, ())
                 tries = [(*self.history[target.name], stage) for stage in walk.tried]
-                done = [(*self.history[target.name], *stages[: count + 1]) for count in range(len(stages))]
+                done = [
+                    (*self.history[target.name], *stages[: count + 1])
+                    for count in range(len(stages))
+                ]
                 for history in [*tries, *done]:
                     trial = self.laboratory.trial(history, inputs)
                     seconds += trial.takes(rows, inputs, self.speed)
@@ -264,7 +282,16 @@ class _Run:
             saved = stored(self.model, layers, "auto", applied)
         tokens = self.tokens if walk.needs or walk.tried else 0
         return Step(
-            walk.label, tokens, seconds, memory, low_memory, saved.bytes, saved.format, saved.exact, forward, gram
+            walk.label,
+            tokens,
+            seconds,
+            memory,
+            low_memory,
+            saved.bytes,
+            saved.format,
+            saved.exact,
+            forward,
+            gram,
         )
 
     def _streamed(self) -> int:
@@ -272,9 +299,15 @@ class _Run:
         inside = {id(parameter) for unit in self.units for parameter in unit.module.parameters()}
         head, first = self.model.get_output_embeddings(), embedding_parameters(self.model)
         last = set() if head is None else {id(parameter) for parameter in head.parameters()} - first
-        outside = {id(each): each.nbytes for each in self.model.parameters() if id(each) not in inside | last}
+        outside = {
+            id(each): each.nbytes
+            for each in self.model.parameters()
+            if id(each) not in inside | last
+        }
         units = (
-            sum(each.nbytes for each in unit.module.parameters())  # and the layers' states, before and after
+            sum(
+                each.nbytes for each in unit.module.parameters()
+            )  # and the layers' states, before and after
             + sum(2 * target.view.nbytes + target.view.numel() for target in unit.targets)
             for unit in self.units
         )
@@ -291,8 +324,14 @@ class _Run:
     def _states(self) -> int:
         """Bytes of the layers' states: masks of bits, and their weights where they cannot lie in the model's memory."""
         samples = self._samples().values()
-        masks = (-(-target.view.numel() // 8) for target, state in samples if state.pruned is not None)
-        copies = (target.view.nbytes for target in self.targets.values() if not target.view.is_contiguous())
+        masks = (
+            -(-target.view.numel() // 8) for target, state in samples if state.pruned is not None
+        )
+        copies = (
+            target.view.nbytes
+            for target in self.targets.values()
+            if not target.view.is_contiguous()
+        )
         return sum(masks) + sum(copies)
 
 
@@ -302,38 +341,58 @@ def _resident() -> int:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 def _walks(
-    order: Order, schedule: str, units: Sequence[Unit], costs: Mapping[str, UnitCost], laboratory: Laboratory
+    order: Order,
+    schedule: str,
+    units: Sequence[Unit],
+    costs: Mapping[str, UnitCost],
+    laboratory: Laboratory,
 ) -> Iterator[_Walk]:
     names = [target.name for unit in units for target in unit.targets]
     for group in pipeline._groups(order, schedule):
         if isinstance(group, Allocator):
             candidates = [method(stage) for stage in group.candidates()]
             needs = frozenset(need for each in candidates for need in each.needs)
-            yield _Walk(f"{group.stage}: measuring", {}, tuple(each.stage for each in candidates), needs)
+            yield _Walk(
+                f"{group.stage}: measuring", {}, tuple(each.stage for each in candidates), needs
+            )
             for chosen in group.allocate(list(_guessed(group, units, costs, laboratory))):
                 stages = {name: (stage,) for name, stage in chosen.items()}
                 yield _Walk(str(group.stage), stages, needs=needs)
         else:
             label = " > ".join(str(each.stage) for each in group)
             needs = frozenset(need for each in group for need in each.needs)
-            yield _Walk(label, dict.fromkeys(names, tuple(each.stage for each in group)), needs=needs)
+            yield _Walk(
+                label, dict.fromkeys(names, tuple(each.stage for each in group)), needs=needs
+            )
 
 
 def _guessed(
-    allocator: Allocator, units: Sequence[Unit], costs: Mapping[str, UnitCost], laboratory: Laboratory
+    allocator: Allocator,
+    units: Sequence[Unit],
+    costs: Mapping[str, UnitCost],
+    laboratory: Laboratory,
 ) -> Iterator[Measured]:
     """The table of an allocator as it would be if all weights mattered the same: an error of 4^-bits for each."""
     groups: dict[str, list[Target]] = defaultdict(list)
     for unit in units:
         for target in unit.targets:
-            alone = "experts" if target.kind == "expert" else costs[unit.name].leaders.get(target.name, target.name)
+            alone = (
+                "experts"
+                if target.kind == "expert"
+                else costs[unit.name].leaders.get(target.name, target.name)
+            )
             groups[alone if allocator.fused else target.name].append(target)
     for group in groups.values():
-        names, weights = tuple(target.name for target in group), sum(target.view.numel() for target in group)
+        names, weights = (
+            tuple(target.name for target in group),
+            sum(target.view.numel() for target in group),
+        )
         for stage in allocator.candidates():
             bits = laboratory.trial((stage,), group[0].view.shape[1]).state.bits
             yield Measured(names, weights, stage, bits, weights * 4.0**-bits)

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_order import pipeline
 from optimum_order.backends import Backend, method
 from optimum_order.calibration import precision
+from optimum_order.engine import run as pipeline
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
-from optimum_order.layer import LayerState, Statistics
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
+from optimum_order.models.units import Target
 from optimum_order.order import Stage
-from optimum_order.targets import Target
 
 _MOST_ROWS, _FEW_ROWS = 2048, 64
 _COLUMNS = 256
@@ -53,7 +54,10 @@ class Trial:
     def takes(self, rows: int, inputs: int, speed: Rates) -> float:
         """Seconds on a layer of this shape, without what it shares with others."""
         multiplying = self.products / speed.products + self.checks / speed.gram
-        return rows * inputs * (self.seconds + inputs * multiplying) + self.factors * inputs**3 / speed.factors
+        return (
+            rows * inputs * (self.seconds + inputs * multiplying)
+            + self.factors * inputs**3 / speed.factors
+        )
 
     def holds(self, rows: int, inputs: int) -> int:
         """Bytes held at most on a layer of this shape, beyond the layer itself."""
@@ -93,10 +97,18 @@ class Laboratory:
 
     def _narrow(self, history: tuple[Stage, ...], inputs: int) -> int:
         groups = [getattr(method(stage).options, "group_size", None) for stage in history]
-        least = max([_COLUMNS, *(2 * size for size in groups if isinstance(size, int))])  # a row of several groups
+        least = max(
+            [_COLUMNS, *(2 * size for size in groups if isinstance(size, int))]
+        )  # a row of several groups
         for fewer in range(least, inputs):
-            alike = all(inputs % size or fewer % size == 0 for size in (32, 64, 128))  # what "auto" looks at
-            if inputs % fewer == 0 and alike and not any(method(s).check_shape((self.rows, fewer)) for s in history):
+            alike = all(
+                inputs % size or fewer % size == 0 for size in (32, 64, 128)
+            )  # what "auto" looks at
+            if (
+                inputs % fewer == 0
+                and alike
+                and not any(method(s).check_shape((self.rows, fewer)) for s in history)
+            ):
                 return fewer
         return inputs
 
@@ -152,11 +164,15 @@ class Laboratory:
         if not backend.needs:
             return None
         gram = self._gram(inputs)
-        return Statistics(2 * inputs, gram.diagonal().contiguous(), gram if "gram" in backend.needs else None)
+        return Statistics(
+            2 * inputs, gram.diagonal().contiguous(), gram if "gram" in backend.needs else None
+        )
 
     @functools.cache  # noqa: B019
     def _gram(self, inputs: int) -> Tensor:
-        x = torch.randn(2 * inputs, inputs, generator=torch.Generator().manual_seed(1)).to(self.device)
+        x = torch.randn(2 * inputs, inputs, generator=torch.Generator().manual_seed(1)).to(
+            self.device
+        )
         return x.T @ x
 
     def _timed(self, stage: Stage, before: LayerState) -> float:

@@ -39,7 +39,9 @@ class Rates:
     hashing: float
 
 
-def measure(device: torch.device, model_dtype: torch.dtype, dtype: torch.dtype, rows: int, width: int) -> Rates:
+def measure(
+    device: torch.device, model_dtype: torch.dtype, dtype: torch.dtype, rows: int, width: int
+) -> Rates:
     """Time each on this device.
 
     Args:
@@ -58,11 +60,15 @@ def measure(device: torch.device, model_dtype: torch.dtype, dtype: torch.dtype, 
     matrix = torch.eye(_SIZE, device=device) + 0.01
     factors = _SIZE**3 / 3 / _fastest(lambda: torch.linalg.cholesky_ex(matrix), device)
     x = torch.randn(rows, width, device=device).to(model_dtype)
-    y = torch.empty_like(x)  # new memory comes at either of two prices, many times apart, and which is chance
+    y = torch.empty_like(
+        x
+    )  # new memory comes at either of two prices, many times apart, and which is chance
     traffic = 2 * x.nbytes / _fastest(lambda: torch.sigmoid(x, out=y), device)
     data = bytes(2**22)
     hashing = len(data) / _fastest(lambda: hashlib.sha256(data), device)
-    return Rates(forward, gram, products(device, torch.float32, rows, width), factors, traffic, hashing)
+    return Rates(
+        forward, gram, products(device, torch.float32, rows, width), factors, traffic, hashing
+    )
 
 
 def products(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> float:

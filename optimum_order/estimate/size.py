@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from optimum_order import formats, manifest
-from optimum_order.backends.bitsandbytes import NESTED_BLOCKSIZE, BlockGrid, NestedScales, RowGrid
-from optimum_order.checkpoint import Checkpoint, InMemory
+from optimum_order import formats
+from optimum_order.artifact import manifest
 from optimum_order.estimate.trace import Counter, size_of
-from optimum_order.formats import checkpoint
+from optimum_order.formats import safetensors as checkpoint
 from optimum_order.formats.base import blocks
-from optimum_order.layer import LayerState, UniformGrid
-from optimum_order.targets import Target
+from optimum_order.layers.grids.bitsandbytes import (
+    NESTED_BLOCKSIZE,
+    BlockGrid,
+    NestedScales,
+    RowGrid,
+)
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.source import Checkpoint, InMemory
+from optimum_order.models.units import Target
 
 SHARD = "5GB"
 """Of one weight file, as `artifact.save` has it by default."""
@@ -52,7 +59,9 @@ def empty(source: Checkpoint | InMemory) -> PreTrainedModel:
         memo: dict[int, Any] = {id(tensor): _like(tensor) for tensor in tensors}
         return copy.deepcopy(source.model, memo)
     trusted = source._hub["trust_remote_code"]
-    if trusted and getattr(source.config, "auto_map", None):  # its own code may load in ways that nobody can follow
+    if trusted and getattr(
+        source.config, "auto_map", None
+    ):  # its own code may load in ways that nobody can follow
         with torch.device("meta"):
             return source.auto.from_config(source.config, trust_remote_code=trusted).eval()
     return source.load_empty().model.to("meta")  # type: ignore[arg-type]  # transformers hides its signature
@@ -78,7 +87,9 @@ class Stored:
     exact: bool
 
 
-def stored(model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState]], format: str, order: str) -> Stored:
+def stored(
+    model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState]], format: str, order: str
+) -> Stored:
     """What `artifact.save` would write.
 
     Args:
@@ -90,8 +101,14 @@ def stored(model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState
     Raises:
         FormatError: If the format cannot hold the model.
     """
-    grown = {(id(sample), target.view.shape): _grown(sample, *target.view.shape) for target, sample in layers.values()}
-    pairs = {name: (target, grown[id(sample), target.view.shape]) for name, (target, sample) in layers.items()}
+    grown = {
+        (id(sample), target.view.shape): _grown(sample, *target.view.shape)
+        for target, sample in layers.values()
+    }
+    pairs = {
+        name: (target, grown[id(sample), target.view.shape])
+        for name, (target, sample) in layers.items()
+    }
     encoded: dict[tuple, tuple[dict[str, Tensor], bool]] = {}
     replaced: dict[str, dict[str, Tensor]] = {}
     exact = True
@@ -107,12 +124,16 @@ def stored(model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState
                     encoded[like] = _encoded(chosen, sample, _grown(sample, *like[1:]))
                 tensors, sure = encoded[like]
                 prefix, exact = piece.key.removesuffix("weight"), exact and sure
-                replaced.setdefault(piece.key, {}).update({prefix + local: t for local, t in tensors.items()})
+                replaced.setdefault(piece.key, {}).update(
+                    {prefix + local: t for local, t in tensors.items()}
+                )
     header = {manifest.KEY: order, "format": "pt"}
     files: list[dict[str, Tensor]] = [{}]
     dense = checkpoint._dense(model)
     for block in blocks(dense):
-        for key, tensor in revert_weight_conversion(model, {name: dense[name] for name in block}).items():
+        for key, tensor in revert_weight_conversion(
+            model, {name: dense[name] for name in block}
+        ).items():
             tensors = replaced.get(key, {key: tensor})
             if files[-1] and size_of((files[-1], tensors)) > convert_file_size_to_int(SHARD):
                 files.append({})
@@ -124,13 +145,17 @@ def _grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
     """A layer of this shape with all else like the sample's, on the meta device."""
     dtype = sample.weight.dtype
     pruned = None
-    if sample.pruned is not None:  # the one mask that takes no memory; formats ask whether anything was pruned
+    if (
+        sample.pruned is not None
+    ):  # the one mask that takes no memory; formats ask whether anything was pruned
         pruned = sample.pruned.any().expand(rows, inputs)
     grid = sample.grid
     if isinstance(grid, UniformGrid):
         groups = 1 if grid.scale.shape[1] == 1 else inputs // grid.unit
         zero = None if grid.zero_point is None else _meta(rows, groups, dtype=torch.int16)
-        grid = dataclasses.replace(grid, scale=_meta(rows, groups, dtype=dtype), zero_point=zero, inputs=inputs)
+        grid = dataclasses.replace(
+            grid, scale=_meta(rows, groups, dtype=dtype), zero_point=zero, inputs=inputs
+        )
     elif isinstance(grid, BlockGrid):
         blocks = -(-rows * inputs // grid.blocksize)
         nested = grid.nested and NestedScales(
@@ -149,17 +174,23 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _encoded(format: formats.Format, sample: LayerState, grown: LayerState) -> tuple[dict[str, Tensor], bool]:
+def _encoded(
+    format: formats.Format, sample: LayerState, grown: LayerState
+) -> tuple[dict[str, Tensor], bool]:
     """The tensors that stand for a layer, and whether their sizes are the same whatever its numbers are."""
     grid = grown.grid
     try:
         # the offset of nested scales is written out as text
         return format.encode(grown), not (isinstance(grid, BlockGrid) and grid.nested is not None)
-    except NotImplementedError:  # it wants to see the numbers: what becomes of the sample's is all that can be said
+    except (
+        NotImplementedError
+    ):  # it wants to see the numbers: what becomes of the sample's is all that can be said
         ratio = grown.weight.numel() / sample.weight.numel()
         tensors = format.encode(sample)
         sizes = {local: round(tensor.numel() * ratio) for local, tensor in tensors.items()}
-        return {local: _meta(sizes[local], dtype=tensor.dtype) for local, tensor in tensors.items()}, False
+        return {
+            local: _meta(sizes[local], dtype=tensor.dtype) for local, tensor in tensors.items()
+        }, False
 
 
 def _file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:

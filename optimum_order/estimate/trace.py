@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import PRODUCTS
-from optimum_order.targets import Target, Unit
+from optimum_order.models.units import Target, Unit
 
 _ATEN = torch.ops.aten
 _QUESTIONS = {_ATEN.all.default: True, _ATEN.any.default: False}
@@ -67,7 +67,9 @@ class Counter(TorchDispatchMode):
         if returns and returns[0].alias_info is not None and not returns[0].alias_info.is_write:
             return output  # a view
         name = func._overloadpacket
-        plain = getattr(_ATEN, func._schema.name.removeprefix("aten::").removesuffix("_"), name)  # addmm_ is addmm
+        plain = getattr(
+            _ATEN, func._schema.name.removeprefix("aten::").removesuffix("_"), name
+        )  # addmm_ is addmm
         if plain in flop_registry:
             self.products += flop_registry[plain](*args, **kwargs, out_val=output)
         elif plain in _FACTORISATIONS:
@@ -133,7 +135,9 @@ class UnitCost:
     leaders: dict[str, str] = field(default_factory=dict)
 
 
-def trace(model: PreTrainedModel, units: Sequence[Unit], batch: Mapping[str, Tensor]) -> dict[str, UnitCost]:
+def trace(
+    model: PreTrainedModel, units: Sequence[Unit], batch: Mapping[str, Tensor]
+) -> dict[str, UnitCost]:
     """Send the shapes of one batch through a model.
 
     Args:
@@ -149,12 +153,19 @@ def trace(model: PreTrainedModel, units: Sequence[Unit], batch: Mapping[str, Ten
     spy = _Spy(units, costs, counter)
     for unit in units:
         unit.module.forward = spy.watched(unit, unit.module.forward)
-    experts = [module for module in model.modules() if isinstance(getattr(module, "is_transposed", None), bool)]
+    experts = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "is_transposed", None), bool)
+    ]
     for module in experts:
         module.forward = spy.routed(module)
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.items()}
     dtype = model.dtype
-    meta = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in meta.items()}
+    meta = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in meta.items()
+    }
     text_config = model.config.get_text_config()
     arguments = {"use_cache": False} if getattr(text_config, "use_cache", None) is not None else {}
     try:
@@ -229,16 +240,20 @@ class _Spy(TorchFunctionMode):
                     self._see(target, x, x.numel() // x.shape[-1])
         return output
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Its products only: no kernel that is used today keeps the scores."""
-        self.counter.products += 2 * query.numel() * key.shape[-2] + 2 * query.numel() // query.shape[-1] * (
-            key.shape[-2] * value.shape[-1]
-        )
+        self.counter.products += 2 * query.numel() * key.shape[
+            -2
+        ] + 2 * query.numel() // query.shape[-1] * (key.shape[-2] * value.shape[-1])
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     def _see(self, target: Target, x: Tensor, rows: int, how: Any = None) -> None:
         how = (how, target.rows)  # the groups of a convolution read different channels
-        leader = next((name for seen, way, name in self._seen if way == how and _same(seen, x)), None)
+        leader = next(
+            (name for seen, way, name in self._seen if way == how and _same(seen, x)), None
+        )
         if leader is None:
             self._add(target, rows)
             self._seen.append((x, how, target.name))

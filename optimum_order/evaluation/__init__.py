@@ -5,10 +5,10 @@ import sys
 
 from transformers import PreTrainedModel
 
+from optimum_order.data.samples import Images, Samples, Windows
 from optimum_order.errors import ModelError, unknown
 from optimum_order.evaluation.accuracy import classifies_images
 from optimum_order.evaluation.base import Measurement, Metric
-from optimum_order.evaluation.samples import Images, Samples, Windows
 from optimum_order.registry import discover
 
 __all__ = ["Images", "Measurement", "Metric", "Samples", "Windows", "available", "choose"]

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from optimum_order.data.samples import Images, Samples
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation.base import Metric
-from optimum_order.evaluation.samples import Images, Samples
 
 
 class Accuracy(Metric):
@@ -28,7 +28,9 @@ class Accuracy(Metric):
                 "head that gives an image's class. Load the checkpoint as one, or leave the evaluation out."
             )
         if not isinstance(samples, Images):
-            raise DataError(f"Accuracy is measured on images, got {samples.source}, which are {samples.unit}s.")
+            raise DataError(
+                f"Accuracy is measured on images, got {samples.source}, which are {samples.unit}s."
+            )
         super().check(model, samples)
         if samples.labels is None:
             raise DataError(
@@ -47,7 +49,9 @@ class Accuracy(Metric):
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits = model(**inputs).logits.float()
         right = (logits.argmax(-1) == batch["labels"]).float()
-        return right.masked_fill(~logits.isfinite().all(-1), torch.nan)  # the largest of broken logits says nothing
+        return right.masked_fill(
+            ~logits.isfinite().all(-1), torch.nan
+        )  # the largest of broken logits says nothing
 
 
 def classifies_images(model: PreTrainedModel) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from optimum_order.data.samples import Samples, Windows, placed
 from optimum_order.errors import ModelError
-from optimum_order.evaluation.samples import Samples, Windows, placed
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ class Metric(ABC):
             ModelError: If it is needed and missing.
         """
         if self.needs_reference and reference is None:
-            raise ModelError(f"The metric '{self.name}' compares with the original model: give it as 'reference'.")
+            raise ModelError(
+                f"The metric '{self.name}' compares with the original model: give it as 'reference'."
+            )
         self.reference = reference
 
     @abstractmethod
@@ -127,7 +129,12 @@ class Metric(ABC):
         samples.check(model)
 
     def measure(
-        self, model: PreTrainedModel, samples: Samples, *, batch_size: int = 8, progress: bool = True
+        self,
+        model: PreTrainedModel,
+        samples: Samples,
+        *,
+        batch_size: int = 8,
+        progress: bool = True,
     ) -> Measurement:
         """Run the model over the samples, on its own device.
 
@@ -148,7 +155,9 @@ class Metric(ABC):
         try:
             with (
                 torch.inference_mode(),
-                tqdm(total=len(samples), desc=self.name, unit=samples.unit, disable=not progress) as bar,
+                tqdm(
+                    total=len(samples), desc=self.name, unit=samples.unit, disable=not progress
+                ) as bar,
             ):
                 for batch in samples.batches(batch_size):
                     found = self.score(model, placed(batch, model)).double().cpu()

@@ -72,7 +72,9 @@ def paired_differences(after: Measurement, before: Measurement) -> Tensor:
         DataError: If they are of different metrics, or not of the same samples.
     """
     if after.name != before.name:
-        raise DataError(f"Only one metric can be compared at a time, got '{after.name}' and '{before.name}'.")
+        raise DataError(
+            f"Only one metric can be compared at a time, got '{after.name}' and '{before.name}'."
+        )
     if after.digest != before.digest or len(after.per_sequence) != len(before.per_sequence):
         raise DataError(
             f"Two models are compared on the same samples, got {len(after.per_sequence)} of {after.source} "
@@ -83,7 +85,12 @@ def paired_differences(after: Measurement, before: Measurement) -> Tensor:
 
 
 def paired_bootstrap(
-    after: Measurement, before: Measurement, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+    after: Measurement,
+    before: Measurement,
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Difference:
     """The mean of M(after) - M(before) over the samples both were measured on.
 
@@ -117,7 +124,9 @@ def difference_over_draws(
         DataError: If there are fewer than two samples, or a difference is not finite.
     """
     if differences.ndim != 2 or 0 in differences.shape:
-        raise DataError(f"Differences must be of shape (draws, samples), got {tuple(differences.shape)}.")
+        raise DataError(
+            f"Differences must be of shape (draws, samples), got {tuple(differences.shape)}."
+        )
     if len(differences) == 1:
         return _over_samples(differences[0], resamples, confidence, seed)
     y = _checked(differences, confidence)
@@ -129,7 +138,9 @@ def difference_over_draws(
     t_draw, t_sample = (stdtrit(n - 1, (1 + confidence) / 2) for n in (draws, samples))
     squared = (t_draw**2 * ms_draw + t_sample**2 * (ms_sample - ms_error).clamp(min=0)) / y.numel()
     half = squared.sqrt().item()
-    return Difference(mean.item(), mean.item() - half, mean.item() + half, "draws and samples", confidence)
+    return Difference(
+        mean.item(), mean.item() - half, mean.item() + half, "draws and samples", confidence
+    )
 
 
 def _over_samples(differences: Tensor, resamples: int, confidence: float, seed: int) -> Difference:
@@ -145,7 +156,9 @@ def _checked(differences: Tensor, confidence: float) -> Tensor:
     if differences.shape[-1] < 2:
         raise DataError("An interval needs at least two samples, got one. Measure on more.")
     if not differences.isfinite().all():
-        raise DataError("A difference between two models is not finite: one of their scores is not.")
+        raise DataError(
+            "A difference between two models is not finite: one of their scores is not."
+        )
     return differences.double()
 
 

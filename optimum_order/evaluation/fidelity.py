@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order.data.samples import Samples
 from optimum_order.errors import ModelError
 from optimum_order.evaluation.base import Metric
-from optimum_order.evaluation.samples import Samples
 
-_SLICE = 2**20  # logits taken to float64 at a time: small enough to stay in a cache, whatever the vocabulary
+_SLICE = (
+    2**20
+)  # logits taken to float64 at a time: small enough to stay in a cache, whatever the vocabulary
 _NOT_ONE_CLASS = ("regression", "multi_label_classification")
 
 
@@ -46,7 +48,9 @@ class Fidelity(Metric):
 
     def check(self, model: PreTrainedModel, samples: Samples) -> None:
         if self.reference.training:
-            raise ModelError("Fidelity needs its reference in evaluation mode, it is in training mode: call .eval().")
+            raise ModelError(
+                "Fidelity needs its reference in evaluation mode, it is in training mode: call .eval()."
+            )
         for each in (self.reference, model):
             if each.config.is_encoder_decoder:
                 raise ModelError(
@@ -69,11 +73,15 @@ class Fidelity(Metric):
                 f"The original's logits have the shape {tuple(original.shape)}, those of the model to compare "
                 f"{tuple(other.shape)}. Give as 'reference' the model that this one was made from."
             )
-        return torch.stack([_divergence(p.to(q.device), q) for p, q in zip(original, other, strict=True)])
+        return torch.stack(
+            [_divergence(p.to(q.device), q) for p, q in zip(original, other, strict=True)]
+        )
 
     def _original(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The original's logits, in the dtype they were computed in: they are exact, and in 16 bit half the size."""
-        key = _digest(inputs)  # of the whole batch: other batches of the same samples round differently
+        key = _digest(
+            inputs
+        )  # of the whole batch: other batches of the same samples round differently
         if key in self._cache:
             return self._cache[key]
         logits = _logits(self.reference, inputs)
@@ -88,7 +96,11 @@ def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     output = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, **options)
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or logits.shape[-1] < 2:
-        found = f"logits of the shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no logits"
+        found = (
+            f"logits of the shape {tuple(logits.shape)}"
+            if isinstance(logits, Tensor)
+            else "no logits"
+        )
         raise ModelError(
             f"Fidelity compares distributions over tokens or classes, {type(model).__name__} computes {found}. Load "
             "the checkpoint with such a head: AutoModelForCausalLM, AutoModelForMaskedLM, "
@@ -118,5 +130,8 @@ def _divergence(original: Tensor, other: Tensor) -> Tensor:
 def _digest(inputs: Mapping[str, Tensor]) -> bytes:
     digest = hashlib.sha256()
     for name, tensor in sorted(inputs.items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode() + tensor.cpu().numpy().tobytes())
+        digest.update(
+            f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode()
+            + tensor.cpu().numpy().tobytes()
+        )
     return digest.digest()

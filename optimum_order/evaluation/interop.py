@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimum_order.data.samples import Images, Samples, Windows
 from optimum_order.errors import DataError
 from optimum_order.evaluation.base import Metric
-from optimum_order.evaluation.samples import Images, Samples, Windows
 
 if TYPE_CHECKING:
     import evaluate
@@ -32,17 +32,26 @@ def to_evaluate(metric: Metric | type[Metric]) -> evaluate.Metric:
     class Module(evaluate.Metric):
         def _info(self) -> evaluate.MetricInfo:
             row, label = datasets.Sequence(datasets.Value("float32")), datasets.Value("int64")
-            kinds = (datasets.Sequence(datasets.Value("int64")), datasets.Sequence(datasets.Sequence(row)))
-            features = [datasets.Features({"predictions": kind, "references": label}) for kind in kinds]
+            kinds = (
+                datasets.Sequence(datasets.Value("int64")),
+                datasets.Sequence(datasets.Sequence(row)),
+            )
+            features = [
+                datasets.Features({"predictions": kind, "references": label}) for kind in kinds
+            ]
             return evaluate.MetricInfo(description=metric.summary, citation="", features=features)
 
-        def add_batch(self, *, predictions: Any = None, references: Any = None, **options: Any) -> None:
+        def add_batch(
+            self, *, predictions: Any = None, references: Any = None, **options: Any
+        ) -> None:
             """Add a batch of what a model reads, and of its labels if they are known."""
             if references is None and predictions is not None:
                 references = [None] * len(predictions)
             super().add_batch(predictions=predictions, references=references, **options)
 
-        def _compute(self, predictions: list, references: list[int | None], **options: Any) -> dict[str, Any]:
+        def _compute(
+            self, predictions: list, references: list[int | None], **options: Any
+        ) -> dict[str, Any]:
             made = metric(options.pop("reference", None)) if isinstance(metric, type) else metric
             return made.measure(samples=_samples(predictions, references), **options).as_dict()
 
@@ -52,13 +61,17 @@ def to_evaluate(metric: Metric | type[Metric]) -> evaluate.Metric:
 def _samples(predictions: list, references: list[int | None]) -> Samples:
     labelled = [label is not None for label in references]
     if any(labelled) and not all(labelled):
-        raise DataError(f"References must be given for all samples or for none, got {sum(labelled)} of them.")
+        raise DataError(
+            f"References must be given for all samples or for none, got {sum(labelled)} of them."
+        )
     try:
         inputs = torch.tensor(predictions)
     except ValueError as error:
         raise DataError(f"Predictions must all be of one shape: {error}.") from None
     if inputs.ndim == 2:
         if any(labelled):
-            raise DataError("References are the class numbers of images; token ids have none, so leave them out.")
+            raise DataError(
+                "References are the class numbers of images; token ids have none, so leave them out."
+            )
         return Windows(inputs, "ids in memory")
     return Images(inputs, "pixels in memory", torch.tensor(references) if any(labelled) else None)

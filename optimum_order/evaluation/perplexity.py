@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from optimum_order.data.samples import Samples, Windows
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation.base import Metric
-from optimum_order.evaluation.samples import Samples, Windows
 
 _LARGEST = 700.0  # exp of more than this is not a float64
 
@@ -39,14 +39,18 @@ class Perplexity(Metric):
                 "causal language-model head. Load the checkpoint as one, or leave the evaluation out."
             )
         if not isinstance(samples, Windows):
-            raise DataError(f"Perplexity is measured on text, got {samples.source}, which are {samples.unit}s.")
+            raise DataError(
+                f"Perplexity is measured on text, got {samples.source}, which are {samples.unit}s."
+            )
         super().check(model, samples)
 
     def score(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         ids = batch["input_ids"]
         logits = model(input_ids=ids, use_cache=False).logits
         # one window at a time: float32 logits of a large vocabulary are the most memory this ever takes
-        nats = [functional.cross_entropy(logits[i, :-1].float(), ids[i, 1:]) for i in range(len(ids))]
+        nats = [
+            functional.cross_entropy(logits[i, :-1].float(), ids[i, 1:]) for i in range(len(ids))
+        ]
         return torch.stack(nats)
 
     def value(self, mean: float) -> float:

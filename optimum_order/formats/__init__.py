@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from optimum_order.errors import FormatError, unknown
 from optimum_order.formats.base import Format, Layers, Layout, Paired, Piece, outline
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 from optimum_order.registry import discover
-from optimum_order.targets import Target
 
 __all__ = ["Format", "Layers", "Layout", "Paired", "Piece", "available", "choose"]
 
@@ -32,11 +32,18 @@ def _refusals(formats: dict[str, Format], layout: Layout, layers: Layers) -> dic
                 refusals[key] = f"Layer '{name}': {reason}."
             elif formats[key].encodes(state):
                 encoded[key][name] = target, outline(state)
-    return {key: refusals.get(key) or formats[key].why_not_model(layout, encoded[key]) for key in formats}
+    return {
+        key: refusals.get(key) or formats[key].why_not_model(layout, encoded[key])
+        for key in formats
+    }
 
 
 def choose(
-    model: PreTrainedModel, layers: Layers, name: str = "auto", *, tensors: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel,
+    layers: Layers,
+    name: str = "auto",
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Format:
     """The format to save a model in.
 
@@ -58,12 +65,16 @@ def choose(
         reason = _refusals({name: formats[name]}, layout, layers)[name]
         if reason is None:
             return formats[name]
-        fitting = [key for key, other in _refusals(formats, layout, layers).items() if other is None]
+        fitting = [
+            key for key, other in _refusals(formats, layout, layers).items() if other is None
+        ]
         raise FormatError(
             f"Format '{name}' cannot hold this model. {reason} {', '.join(fitting)} can; choose '{fitting[0]}' or "
             "'auto'."
         )
-    refusals = _refusals({key: format for key, format in formats.items() if format.stock}, layout, layers)
+    refusals = _refusals(
+        {key: format for key, format in formats.items() if format.stock}, layout, layers
+    )
     sizes = {key: 0 for key, reason in refusals.items() if reason is None}
     if list(sizes) == ["dense"]:
         return formats["dense"]

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from optimum_order.layer import LayerState
-from optimum_order.targets import Target
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 
 Layers = Mapping[str, tuple[Target, LayerState]]
 """Every layer that was compressed, by name."""
@@ -108,7 +108,9 @@ class Layout:
                 tensor = state[key]
                 rows = _rows(tensor.shape)
                 ids = torch.arange(first, first + rows.numel(), dtype=torch.int32)
-                numbered[key] = ids.view(list(rows) + [1] * (tensor.ndim - len(rows))).expand(tensor.shape)
+                numbered[key] = ids.view(list(rows) + [1] * (tensor.ndim - len(rows))).expand(
+                    tensor.shape
+                )
                 owners.append((first, key, tensor.shape))
                 first += rows.numel()
             for key, ids in revert_weight_conversion(model, numbered).items():
@@ -118,7 +120,9 @@ class Layout:
                 renamed = any(ids is tensor for tensor in numbered.values())
                 if key.endswith(".weight") and not renamed:
                     converted.add(key)
-        ordered = {at: tuple(sorted(found, key=lambda piece: piece.start)) for at, found in pieces.items()}
+        ordered = {
+            at: tuple(sorted(found, key=lambda piece: piece.start)) for at, found in pieces.items()
+        }
         return cls(model, state if tensors is None else tensors, frozenset(converted), ordered)
 
     def pieces(self, name: str, target: Target) -> tuple[Piece, ...]:
@@ -153,7 +157,13 @@ def _cut(pieces: Iterable[Piece], rows: range) -> Iterator[Piece]:
     for piece in pieces:
         first, last = max(piece.start, rows.start), min(piece.start + piece.rows, rows.stop)
         if first < last:
-            yield Piece(piece.key, piece.at + first - piece.start, first - rows.start, last - first, whole=False)
+            yield Piece(
+                piece.key,
+                piece.at + first - piece.start,
+                first - rows.start,
+                last - first,
+                whole=False,
+            )
 
 
 def _runs(key: str, ids: Tensor, owners: list) -> list[tuple[str, int, Piece]]:
@@ -254,7 +264,9 @@ class Format(ABC):
 
 def quantized(layers: Layers) -> dict[str, tuple[Target, LayerState]]:
     """Those layers that lie on a grid."""
-    return {name: (target, state) for name, (target, state) in layers.items() if state.grid is not None}
+    return {
+        name: (target, state) for name, (target, state) in layers.items() if state.grid is not None
+    }
 
 
 def patched(model: nn.Module, method: str) -> str | None:

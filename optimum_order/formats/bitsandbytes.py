@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from optimum_order.backends.bitsandbytes import (
+from optimum_order.errors import ArtifactError
+from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
+from optimum_order.layers.grids.bitsandbytes import (
     BLOCKSIZES,
     NESTED_BLOCKSIZE,
     BlockGrid,
@@ -25,10 +27,8 @@ from optimum_order.backends.bitsandbytes import (
     levels,
     nested_levels,
 )
-from optimum_order.errors import ArtifactError
-from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
-from optimum_order.layer import LayerState
-from optimum_order.targets import Target
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 
 _QUANT_STATE = "weight.quant_state.bitsandbytes__"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,7 +81,9 @@ class BitsAndBytes(Format):
             return f"All layers must have one data type, these have {len(schemes)}: {', '.join(sorted(schemes))}."
         # The patterns are transformers' own, and those of models that keep modules in float32 are added to ours.
         keep = cast("list[str] | None", layout.model._keep_in_fp32_modules)
-        skip = HfQuantizer.get_modules_to_not_convert(layout.model, self._skip(layout, encoded), keep)
+        skip = HfQuantizer.get_modules_to_not_convert(
+            layout.model, self._skip(layout, encoded), keep
+        )
         for name in encoded:
             if not should_convert_module(name, skip):
                 return f"transformers would load layer '{name}' dense: it cannot be told apart from those left alone."
@@ -102,7 +104,9 @@ class BitsAndBytes(Format):
                 "weight_format": torch.tensor(0, dtype=torch.uint8),  # rows, the only one there is
             }
         if isinstance(state.grid, BlockGrid):
-            return self._encode_blocks(state.grid, state.grid.quantize(state.weight).to(torch.uint8))
+            return self._encode_blocks(
+                state.grid, state.grid.quantize(state.weight).to(torch.uint8)
+            )
         return {"weight": state.weight}
 
     def _encode_blocks(self, grid: BlockGrid, codes: Tensor) -> dict[str, Tensor]:
@@ -128,7 +132,10 @@ class BitsAndBytes(Format):
         pairs = codes.flatten()
         pairs = torch.cat([pairs, pairs.new_full((pairs.numel() % 2,), grid.zero)]).view(-1, 2)
         packed = (pairs[:, :1] << 4) | pairs[:, 1:]
-        return {"weight": packed, **{f"weight.{key}": value for key, value in outer.as_dict(packed=True).items()}}
+        return {
+            "weight": packed,
+            **{f"weight.{key}": value for key, value in outer.as_dict(packed=True).items()},
+        }
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
         if scheme["data_type"] == "int8":
@@ -145,7 +152,9 @@ class BitsAndBytes(Format):
         grid = RowGrid(absmax, weight.shape[1], dtype)
         return LayerState(grid.dequantize(weight.short()), grid=grid)
 
-    def _decode_blocks(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
+    def _decode_blocks(
+        self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]
+    ) -> LayerState:
         from bitsandbytes.utils import unpack_tensor_to_dict
 
         device = torch.device("cpu")
@@ -154,10 +163,16 @@ class BitsAndBytes(Format):
         if scheme["double_quant"]:
             wanted |= {"weight.nested_absmax", "weight.nested_quant_map"}
         if set(tensors) != wanted:
-            raise ArtifactError(f"a 4-bit layer has the tensors {', '.join(sorted(wanted))}, got {', '.join(tensors)}")
+            raise ArtifactError(
+                f"a 4-bit layer has the tensors {', '.join(sorted(wanted))}, got {', '.join(tensors)}"
+            )
         state = tensors[name]
-        if state.dtype != torch.uint8 or state.ndim != 1:  # of a single number, Python would make as many bytes
-            raise ArtifactError(f"its quant state must be one dimension of uint8, got {state.dtype} {state.ndim}-D")
+        if (
+            state.dtype != torch.uint8 or state.ndim != 1
+        ):  # of a single number, Python would make as many bytes
+            raise ArtifactError(
+                f"its quant state must be one dimension of uint8, got {state.dtype} {state.ndim}-D"
+            )
         try:
             facts = unpack_tensor_to_dict(state)
         except (ValueError, TypeError) as error:
@@ -166,16 +181,24 @@ class BitsAndBytes(Format):
             raise ArtifactError("its quant state is no JSON object")
         shape, blocksize = facts.get("shape"), facts.get("blocksize")
         if (
-            not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape))
+            not (
+                isinstance(shape, list)
+                and len(shape) == 2
+                and all(isinstance(n, int) and n > 0 for n in shape)
+            )
             or blocksize not in BLOCKSIZES
             or facts.get("quant_type") != scheme["data_type"]
             or facts.get("dtype") != scheme["dtype"]
         ):
-            raise ArtifactError(f"its quant state does not fit config.json: {json.dumps(facts)[:200]}")
+            raise ArtifactError(
+                f"its quant state does not fit config.json: {json.dumps(facts)[:200]}"
+            )
         weights, packed = shape[0] * shape[1], tensors["weight"]
         blocks = -(-weights // blocksize)
         if packed.dtype != torch.uint8 or packed.numel() != -(-weights // 2):
-            raise ArtifactError(f"{packed.numel()} {packed.dtype} codes are not a 4-bit layer of {shape}")
+            raise ArtifactError(
+                f"{packed.numel()} {packed.dtype} codes are not a 4-bit layer of {shape}"
+            )
         if not torch.equal(tensors["weight.quant_map"], levels(scheme["data_type"], device)):
             raise ArtifactError(f"its quant map is not that of {scheme['data_type']}")
         absmax, nested = tensors["weight.absmax"], None
@@ -197,7 +220,9 @@ class BitsAndBytes(Format):
         _check_scales(absmax, blocks)
         flat = packed.flatten()
         codes = torch.stack([flat >> 4, flat & 15], dim=1).flatten()[:weights].view(shape).short()
-        grid = BlockGrid(scheme["data_type"], absmax, blocksize, shape[1], _DTYPES[scheme["dtype"]], nested)
+        grid = BlockGrid(
+            scheme["data_type"], absmax, blocksize, shape[1], _DTYPES[scheme["dtype"]], nested
+        )
         return LayerState(grid.dequantize(codes), grid=grid)
 
     def quantization_config(self, layout: Layout, layers: Layers) -> dict[str, Any] | None:
@@ -220,23 +245,36 @@ class BitsAndBytes(Format):
         entry = config["quantization_config"]
         dtype = config.get("dtype")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise ArtifactError(f"config.json must give 'dtype' as {', '.join(_DTYPES)}, got {dtype!r}")
+            raise ArtifactError(
+                f"config.json must give 'dtype' as {', '.join(_DTYPES)}, got {dtype!r}"
+            )
         if entry.get("load_in_8bit") is True:
             return {"data_type": "int8", "dtype": dtype}
-        data_type, double_quant = entry.get("bnb_4bit_quant_type"), entry.get("bnb_4bit_use_double_quant")
+        data_type, double_quant = (
+            entry.get("bnb_4bit_quant_type"),
+            entry.get("bnb_4bit_use_double_quant"),
+        )
         if data_type not in ("nf4", "fp4") or not isinstance(double_quant, bool):
-            raise ArtifactError(f"quantization_config names no data type of bitsandbytes, got {data_type!r}")
+            raise ArtifactError(
+                f"quantization_config names no data type of bitsandbytes, got {data_type!r}"
+            )
         return {"data_type": data_type, "dtype": dtype, "double_quant": double_quant}
 
     @staticmethod
     def _skip(layout: Layout, encoded: Layers) -> list[str]:
         """The modules that transformers would replace if it were not told to leave them alone."""
         modules = layout.model.named_modules()
-        return [name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)) and name not in encoded]
+        return [
+            name
+            for name, module in modules
+            if isinstance(module, (nn.Linear, Conv1D)) and name not in encoded
+        ]
 
 
 def _check_scales(absmax: Tensor, count: int) -> None:
     if absmax.dtype != torch.float32 or absmax.shape != (count,):
-        raise ArtifactError(f"expected {count} float32 scales, got {absmax.dtype} of shape {tuple(absmax.shape)}")
+        raise ArtifactError(
+            f"expected {count} float32 scales, got {absmax.dtype} of shape {tuple(absmax.shape)}"
+        )
     if not (absmax > 0).all() or not torch.isfinite(absmax).all():
         raise ArtifactError("scales must be finite and positive")

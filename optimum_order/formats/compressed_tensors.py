@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
-from optimum_order.layer import LayerState, UniformGrid
-from optimum_order.targets import Target
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 
 _EXPERTS = r"re:.*\.experts\.\d+\..*"
 """Matches every expert of a checkpoint; transformers looks for the word to find the experts' group."""
@@ -55,7 +56,9 @@ class CompressedTensors(Format):
         packed = set()
         for name, (target, _) in quantized(layers).items():
             pieces = layout.pieces(name, target)
-            split = target.kind != "expert" and (len(pieces) != 1 or pieces[0].key in layout.converted)
+            split = target.kind != "expert" and (
+                len(pieces) != 1 or pieces[0].key in layout.converted
+            )
             if (
                 not pieces
                 or split
@@ -67,7 +70,11 @@ class CompressedTensors(Format):
         # transformers unpacks all that it fuses on loading with the one scheme of the experts, and drops the rest.
         if left := layout.converted - packed:
             return f"All experts must be quantised along with the rest of the model; '{min(left)}' is not."
-        experts = [key for key, names in _groups(layers).items() if any(layers[n][0].kind == "expert" for n in names)]
+        experts = [
+            key
+            for key, names in _groups(layers).items()
+            if any(layers[n][0].kind == "expert" for n in names)
+        ]
         if len(experts) > 1:
             given = ", ".join(f"{bits} bits in groups of {size}" for bits, size in experts)
             return f"All experts must have one width and group size; these have {given}."
@@ -88,10 +95,17 @@ class CompressedTensors(Format):
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
         if set(tensors) != set(self.tensors):
-            raise ArtifactError(f"a packed layer has the tensors {', '.join(self.tensors)}, got {', '.join(tensors)}")
+            raise ArtifactError(
+                f"a packed layer has the tensors {', '.join(self.tensors)}, got {', '.join(tensors)}"
+            )
         packed, scale, shape = (tensors[name] for name in self.tensors)
         bits, size = scheme["num_bits"], scheme["group_size"]
-        if packed.dtype != torch.int32 or packed.ndim != 2 or shape.shape != (2,) or shape.dtype != torch.int64:
+        if (
+            packed.dtype != torch.int32
+            or packed.ndim != 2
+            or shape.shape != (2,)
+            or shape.dtype != torch.int64
+        ):
             raise ArtifactError("packed codes must be an int32 matrix, and their shape two int64")
         rows, inputs = shape.tolist()
         groups = 1 if size == -1 else inputs // size
@@ -100,15 +114,25 @@ class CompressedTensors(Format):
                 f"{tuple(packed.shape)} packed codes of {bits} bits are not a layer of {(rows, inputs)}"
             )
         if scale.shape != (rows, groups) or groups * (inputs if size == -1 else size) != inputs:
-            raise ArtifactError(f"scales of shape {tuple(scale.shape)} do not fit {(rows, inputs)} in groups of {size}")
-        if not scale.is_floating_point() or not (scale > 0).all() or not torch.isfinite(scale).all():
+            raise ArtifactError(
+                f"scales of shape {tuple(scale.shape)} do not fit {(rows, inputs)} in groups of {size}"
+            )
+        if (
+            not scale.is_floating_point()
+            or not (scale > 0).all()
+            or not torch.isfinite(scale).all()
+        ):
             raise ArtifactError("scales must be finite and positive")
         grid = UniformGrid(bits=bits, scale=scale, zero_point=None, inputs=inputs)
-        return LayerState(grid.dequantize(unpack_from_int32(packed, bits, (rows, inputs)).short()), grid=grid)
+        return LayerState(
+            grid.dequantize(unpack_from_int32(packed, bits, (rows, inputs)).short()), grid=grid
+        )
 
     def quantization_config(self, layout: Layout, layers: Layers) -> dict[str, Any] | None:
         found = _groups(layers)
-        linear = [name for name, module in layout.model.named_modules() if isinstance(module, nn.Linear)]
+        linear = [
+            name for name, module in layout.model.named_modules() if isinstance(module, nn.Linear)
+        ]
         groups = {}
         for index, ((bits, size), names) in enumerate(found.items()):
             weights = QuantizationArgs(
@@ -118,7 +142,9 @@ class CompressedTensors(Format):
                 strategy="channel" if size == -1 else "group",
                 group_size=None if size == -1 else size,
             )
-            targets = dict.fromkeys(_EXPERTS if layers[name][0].kind == "expert" else name for name in names)
+            targets = dict.fromkeys(
+                _EXPERTS if layers[name][0].kind == "expert" else name for name in names
+            )
             groups[f"group_{index}"] = QuantizationScheme(
                 # One group is written the way everybody writes it; engines match several by name.
                 targets=["Linear"] if len(found) == 1 else list(targets),
@@ -135,18 +161,36 @@ class CompressedTensors(Format):
 
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         try:
-            groups = QuantizationConfig.model_validate(config["quantization_config"]).config_groups.values()
-        except (ValidationError, KeyError, TypeError) as error:  # it compares before it has looked at types
+            groups = QuantizationConfig.model_validate(
+                config["quantization_config"]
+            ).config_groups.values()
+        except (
+            ValidationError,
+            KeyError,
+            TypeError,
+        ) as error:  # it compares before it has looked at types
             reason = str(error).replace("\n", " ")[:300]
-            raise ArtifactError(f"quantization_config is not one of compressed-tensors: {reason}") from error
-        named = [group for group in groups if any(_matches(t, name) for t in group.targets for name in names)]
+            raise ArtifactError(
+                f"quantization_config is not one of compressed-tensors: {reason}"
+            ) from error
+        named = [
+            group
+            for group in groups
+            if any(_matches(t, name) for t in group.targets for name in names)
+        ]
         group = next(iter(named or [group for group in groups if "Linear" in group.targets]), None)
         if group is None or group.weights is None:
             raise ArtifactError("quantization_config has no config group for it")
         weights = group.weights
         integers = weights.type == "int" and weights.symmetric and 2 <= weights.num_bits <= 8
-        if not integers or weights.strategy not in ("group", "channel") or weights.actorder is not None:
-            raise ArtifactError("its config group must be symmetric integers of 2 to 8 bits, by channel or in groups")
+        if (
+            not integers
+            or weights.strategy not in ("group", "channel")
+            or weights.actorder is not None
+        ):
+            raise ArtifactError(
+                "its config group must be symmetric integers of 2 to 8 bits, by channel or in groups"
+            )
         return {
             "num_bits": weights.num_bits,
             "group_size": weights.group_size if weights.strategy == "group" else -1,

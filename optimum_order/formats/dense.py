@@ -7,8 +7,8 @@ from torch import Tensor
 
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Format, Layers, Layout
-from optimum_order.layer import LayerState
-from optimum_order.targets import Target
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 
 
 class Dense(Format):
@@ -36,7 +36,9 @@ class Dense(Format):
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
         weight = tensors["weight"]
         if weight.ndim != 2 or not weight.is_floating_point():
-            raise ArtifactError(f"a dense layer must be a floating-point matrix, got {weight.dtype} {weight.ndim}-D")
+            raise ArtifactError(
+                f"a dense layer must be a floating-point matrix, got {weight.dtype} {weight.ndim}-D"
+            )
         return LayerState(weight)
 
     def quantization_config(self, layout: Layout, layers: Layers) -> dict[str, Any] | None:

@@ -31,8 +31,9 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
-from optimum_order.layer import LayerState, UniformGrid
-from optimum_order.targets import Target
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -60,7 +61,9 @@ class GPTQ(Format):
         if not isinstance(grid, UniformGrid):
             return f"its {type(grid).__name__} is not a grid of equal steps"
         if target.kind not in ("linear", "conv1d"):
-            return f"its kind is '{target.kind}', and readers of this format take linear layers only"
+            return (
+                f"its kind is '{target.kind}', and readers of this format take linear layers only"
+            )
         if grid.bits not in BITS:
             return f"it has {grid.bits} bits, and readers of this format take 2, 3, 4 or 8"
         if grid.dtype not in (torch.float16, torch.bfloat16):
@@ -71,7 +74,9 @@ class GPTQ(Format):
         if grid.group_size not in GROUP_SIZES:
             sizes = ", ".join(map(str, GROUP_SIZES[1:]))
             return f"its groups are of {grid.group_size}, and readers of this format take {sizes} or -1, whole rows"
-        half = dataclasses.replace(grid, scale=grid.scale.half()).dequantize(grid.quantize(state.weight))
+        half = dataclasses.replace(grid, scale=grid.scale.half()).dequantize(
+            grid.quantize(state.weight)
+        )
         if not torch.equal(half.to(grid.dtype), state.weight):
             return "its values come out otherwise in float16, where transformers computes them; compress in float16"
         return None
@@ -82,7 +87,9 @@ class GPTQ(Format):
             return "No layer is quantised."
         architecture = type(layout.model).__name__
         if not layout.model.can_generate() or layout.model.config.is_encoder_decoder:
-            return f"Readers of this format load causal language models, and {architecture} is none."
+            return (
+                f"Readers of this format load causal language models, and {architecture} is none."
+            )
         if found := patched(layout.model, self.name):
             return f"transformers replaces {found} when it loads this format."
         if layout.converted:
@@ -102,7 +109,11 @@ class GPTQ(Format):
         return None
 
     def scheme(self, state: LayerState) -> dict[str, Any]:
-        return {"bits": state.grid.bits, "group_size": state.grid.group_size, "sym": state.grid.symmetric}
+        return {
+            "bits": state.grid.bits,
+            "group_size": state.grid.group_size,
+            "sym": state.grid.symmetric,
+        }
 
     def encode(self, state: LayerState) -> dict[str, Tensor]:
         grid = state.grid
@@ -123,16 +134,22 @@ class GPTQ(Format):
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
         if set(tensors) != set(self.tensors):
-            raise ArtifactError(f"a GPTQ layer has the tensors {', '.join(self.tensors)}, got {', '.join(tensors)}")
+            raise ArtifactError(
+                f"a GPTQ layer has the tensors {', '.join(self.tensors)}, got {', '.join(tensors)}"
+            )
         qweight, qzeros, scales, g_idx = (tensors[name] for name in self.tensors)
         bits, size = scheme["bits"], scheme["group_size"]
         if {qweight.dtype, qzeros.dtype, g_idx.dtype} != {torch.int32} or qweight.ndim != 2:
-            raise ArtifactError("qweight, qzeros and g_idx must be int32, the first of them a matrix")
+            raise ArtifactError(
+                "qweight, qzeros and g_idx must be int32, the first of them a matrix"
+            )
         words, rows = qweight.shape
         inputs = words * 32 // bits
         unit = inputs if size == -1 else size
         if not words or words % bits or not rows or rows % 32 or inputs % unit:
-            raise ArtifactError(f"{tuple(qweight.shape)} words of {bits}-bit codes are no layer with groups of {size}")
+            raise ArtifactError(
+                f"{tuple(qweight.shape)} words of {bits}-bit codes are no layer with groups of {size}"
+            )
         groups = inputs // unit
         if scales.shape != (groups, rows) or qzeros.shape != (groups, rows * bits // 32):
             raise ArtifactError(
@@ -147,7 +164,9 @@ class GPTQ(Format):
         if scheme["sym"]:
             half = 2 ** (bits - 1)
             if (zeros != half - 1).any():
-                raise ArtifactError(f"the zero points of a symmetric layer must all be stored as {half - 1}")
+                raise ArtifactError(
+                    f"the zero points of a symmetric layer must all be stored as {half - 1}"
+                )
             codes, zeros = codes - half, None
         grid = UniformGrid(bits=bits, scale=scales.T.contiguous(), zero_point=zeros, inputs=inputs)
         return LayerState(grid.dequantize(codes), grid=grid)
@@ -174,7 +193,9 @@ class GPTQ(Format):
         }
         if dynamic:
             entry["dynamic"] = dynamic
-        if dense:  # transformers does not know `dynamic`, and would put zeros where it expects codes
+        if (
+            dense
+        ):  # transformers does not know `dynamic`, and would put zeros where it expects codes
             entry["modules_in_block_to_quantize"] = [list(schemes)]
         return entry
 
@@ -182,10 +203,14 @@ class GPTQ(Format):
         entry = config.get("quantization_config")
         if not isinstance(entry, dict) or not _KEYS <= set(entry) <= _KEYS | _OPTIONAL:
             allowed = ", ".join(sorted(_KEYS | _OPTIONAL))
-            raise ArtifactError(f"quantization_config must have the keys {allowed}, got {str(entry)[:300]}")
+            raise ArtifactError(
+                f"quantization_config must have the keys {allowed}, got {str(entry)[:300]}"
+            )
         symmetric = entry["sym"]
         if entry["desc_act"] is not False or type(symmetric) is not bool:
-            raise ArtifactError("quantization_config must say desc_act=false, and sym=true or false")
+            raise ArtifactError(
+                "quantization_config must say desc_act=false, and sym=true or false"
+            )
         if entry["checkpoint_format"] != _CHECKPOINT_FORMAT[symmetric]:
             raise ArtifactError(
                 f"checkpoint_format must be '{_CHECKPOINT_FORMAT[symmetric]}' where sym={str(symmetric).lower()}, "
@@ -198,14 +223,18 @@ class GPTQ(Format):
         patterns = [_pattern(name) for name in names]
         if any(f"-:{pattern}" in dynamic for pattern in patterns):
             raise ArtifactError("'dynamic' says that it is not quantised")
-        override: Any = next((dynamic[f"+:{pattern}"] for pattern in patterns if f"+:{pattern}" in dynamic), {})
+        override: Any = next(
+            (dynamic[f"+:{pattern}"] for pattern in patterns if f"+:{pattern}" in dynamic), {}
+        )
         if not isinstance(override, dict) or not set(override) <= {"bits", "group_size"}:
             raise ArtifactError("'dynamic' may change its bits and group_size, nothing else")
         found = {key: override.get(key, entry[key]) for key in ("bits", "group_size")}
         if any(type(value) is not int for value in found.values()):
             raise ArtifactError(f"its bits and group_size must be integers, got {str(found)[:300]}")
         if found["bits"] not in BITS or found["group_size"] not in GROUP_SIZES:
-            raise ArtifactError(f"it must have 2, 3, 4 or 8 bits in groups of {GROUP_SIZES}, got {found}")
+            raise ArtifactError(
+                f"it must have 2, 3, 4 or 8 bits in groups of {GROUP_SIZES}, got {found}"
+            )
         return found | {"sym": symmetric}
 
 
@@ -256,7 +285,11 @@ def _schemes(layers: Layers) -> dict[str, tuple[int, int]]:
 def _linear(model: nn.Module) -> list[str]:
     """The layers inside blocks that readers replace by their own."""
     found = ((name, type(module)) for name, module in model.named_modules())
-    return [name for name, kind in found if kind in (nn.Linear, Conv1D) and re.search(r"\.\d+\.", f".{name}")]
+    return [
+        name
+        for name, kind in found
+        if kind in (nn.Linear, Conv1D) and re.search(r"\.\d+\.", f".{name}")
+    ]
 
 
 def _pattern(name: str) -> str:

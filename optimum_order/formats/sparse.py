@@ -31,8 +31,9 @@ from torch import Tensor
 
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Format, Layers, Layout, Piece
-from optimum_order.layer import LayerState, UniformGrid
-from optimum_order.targets import Target
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NONE, _SURVIVORS, _INDEX, _NONZEROS = range(4)
@@ -97,7 +98,9 @@ class _Header(NamedTuple):
     def check(self) -> None:
         """Raise ArtifactError unless `encode` could have written this header."""
         if self.version != 1:
-            raise ArtifactError(f"it is stored in version {self.version} of this format; 1 can be read, upgrade")
+            raise ArtifactError(
+                f"it is stored in version {self.version} of this format; 1 can be read, upgrade"
+            )
         quantized = 2 <= self.bits <= 8 and self.affine < 2 and self.group_size > 0
         plain = self.bits == self.affine == self.group_size == 0
         index = 0 < self.n < self.m <= _LARGEST_M and math.comb(self.m, self.n) <= _MOST_MASKS
@@ -131,7 +134,9 @@ class Sparse(Format):
         if state.grid is not None and not isinstance(state.grid, UniformGrid):
             return f"its {type(state.grid).__name__} is not a grid of equal steps"
         if state.weight.dtype not in _DTYPES:
-            return f"its weights are {state.weight.dtype}; they must be float32, bfloat16 or float16"
+            return (
+                f"its weights are {state.weight.dtype}; they must be float32, bfloat16 or float16"
+            )
         if state.weight.shape[1] > _MOST_INPUTS:
             return f"it has {state.weight.shape[1]} inputs, and may have {_MOST_INPUTS} at most"
         return None
@@ -168,7 +173,9 @@ class Sparse(Format):
         mask, n, m, stored = _mask(state)
         survivors = values.ravel() if stored is None else values[stored]
         precision, (rows, inputs) = _DTYPES.index(weight.dtype), weight.shape
-        header = _Header(1, precision, bits, affine, mask, n, m, 0, rows, inputs, group_size, survivors.size)
+        header = _Header(
+            1, precision, bits, affine, mask, n, m, 0, rows, inputs, group_size, survivors.size
+        )
         parts = [
             np.frombuffer(_STRUCT.pack(*header), np.uint8),
             *scales,
@@ -179,7 +186,9 @@ class Sparse(Format):
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
         if set(tensors) != set(self.tensors):
-            raise ArtifactError(f"a sparse layer has the tensor 'weight' alone, got {', '.join(sorted(tensors))}")
+            raise ArtifactError(
+                f"a sparse layer has the tensor 'weight' alone, got {', '.join(sorted(tensors))}"
+            )
         parts = _Parts.of(tensors["weight"])
         pruned = None
         if parts.header.mask in (_SURVIVORS, _INDEX):
@@ -242,7 +251,11 @@ class _Parts:
         header = _Header._make(_STRUCT.unpack(data[: _STRUCT.size].tobytes()))
         header.check()
         groups = header.weights // header.group_size if header.bits else 0
-        sizes = [groups * header.dtype.itemsize, groups * header.affine, _bytes_for(header.mask_bits)]
+        sizes = [
+            groups * header.dtype.itemsize,
+            groups * header.affine,
+            _bytes_for(header.mask_bits),
+        ]
         ends = [_STRUCT.size, *(_STRUCT.size + end for end in itertools.accumulate(sizes))]
         scales, zeros, mask = (data[begin:end] for begin, end in itertools.pairwise(ends))
         weights = data[ends[-1] :]
@@ -261,7 +274,10 @@ class _Parts:
             kept = sum(int.from_bytes(part, "little").bit_count() for part in parts)
         if kept != header.stored:
             raise ArtifactError(f"its mask keeps {kept} weights, and {header.stored} are stored")
-        for stream, used in ((mask, header.mask_bits), (weights, header.stored * header.weight_bits)):
+        for stream, used in (
+            (mask, header.mask_bits),
+            (weights, header.stored * header.weight_bits),
+        ):
             if used % 8 and stream[-1] >> used % 8:
                 raise ArtifactError("the bits after its last ones must be zero")
         return cls(header, _grid(header, scales, zeros) if header.bits else None, mask, weights)
@@ -285,7 +301,9 @@ class _Parts:
             else:
                 self._dequantize(block, at, first, count, self.grid, slice(row, row + step))
             if pruned is not None and mask is not None:
-                torch.logical_not(torch.from_numpy(mask).view(block.shape), out=pruned[row : row + step])
+                torch.logical_not(
+                    torch.from_numpy(mask).view(block.shape), out=pruned[row : row + step]
+                )
             first += count
         return weight
 
@@ -299,7 +317,9 @@ class _Parts:
         n, m = header.n, header.m
         index = _unpack(self.mask, _index_bits(n, m), first // m, count // m)
         if index.max() >= math.comb(m, n):
-            raise ArtifactError(f"there are {math.comb(m, n)} masks of {n}:{m}, got number {index.max()}")
+            raise ArtifactError(
+                f"there are {math.comb(m, n)} masks of {n}:{m}, got number {index.max()}"
+            )
         # A table is faster, but no layer is to bring one along that is larger than itself.
         worth_it = math.comb(m, n) <= header.weights // m
         return (_table(n, m).take(index, axis=0) if worth_it else _masks(index, n, m)).ravel()
@@ -311,7 +331,13 @@ class _Parts:
         block.view(_integer(block.dtype)).copy_(_spread(values.view(f"i{size}"), at, block))
 
     def _dequantize(
-        self, block: Tensor, at: np.ndarray | None, first: int, count: int, grid: UniformGrid, rows: slice
+        self,
+        block: Tensor,
+        at: np.ndarray | None,
+        first: int,
+        count: int,
+        grid: UniformGrid,
+        rows: slice,
     ) -> None:
         """Put the values of codes into a block of rows, to the bit as the grid computes them."""
         codes = _unpack(self.weights, grid.bits, first, count)
@@ -345,7 +371,9 @@ def _grid(header: _Header, scales: np.ndarray, zeros: np.ndarray) -> UniformGrid
         raise ArtifactError("scales must be finite and positive")
     zero = torch.from_numpy(zeros.copy()).view(header.rows, -1).short() if header.affine else None
     if zero is not None and zero.max() >= 2**header.bits:
-        raise ArtifactError(f"zero points of {header.bits} bits must be below {2**header.bits}, got {zero.max()}")
+        raise ArtifactError(
+            f"zero points of {header.bits} bits must be below {2**header.bits}, got {zero.max()}"
+        )
     return UniformGrid(bits=header.bits, scale=scale, zero_point=zero, inputs=header.inputs)
 
 
@@ -365,7 +393,11 @@ def _is_pruned(state: LayerState) -> bool:
 
 def _nonzeros(state: LayerState) -> np.ndarray | None:
     """Which weights are not zero (out, in) bool, if leaving the others out makes up for saying so."""
-    values = state.weight.contiguous().view(_integer(state.weight.dtype)) if state.grid is None else state.weight
+    values = (
+        state.weight.contiguous().view(_integer(state.weight.dtype))
+        if state.grid is None
+        else state.weight
+    )
     zero = values == 0  # as a value, -0.0 is not
     return zero.logical_not().cpu().numpy() if int(zero.sum()) * state.bits > zero.numel() else None
 

@@ -48,7 +48,12 @@ class Decode(ConversionOps):
         self.fit = fit
 
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
     ) -> dict[str, list[Tensor]]:
         return {
             pattern: [self._decode(tensor, full_layer_name, model) for tensor in tensors]
@@ -56,7 +61,7 @@ class Decode(ConversionOps):
         }
 
     def _decode(self, tensor: Tensor, name: str, model: Any) -> Tensor:
-        from optimum_order.formats.sparse import decode_weight  # here: it needs this floor, which needs transformers
+        from optimum_order.formats.sparse import decode_weight
 
         if tensor.dtype != torch.uint8:
             return tensor
@@ -66,7 +71,9 @@ class Decode(ConversionOps):
             if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
                 weight = weight.T.contiguous()
             if weight.shape != parameter.flatten(1).shape:
-                raise ArtifactError(f"'{name}' is {tuple(parameter.shape)}, its stored weight {tuple(weight.shape)}.")
+                raise ArtifactError(
+                    f"'{name}' is {tuple(parameter.shape)}, its stored weight {tuple(weight.shape)}."
+                )
             weight = weight.view(parameter.shape)
         return weight.to(tensor.device, self.dtype)
 
@@ -75,7 +82,9 @@ class Decode(ConversionOps):
 class SparseQuantizer(HfQuantizer):
     """Puts `Decode` before everything that transformers does to a tensor of a checkpoint."""
 
-    requires_calibration = True  # there is nothing here that could compress a model while it is loaded
+    requires_calibration = (
+        True  # there is nothing here that could compress a model while it is loaded
+    )
 
     def update_weight_conversions(self, weight_conversions: Iterable[Any], *args: Any) -> list[Any]:
         self._ours = []
@@ -86,9 +95,13 @@ class SparseQuantizer(HfQuantizer):
                 ours.operations = [Decode(fit=False), *ours.operations]
             self._ours.append((ours, conversion))
         # A tensor goes to the first converter that knows its name; this one is for those that no other does.
-        return [ours for ours, _ in self._ours] + [WeightConverter("weight", "weight", [Decode(fit=True)])]
+        return [ours for ours, _ in self._ours] + [
+            WeightConverter("weight", "weight", [Decode(fit=True)])
+        ]
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, Decode):
                 operation.dtype = dtype
@@ -102,7 +115,9 @@ class SparseQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not hasattr(HfQuantizer, "get_new_dtype"):
-            raise ImportError(f"'{METHOD}' needs transformers 5.21 or newer to load, got {transformers.__version__}.")
+            raise ImportError(
+                f"'{METHOD}' needs transformers 5.21 or newer to load, got {transformers.__version__}."
+            )
 
     def is_serializable(self) -> bool:
         return True

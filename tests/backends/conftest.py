@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_order.layer import Statistics
+from optimum_order.layers.statistics import Statistics
 
 KINDS = ("independent", "correlated", "low rank", "dead columns", "outliers", "one token", "silent")
 
@@ -48,7 +48,9 @@ def gaussian():
     """`gaussian(out, in, seed, dtype)`: a random weight."""
 
     def make(rows=16, width=32, seed=0, dtype=torch.float32) -> torch.Tensor:
-        return torch.randn(rows, width, generator=torch.Generator().manual_seed(1000 + seed)).to(dtype)
+        return torch.randn(rows, width, generator=torch.Generator().manual_seed(1000 + seed)).to(
+            dtype
+        )
 
     return make
 
@@ -69,7 +71,11 @@ def not_worse():
     """`not_worse(a, b, delta, statistics)`: whether errors a (out,) are at most b, but for float32 noise."""
 
     def check(a, b, deltas, statistics) -> bool:
-        noise = 1e-6 * statistics.gram.diagonal().sum().item() * sum(d.double().square().sum(1) for d in deltas)
+        noise = (
+            1e-6
+            * statistics.gram.diagonal().sum().item()
+            * sum(d.double().square().sum(1) for d in deltas)
+        )
         return bool((a <= b * (1 + 1e-4) + noise).all())
 
     return check

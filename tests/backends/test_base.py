@@ -7,7 +7,9 @@ import torch
 
 from optimum_order.backends import Allocator, Backend, Method, available, canonical, method, option
 from optimum_order.errors import InvariantError, OrderError
-from optimum_order.layer import LayerState, Statistics, UniformGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 from optimum_order.order import Order, Stage
 
 # Two settings of every backend there is; mixed precision hands its layers to rtn or gptq.
@@ -51,12 +53,16 @@ def test_either_order_of_any_two_keeps_every_promise(first, dtype, inputs, gauss
                 assert after.grid is not None
             else:
                 assert after.grid is before.grid
-        assert torch.equal(start.weight, weight.masked_fill(removed, 0.0))  # nobody writes into what it was given
+        assert torch.equal(
+            start.weight, weight.masked_fill(removed, 0.0)
+        )  # nobody writes into what it was given
 
 
 @pytest.mark.parametrize("pruner", ["magnitude:0.5", "wanda:0.5", "sparsegpt:0.5"])
 @pytest.mark.parametrize("quantiser", ["rtn:4", "gptq:3", "bitsandbytes:nf4", "bitsandbytes:int8"])
-def test_a_quantised_layer_is_pruned_on_its_grid_or_off_it_if_asked(quantiser, pruner, inputs, gaussian):
+def test_a_quantised_layer_is_pruned_on_its_grid_or_off_it_if_asked(
+    quantiser, pruner, inputs, gaussian
+):
     statistics = inputs("correlated", 128, 64)
     quantised = stage(quantiser).apply(LayerState(gaussian(32, 64)), statistics)
     on = stage(pruner).apply(quantised, statistics)
@@ -97,7 +103,9 @@ def test_a_backend_without_needs_asks_for_nothing(text, gaussian):
 def test_a_backend_is_not_run_without_what_it_needs(text, gaussian):
     known = [None] if "gram" not in stage(text).needs else [None, Statistics(5, torch.ones(64))]
     for statistics in known:
-        with pytest.raises(InvariantError, match=r"layer 7, stage .* needs \[.*\] and was not given them"):
+        with pytest.raises(
+            InvariantError, match=r"layer 7, stage .* needs \[.*\] and was not given them"
+        ):
             stage(text).apply(LayerState(gaussian(32, 64)), statistics, where="layer 7")
 
 
@@ -143,11 +151,23 @@ def change_shape(state):
 BREAKS = {
     "revives a removed weight": (revive, "pruned weights are no longer"),
     "writes -0.0": (write_negative_zero, "pruned weights are no longer"),
-    "forgets the mask": (lambda s: dataclasses.replace(s, pruned=None), "brought pruned weights back"),
+    "forgets the mask": (
+        lambda s: dataclasses.replace(s, pruned=None),
+        "brought pruned weights back",
+    ),
     "forgets one of the mask": (shrink_mask, "brought pruned weights back"),
-    "leaves the grid": (lambda s: dataclasses.replace(s, weight=s.weight * 1.001), "off its quantisation grid"),
-    "drops the grid": (lambda s: dataclasses.replace(s, grid=None), "dropped the quantisation grid"),
-    "returns NaN": (lambda s: dataclasses.replace(s, weight=s.weight * math.nan), "NaN or infinite"),
+    "leaves the grid": (
+        lambda s: dataclasses.replace(s, weight=s.weight * 1.001),
+        "off its quantisation grid",
+    ),
+    "drops the grid": (
+        lambda s: dataclasses.replace(s, grid=None),
+        "dropped the quantisation grid",
+    ),
+    "returns NaN": (
+        lambda s: dataclasses.replace(s, weight=s.weight * math.nan),
+        "NaN or infinite",
+    ),
     "changes the dtype": (
         lambda s: dataclasses.replace(s, weight=s.weight.half()),
         "changed the weight's shape or dtype",
@@ -164,7 +184,9 @@ BREAKS = {
 def test_a_backend_that_breaks_a_promise_is_caught_and_the_layer_named(breaks, gaussian):
     state = stage("rtn:4").apply(stage("magnitude:0.5").apply(LayerState(gaussian())))
     breaking, message = BREAKS[breaks]
-    with pytest.raises(InvariantError, match=f"^model.layers.3.q_proj, stage 'broken:1.0': .*{message}"):
+    with pytest.raises(
+        InvariantError, match=f"^model.layers.3.q_proj, stage 'broken:1.0': .*{message}"
+    ):
         Broken(breaking).apply(state, where="model.layers.3.q_proj")
     Broken(lambda s: s).apply(state, where="an honest one passes")
 
@@ -195,14 +217,22 @@ class TestOptions:
 
     def test_resolved_names_every_option(self):
         resolved = stage("gptq:4").resolved
-        assert set(resolved) == {field.name for field in dataclasses.fields(stage("gptq:4").options)}
+        assert set(resolved) == {
+            field.name for field in dataclasses.fields(stage("gptq:4").options)
+        }
         assert (resolved["bits"], resolved["group_size"], resolved["damping"]) == (4, "auto", 0.01)
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("wandaa:0.5", "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: bitsandbytes, gptq, magnitude"),
-            ("gptq(bit=4)", "Stage 'gptq(bit=4)': Unknown option 'bit'. Did you mean 'bits'? Allowed: act_order,"),
+            (
+                "wandaa:0.5",
+                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: bitsandbytes, gptq, magnitude",
+            ),
+            (
+                "gptq(bit=4)",
+                "Stage 'gptq(bit=4)': Unknown option 'bit'. Did you mean 'bits'? Allowed: act_order,",
+            ),
             (
                 "gptq(bits=4, act_order=1)",
                 "'act_order' (visit the columns with the largest inputs first) must be true or",

@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.functional import (
+    dequantize_4bit,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+    quantize_4bit,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_order import backends
-from optimum_order.backends.bitsandbytes import NestedScales, fit_blocks
 from optimum_order.errors import OrderError
-from optimum_order.layer import LayerState, Statistics
+from optimum_order.layers.grids.bitsandbytes import NestedScales, fit_blocks
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 from optimum_order.order import Order, Stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,7 +45,9 @@ def negative_zeros(weight):
 def test_four_bits_are_the_librarys_own(data_type, nested, dtype):
     torch.manual_seed(0)
     weight = torch.randn(64, 192).mul(0.05).to(dtype)
-    expected = dequantize_4bit(*quantize_4bit(weight, quant_type=data_type, compress_statistics=nested, blocksize=64))
+    expected = dequantize_4bit(
+        *quantize_4bit(weight, quant_type=data_type, compress_statistics=nested, blocksize=64)
+    )
     stage = Stage("bitsandbytes", dtype=data_type, double_quant=nested)
     found = backends.method(stage).apply(LayerState(weight))
     assert torch.equal(found.weight, expected)
@@ -64,7 +72,9 @@ def layers(draw):
     """(weight, pruned): rows from huge to nothing, whole blocks and rows pruned."""
     rows, inputs = draw(st.integers(1, 3)) * 32, 128
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    weight = torch.randn(rows, inputs, generator=generator) * draw(st.sampled_from([1e-7, 0.02, 300.0]))
+    weight = torch.randn(rows, inputs, generator=generator) * draw(
+        st.sampled_from([1e-7, 0.02, 300.0])
+    )
     weight *= torch.rand(rows, 1, generator=generator) ** draw(st.sampled_from([0, 8, 40]))
     pruned = torch.rand(rows, inputs, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.97]))
     pruned[draw(st.integers(0, rows - 1))] = True
@@ -91,8 +101,12 @@ def test_columns_are_the_columns_of_the_whole(layer, stage, data):
     columns = torch.tensor(data.draw(st.lists(st.integers(0, 127), min_size=1, max_size=9)))
     codes = grid.quantize(weight)
     assert torch.equal(grid.quantize(weight[:, columns], columns), codes[:, columns])
-    assert torch.equal(grid.dequantize(codes[:, columns], columns), grid.dequantize(codes)[:, columns])
-    assert torch.equal(grid.nearest(weight[:, 32:64], slice(32, 64)), grid.nearest(weight)[:, 32:64])
+    assert torch.equal(
+        grid.dequantize(codes[:, columns], columns), grid.dequantize(codes)[:, columns]
+    )
+    assert torch.equal(
+        grid.nearest(weight[:, 32:64], slice(32, 64)), grid.nearest(weight)[:, 32:64]
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -101,7 +115,9 @@ def test_nearest_is_nearest(stage):
     weight = torch.randn(32, 128)
     grid = run(stage, weight).grid
     codes = range(16) if grid.bits == 4 else range(-127, 128)
-    every = torch.stack([grid.dequantize(torch.full(weight.shape, code, dtype=torch.short)) for code in codes])
+    every = torch.stack(
+        [grid.dequantize(torch.full(weight.shape, code, dtype=torch.short)) for code in codes]
+    )
     least = (every - weight).abs().amin(0)
     torch.testing.assert_close((grid.nearest(weight) - weight).abs(), least, rtol=0, atol=1e-6)
 
@@ -138,7 +154,9 @@ def test_nested_scales_never_reach_zero():
     weight[:4, 0] = 1.0
     absmax = quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)[1]
     scales = NestedScales(absmax.absmax, absmax.state2.absmax, absmax.offset)
-    assert (scales.dequantize() < 0).any()  # the library's own, which would also turn the signs of weights
+    assert (
+        scales.dequantize() < 0
+    ).any()  # the library's own, which would also turn the signs of weights
     grid, codes = fit_blocks(weight, "nf4", 64, True)
     assert (grid.absmax > 0).all() and torch.equal(grid.absmax, grid.nested.dequantize())
     assert negative_zeros(grid.dequantize(codes)) == 0
@@ -162,7 +180,10 @@ def test_the_stage_prints_in_one_form():
     for text, canonical in [
         ("bitsandbytes", "bitsandbytes:nf4"),
         ("bitsandbytes(dtype=int8)", "bitsandbytes:int8"),
-        ("bitsandbytes(dtype=fp4, blocksize=64, double_quant=true)", "bitsandbytes(double_quant=true, dtype=fp4)"),
+        (
+            "bitsandbytes(dtype=fp4, blocksize=64, double_quant=true)",
+            "bitsandbytes(double_quant=true, dtype=fp4)",
+        ),
     ]:
         assert str(backends.canonical(Order.parse(text))) == canonical
     assert backends.method(Stage("bitsandbytes", "int8")).resolved == {"dtype": "int8"}
@@ -196,6 +217,6 @@ def test_bad_options_are_refused(text, reason):
     ],
 )
 def test_shapes_that_the_library_cannot_run_are_refused(stage, shape, reason):
-    assert backends.method(Stage.parse(stage)).check_shape(shape) == reason or reason in backends.method(
-        Stage.parse(stage)
-    ).check_shape(shape)
+    assert backends.method(Stage.parse(stage)).check_shape(
+        shape
+    ) == reason or reason in backends.method(Stage.parse(stage)).check_shape(shape)

@@ -3,17 +3,24 @@ import torch
 
 from optimum_order.backends import method
 from optimum_order.errors import OrderError
-from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
 
 def reference(weight, gram, grid, order, pruned):
     """GPTQ in float64 with explicit inverses, a column at a time."""
     W, free = weight.double().clone(), list(order)
-    H = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    H = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(
+        len(gram), dtype=torch.float64
+    )
     while free:
         j, inverse = free[0], torch.linalg.inv(H[free][:, free])
-        q = grid.nearest(W[:, j : j + 1].float(), slice(j, j + 1))[:, 0].double().masked_fill(pruned[:, j], 0)
+        q = (
+            grid.nearest(W[:, j : j + 1].float(), slice(j, j + 1))[:, 0]
+            .double()
+            .masked_fill(pruned[:, j], 0)
+        )
         W[:, free] -= torch.outer((W[:, j] - q) / inverse[0, 0], inverse[0])
         W[:, j] = q
         free = free[1:]
@@ -26,21 +33,32 @@ def reference(weight, gram, grid, order, pruned):
 def test_is_the_papers_method(inputs, gaussian, row_errors, act_order, sparsity, width, symmetric):
     statistics = inputs("correlated", 4 * width, width)
     before = method(Stage("magnitude", sparsity)).apply(LayerState(gaussian(8, width)))
-    options = {"bits": 3, "group_size": 16, "symmetric": symmetric, "clip": "mse" if symmetric else "none"}
+    options = {
+        "bits": 3,
+        "group_size": 16,
+        "symmetric": symmetric,
+        "clip": "mse" if symmetric else "none",
+    }
     state = method(Stage("gptq", **options, act_order=act_order)).apply(before, statistics)
     grid = UniformGrid.fit(before.weight, **options)
     largest = sorted(range(width), key=lambda j: -statistics.gram[j, j].item())
     order = largest if act_order else range(width)
     expected = reference(before.weight, statistics.gram, grid, order, before.pruned)
     plain = grid.nearest(before.weight)
-    kept = row_errors(expected, before.weight, statistics) < row_errors(plain, before.weight, statistics)
+    kept = row_errors(expected, before.weight, statistics) < row_errors(
+        plain, before.weight, statistics
+    )
     assert kept.float().mean() > 0.5
     assert torch.equal(grid.scale, state.grid.scale)
-    assert torch.allclose(state.weight.double(), torch.where(kept[:, None], expected, plain.double()), atol=1e-6)
+    assert torch.allclose(
+        state.weight.double(), torch.where(kept[:, None], expected, plain.double()), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_pruned_layer_keeps_its_zeros_and_beats_rounding(inputs, gaussian, row_errors, not_worse, kind, dtype):
+def test_a_pruned_layer_keeps_its_zeros_and_beats_rounding(
+    inputs, gaussian, row_errors, not_worse, kind, dtype
+):
     """Removed weights drift while earlier columns are fixed; their own turn hands the drift on."""
     statistics = inputs(kind)
     before = method(Stage("wanda", 0.5)).apply(LayerState(gaussian(dtype=dtype)), statistics)
@@ -77,7 +95,9 @@ def test_act_order_starts_with_the_largest_inputs(inputs, gaussian, row_errors):
 def test_rounds_to_nearest_where_no_token_came_by(inputs, gaussian):
     state = method(Stage("gptq", 3)).apply(LayerState(gaussian()), inputs("silent", tokens=0))
     assert torch.equal(state.weight, method(Stage("rtn", 3)).apply(LayerState(gaussian())).weight)
-    assert state.notes == ("gptq:3: no calibration token reached this layer; its inputs were taken as white noise",)
+    assert state.notes == (
+        "gptq:3: no calibration token reached this layer; its inputs were taken as white noise",
+    )
 
 
 @pytest.mark.parametrize("damping", [0, -1, 1.5, "much"])

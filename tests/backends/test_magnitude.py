@@ -3,7 +3,7 @@ import torch
 
 from optimum_order.backends import method
 from optimum_order.errors import OrderError
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
 

@@ -58,7 +58,9 @@ def test_no_other_choice_within_the_budget_is_better(sizes, bits, scale, seed):
     table = table_of(chosen, sizes, errors)
     error, average = outcome(table, chosen.allocate(table))
     assert average <= bits * (1 + 1e-12)
-    assert error == pytest.approx(best(sizes, errors, bits), rel=1e-6, abs=1e-11 * max(map(max, errors)))
+    assert error == pytest.approx(
+        best(sizes, errors, bits), rel=1e-6, abs=1e-11 * max(map(max, errors))
+    )
 
 
 def test_a_sensitive_layer_gets_the_bits_that_a_dull_one_does_not_need():
@@ -117,10 +119,16 @@ def test_fused_is_what_fuse_says():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 1.5}, r"'bits' \(average bits per weight\) must be a number in \[2, 8\], got 1.5"),
+        (
+            {"bits": 1.5},
+            r"'bits' \(average bits per weight\) must be a number in \[2, 8\], got 1.5",
+        ),
         ({"bits": 9}, r"'bits' .* must be a number in \[2, 8\], got 9"),
         ({}, "must give 'bits'"),
-        ({"bits": 2.5, "widths": (3, 4)}, "'bits' must be at least the smallest of its widths, 3, got 2.5"),
+        (
+            {"bits": 2.5, "widths": (3, 4)},
+            "'bits' must be at least the smallest of its widths, 3, got 2.5",
+        ),
         ({"bits": 4, "widths": (4, 3)}, "'widths' .* must be a rising list of integers in 2..8"),
         ({"bits": 4, "widths": (3, 3)}, "'widths' .* must be a rising list"),
         ({"bits": 4, "widths": ()}, "'widths' .* must be a rising list"),

@@ -8,14 +8,18 @@ from hypothesis import strategies as st
 from optimum_order.backends import method
 from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, sweep
 from optimum_order.errors import InvariantError
-from optimum_order.layer import LayerState, Statistics, UniformGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 from optimum_order.order import Stage
 
 
 def damped(gram, damping):
     """H + damping * mean(diag H) * I, in float64."""
     gram = gram.double()
-    return gram + damping * (gram.diagonal().mean().item() or 1.0) * torch.eye(len(gram), dtype=torch.float64)
+    return gram + damping * (gram.diagonal().mean().item() or 1.0) * torch.eye(
+        len(gram), dtype=torch.float64
+    )
 
 
 def textbook(weight, H, order, fix):
@@ -50,7 +54,9 @@ class TestInverseFactor:
         assert torch.equal(U, U.triu())
         assert (U.diagonal() > 0).all()
         inverse = torch.linalg.inv(damped(gram, damping))
-        assert torch.allclose(U.double().T @ U.double(), inverse, rtol=1e-3, atol=1e-4 * inverse.abs().max().item())
+        assert torch.allclose(
+            U.double().T @ U.double(), inverse, rtol=1e-3, atol=1e-4 * inverse.abs().max().item()
+        )
 
     def test_leaves_the_gram_matrix_as_it_was(self, inputs):
         gram = inputs().gram
@@ -59,11 +65,15 @@ class TestInverseFactor:
         assert torch.equal(gram, before)
 
     def test_raises_the_damping_step_by_step_until_it_is_enough(self):
-        gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))  # positive definite once 0.07 of the mean is added
+        gram = torch.diag(
+            torch.tensor([1.0, 1.0, 1.0, -0.05])
+        )  # positive definite once 0.07 of the mean is added
         U, used = inverse_factor(gram, 1e-4)
         assert used == pytest.approx(0.1)
         assert torch.isfinite(U).all()
-        assert torch.allclose(U.double().T @ U.double(), torch.linalg.inv(damped(gram, used)), rtol=1e-4)
+        assert torch.allclose(
+            U.double().T @ U.double(), torch.linalg.inv(damped(gram, used)), rtol=1e-4
+        )
 
     def test_gives_up_on_what_is_no_gram_matrix(self):
         with pytest.raises(InvariantError, match="size 3 has no Cholesky factor"):
@@ -75,7 +85,11 @@ class TestSweep:
     @pytest.mark.parametrize("backwards", [False, True])
     def test_rounding_is_the_textbooks(self, inputs, gaussian, width, backwards):
         weight, gram = gaussian(8, width), inputs("correlated", 3 * width, width).gram
-        order = torch.randperm(width, generator=torch.Generator().manual_seed(3)) if backwards else torch.arange(width)
+        order = (
+            torch.randperm(width, generator=torch.Generator().manual_seed(3))
+            if backwards
+            else torch.arange(width)
+        )
         grid = UniformGrid.fit(weight, bits=3, group_size=4)
         U, _ = inverse_factor(gram[order][:, order], 0.01)
         keep = lambda w, d, start: torch.zeros_like(w, dtype=torch.bool)  # noqa: E731
@@ -95,7 +109,11 @@ class TestSweep:
         mask = torch.rand(8, width, generator=torch.Generator().manual_seed(4)) < 0.5
         U, _ = inverse_factor(gram, 0.01)
         swept, removed = sweep(
-            weight, U, grid=None, choose=lambda w, d, i: mask[:, i : i + w.shape[1]], order=torch.arange(width)
+            weight,
+            U,
+            grid=None,
+            choose=lambda w, d, i: mask[:, i : i + w.shape[1]],
+            order=torch.arange(width),
         )
 
         def prune(w, free, inverse):
@@ -108,7 +126,9 @@ class TestSweep:
         assert not torch.signbit(swept[mask]).any()
 
     @pytest.mark.parametrize("span", [1, 3, 4, 99, BLOCK])
-    def test_asks_about_every_column_once_with_its_place_and_its_factor(self, inputs, gaussian, span):
+    def test_asks_about_every_column_once_with_its_place_and_its_factor(
+        self, inputs, gaussian, span
+    ):
         width = 198  # a multiple of 3 and of 99
         order = torch.arange(width).flip(0)
         U, _ = inverse_factor(inputs("independent", 400, width).gram, 0.01)
@@ -123,7 +143,9 @@ class TestSweep:
         weight = gaussian(2, width)
         swept, _ = sweep(weight, U, grid=None, choose=choose, order=order, span=span)
         assert asked == list(range(width))
-        assert torch.equal(swept, weight)  # nothing was fixed to another value, so nothing is corrected
+        assert torch.equal(
+            swept, weight
+        )  # nothing was fixed to another value, so nothing is corrected
 
 
 class TestKeepBetterRows:
@@ -145,7 +167,9 @@ class TestKeepBetterRows:
 
 
 @given(
-    kind=st.sampled_from(["independent", "correlated", "low rank", "dead columns", "outliers", "one token", "silent"]),
+    kind=st.sampled_from(
+        ["independent", "correlated", "low rank", "dead columns", "outliers", "one token", "silent"]
+    ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     bits=st.integers(2, 8),
     sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
@@ -156,22 +180,47 @@ class TestKeepBetterRows:
 )
 @settings(max_examples=40, deadline=None)
 def test_no_row_is_ever_worse_than_without_correction(
-    inputs, gaussian, row_errors, not_worse, kind, dtype, bits, sparsity, symmetric, act_order, damping, seed
+    inputs,
+    gaussian,
+    row_errors,
+    not_worse,
+    kind,
+    dtype,
+    bits,
+    sparsity,
+    symmetric,
+    act_order,
+    damping,
+    seed,
 ):
     weight, statistics = gaussian(12, 32, seed, dtype), inputs(kind, 48, 32, seed)
     start = method(Stage("magnitude", sparsity)).apply(LayerState(weight))
     grid_options = {"bits": bits, "symmetric": symmetric}
     rtn = method(Stage("rtn", **grid_options)).apply(start)
-    gptq = method(Stage("gptq", **grid_options, act_order=act_order, damping=damping)).apply(start, statistics)
+    gptq = method(Stage("gptq", **grid_options, act_order=act_order, damping=damping)).apply(
+        start, statistics
+    )
     for before, plain, swept in [
         (start, rtn, gptq),
-        (rtn, None, method(Stage("sparsegpt", sparsity=0.6, damping=damping)).apply(rtn, statistics)),
-        (start, None, method(Stage("sparsegpt", pattern="1:4", damping=damping)).apply(start, statistics)),
+        (
+            rtn,
+            None,
+            method(Stage("sparsegpt", sparsity=0.6, damping=damping)).apply(rtn, statistics),
+        ),
+        (
+            start,
+            None,
+            method(Stage("sparsegpt", pattern="1:4", damping=damping)).apply(start, statistics),
+        ),
     ]:
-        uncorrected = before.weight.masked_fill(swept.pruned, 0.0) if plain is None else plain.weight
+        uncorrected = (
+            before.weight.masked_fill(swept.pruned, 0.0) if plain is None else plain.weight
+        )
         deltas = [swept.weight - before.weight, uncorrected - before.weight]
         mine = row_errors(swept.weight, before.weight, statistics)
-        assert not_worse(mine, row_errors(uncorrected, before.weight, statistics), deltas, statistics)
+        assert not_worse(
+            mine, row_errors(uncorrected, before.weight, statistics), deltas, statistics
+        )
 
 
 @pytest.mark.parametrize(
@@ -196,5 +245,7 @@ def test_rows_left_uncorrected_are_counted(inputs, gaussian):
     rtn = method(Stage("rtn", 2)).apply(LayerState(weight))
     same = (state.weight == rtn.weight).all(1).sum().item()  # a few come out the same by themselves
     (note,) = state.notes
-    lost = int(re.fullmatch(r"gptq:2: (\d+) of 256 rows left uncorrected, which was better", note)[1])
+    lost = int(
+        re.fullmatch(r"gptq:2: (\d+) of 256 rows left uncorrected, which was better", note)[1]
+    )
     assert same / 2 < lost <= same < 64

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_order.backends import method
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
 
@@ -43,9 +43,14 @@ def test_twice_is_once(gaussian):
 
 
 def test_the_searched_range_is_the_default_and_rounds_with_less_error(gaussian):
-    default, whole = (method(Stage("rtn", bits=3, clip=clip)).apply(LayerState(gaussian())) for clip in ("mse", "none"))
+    default, whole = (
+        method(Stage("rtn", bits=3, clip=clip)).apply(LayerState(gaussian()))
+        for clip in ("mse", "none")
+    )
     assert torch.equal(default.weight, method(Stage("rtn", 3)).apply(LayerState(gaussian())).weight)
-    assert (default.weight - gaussian()).square().sum() < 0.9 * (whole.weight - gaussian()).square().sum()
+    assert (default.weight - gaussian()).square().sum() < 0.9 * (
+        whole.weight - gaussian()
+    ).square().sum()
 
 
 def test_more_bits_round_better_and_smaller_groups_too(gaussian):

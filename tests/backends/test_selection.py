@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from optimum_order.backends import method
 from optimum_order.backends.selection import PruningOptions, lowest, remove, smallest
 from optimum_order.errors import OrderError
-from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Order, Stage
 
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
@@ -17,7 +18,9 @@ PRUNERS = ("magnitude", "wanda", "sparsegpt")
 scores = (
     st.integers(0, 3)
     .flatmap(
-        lambda digits: st.lists(st.lists(st.integers(0, 10**digits), min_size=12, max_size=12), min_size=1, max_size=5)
+        lambda digits: st.lists(
+            st.lists(st.integers(0, 10**digits), min_size=12, max_size=12), min_size=1, max_size=5
+        )
     )
     .map(lambda rows: torch.tensor(rows, dtype=torch.float32))
 )
@@ -42,10 +45,15 @@ def test_lowest_removes_the_floor_of_the_fraction(score, sparsity, per):
         assert not removed.any() or among[removed].max() <= among[~removed].min()
 
 
-@pytest.mark.parametrize(("sparsity", "count"), [(0.29, 29), (0.57, 57), (0.58, 58), (0.3, 30), (0.0, 0), (0.999, 99)])
+@pytest.mark.parametrize(
+    ("sparsity", "count"), [(0.29, 29), (0.57, 57), (0.58, 58), (0.3, 30), (0.0, 0), (0.999, 99)]
+)
 def test_a_decimal_fraction_means_what_it_says(sparsity, count):
     """0.29 * 100 is 28.999999999999996 in floating point."""
-    assert lowest(torch.rand(1, 100), PruningOptions(sparsity=sparsity), None, per="row").sum() == count
+    assert (
+        lowest(torch.rand(1, 100), PruningOptions(sparsity=sparsity), None, per="row").sum()
+        == count
+    )
 
 
 @given(scores, st.sampled_from(["1:2", "2:4", "1:4", "3:4", "4:6", "5:12"]))
@@ -69,7 +77,9 @@ def test_what_was_removed_stays_removed_and_counts(score, data, sparsity):
     assert mask.sum(1).tolist() == [max(wanted, n) for n in before.sum(1).tolist()]
     pattern = lowest(score, PruningOptions(pattern="2:4"), before, per="row")
     assert not (before & ~pattern).any()
-    assert pattern.view(-1, 4).sum(1).tolist() == [max(2, n) for n in before.view(-1, 4).sum(1).tolist()]
+    assert pattern.view(-1, 4).sum(1).tolist() == [
+        max(2, n) for n in before.view(-1, 4).sum(1).tolist()
+    ]
 
 
 def test_remove_leaves_positive_zeros_and_all_others_as_they_were(gaussian):
@@ -94,7 +104,9 @@ def test_remove_keeps_the_grid_unless_told_to_leave_it(gaussian):
 class TestEveryPruner:
     @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
     def test_removes_the_fraction_that_was_asked_for(self, pruner, sparsity, inputs, gaussian):
-        state = method(Stage(pruner, sparsity)).apply(LayerState(gaussian(16, 40)), inputs(width=40))
+        state = method(Stage(pruner, sparsity)).apply(
+            LayerState(gaussian(16, 40)), inputs(width=40)
+        )
         assert state.pruned.sum() == math.floor(sparsity * 640)
         assert state.sparsity == pytest.approx(sparsity)
 
@@ -115,7 +127,9 @@ class TestEveryPruner:
 
     def test_refuses_what_is_no_fraction(self, pruner):
         for value in (1, 1.0, 1.5, -0.1):
-            with pytest.raises(OrderError, match=rf"'sparsity' .* must be a number in \[0, 1\), got {value}"):
+            with pytest.raises(
+                OrderError, match=rf"'sparsity' .* must be a number in \[0, 1\), got {value}"
+            ):
                 method(Stage(pruner, value))
         with pytest.raises(OrderError, match=r"'sparsity' .* got 'half'"):
             method(Stage(pruner, "half"))
@@ -124,20 +138,24 @@ class TestEveryPruner:
 
     def test_needs_a_sparsity_or_a_pattern(self, pruner):
         with pytest.raises(
-            OrderError, match=rf"must give 'sparsity' in \[0, 1\), such as '{pruner}:0.5', or 'pattern'"
+            OrderError,
+            match=rf"must give 'sparsity' in \[0, 1\), such as '{pruner}:0.5', or 'pattern'",
         ):
             method(Stage(pruner))
 
     @pytest.mark.parametrize("pattern", ["4:4", "4:2", "0:4", "2:100", "2-4", 24, "n:m"])
     def test_refuses_what_is_no_pattern(self, pruner, pattern):
-        with pytest.raises(OrderError, match=r"'pattern' .* must be 'none' or N:M with N < M < 100, such as 2:4"):
+        with pytest.raises(
+            OrderError, match=r"'pattern' .* must be 'none' or N:M with N < M < 100, such as 2:4"
+        ):
             method(Stage(pruner, pattern=pattern))
 
     def test_sparsity_and_pattern_must_agree(self, pruner):
         agreed = method(Stage(pruner, sparsity=0.5, pattern="2:4"))
         assert str(agreed.stage) == f"{pruner}(pattern=2:4)"
         with pytest.raises(
-            OrderError, match=r"'sparsity' must be 0.75 or left out, since pattern 1:4 keeps 1 of 4; got 0.5"
+            OrderError,
+            match=r"'sparsity' must be 0.75 or left out, since pattern 1:4 keeps 1 of 4; got 0.5",
         ):
             method(Stage(pruner, sparsity=0.5, pattern="1:4"))
 
@@ -147,15 +165,21 @@ class TestEveryPruner:
         assert backend.check_shape((8, 30)) == "pattern 2:4 needs a multiple of 4 inputs, it has 30"
         assert method(Stage(pruner, 0.5)).check_shape((8, 30)) is None
 
-    @pytest.mark.parametrize("order", ["rtn:4 > {}:0.5", "gptq(bits=3, group_size=8) > {}(pattern=2:4)"])
-    def test_after_a_quantiser_the_grid_stays_unless_it_is_left(self, pruner, order, inputs, gaussian):
+    @pytest.mark.parametrize(
+        "order", ["rtn:4 > {}:0.5", "gptq(bits=3, group_size=8) > {}(pattern=2:4)"]
+    )
+    def test_after_a_quantiser_the_grid_stays_unless_it_is_left(
+        self, pruner, order, inputs, gaussian
+    ):
         first, second = Order.parse(order.format(pruner))
         quantised = method(first).apply(LayerState(gaussian(dtype=torch.bfloat16)), inputs())
         pruned = method(second).apply(quantised, inputs())
         assert pruned.grid is quantised.grid
         assert pruned.bits == quantised.bits
         options = dataclasses.asdict(method(second).options) | {"off_grid": True}
-        off = method(Stage(pruner, **{k: v for k, v in options.items() if v is not None})).apply(quantised, inputs())
+        off = method(Stage(pruner, **{k: v for k, v in options.items() if v is not None})).apply(
+            quantised, inputs()
+        )
         assert off.grid is None
         assert off.bits == 16
         off.check("off grid")

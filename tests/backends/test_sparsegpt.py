@@ -6,7 +6,8 @@ import torch
 from optimum_order.backends import method
 from optimum_order.backends.obs import BLOCK
 from optimum_order.errors import OrderError
-from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
 
@@ -31,9 +32,15 @@ def reference(weight, gram, sparsity=None, pattern=None, before=None, grid=None)
                 for row in range(len(W)):
                     mask[row, j + score[row].argsort()[: pattern[1] - pattern[0]]] = True
             else:
-                order = score.flatten().argsort(stable=True)[: math.floor(sparsity * score.numel() + 1e-9)]
+                order = score.flatten().argsort(stable=True)[
+                    : math.floor(sparsity * score.numel() + 1e-9)
+                ]
                 mask[order // len(here), j + order % len(here)] = True
-        q = W[:, j] if grid is None else grid.nearest(W[:, j : j + 1].float(), slice(j, j + 1))[:, 0].double()
+        q = (
+            W[:, j]
+            if grid is None
+            else grid.nearest(W[:, j : j + 1].float(), slice(j, j + 1))[:, 0].double()
+        )
         q = q.masked_fill(mask[:, j], 0)
         error = (W[:, j] - q) / inverse[j][0, 0]
         W[:, j:] -= torch.outer(error, inverse[j][0])
@@ -46,7 +53,9 @@ def compare(state, weight, statistics, expected, mask, row_errors):
     plain = weight.masked_fill(mask, 0.0)
     kept = row_errors(expected, weight, statistics) < row_errors(plain, weight, statistics)
     assert kept.float().mean() > 0.5
-    assert torch.allclose(state.weight.double(), torch.where(kept[:, None], expected, plain.double()), atol=1e-4)
+    assert torch.allclose(
+        state.weight.double(), torch.where(kept[:, None], expected, plain.double()), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,9 +83,14 @@ def test_prunes_on_the_grid_of_a_quantised_layer(inputs, gaussian, row_errors):
     state = method(Stage("sparsegpt", 0.5)).apply(LayerState(weight, grid=grid), statistics)
     compare(state, weight, statistics, expected, mask, row_errors)
     assert grid.holds(state.weight)
-    off = method(Stage("sparsegpt", sparsity=0.5, off_grid=True)).apply(LayerState(weight, grid=grid), statistics)
+    off = method(Stage("sparsegpt", sparsity=0.5, off_grid=True)).apply(
+        LayerState(weight, grid=grid), statistics
+    )
     assert off.grid is None
-    assert row_errors(off.weight, weight, statistics).sum() < row_errors(state.weight, weight, statistics).sum()
+    assert (
+        row_errors(off.weight, weight, statistics).sum()
+        < row_errors(state.weight, weight, statistics).sum()
+    )
 
 
 def test_what_was_removed_before_stays_and_counts(inputs, gaussian, row_errors):

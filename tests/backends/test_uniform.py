@@ -3,7 +3,7 @@ import torch
 
 from optimum_order.backends import method
 from optimum_order.errors import OrderError
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
 
@@ -13,7 +13,8 @@ def quantiser(request):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "group"), [(256, 128), (4096, 128), (192, 64), (96, 32), (100, -1), (31, -1), (128, 128), (320, 64)]
+    ("inputs", "group"),
+    [(256, 128), (4096, 128), (192, 64), (96, 32), (100, -1), (31, -1), (128, 128), (320, 64)],
 )
 def test_auto_is_the_largest_of_128_64_32_that_divides_or_the_row(quantiser, inputs, group):
     backend = method(Stage(quantiser, 4))
@@ -37,18 +38,25 @@ def test_a_width_that_nothing_divides_leaves_the_row(quantiser):
 
 @pytest.mark.parametrize("bits", [1, 9, 0, -4, 4.0, "four", True])
 def test_bits_are_two_to_eight(quantiser, bits):
-    with pytest.raises(OrderError, match=r"'bits' \(width of a weight\) must be an integer in 2\.\.8, got"):
+    with pytest.raises(
+        OrderError, match=r"'bits' \(width of a weight\) must be an integer in 2\.\.8, got"
+    ):
         method(Stage(quantiser, bits))
 
 
 def test_bits_must_be_given(quantiser):
-    with pytest.raises(OrderError, match=rf"Stage '{quantiser}' must give 'bits' \(width of a weight\)"):
+    with pytest.raises(
+        OrderError, match=rf"Stage '{quantiser}' must give 'bits' \(width of a weight\)"
+    ):
         method(Stage(quantiser))
 
 
 @pytest.mark.parametrize("size", [0, -2, 1.5, "rows", True])
 def test_a_group_size_is_auto_minus_one_or_positive(quantiser, size):
-    with pytest.raises(OrderError, match=r"'group_size' .* must be auto, -1 for the whole row, or a positive integer"):
+    with pytest.raises(
+        OrderError,
+        match=r"'group_size' .* must be auto, -1 for the whole row, or a positive integer",
+    ):
         method(Stage(quantiser, bits=4, group_size=size))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_order.backends import method
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
 
@@ -25,11 +25,13 @@ def reference_n_of_m(W, X, n, m):
 @pytest.fixture
 def X():
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(100, 32, generator=generator) * torch.rand(32, generator=generator).exp() ** 3
+    return (
+        torch.randn(100, 32, generator=generator) * torch.rand(32, generator=generator).exp() ** 3
+    )
 
 
 def known(X):
-    from optimum_order.layer import Statistics
+    from optimum_order.layers.statistics import Statistics
 
     return Statistics(len(X), X.square().sum(0))
 
@@ -55,11 +57,15 @@ def test_ranks_by_magnitude_where_no_token_came_by(gaussian, inputs):
     state = method(Stage("wanda", 0.5)).apply(LayerState(gaussian()), known(X))
     magnitude = method(Stage("magnitude", sparsity=0.5, per="row")).apply(LayerState(gaussian()))
     assert torch.equal(state.weight, magnitude.weight)
-    assert state.notes == ("wanda:0.5: no calibration token reached this layer; its inputs were taken as white noise",)
+    assert state.notes == (
+        "wanda:0.5: no calibration token reached this layer; its inputs were taken as white noise",
+    )
 
 
 def test_does_not_depend_on_the_scale_of_the_inputs(gaussian, X):
-    small, large = (method(Stage("wanda", 0.5)).apply(LayerState(gaussian()), known(X * s)) for s in (1e-3, 1e3))
+    small, large = (
+        method(Stage("wanda", 0.5)).apply(LayerState(gaussian()), known(X * s)) for s in (1e-3, 1e3)
+    )
     assert torch.equal(small.pruned, large.pruned)
 
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_order.calibration import capture as capture_module
 from optimum_order.calibration.capture import Capture
 from optimum_order.errors import InvariantError, ModelError
-from optimum_order.targets import Target
+from optimum_order.models.units import Target
 
 
 def linear(name, module):
@@ -67,7 +67,9 @@ def test_one_expert_of_a_fused_parameter_is_seen_alone(X, transposed):
     assert set(capture.leaders) == {"experts.0", "experts.2"}
 
 
-@pytest.mark.parametrize("product", [torch.matmul, torch.mm, torch.Tensor.matmul, lambda a, b: a @ b])
+@pytest.mark.parametrize(
+    "product", [torch.matmul, torch.mm, torch.Tensor.matmul, lambda a, b: a @ b]
+)
 def test_every_way_of_multiplying_is_seen(product, X):
     parameter = nn.Parameter(torch.randn(4, 6))
     with Capture([Target("a", "conv1d", parameter, transposed=True)], gram=True) as capture:
@@ -80,7 +82,10 @@ def conv_targets(name, module):
         return [Target(name, "conv2d", module.weight)]
     size = module.out_channels // module.groups
     rows = [range(i * size, (i + 1) * size) for i in range(module.groups)]
-    return [Target(f"{name}.weight.{i}", "conv2d", module.weight, rows=each) for i, each in enumerate(rows)]
+    return [
+        Target(f"{name}.weight.{i}", "conv2d", module.weight, rows=each)
+        for i, each in enumerate(rows)
+    ]
 
 
 CONVOLUTIONS = [
@@ -101,7 +106,9 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # what torch has to say about one of them
+@pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel"
+)  # what torch has to say about one of them
 @pytest.mark.parametrize("together", [2**24, 1])
 @pytest.mark.parametrize("options", CONVOLUTIONS)
 def test_a_convolution_is_a_product_with_patches(options, together, monkeypatch):
@@ -117,13 +124,18 @@ def test_a_convolution_is_a_product_with_patches(options, together, monkeypatch)
             with capture:
                 layer(x)
         before = torch.cat([layer(x) for x in batches])
-        deltas = [torch.randn(target.view.shape, generator=generator).double() for target in targets]
+        deltas = [
+            torch.randn(target.view.shape, generator=generator).double() for target in targets
+        ]
         for target, delta in zip(targets, deltas, strict=True):
             target.write(target.read() + delta)
         after = torch.cat([layer(x) for x in batches])
     seen = capture.statistics()
     assert {statistics.tokens for statistics in seen.values()} == {before[:, 0].numel()}
-    predicted = [seen[target.name].squared_error(delta) for target, delta in zip(targets, deltas, strict=True)]
+    predicted = [
+        seen[target.name].squared_error(delta)
+        for target, delta in zip(targets, deltas, strict=True)
+    ]
     assert sum(predicted) == pytest.approx((after - before).square().sum().item(), rel=1e-5)
 
 
@@ -163,7 +175,9 @@ def test_one_group_can_be_watched_alone():
         layer(x)
     patches = nn.functional.unfold(x[:, 4:6], 3).transpose(1, 2)
     assert list(capture.statistics()) == ["a.weight.2"]
-    assert torch.allclose(capture.statistics()["a.weight.2"].gram.double(), gram_of(patches), atol=1e-4)
+    assert torch.allclose(
+        capture.statistics()["a.weight.2"].gram.double(), gram_of(patches), atol=1e-4
+    )
 
 
 def test_convolutions_share_an_accumulator_if_they_move_over_one_image_alike():
@@ -171,20 +185,33 @@ def test_convolutions_share_an_accumulator_if_they_move_over_one_image_alike():
     first, twin = (nn.Conv2d(4, 6, 3, stride=2, padding=1) for _ in range(2))
     shortcut, shifted = nn.Conv2d(4, 6, 1, stride=2), nn.Conv2d(4, 6, 3, stride=2, padding=0)
     layers = {"first": first, "twin": twin, "shortcut": shortcut, "shifted": shifted}
-    capture = Capture([target for name, module in layers.items() for target in conv_targets(name, module)], gram=True)
+    capture = Capture(
+        [target for name, module in layers.items() for target in conv_targets(name, module)],
+        gram=True,
+    )
     for x in (torch.randn(2, 4, 7, 7), torch.randn(1, 4, 7, 7)):
         with capture:
             for layer in layers.values():
                 layer(x)
-    assert capture.leaders == {"first": "first", "twin": "first", "shortcut": "shortcut", "shifted": "shifted"}
-    assert [len(capture.statistics()[name].squared_norms) for name in ("first", "shortcut")] == [36, 4]
+    assert capture.leaders == {
+        "first": "first",
+        "twin": "first",
+        "shortcut": "shortcut",
+        "shifted": "shifted",
+    }
+    assert [len(capture.statistics()[name].squared_norms) for name in ("first", "shortcut")] == [
+        36,
+        4,
+    ]
 
 
 def test_patches_are_cut_a_few_images_at_a_time(monkeypatch):
     layer, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(10, 4, 5, 5)
     monkeypatch.setattr(capture_module, "_MOST_UNFOLDED", 3 * 36 * 25)  # three images
     sizes = []
-    monkeypatch.setattr(capture_module.Accumulator, "add", lambda self, rows: sizes.append(len(rows)))
+    monkeypatch.setattr(
+        capture_module.Accumulator, "add", lambda self, rows: sizes.append(len(rows))
+    )
     with Capture(conv_targets("a", layer), gram=True):
         layer(x)
     assert sizes == [75, 75, 75, 25]
@@ -197,7 +224,9 @@ def test_a_convolution_in_bfloat16_is_summed_in_float32():
         layer(x)
     patches = nn.functional.unfold(x.float(), 3)
     assert capture.statistics()["a"].squared_norms.dtype == torch.float32
-    assert torch.allclose(capture.statistics()["a"].squared_norms, patches.square().sum((0, 2)), rtol=1e-5)
+    assert torch.allclose(
+        capture.statistics()["a"].squared_norms, patches.square().sum((0, 2)), rtol=1e-5
+    )
 
 
 def test_layers_that_read_one_tensor_share_one_accumulator(layers, X):
@@ -231,7 +260,12 @@ def test_sharing_in_one_batch_alone_is_refused(layers, X):
     with capture:
         q(X)
         k(X)
-    with pytest.raises(InvariantError, match="'k' shared its input with 'q' in one batch and not in the next"), capture:
+    with (
+        pytest.raises(
+            InvariantError, match="'k' shared its input with 'q' in one batch and not in the next"
+        ),
+        capture,
+    ):
         q(X)
         k(X.clone())
 
@@ -268,5 +302,7 @@ def test_inputs_that_are_no_numbers_are_refused_by_name(layers, X, value):
     X[1, 2, 3] = value
     with Capture([linear("model.q", layers[0])], gram=True) as capture:
         layers[0](X)
-    with pytest.raises(ModelError, match=r"The inputs of 'model\.q' are NaN or infinite on the calibration data"):
+    with pytest.raises(
+        ModelError, match=r"The inputs of 'model\.q' are NaN or infinite on the calibration data"
+    ):
         capture.statistics()

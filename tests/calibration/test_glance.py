@@ -5,7 +5,7 @@ import torch
 
 from optimum_order.calibration.glance import glance
 from optimum_order.calibration.walk import walk
-from optimum_order.targets import find_units
+from optimum_order.models.units import find_units
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
@@ -16,7 +16,14 @@ def test_it_sees_what_a_walk_sees(make_model, architecture):
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 32, (2, 16), generator=generator)} for _ in range(2)]
     walked = {}
-    walk(model, units, batches, lambda at: walked.update(at.statistics), gram=True, dtype=torch.float32)
+    walk(
+        model,
+        units,
+        batches,
+        lambda at: walked.update(at.statistics),
+        gram=True,
+        dtype=torch.float32,
+    )
     seen = glance(model, targets, batches)
     assert list(seen) == [target.name for target in targets]
     for name, statistics in seen.items():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from optimum_order.calibration import precision
-from optimum_order.calibration.statistics import Accumulator
+from optimum_order.calibration.accumulate import Accumulator
 from optimum_order.calibration.walk import walk
 from optimum_order.errors import DataError
-from optimum_order.targets import find_units
+from optimum_order.models.units import find_units
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
         ("bfloat16", torch.float32, False, torch.bfloat16),
     ],
 )
-def test_bfloat16_where_it_costs_nothing_or_the_processor_is_made_for_it(monkeypatch, name, dtype, units, expected):
+def test_bfloat16_where_it_costs_nothing_or_the_processor_is_made_for_it(
+    monkeypatch, name, dtype, units, expected
+):
     monkeypatch.setattr(precision, "has_units", lambda device: units)
     assert precision.choose(name, dtype, CPU) == expected
 
@@ -58,23 +60,41 @@ def test_statistics_are_those_of_float32_to_a_percent(make_model, batches, archi
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         found[dtype] = {}
-        walk(model, units, batches, lambda at, d=dtype: found[d].update(at.statistics), gram=True, dtype=dtype)
+        walk(
+            model,
+            units,
+            batches,
+            lambda at, d=dtype: found[d].update(at.statistics),
+            gram=True,
+            dtype=dtype,
+        )
     exact, fast = found.values()
     assert any(not torch.equal(fast[name].gram, exact[name].gram) for name in exact)
     for name, known in exact.items():
-        if known.tokens and known.tokens == fast[name].tokens:  # a router may send a token elsewhere
+        if (
+            known.tokens and known.tokens == fast[name].tokens
+        ):  # a router may send a token elsewhere
             apart = (fast[name].gram - known.gram).norm() / known.gram.norm()
             assert apart < 0.02, name
             assert fast[name].gram.dtype == torch.float32
 
 
 @pytest.mark.parametrize("architecture", ["vit", "resnet"])
-def test_the_rest_of_a_model_gets_what_it_always_does(make_image_model, image_batches, architecture):
+def test_the_rest_of_a_model_gets_what_it_always_does(
+    make_image_model, image_batches, architecture
+):
     """What is left of the forward behind a block runs as ever, on the dtype that it expects."""
     model = make_image_model(architecture)
     outputs = []
     units = find_units(model)
-    walk(model, units, image_batches, lambda at: outputs.append(at.outputs()), gram=True, dtype=torch.bfloat16)
+    walk(
+        model,
+        units,
+        image_batches,
+        lambda at: outputs.append(at.outputs()),
+        gram=True,
+        dtype=torch.bfloat16,
+    )
     assert all(torch.isfinite(output).all() for output in outputs)
 
 

@@ -11,8 +11,8 @@ import torch
 from optimum_order.calibration.spill import Spill, drop
 from optimum_order.calibration.walk import walk
 from optimum_order.errors import OutputError
-from optimum_order.targets import find_units
-from optimum_order.weights import trim
+from optimum_order.models.lazy import trim
+from optimum_order.models.units import find_units
 
 MB = 2**20
 
@@ -35,7 +35,9 @@ def test_a_tensor_stays_the_object_and_the_bits_that_it_is(tmp_path, dtype):
     assert torch.equal(tensor, before), "its pages come back from the file"
     tensor.neg_() if dtype is torch.float32 else tensor.zero_()
     drop(maps)
-    assert torch.equal(tensor, -before if dtype is torch.float32 else torch.zeros_like(before)), "as they were left"
+    assert torch.equal(tensor, -before if dtype is torch.float32 else torch.zeros_like(before)), (
+        "as they were left"
+    )
     assert spill.rest([tensor]) == maps and spill.spilled == tensor.nbytes, "once is enough"
     assert list(tmp_path.iterdir()) == [], "no file has a name"
 
@@ -52,7 +54,9 @@ def test_below_the_limit_it_stays_in_memory(tmp_path):
     assert spill.rest([fourth, empty, strided]) == [] and spill.held == 800
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="only Linux says how much is resident")
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_DONTNEED"), reason="only Linux says how much is resident"
+)
 def test_it_is_not_in_memory(tmp_path):
     spill, tensors = Spill(tmp_path, limit=0), [torch.ones(16 * MB // 4) for _ in range(4)]
     trim()
@@ -72,7 +76,9 @@ def test_no_room_is_an_error_and_no_signal(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"cannot be kept in .*: No space left on device\. Make room"):
+    with pytest.raises(
+        OutputError, match=r"cannot be kept in .*: No space left on device\. Make room"
+    ):
         Spill(tmp_path, limit=0).rest([torch.zeros(3)])
 
 
@@ -95,6 +101,9 @@ def test_a_walk_sees_the_same_bits(make_model, batches, architecture, limit, tmp
     plain, other = found.values()
     assert plain.keys() == other.keys()
     for name, statistics in plain.items():
-        assert torch.equal(statistics.gram, other[name].gram) and statistics.tokens == other[name].tokens
+        assert (
+            torch.equal(statistics.gram, other[name].gram)
+            and statistics.tokens == other[name].tokens
+        )
     assert any(spilled) == (limit < 10**9)
     assert spill.spilled == spill.held == 0, "nothing is alive after the walk"

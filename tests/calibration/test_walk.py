@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from optimum_order.backends import method
 from optimum_order.calibration.walk import walk as walk_in
 from optimum_order.errors import ModelError
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import find_units
 from optimum_order.order import Stage
-from optimum_order.targets import find_units
 
 walk = functools.partial(walk_in, dtype=torch.float32)
 """With products exact enough to be compared with those of hooks."""
@@ -64,7 +64,9 @@ def observe(model, units, batches):
 
     def see_patches(module, name, x):
         """The patches that a convolution without zeros around them cuts out of an image, by a loop."""
-        padded = torch.nn.functional.pad(x, [side for side in module.padding[::-1] for _ in range(2)])
+        padded = torch.nn.functional.pad(
+            x, [side for side in module.padding[::-1] for _ in range(2)]
+        )
         (kh, kw), (sh, sw) = module.kernel_size, module.stride
         for group, channels in enumerate(padded.chunk(module.groups, 1)):
             for top in range(0, padded.shape[2] - kh + 1, sh):
@@ -77,7 +79,9 @@ def observe(model, units, batches):
             hook = lambda m, args, name=name: see_patches(m, name, args[0])  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook))
         elif isinstance(module, (torch.nn.Linear, Conv1D)) and name in seen:
-            handles.append(module.register_forward_pre_hook(lambda m, args, name=name: see(name, args[0])))
+            handles.append(
+                module.register_forward_pre_hook(lambda m, args, name=name: see(name, args[0]))
+            )
         elif hasattr(module, "is_transposed"):
             hook = lambda m, args, kwargs, name=name: see_experts(m, name, args, kwargs)  # noqa: E731
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -109,12 +113,16 @@ def agree(statistics, X):
     return (
         statistics.tokens == len(X)
         and torch.allclose(statistics.gram.double(), gram, rtol=1e-4, atol=1e-5 * scale)
-        and torch.allclose(statistics.squared_norms.double(), gram.diagonal(), rtol=1e-4, atol=1e-5 * scale)
+        and torch.allclose(
+            statistics.squared_norms.double(), gram.diagonal(), rtol=1e-4, atol=1e-5 * scale
+        )
     )
 
 
 @pytest.mark.parametrize("architecture", WALKED)
-def test_sees_what_hooks_on_the_whole_model_see_and_leaves_no_trace(make_model, batches, architecture):
+def test_sees_what_hooks_on_the_whole_model_see_and_leaves_no_trace(
+    make_model, batches, architecture
+):
     model = make_model(architecture)
     units = find_units(model)
     expected = observe(model, units, batches)
@@ -187,14 +195,18 @@ def test_a_position_of_an_image_is_a_token(make_image_model, image_batches):
         hidden = [model.resnet.embedder(batch["pixel_values"]) for batch in image_batches[:2]]
         expected = torch.cat([model.resnet.encoder.stages[0](x) for x in hidden])
     assert torch.allclose(
-        found["resnet.encoder.stages.0.layers.0"], expected.permute(0, 2, 3, 1).flatten(0, 2), atol=1e-5
+        found["resnet.encoder.stages.0.layers.0"],
+        expected.permute(0, 2, 3, 1).flatten(0, 2),
+        atol=1e-5,
     )
 
 
 def test_pixels_are_given_in_the_dtype_of_the_model(make_image_model, image_batches):
     model = make_image_model("resnet").to(torch.bfloat16)
     statistics, _ = collect(model, find_units(model), image_batches)
-    batches = [{"pixel_values": batch["pixel_values"].to(torch.bfloat16)} for batch in image_batches]
+    batches = [
+        {"pixel_values": batch["pixel_values"].to(torch.bfloat16)} for batch in image_batches
+    ]
     expected = observe(model, find_units(model), batches)
     assert all(agree(statistics[name], X) for name, X in expected.items())
 
@@ -212,7 +224,9 @@ def test_later_blocks_see_what_changed_earlier_ones_produce(make_model, batches,
 
     statistics, _ = collect(model, units, batches, change)
 
-    changed = observe(model, units, batches)  # of the model as it is now, with only its first block changed
+    changed = observe(
+        model, units, batches
+    )  # of the model as it is now, with only its first block changed
     for target in units[1].targets:
         assert agree(statistics[target.name], changed[target.name]), target.name
     first = units[1].targets[0].name
@@ -236,14 +250,22 @@ def test_padding_masks_reach_the_blocks(make_model, batches):
 @pytest.mark.parametrize(
     ("architecture", "shared"),
     [
-        ("llama", [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]),
+        (
+            "llama",
+            [
+                ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                ["mlp.gate_proj", "mlp.up_proj"],
+            ],
+        ),
         ("bert", [["attention.self.query", "attention.self.key", "attention.self.value"]]),
         ("opt", [["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"]]),
         ("mixtral", [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]]),
         ("gpt2", []),
     ],
 )
-def test_layers_that_read_one_input_share_one_set_of_statistics(make_model, batches, architecture, shared):
+def test_layers_that_read_one_input_share_one_set_of_statistics(
+    make_model, batches, architecture, shared
+):
     model = make_model(architecture)
     groups = {}
 
@@ -256,7 +278,9 @@ def test_layers_that_read_one_input_share_one_set_of_statistics(make_model, batc
                 assert at.statistics[target.name] is at.statistics[at.leaders[target.name]]
 
     walk(model, find_units(model), batches, visit, gram=True)
-    assert sorted(map(sorted, (group for group in groups.values() if len(group) > 1))) == sorted(map(sorted, shared))
+    assert sorted(map(sorted, (group for group in groups.values() if len(group) > 1))) == sorted(
+        map(sorted, shared)
+    )
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
@@ -267,7 +291,9 @@ def test_every_expert_sees_the_tokens_routed_to_it(make_model, batches, architec
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     for block in range(2):
         for name in ("gate_up_proj", "down_proj"):
-            seen = [statistics[f"model.layers.{block}.mlp.experts.{name}.{i}"].tokens for i in range(4)]
+            seen = [
+                statistics[f"model.layers.{block}.mlp.experts.{name}.{i}"].tokens for i in range(4)
+            ]
             assert sum(seen) == 2 * tokens
             assert len(set(seen)) > 1
 
@@ -291,7 +317,9 @@ def test_norms_alone_hold_no_matrix(make_model, batches):
     expected = observe(model, find_units(model), batches)
     for name, known in statistics.items():
         assert known.gram is None
-        assert torch.allclose(known.squared_norms.double(), expected[name].square().sum(0), rtol=1e-4)
+        assert torch.allclose(
+            known.squared_norms.double(), expected[name].square().sum(0), rtol=1e-4
+        )
 
 
 def test_only_the_units_it_is_given_are_visited(make_model, batches):
@@ -336,7 +364,10 @@ def test_outputs_are_those_of_the_unit_as_it_is(make_model, batches):
 
     walk(model, find_units(model), batches, visit, gram=False)
     with torch.no_grad():
-        hidden = [model.model(**batch, output_hidden_states=True).hidden_states[1] for batch in batches[:2]]
+        hidden = [
+            model.model(**batch, output_hidden_states=True).hidden_states[1]
+            for batch in batches[:2]
+        ]
     before, without, after = found["model.layers.0"]
     assert torch.allclose(before, torch.cat([h.flatten(0, 1) for h in hidden]), atol=1e-5)
     assert not torch.allclose(before, without, atol=1e-2)
@@ -351,7 +382,9 @@ class TestCutOff:
         kept = {}
 
         def keep(unit, crossing):
-            kept[unit.name] = copy.deepcopy(crossing())  # an output that is held is one that may be used
+            kept[unit.name] = copy.deepcopy(
+                crossing()
+            )  # an output that is held is one that may be used
             if unit.name == units[after].name:
                 raise KeyboardInterrupt
 
@@ -390,7 +423,14 @@ class TestCutOff:
 
     @pytest.mark.parametrize(
         ("architecture", "stored"),
-        [("llama", True), ("llama", False), ("gpt2", True), ("gemma3_text", True), ("gpt_oss", True), ("bert", True)],
+        [
+            ("llama", True),
+            ("llama", False),
+            ("gpt2", True),
+            ("gemma3_text", True),
+            ("gpt_oss", True),
+            ("bert", True),
+        ],
     )
     def test_the_blocks_to_come_see_the_same_bits(self, make_model, batches, architecture, stored):
         layers = {"n_layer": 4} if architecture == "gpt2" else {"num_hidden_layers": 4}
@@ -406,12 +446,19 @@ class TestCutOff:
         statistics, after, runs = self.go_on(part, units, batches, kept, crossing)
         assert set(statistics) == {target.name for unit in units[2:] for target in unit.targets}
         for name, found in statistics.items():
-            assert torch.equal(found.gram, expected[name].gram) and found.tokens == expected[name].tokens
+            assert (
+                torch.equal(found.gram, expected[name].gram)
+                and found.tokens == expected[name].tokens
+            )
         assert after[units[2].name] is not None and after[units[3].name] is None
         assert [runs[unit.name] for unit in units[:2]] == ([0, 0] if stored else [len(batches)] * 2)
-        assert [runs[unit.name] for unit in units[2:]] == [2 * len(batches), len(batches)], "no run for nothing"
+        assert [runs[unit.name] for unit in units[2:]] == [2 * len(batches), len(batches)], (
+            "no run for nothing"
+        )
 
-    @pytest.mark.parametrize("how", ["plain", "skip", "held", "changed", "cache", "shared", "list", "looked at"])
+    @pytest.mark.parametrize(
+        "how", ["plain", "skip", "held", "changed", "cache", "shared", "list", "looked at"]
+    )
     def test_what_more_flows_between_blocks_is_noticed(self, make_chain, batches, how):
         plain = how in ("plain", "looked at", "shared")  # what is shared is seen once it is missing
         whole, part = make_chain(how), make_chain(how)
@@ -426,14 +473,24 @@ class TestCutOff:
 
     @pytest.mark.parametrize("stale", ["arguments", "batches"])
     def test_outputs_that_do_not_fit_are_not_used(self, make_model, batches, stale):
-        whole, part = make_model("llama", num_hidden_layers=4), make_model("llama", num_hidden_layers=4)
+        whole, part = (
+            make_model("llama", num_hidden_layers=4),
+            make_model("llama", num_hidden_layers=4),
+        )
         expected, _ = collect(whole, find_units(whole), batches, halve)
         units = find_units(part)
         kept = self.cut(part, units, batches, after=1)
         crossing = kept[units[1].name]
-        changed = {"arguments": {"arguments": "0" * 64}, "batches": {"outputs": crossing.outputs[:2]}}[stale]
-        statistics, _, runs = self.go_on(part, units, batches, kept, dataclasses.replace(crossing, **changed))
-        assert all(torch.equal(found.gram, expected[name].gram) for name, found in statistics.items())
+        changed = {
+            "arguments": {"arguments": "0" * 64},
+            "batches": {"outputs": crossing.outputs[:2]},
+        }[stale]
+        statistics, _, runs = self.go_on(
+            part, units, batches, kept, dataclasses.replace(crossing, **changed)
+        )
+        assert all(
+            torch.equal(found.gram, expected[name].gram) for name, found in statistics.items()
+        )
         assert runs[units[0].name] == len(batches)
 
 
@@ -464,7 +521,10 @@ class Chain(PreTrainedModel):
     def __init__(self, how):
         super().__init__(PretrainedConfig())
         self.how = how
-        self.embedding, self.blocks = nn.Embedding(64, 8), nn.ModuleList([Block() for _ in range(5)])
+        self.embedding, self.blocks = (
+            nn.Embedding(64, 8),
+            nn.ModuleList([Block() for _ in range(5)]),
+        )
 
     def forward(self, input_ids):
         x, earlier, shared = self.embedding(input_ids), [], {}
@@ -485,7 +545,11 @@ class Chain(PreTrainedModel):
                 earlier.append(x * 2 if number == 1 else x)
                 x = block(x, earlier[1] if number == 4 else None)
             elif self.how == "looked at":
-                assert x.shape[-1] == x.size(-1) == 8 and x.dtype is torch.float32 and x.device.type == "cpu"
+                assert (
+                    x.shape[-1] == x.size(-1) == 8
+                    and x.dtype is torch.float32
+                    and x.device.type == "cpu"
+                )
                 x = block(x, None)
             else:
                 x = block(x)
@@ -529,7 +593,9 @@ class TestFailing:
             collect(model, find_units(model), batches, change)
         assert self.unharmed(model, batches, expected)
 
-    @pytest.mark.parametrize("where", ["model.embed_tokens", "model.layers.0.mlp", "model.layers.1.self_attn"])
+    @pytest.mark.parametrize(
+        "where", ["model.embed_tokens", "model.layers.0.mlp", "model.layers.1.self_attn"]
+    )
     def test_a_forward_that_raises(self, model, batches, expected, where):
         def fail(*_):
             raise RuntimeError("out of memory, say")
@@ -559,23 +625,33 @@ class TestFailing:
         model = make_model("albert", num_hidden_layers=6, num_hidden_groups=groups)
         visited = []
         with pytest.raises(
-            ModelError, match=r"runs 'encoder\.albert_layer_groups\.0' more than once .* \(shared layers\)"
+            ModelError,
+            match=r"runs 'encoder\.albert_layer_groups\.0' more than once .* \(shared layers\)",
         ):
-            walk(model, find_units(model), batches, lambda at: visited.append(at.unit.name), gram=True)
+            walk(
+                model,
+                find_units(model),
+                batches,
+                lambda at: visited.append(at.unit.name),
+                gram=True,
+            )
         assert len(visited) < groups  # refused before the last unit is worked on
 
     def test_a_block_that_is_never_run(self, model, batches, expected):
         units = find_units(model)
         model.model.layers = model.model.layers[:1]
         model.config.num_hidden_layers = 1
-        with pytest.raises(ModelError, match=r"does not run the blocks model\.layers\.1 for every input"):
+        with pytest.raises(
+            ModelError, match=r"does not run the blocks model\.layers\.1 for every input"
+        ):
             collect(model, units, batches)
 
     def test_inputs_that_overflow(self, make_model, batches):
         model = make_model("llama")
         model.model.embed_tokens.weight.data[:, 3] = torch.inf
         with pytest.raises(
-            ModelError, match=r"The inputs of 'model\.layers\.0\.self_attn\.q_proj' are NaN or infinite"
+            ModelError,
+            match=r"The inputs of 'model\.layers\.0\.self_attn\.q_proj' are NaN or infinite",
         ):
             collect(model, find_units(model), batches)
 
@@ -584,11 +660,20 @@ def test_a_model_of_several_modalities_is_walked_without_a_cache(batches):
     """Its config holds `use_cache` in the part for text."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text = small | {"vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
     config = Gemma3Config(
         text_config=text
-        | {"layer_types": ["sliding_attention", "full_attention"], "bos_token_id": 1, "eos_token_id": 2},
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         vision_config=small | {"image_size": 16, "patch_size": 8},
         mm_tokens_per_image=4,
         image_token_index=70,

@@ -42,7 +42,16 @@ def saved(tiny_llama_folder, text_file, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "model"
     arguments = f"--calibration {text_file} --calibration-samples 4 --sequence-length 64 --evaluate {text_file}".split()
     with pytest.raises(SystemExit) as end:
-        main(["export", str(tiny_llama_folder), str(folder), "--order", "wanda:0.5 > gptq:4", *arguments])
+        main(
+            [
+                "export",
+                str(tiny_llama_folder),
+                str(folder),
+                "--order",
+                "wanda:0.5 > gptq:4",
+                *arguments,
+            ]
+        )
     assert not end.value.code
     return folder
 

@@ -36,7 +36,9 @@ def parser():
 def asked(monkeypatch):
     """What `from_pretrained` was asked for."""
     found = {}
-    monkeypatch.setattr(JointCompressor, "from_pretrained", lambda name, **options: found.update(options, name=name))
+    monkeypatch.setattr(
+        JointCompressor, "from_pretrained", lambda name, **options: found.update(options, name=name)
+    )
     return found
 
 
@@ -44,8 +46,12 @@ def test_what_is_not_given_is_what_python_takes(parser, asked):
     arguments.compressor(parser.parse_args(["tiny-llama"]))
     signature = inspect.signature(inspect.unwrap(JointCompressor.__init__)).parameters
     known = [name for name in asked if name in signature and name != "calibration"]
-    assert {"calibration_samples", "sequence_length", "seed", "calibration_dtype", "device"} <= set(known)
-    assert {name: asked[name] for name in known} == {name: signature[name].default for name in known}
+    assert {"calibration_samples", "sequence_length", "seed", "calibration_dtype", "device"} <= set(
+        known
+    )
+    assert {name: asked[name] for name in known} == {
+        name: signature[name].default for name in known
+    }
 
 
 def test_all_that_is_given_arrives(parser, asked):
@@ -55,7 +61,10 @@ def test_all_that_is_given_arrives(parser, asked):
     assert set(asked) == {name for _, name in GIVEN.values()}, "nothing else is asked for"
     for value, name in GIVEN.values():
         arrived = asked[name]
-        assert ([str(each) for each in arrived] if isinstance(arrived, list) else str(arrived)) in (value, [value])
+        assert ([str(each) for each in arrived] if isinstance(arrived, list) else str(arrived)) in (
+            value,
+            [value],
+        )
 
 
 def test_a_command_may_do_without_a_model():
@@ -65,7 +74,10 @@ def test_a_command_may_do_without_a_model():
 
 
 def test_libraries_are_silent_unless_their_user_asked(monkeypatch):
-    before, level = transformers.utils.logging.get_verbosity(), logging.getLogger("bitsandbytes").level
+    before, level = (
+        transformers.utils.logging.get_verbosity(),
+        logging.getLogger("bitsandbytes").level,
+    )
     try:
         transformers.utils.logging.set_verbosity_info()
         monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")

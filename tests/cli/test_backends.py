@@ -13,7 +13,10 @@ def test_json_lists_every_method_and_format(program):
 
 
 def test_json_says_what_may_be_written(program):
-    methods = {method["name"]: method for method in json.loads(program("backends", "--json").out)["methods"]}
+    methods = {
+        method["name"]: method
+        for method in json.loads(program("backends", "--json").out)["methods"]
+    }
     assert methods["gptq"]["calibration"] and methods["mixed_precision"]["calibration"]
     assert not methods["rtn"]["calibration"] and not methods["magnitude"]["calibration"]
     assert (methods["wanda"]["kind"], methods["gptq"]["kind"]) == ("prune", "quantize")
@@ -26,8 +29,16 @@ def test_json_says_what_may_be_written(program):
         "default": None,
     }
     defaults = {option["name"]: option["default"] for option in others if not option["required"]}
-    assert defaults["group_size"] == "auto" and defaults["symmetric"] is True and defaults["damping"] == 0.01
-    assert all(option["allowed"] and option["help"] for method in methods.values() for option in method["options"])
+    assert (
+        defaults["group_size"] == "auto"
+        and defaults["symmetric"] is True
+        and defaults["damping"] == 0.01
+    )
+    assert all(
+        option["allowed"] and option["help"]
+        for method in methods.values()
+        for option in method["options"]
+    )
 
 
 def test_people_see_the_same(program, monkeypatch):

@@ -24,7 +24,12 @@ def command(work, *, json=False, code=0):
         def exit_code(self, result):
             return code
 
-    return Example(None, argparse.Namespace(json=json), from_defaults_factory=True, parser=argparse.ArgumentParser())
+    return Example(
+        None,
+        argparse.Namespace(json=json),
+        from_defaults_factory=True,
+        parser=argparse.ArgumentParser(),
+    )
 
 
 def failing(error):
@@ -35,7 +40,8 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    "error", [OrderError("no such order"), OutputError("the disk is full"), ModelError("NaN\n in w")]
+    "error",
+    [OrderError("no such order"), OutputError("the disk is full"), ModelError("NaN\n in w")],
 )
 def test_our_errors_become_one_line_and_exit_code_2(error, capsys):
     with pytest.raises(SystemExit) as end:
@@ -102,7 +108,8 @@ def test_without_json_the_result_is_shown(capsys):
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (11_720_000, "11.7 MB"), (5_000_000_000_000, "5e+03 GB")]
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (11_720_000, "11.7 MB"), (5_000_000_000_000, "5e+03 GB")],
 )
 def test_sizes_are_in_units_people_read(count, text):
     assert size(count) == text

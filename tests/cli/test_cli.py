@@ -45,7 +45,9 @@ def test_a_wrong_command_line_exits_with_2(program, arguments):
 def test_optimum_cli_runs_the_same_commands_and_errors(tmp_path):
     main = "from optimum.commands.optimum_cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", main, "order", "inspect", str(tmp_path)], capture_output=True, text=True
+        [sys.executable, "-c", main, "order", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("optimum-order: error: ") and done.stderr.count("\n") == 1

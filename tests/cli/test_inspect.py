@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from optimum_order import manifest
+from optimum_order.artifact import manifest
 
 
 def test_json_is_the_manifest_and_what_verify_found(program, saved, copied):
@@ -12,7 +12,9 @@ def test_json_is_the_manifest_and_what_verify_found(program, saved, copied):
     (copied / "extra.py").write_text("not ours")
     done = program("inspect", copied, "--json")
     assert done.code == 1
-    assert json.loads(done.out)["problems"] == ["extra.py is in the folder and not in the manifest."]
+    assert json.loads(done.out)["problems"] == [
+        "extra.py is in the folder and not in the manifest."
+    ]
     done = program("inspect", copied, "--json", "--no-verify")
     assert done.code == 0 and json.loads(done.out)["problems"] is None
 
@@ -21,7 +23,11 @@ def test_people_see_whether_it_verifies(program, saved, copied, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def verdict(*arguments):
-        return [line.split("│")[2].strip() for line in program(*arguments).out.splitlines() if " verifies " in line]
+        return [
+            line.split("│")[2].strip()
+            for line in program(*arguments).out.splitlines()
+            if " verifies " in line
+        ]
 
     assert verdict("inspect", saved) == ["yes"]
     assert verdict("inspect", saved, "--no-verify") == []
@@ -35,9 +41,13 @@ def test_people_see_whether_it_verifies(program, saved, copied, monkeypatch):
 def test_a_model_on_the_hub(hub, saved):
     hub.call("push", saved, "me/model", revision="dev")
     done = hub.call("program", "inspect", "me/model", "--revision", "dev", "--no-verify", "--json")
-    assert done["code"] == 0 and json.loads(done["out"]) == manifest.load(saved) | {"problems": None}
+    assert done["code"] == 0 and json.loads(done["out"]) == manifest.load(saved) | {
+        "problems": None
+    }
     assert not any(
-        "safetensors" in request or "/lfs/" in request for request in hub.server.requests if "GET" in request
+        "safetensors" in request or "/lfs/" in request
+        for request in hub.server.requests
+        if "GET" in request
     )
     done = hub.call("program", "inspect", "me/model", "--revision", "dev")
     assert done["code"] == 0 and "yes" in done["out"].split("verifies")[1]
@@ -98,7 +108,11 @@ def test_a_damaged_manifest_is_one_line(program, copied, change):
     rewrite(copied, change)
     done = program("inspect", copied)
     assert done.code == 2 and done.out == ""
-    assert done.err.startswith("optimum-order: error: ") and done.err.count("\n") == 1 and "damaged" in done.err
+    assert (
+        done.err.startswith("optimum-order: error: ")
+        and done.err.count("\n") == 1
+        and "damaged" in done.err
+    )
 
 
 def test_a_manifest_cannot_write_to_the_screen(program, copied):

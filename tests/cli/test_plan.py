@@ -18,7 +18,10 @@ def test_json_is_one_object_with_all_that_is_promised(program, arguments):
     found = program(*arguments, "--stages", "wanda:0.5, gptq(bits=4, group_size=32)", "--json")
     assert found.code == 0
     plan = json.loads(found.out)
-    assert Order.parse(plan["order"]) in Order.parse("wanda:0.5 > gptq(bits=4, group_size=32)").permutations()
+    assert (
+        Order.parse(plan["order"])
+        in Order.parse("wanda:0.5 > gptq(bits=4, group_size=32)").permutations()
+    )
     assert {"ranking", "difference", "decisive", "reason", "cost"} <= set(plan)
 
 

@@ -2,22 +2,30 @@ import json
 
 import pytest
 
-from optimum_order import manifest
+from optimum_order.artifact import manifest
 
 
 def test_a_folder_is_pushed_and_its_address_printed(hub, saved):
     done = hub.call("program", "push", str(saved), "me/model", "--private", "--message", "mine")
     (made,) = hub.server.repositories["me/model"].commits[1:]
-    assert done == {"code": 0, "out": f"{saved} is at {hub.server.url}/me/model/commit/{made.oid}\n"}
+    assert done == {
+        "code": 0,
+        "out": f"{saved} is at {hub.server.url}/me/model/commit/{made.oid}\n",
+    }
     assert hub.server.repositories["me/model"].private and made.message == "mine"
 
 
 def test_branch_and_pull_request(hub, saved):
     done = hub.call("program", "push", str(saved), "me/model", "--revision", "dev", "--json")
-    assert done["code"] == 0 and json.loads(done["out"])["url"].startswith(f"{hub.server.url}/me/model/commit/")
+    assert done["code"] == 0 and json.loads(done["out"])["url"].startswith(
+        f"{hub.server.url}/me/model/commit/"
+    )
     assert manifest.FILE in hub.server.files("me/model", "dev")
     done = hub.call("program", "push", str(saved), "me/model", "--create-pr", "--json")
-    assert json.loads(done["out"]) == {"folder": str(saved), "url": f"{hub.server.url}/me/model/discussions/1"}
+    assert json.loads(done["out"]) == {
+        "folder": str(saved),
+        "url": f"{hub.server.url}/me/model/discussions/1",
+    }
     assert manifest.FILE not in hub.server.files("me/model")
 
 
@@ -41,4 +49,6 @@ def test_a_hub_that_refuses_is_exit_code_2(hub, saved, status):
     done = hub.call("program", "push", str(saved), "me/model")
     assert done == {"code": 2, "out": ""}
     said = hub.log.read_text()[len(before) :]
-    assert f"optimum-order: error: The Hub answered {status}" in said and hub.tokens["me"] not in said
+    assert (
+        f"optimum-order: error: The Hub answered {status}" in said and hub.tokens["me"] not in said
+    )

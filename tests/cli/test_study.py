@@ -7,13 +7,22 @@ import pytest
 from optimum_order import JointCompressor
 from optimum_order.cli.study import GRID, StudyCommand, read_orders
 from optimum_order.errors import OrderError
-from optimum_order.ordering.study import TRIALS, Trials
+from optimum_order.study.study import TRIALS, Trials
 
 
 @pytest.fixture
 def arguments(tiny_llama_folder, text_file, tmp_path):
     """A study of a few seconds in `out`; later arguments win over earlier ones."""
-    small = ["--calibration-samples", 2, "--sequence-length", 32, "--evaluation-samples", 4, "--draws", 2]
+    small = [
+        "--calibration-samples",
+        2,
+        "--sequence-length",
+        32,
+        "--evaluation-samples",
+        4,
+        "--draws",
+        2,
+    ]
     data = ["--calibration", text_file, "--evaluate", text_file, "--device", "cpu"]
     return ["study", tiny_llama_folder, *small, *data, "-o", tmp_path / "out"]
 
@@ -23,10 +32,16 @@ def studied(tiny_llama_folder, text_file, tmp_path_factory):
     """The folder of a finished study. Do not write into it."""
     folder = tmp_path_factory.mktemp("studied")
     compressor = JointCompressor.from_pretrained(
-        tiny_llama_folder, calibration=str(text_file), calibration_samples=2, sequence_length=32, device="cpu"
+        tiny_llama_folder,
+        calibration=str(text_file),
+        calibration_samples=2,
+        sequence_length=32,
+        device="cpu",
     )
     orders = ["wanda:0.5 > rtn:4", "rtn:4 > wanda:0.5", "wanda:0.5 > rtn:3", "rtn:3 > wanda:0.5"]
-    compressor.study(orders, folder, draws=2, evaluation=str(text_file), evaluation_samples=4, progress=False)
+    compressor.study(
+        orders, folder, draws=2, evaluation=str(text_file), evaluation_samples=4, progress=False
+    )
     return folder
 
 
@@ -41,13 +56,20 @@ def test_a_grid_is_run_and_reported(program, arguments, studied, tmp_path):
     assert result["report"] == str(tmp_path / "out" / "report.html")
     assert result["summary"] == json.loads((tmp_path / "out" / "summary.json").read_text())
     expected = json.loads((studied / "summary.json").read_text())
-    for summary in (result["summary"], expected):  # as the Python interface does it, but for how long it took
+    for summary in (
+        result["summary"],
+        expected,
+    ):  # as the Python interface does it, but for how long it took
         for entry in summary["orders"]:
             del entry["seconds"], entry["cpu_seconds"]
     pairs = lambda summary: {tuple(pair["orders"]): pair for pair in summary["pairs"]}  # noqa: E731
     assert pairs(result["summary"]) == pairs(expected)
     assert result["summary"]["settings"] == expected["settings"]
-    assert done.err.count("100%") >= 1 and "Loading weights" not in done.err and "Writing" not in done.err
+    assert (
+        done.err.count("100%") >= 1
+        and "Loading weights" not in done.err
+        and "Writing" not in done.err
+    )
 
 
 def test_people_see_a_table_and_where_the_report_is(program, studied, tmp_path):
@@ -59,8 +81,12 @@ def test_people_see_a_table_and_where_the_report_is(program, studied, tmp_path):
 
 
 def test_a_report_alone_runs_nothing(program, studied, tiny_llama_folder, monkeypatch):
-    monkeypatch.setattr("optimum_order.pipeline.run", lambda *a, **k: pytest.fail("a stage was run"))
-    monkeypatch.setattr("optimum_order.checkpoint.Checkpoint.load", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "optimum_order.engine.run.run", lambda *a, **k: pytest.fail("a stage was run")
+    )
+    monkeypatch.setattr(
+        "optimum_order.models.source.Checkpoint.load", lambda *a: pytest.fail("a model was loaded")
+    )
     (studied / "report.html").unlink()
     assert program("study", tiny_llama_folder, "--report-only", "-o", studied).code == 0
     assert (studied / "report.html").is_file()
@@ -104,14 +130,22 @@ def test_a_file_and_a_grid_together(program, monkeypatch, tmp_path):
     (tmp_path / "orders.txt").write_text("wanda:0.5 > rtn:4 > wanda:0.7\n")
     both = chosen(program, monkeypatch, *GRID_OPTIONS, "--orders", tmp_path / "orders.txt")
     assert both[-1] == "wanda:0.5 > rtn:4 > wanda:0.7" and len(both) == 3 + 4 + 1
-    simulated = chosen(program, monkeypatch, *GRID_OPTIONS, "--orders", tmp_path / "orders.txt", "--simulate")
+    simulated = chosen(
+        program, monkeypatch, *GRID_OPTIONS, "--orders", tmp_path / "orders.txt", "--simulate"
+    )
     assert all(("wanda" in order) == ("off_grid=true" in order) for order in simulated)
     assert simulated[-1].count("off_grid=true") == 2
 
 
 BAD = {
-    "one pair": (["--pruners", "wanda", "--sparsities", "0.5", "--quantizers", "rtn", "--bits", "4"], "1 pairs"),
-    "bits that are none": (["--bits", "2,three"], "--bits takes whole numbers with commas between them, such as 2,3,4"),
+    "one pair": (
+        ["--pruners", "wanda", "--sparsities", "0.5", "--quantizers", "rtn", "--bits", "4"],
+        "1 pairs",
+    ),
+    "bits that are none": (
+        ["--bits", "2,three"],
+        "--bits takes whole numbers with commas between them, such as 2,3,4",
+    ),
     "half bits": (["--bits", "2.5,3"], "got '2.5,3'"),
     "too many bits": (["--bits", "4,9"], "in 2..8, got 9"),
     "sparsities that are none": (["--sparsities", "0.3;0.5"], "--sparsities takes numbers"),
@@ -121,7 +155,10 @@ BAD = {
     "an unknown pruner": (["--pruners", "wandaa"], "Did you mean 'wanda'?"),
     "a pruner with its sparsity": (["--pruners", "wanda:0.5"], "without its sparsity"),
     "an order for a pruner": (["--pruners", "wanda > gptq"], "',' and another stage"),
-    "an orders file that is missing": (["--orders", "missing.txt"], "'missing.txt' cannot be read: No such file"),
+    "an orders file that is missing": (
+        ["--orders", "missing.txt"],
+        "'missing.txt' cannot be read: No such file",
+    ),
     "another metric's model": (["--metric", "accuracy"], "Accuracy is for image classifiers"),
     "an unknown metric": (["--metric", "perplexty"], "Did you mean 'perplexity'?"),
     "more draws than there is text": (["--draws", "5000"], "and 5000 are needed"),
@@ -135,11 +172,17 @@ BAD = {
 
 
 @pytest.mark.parametrize(("extra", "says"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_and_stores_nothing(program, arguments, tmp_path, monkeypatch, extra, says):
-    monkeypatch.setattr("optimum_order.ordering.study.Study.run", lambda *a: pytest.fail("it was run"))
+def test_bad_input_is_one_line_and_stores_nothing(
+    program, arguments, tmp_path, monkeypatch, extra, says
+):
+    monkeypatch.setattr("optimum_order.study.study.Study.run", lambda *a: pytest.fail("it was run"))
     done = program(*arguments, *extra)
     assert done.code == 2 and done.out == ""
-    assert done.err.startswith("optimum-order: error: ") and says in done.err and done.err.count("\n") == 1
+    assert (
+        done.err.startswith("optimum-order: error: ")
+        and says in done.err
+        and done.err.count("\n") == 1
+    )
     assert not (tmp_path / "out" / TRIALS).exists()
 
 
@@ -161,7 +204,10 @@ def test_other_settings_are_refused_and_named(program, arguments, studied):
         before = db.execute("SELECT * FROM trials").fetchall()
     arguments[arguments.index("-o") + 1] = studied
     done = program(*arguments, *GRID_OPTIONS, "--seed", 5)
-    assert done.code == 2 and "'calibration.seed' is 0 there and 5 now (calibration.digest differ" in done.err
+    assert (
+        done.code == 2
+        and "'calibration.seed' is 0 there and 5 now (calibration.digest differ" in done.err
+    )
     with sqlite3.connect(studied / TRIALS) as db:
         assert db.execute("SELECT * FROM trials").fetchall() == before
 
@@ -191,7 +237,9 @@ def test_a_file_that_is_no_text_or_endless(tmp_path):
 
 
 def test_orders_are_canonical_and_a_byte_order_mark_is_no_order(tmp_path):
-    (tmp_path / "orders.txt").write_text("wanda(sparsity=0.50) > gptq(bits=4)  # a comment\r\n", encoding="utf-8-sig")
+    (tmp_path / "orders.txt").write_text(
+        "wanda(sparsity=0.50) > gptq(bits=4)  # a comment\r\n", encoding="utf-8-sig"
+    )
     assert [str(order) for order in read_orders(tmp_path / "orders.txt")] == ["wanda:0.5 > gptq:4"]
 
 
@@ -204,4 +252,7 @@ def test_the_defaults_are_those_of_the_api(program, monkeypatch):
         parameters = inspect.signature(function).parameters
         for name in set(parameters) & set(given) - {"model", "orders"}:
             assert given[name] == parameters[name].default, name
-    assert given["evaluate"] == inspect.signature(JointCompressor.study).parameters["evaluation"].default
+    assert (
+        given["evaluate"]
+        == inspect.signature(JointCompressor.study).parameters["evaluation"].default
+    )

@@ -1,6 +1,6 @@
 import json
 
-from optimum_order import manifest
+from optimum_order.artifact import manifest
 
 
 def test_an_untouched_folder_is_good(program, saved):

@@ -9,7 +9,7 @@ import torch
 
 from optimum_order import JointCompressor
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError
-from optimum_order.formats.checkpoint import weight_bytes
+from optimum_order.files import weight_bytes
 
 IDS = torch.randint(2, 300, (6, 24), generator=torch.Generator().manual_seed(0))
 PRODUCTS = 2 * 64 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) * 6 * 24 // 64 + 4 * 24 * 24 * 64 * 6
@@ -18,7 +18,9 @@ PRODUCTS = 2 * 64 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) * 6 * 24 // 64 + 
 
 @pytest.fixture(scope="module")
 def compressor(tiny_llama_folder):
-    return JointCompressor.from_pretrained(tiny_llama_folder, calibration=IDS, sequence_length=24, device="cpu")
+    return JointCompressor.from_pretrained(
+        tiny_llama_folder, calibration=IDS, sequence_length=24, device="cpu"
+    )
 
 
 def test_a_walk_runs_every_block_twice_and_the_last_once(compressor):
@@ -60,7 +62,9 @@ def test_totals(compressor):
     found = compressor.estimate("wanda:0.5 > gptq:4").as_dict()
     assert json.loads(json.dumps(found)) == found
     steps, total = found["steps"], found["total"]
-    assert total["seconds"] == pytest.approx(found["loading"] + sum(step["seconds"] for step in steps))
+    assert total["seconds"] == pytest.approx(
+        found["loading"] + sum(step["seconds"] for step in steps)
+    )
     assert total["memory"] == max(step["memory"] for step in steps)
     assert (total["bytes"], total["exact"], total["tokens"]) == (steps[-1]["bytes"], True, 6 * 24)
     assert found["format"] == "compressed-tensors"
@@ -71,8 +75,12 @@ def test_no_weight_is_read(tiny_llama_folder, compressor, tmp_path):
     file = folder / "model.safetensors"
     held = file.read_bytes()
     (length,) = struct.unpack("<Q", held[:8])
-    file.write_bytes(held[: 8 + length] + bytes([255]) * (len(held) - 8 - length))  # every weight a NaN
-    given = JointCompressor.from_pretrained(folder, calibration=IDS, sequence_length=24, device="cpu")
+    file.write_bytes(
+        held[: 8 + length] + bytes([255]) * (len(held) - 8 - length)
+    )  # every weight a NaN
+    given = JointCompressor.from_pretrained(
+        folder, calibration=IDS, sequence_length=24, device="cpu"
+    )
     assert given.estimate("gptq:4").bytes == compressor.estimate("gptq:4").bytes
     with pytest.raises(ModelError, match="NaN"):
         given.compress("gptq:4", progress=False)
@@ -111,6 +119,8 @@ def test_missing_data_is_an_error(tiny_llama_folder):
 
 def test_images():
     pytest.importorskip("sklearn")
-    given = JointCompressor.from_pretrained("tiny-resnet", calibration="builtin", calibration_samples=8, device="cpu")
+    given = JointCompressor.from_pretrained(
+        "tiny-resnet", calibration="builtin", calibration_samples=8, device="cpu"
+    )
     found = given.estimate("gptq:4")
     assert found.steps[0].forward > 0 and found.steps[0].gram > 0

@@ -8,22 +8,26 @@ from optimum_order.backends import canonical
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
+from optimum_order.models.units import Target
 from optimum_order.order import Order
-from optimum_order.targets import Target
 
 SPEED = Rates(forward=1e12, gram=5e11, products=1e11, factors=1e10, traffic=1e10, hashing=1e9)
 CPU = torch.device("cpu")
 
 
 def laboratory(rows, dtype=torch.float32):
-    return Laboratory([Target("layer", "linear", nn.Parameter(torch.empty(rows, 8, dtype=dtype)))], CPU, SPEED)
+    return Laboratory(
+        [Target("layer", "linear", nn.Parameter(torch.empty(rows, 8, dtype=dtype)))], CPU, SPEED
+    )
 
 
 def stages(order):
     return tuple(canonical(Order.parse(order)))
 
 
-@pytest.mark.parametrize("order", ["gptq:4", "sparsegpt:0.5", "sparsegpt:0.5 > gptq:4", "wanda:0.5", "rtn:4"])
+@pytest.mark.parametrize(
+    "order", ["gptq:4", "sparsegpt:0.5", "sparsegpt:0.5 > gptq:4", "wanda:0.5", "rtn:4"]
+)
 def test_work_on_a_layer_of_another_shape(order):
     history = stages(order)
     found = laboratory(128).trial(history, 1024)  # tried on 128 x 256
@@ -37,7 +41,11 @@ def test_work_on_a_layer_of_another_shape(order):
     assert found.products * 384 * 1024**2 == pytest.approx(second.products, rel=0.15)
     assert found.holds(384, 1024) == pytest.approx(first.peak, rel=0.25)
     assert found.factors == second.factors == 0
-    assert (found.shared > 0) == (first.factors > 0) == ("gptq" in str(history[-1]) or "sparse" in str(history[-1]))
+    assert (
+        (found.shared > 0)
+        == (first.factors > 0)
+        == ("gptq" in str(history[-1]) or "sparse" in str(history[-1]))
+    )
 
 
 def test_seconds_are_operations_over_rates_and_the_rest_in_proportion():
@@ -74,7 +82,8 @@ def test_a_narrow_layer_is_treated_like_the_wide_one(order, inputs, tried):
 
 def test_layers_are_of_the_models_dtype_and_usual_height():
     targets = [
-        Target(str(rows), "linear", nn.Parameter(torch.empty(rows, 8, dtype=torch.bfloat16))) for rows in (8, 16, 10**4)
+        Target(str(rows), "linear", nn.Parameter(torch.empty(rows, 8, dtype=torch.bfloat16)))
+        for rows in (8, 16, 10**4)
     ]
     found = Laboratory(targets, CPU, SPEED).state((), 512)
     assert (found.weight.shape, found.weight.dtype) == ((16, 256), torch.bfloat16)

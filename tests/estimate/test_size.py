@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from optimum_order import JointCompressor
 from optimum_order.estimate import size
-from optimum_order.formats import checkpoint
+from optimum_order.files import weight_bytes
 
 EXACT = [
     ("llama", "magnitude:0.5", "auto", "dense"),
@@ -34,14 +34,16 @@ def both(given, order, format, folder):
     said = given.estimate(order, format=format).steps[-1]
     chosen = given.compress(order, progress=False).save_pretrained(folder, format)
     assert said.format == chosen
-    return said, checkpoint.weight_bytes(folder)
+    return said, weight_bytes(folder)
 
 
 @pytest.mark.parametrize(("architecture", "order", "format", "chosen"), EXACT)
 def test_to_the_byte(make_model, architecture, order, format, chosen, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96} if architecture == "llama" else {}
     sizes = {"hidden_size": 32, "intermediate_size": 32} if architecture == "mixtral" else sizes
-    said, bytes_ = both(compressor(make_model(architecture, **sizes)), order, format, tmp_path / "out")
+    said, bytes_ = both(
+        compressor(make_model(architecture, **sizes)), order, format, tmp_path / "out"
+    )
     assert said.format == chosen
     assert said.bytes == bytes_
     assert said.exact == (chosen != "sparse")
@@ -66,18 +68,24 @@ def test_what_depends_on_the_weights_is_an_expectation(make_model, order, tmp_pa
 
 def test_scales_of_scales_are_written_as_text(make_model, tmp_path):
     given = compressor(make_model("llama", hidden_size=64, intermediate_size=96))
-    said, bytes_ = both(given, "bitsandbytes(dtype=nf4, blocksize=32, double_quant=true)", "auto", tmp_path / "out")
+    said, bytes_ = both(
+        given, "bitsandbytes(dtype=nf4, blocksize=32, double_quant=true)", "auto", tmp_path / "out"
+    )
     assert not said.exact
     assert said.bytes == pytest.approx(bytes_, abs=50 * 14)
 
 
 def test_several_files(make_model, tmp_path, monkeypatch):
-    from optimum_order import artifact
+    from optimum_order.artifact import folder as artifact
 
     monkeypatch.setattr(size, "SHARD", "40KB")
     save = artifact.save
-    monkeypatch.setattr(artifact, "save", lambda *args, **options: save(*args, **options, max_shard_size="40KB"))
-    said, bytes_ = both(compressor(make_model("llama", hidden_size=64)), "rtn:4", "auto", tmp_path / "out")
+    monkeypatch.setattr(
+        artifact, "save", lambda *args, **options: save(*args, **options, max_shard_size="40KB")
+    )
+    said, bytes_ = both(
+        compressor(make_model("llama", hidden_size=64)), "rtn:4", "auto", tmp_path / "out"
+    )
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert said.bytes == bytes_
 
@@ -101,6 +109,11 @@ def test_a_model_in_memory_is_not_copied_and_not_touched(make_model):
     before = {name: tensor.clone() for name, tensor in given.source.model.state_dict().items()}
     meta = size.empty(given.source)
     assert all(tensor.is_meta for tensor in [*meta.parameters(), *meta.buffers()])
-    assert {name: tensor.shape for name, tensor in meta.state_dict().items()} == {n: t.shape for n, t in before.items()}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in given.source.model.state_dict().items())
+    assert {name: tensor.shape for name, tensor in meta.state_dict().items()} == {
+        n: t.shape for n, t in before.items()
+    }
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in given.source.model.state_dict().items()
+    )
     assert meta.lm_head.weight is not meta.model.embed_tokens.weight

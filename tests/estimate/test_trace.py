@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_order.calibration.walk import walk
 from optimum_order.estimate.trace import Counter, Input, trace
-from optimum_order.targets import find_units
+from optimum_order.models.units import find_units
 
 TOKENS = {"input_ids": torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))}
 
@@ -47,15 +47,25 @@ def test_the_products_of_image_classifiers_too(make_image_model, architecture):
         assert cost.products == sum(found[f"{type(model).__name__}.{name}"].values()) > 0
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "qwen3", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "gpt2", "gpt_neox", "qwen3", "mixtral", "gpt_oss"]
+)
 def test_the_same_layers_share_an_input_as_in_a_walk(make_model, architecture):
     model = make_model(architecture)
     units = find_units(model)
     seen = {}
-    walk(model, units, [TOKENS], lambda at: seen.update({at.unit.name: (at.leaders, at.statistics)}), gram=False)
+    walk(
+        model,
+        units,
+        [TOKENS],
+        lambda at: seen.update({at.unit.name: (at.leaders, at.statistics)}),
+        gram=False,
+    )
     for name, cost in traced(model, TOKENS).items():
         leaders, statistics = seen[name]
-        routed = {target.name for unit in units for target in unit.targets if target.kind == "expert"}
+        routed = {
+            target.name for unit in units for target in unit.targets if target.kind == "expert"
+        }
         assert {k: v for k, v in cost.leaders.items() if k not in routed} == {
             k: v for k, v in leaders.items() if k not in routed
         }
@@ -71,7 +81,13 @@ def test_a_convolution_reads_patches(make_image_model, architecture):
     model = make_image_model(architecture)
     units = find_units(model)
     batch, seen = {"pixel_values": torch.rand(2, 3, 16, 16)}, {}
-    walk(model, units, [batch], lambda at: seen.update({at.unit.name: (at.leaders, at.statistics)}), gram=False)
+    walk(
+        model,
+        units,
+        [batch],
+        lambda at: seen.update({at.unit.name: (at.leaders, at.statistics)}),
+        gram=False,
+    )
     for name, cost in traced(model, batch).items():
         leaders, statistics = seen[name]
         alone = [statistics[n] for n, leader in leaders.items() if n == leader]
@@ -82,7 +98,9 @@ def test_a_convolution_reads_patches(make_image_model, architecture):
 def test_what_waits_is_what_a_forward_has_made(make_model):
     first, second = traced(make_model("llama"), TOKENS).values()
     hidden = 2 * 16 * 32 * 4
-    assert second.waiting - first.waiting == hidden  # what the first block returned; the embeddings are there as well
+    assert (
+        second.waiting - first.waiting == hidden
+    )  # what the first block returned; the embeddings are there as well
     assert first.inputs[0] == Input(width=32, rows=32)
     assert first.working == second.working >= 3 * 2 * 16 * 48 * 4  # gate, up and their product
 

@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
 
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation import Images, Windows
@@ -37,7 +43,9 @@ def test_it_counts_what_is_right(model, pixels, answers):
     found = measure(model, Images(pixels, "made up", labels))
     assert found.name == "accuracy" and found.value == pytest.approx(8 / 11)
     assert [i for i, score in enumerate(found.per_sequence) if score == 0] == [2, 5, 7]
-    assert found.standard_error == pytest.approx(math.sqrt(8 / 11 * 3 / 11 / 10))  # sample variance, 11 images
+    assert found.standard_error == pytest.approx(
+        math.sqrt(8 / 11 * 3 / 11 / 10)
+    )  # sample variance, 11 images
     assert found.performance == found.value and found.tokens is None
     assert "tokens" not in found.as_dict() and found.as_dict()["samples"] == 11
 
@@ -57,7 +65,9 @@ def test_pixels_come_in_the_dtype_of_the_model(make_image_model, pixels, archite
 
 
 def test_images_without_labels(model, pixels):
-    with pytest.raises(DataError, match="The images of made up have no labels, and accuracy needs them"):
+    with pytest.raises(
+        DataError, match="The images of made up have no labels, and accuracy needs them"
+    ):
         measure(model, Images(pixels, "made up"))
 
 
@@ -80,14 +90,21 @@ def test_text(model):
 
 
 def test_models_without_classes_of_images(pixels, answers, tiny_llama_folder):
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     others = [
         LlamaForCausalLM.from_pretrained(tiny_llama_folder),
         ViTModel(ViTConfig(**small, image_size=16, patch_size=4)),
         BertForSequenceClassification(BertConfig(**small, vocab_size=50)),
     ]
     for other in others:
-        with pytest.raises(ModelError, match=f"for image classifiers.*{type(other).__name__} has no head"):
+        with pytest.raises(
+            ModelError, match=f"for image classifiers.*{type(other).__name__} has no head"
+        ):
             measure(other, Images(pixels, "made up", answers))
 
 

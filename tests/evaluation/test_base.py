@@ -97,7 +97,9 @@ def test_progress_is_on_stderr_and_only_if_asked_for(model, windows, capfd):
 
 def test_windows_longer_than_the_model_reads(model):
     with pytest.raises(DataError, match="at most 8 tokens at once, got windows of 9"):
-        FirstToken().measure(model, Windows(torch.zeros(1, 9, dtype=torch.long), "made up"), progress=False)
+        FirstToken().measure(
+            model, Windows(torch.zeros(1, 9, dtype=torch.long), "made up"), progress=False
+        )
 
 
 def test_tokens_that_the_model_does_not_know(model):

@@ -35,11 +35,16 @@ def coverage(simulations, make):
     """How often the interval holds 0, the truth; and how wide it is on average."""
     generator = torch.Generator().manual_seed(0)
     found = [make(generator) for _ in range(simulations)]
-    return float(np.mean([d.low <= 0 <= d.high for d in found])), float(np.mean([d.high - d.low for d in found]))
+    return float(np.mean([d.low <= 0 <= d.high for d in found])), float(
+        np.mean([d.high - d.low for d in found])
+    )
 
 
 def test_differences_are_of_m_and_higher_is_better():
-    assert paired_differences(measurement([1, 2]), measurement([3, 7])).tolist() == [2, 5]  # less loss is better
+    assert paired_differences(measurement([1, 2]), measurement([3, 7])).tolist() == [
+        2,
+        5,
+    ]  # less loss is better
     one, other = (measurement(s, name="accuracy", higher=True) for s in ([1, 1], [0, 1]))
     assert paired_differences(one, other).tolist() == [1, 0]
 
@@ -78,8 +83,12 @@ def test_the_interval_is_scipys_bootstrap_at_moved_percentiles():
     values = np.random.default_rng(3).exponential(1, 20)
     low, high = percentiles(20, 0.9)
     assert low == pytest.approx(stats.norm.cdf(-np.sqrt(20 / 19) * stats.t.ppf(0.95, 19)))
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=40_000, confidence_level=high - low, method="percentile")
-    ours = paired_bootstrap(measurement(-values), measurement(np.zeros(20)), resamples=40_000, confidence=0.9)
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=40_000, confidence_level=high - low, method="percentile"
+    )
+    ours = paired_bootstrap(
+        measurement(-values), measurement(np.zeros(20)), resamples=40_000, confidence=0.9
+    )
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), rel=0.02)
 
 
@@ -94,7 +103,9 @@ def test_few_samples_are_covered_too():
 
 def test_rows_are_resampled_together():
     values = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
-    means = bootstrap_means(torch.stack([values[0], 2 * values[0] + 1, values[1]]), resamples=50, seed=0)
+    means = bootstrap_means(
+        torch.stack([values[0], 2 * values[0] + 1, values[1]]), resamples=50, seed=0
+    )
     assert means.shape == (3, 50)
     assert means[1] == pytest.approx(2 * means[0] + 1)
     assert not np.allclose(means[0], means[2])
@@ -108,7 +119,10 @@ def test_rows_are_resampled_together():
         ((0.2, 1.0, 1.0), 1.8),
         ((0.5, 1.0, 1.0), 2.1),  # where one t with Satterthwaite's degrees of freedom holds 92 %
         ((0.2, 0.0, 1.0), 2.1),
-        ((1.0, 0.1, 0.1), 2.1),  # calibration is all: Student's t of 2 degrees of freedom is 2.2 times as wide
+        (
+            (1.0, 0.1, 0.1),
+            2.1,
+        ),  # calibration is all: Student's t of 2 degrees of freedom is 2.2 times as wide
     ],
 )
 def test_three_draws_of_64_samples_are_covered(components, widest):
@@ -119,17 +133,23 @@ def test_three_draws_of_64_samples_are_covered(components, widest):
     s_draw, s_sample, s_error = components
     known = 2 * 1.96 * (s_draw**2 / 3 + s_sample**2 / 64 + s_error**2 / 192) ** 0.5
     assert found >= 0.93
-    assert width <= widest * known  # not absurdly wide, against an interval that knows the components
+    assert (
+        width <= widest * known
+    )  # not absurdly wide, against an interval that knows the components
 
 
 def test_two_draws_are_covered():
-    found, _ = coverage(1500, lambda generator: difference_over_draws(layout(generator, 2, 64, 0.5, 1, 1)))
+    found, _ = coverage(
+        1500, lambda generator: difference_over_draws(layout(generator, 2, 64, 0.5, 1, 1))
+    )
     assert found >= 0.93
 
 
 def test_samples_alone_would_not_have_covered():
     def make(generator):
-        return difference_over_draws(layout(generator, 3, 64, 0.5, 1, 1).mean(0, keepdim=True), resamples=500)
+        return difference_over_draws(
+            layout(generator, 3, 64, 0.5, 1, 1).mean(0, keepdim=True), resamples=500
+        )
 
     assert coverage(300, make)[0] < 0.75
 
@@ -148,7 +168,9 @@ def test_draws_that_make_no_difference_at_all():
     row = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = difference_over_draws(row.expand(3, 64))
     half = stats.t.ppf(0.975, 63) * row.std().item() / 8
-    assert (found.low, found.high) == pytest.approx((row.mean().item() - half, row.mean().item() + half))
+    assert (found.low, found.high) == pytest.approx(
+        (row.mean().item() - half, row.mean().item() + half)
+    )
 
 
 def test_one_draw_is_the_bootstrap_over_samples():
@@ -187,6 +209,11 @@ def test_what_has_no_interval(differences, options, message):
 
 
 def test_it_is_ready_for_json():
-    found = difference_over_draws(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) + 3).as_dict()
+    found = difference_over_draws(
+        torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) + 3
+    ).as_dict()
     assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"mean", "low", "high", "over", "confidence", "decisive"} and found["decisive"] is True
+    assert (
+        set(found) == {"mean", "low", "high", "over", "confidence", "decisive"}
+        and found["decisive"] is True
+    )

@@ -21,8 +21,20 @@ from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation import Images, Windows, available, fidelity
 from optimum_order.evaluation.fidelity import Fidelity
 
-BERT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-VIT = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "intermediate_size": 16}
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+}
 
 
 def vit(**changes):
@@ -54,13 +66,17 @@ def counted(model):
 
 @pytest.fixture
 def windows():
-    return Windows(torch.randint(0, 64, (5, 12), generator=torch.Generator().manual_seed(0)), "made up")
+    return Windows(
+        torch.randint(0, 64, (5, 12), generator=torch.Generator().manual_seed(0)), "made up"
+    )
 
 
 @pytest.fixture
 def images():
     generator = torch.Generator().manual_seed(0)
-    return Images(torch.randn(5, 1, 8, 8, generator=generator), "made up", torch.tensor([0, 1, 2, 3, 4]))
+    return Images(
+        torch.randn(5, 1, 8, 8, generator=generator), "made up", torch.tensor([0, 1, 2, 3, 4])
+    )
 
 
 @pytest.fixture
@@ -82,7 +98,9 @@ def test_it_is_the_mean_kl_divergence_from_the_original(kind, make_model, window
     original = {
         "causal": lambda: make_model("llama"),
         "masked": lambda: BertForMaskedLM(BertConfig(**BERT)).eval(),
-        "classifier of text": lambda: BertForSequenceClassification(BertConfig(**BERT, num_labels=3)).eval(),
+        "classifier of text": lambda: BertForSequenceClassification(
+            BertConfig(**BERT, num_labels=3)
+        ).eval(),
         "classifier of images": vit,
     }[kind]()
     samples = images if "images" in kind else windows
@@ -91,14 +109,21 @@ def test_it_is_the_mean_kl_divergence_from_the_original(kind, make_model, window
     with torch.no_grad():
         p, q = (m(**inputs).logits.double().log_softmax(-1) for m in (original, other))
     positions = 12 if p.ndim == 3 else 1
-    expected = [functional.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / positions for i in range(5)]
+    expected = [
+        functional.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / positions
+        for i in range(5)
+    ]
     found = measure(original, other, samples, batch_size=2)
     assert min(expected) > 1e-5
-    assert found.per_sequence == pytest.approx(expected, rel=1e-3, abs=1e-9)  # of float32 logits of other batches
+    assert found.per_sequence == pytest.approx(
+        expected, rel=1e-3, abs=1e-9
+    )  # of float32 logits of other batches
     assert found.value == pytest.approx(sum(expected) / 5, rel=1e-3)
     assert found.performance == -found.value and not found.higher_is_better
     backwards = measure(other, original, samples, batch_size=2)
-    assert backwards.value != pytest.approx(found.value, rel=1e-3)  # it is KL(original || model), not the reverse
+    assert backwards.value != pytest.approx(
+        found.value, rel=1e-3
+    )  # it is KL(original || model), not the reverse
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,7 +139,9 @@ def test_a_model_is_exactly_like_itself(model, windows, images, dtype):
 def test_labels_do_not_matter(images):
     original = vit()
     other = disturbed(original)
-    with_labels, without = (measure(original, other, s) for s in (images, Images(images.pixels, "made up")))
+    with_labels, without = (
+        measure(original, other, s) for s in (images, Images(images.pixels, "made up"))
+    )
     assert with_labels.per_sequence == without.per_sequence
 
 
@@ -133,9 +160,9 @@ def test_logits_of_any_size():
     p, q = torch.tensor([[3e4, 0.0, -3e4]]), torch.tensor([[0.0, 3e4, -3e4]])
     assert fidelity._divergence(p, q).item() == 3e4
     ruled_out = torch.tensor([[0.0, 0.0, -math.inf]])
-    assert fidelity._divergence(ruled_out, torch.tensor([[1.0, 0.0, -math.inf]])).item() == pytest.approx(
-        math.log1p(math.e) - math.log(2) - 0.5
-    )
+    assert fidelity._divergence(
+        ruled_out, torch.tensor([[1.0, 0.0, -math.inf]])
+    ).item() == pytest.approx(math.log1p(math.e) - math.log(2) - 0.5)
     assert fidelity._divergence(torch.zeros(1, 3), ruled_out).item() == math.inf
 
 
@@ -176,7 +203,9 @@ def test_no_more_is_kept_than_allowed(model, windows):
 
 
 def test_it_needs_the_original():
-    with pytest.raises(ModelError, match="'fidelity' compares with the original model: give it as 'reference'"):
+    with pytest.raises(
+        ModelError, match="'fidelity' compares with the original model: give it as 'reference'"
+    ):
         Fidelity()
 
 
@@ -187,7 +216,9 @@ def test_an_original_in_training_mode(model, windows):
 
 def test_a_model_without_logits(windows):
     encoder = BertModel(BertConfig(**BERT)).eval()
-    with pytest.raises(ModelError, match=r"BertModel computes no logits\. Load .*AutoModelForMaskedLM"):
+    with pytest.raises(
+        ModelError, match=r"BertModel computes no logits\. Load .*AutoModelForMaskedLM"
+    ):
         measure(encoder, encoder, windows)
 
 
@@ -203,7 +234,9 @@ def test_outputs_that_are_no_distribution(images, problem):
 
 
 def test_two_inputs(windows):
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2)).eval()
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2)
+    ).eval()
     with pytest.raises(ModelError, match="T5ForConditionalGeneration, whose decoder needs another"):
         measure(t5, t5, windows)
 

@@ -24,15 +24,28 @@ def test_the_usual_metric_of_a_kind(make_image_model, tiny_llama_folder):
 def test_a_metric_by_name(make_image_model):
     model = make_image_model("resnet")
     assert all(choose(model, name) is metric for name, metric in available().items())
-    with pytest.raises(ModelError, match=r"Unknown metric 'acuracy'\. Did you mean 'accuracy'\? Allowed: .*auto"):
+    with pytest.raises(
+        ModelError, match=r"Unknown metric 'acuracy'\. Did you mean 'accuracy'\? Allowed: .*auto"
+    ):
         choose(model, "acuracy")
 
 
 def test_no_usual_metric():
     small = {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
-    bert = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    for model in (T5ForConditionalGeneration(T5Config(**small)), BertModel(BertConfig(**bert, vocab_size=50))):
-        with pytest.raises(ModelError, match=f"No metric is the usual one for {type(model).__name__}.*accuracy, .*fid"):
+    bert = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    for model in (
+        T5ForConditionalGeneration(T5Config(**small)),
+        BertModel(BertConfig(**bert, vocab_size=50)),
+    ):
+        with pytest.raises(
+            ModelError,
+            match=f"No metric is the usual one for {type(model).__name__}.*accuracy, .*fid",
+        ):
             choose(model)
 
 

@@ -56,15 +56,22 @@ def models():
 @pytest.fixture
 def images():
     generator = torch.Generator().manual_seed(0)
-    return Images(torch.randn(6, 3, 8, 8, generator=generator), "pixels", torch.tensor([0, 1, 2, 3, 4, 0]))
+    return Images(
+        torch.randn(6, 3, 8, 8, generator=generator), "pixels", torch.tensor([0, 1, 2, 3, 4, 0])
+    )
 
 
-@pytest.mark.parametrize("convert", [torch.Tensor.tolist, torch.Tensor.numpy, lambda tensor: tensor])
+@pytest.mark.parametrize(
+    "convert", [torch.Tensor.tolist, torch.Tensor.numpy, lambda tensor: tensor]
+)
 @pytest.mark.parametrize("metric", [Labelled, Accuracy])
 def test_images_and_their_labels(models, images, convert, metric):
     module = to_evaluate(metric)
     found = module.compute(
-        predictions=convert(images.pixels), references=convert(images.labels), model=models[0], progress=False
+        predictions=convert(images.pixels),
+        references=convert(images.labels),
+        model=models[0],
+        progress=False,
     )
     expected = metric().measure(models[0], images, progress=False).as_dict()
     assert found == expected | {"source": "pixels in memory"}
@@ -72,8 +79,13 @@ def test_images_and_their_labels(models, images, convert, metric):
 
 def test_the_original_model_is_given_by_name(models, images):
     original, model = models
-    expected = Fidelity(original).measure(model, Images(images.pixels, "pixels"), progress=False).as_dict()
-    for module, options in [(to_evaluate(Fidelity), {"reference": original}), (to_evaluate(Fidelity(original)), {})]:
+    expected = (
+        Fidelity(original).measure(model, Images(images.pixels, "pixels"), progress=False).as_dict()
+    )
+    for module, options in [
+        (to_evaluate(Fidelity), {"reference": original}),
+        (to_evaluate(Fidelity(original)), {}),
+    ]:
         found = module.compute(predictions=images.pixels, model=model, progress=False, **options)
         assert found == expected | {"source": "pixels in memory"} and found["value"] > 0
 
@@ -81,8 +93,14 @@ def test_the_original_model_is_given_by_name(models, images):
 def test_fidelity_of_a_language_model(make_model):
     ids, original, other = torch.arange(40).view(4, 10), make_model("llama"), make_model("llama")
     torch.nn.init.zeros_(other.lm_head.weight)
-    found = to_evaluate(Fidelity).compute(predictions=ids, model=other, reference=original, progress=False)
-    assert found["value"] == Fidelity(original).measure(other, Windows(ids, "ids"), progress=False).value > 0
+    found = to_evaluate(Fidelity).compute(
+        predictions=ids, model=other, reference=original, progress=False
+    )
+    assert (
+        found["value"]
+        == Fidelity(original).measure(other, Windows(ids, "ids"), progress=False).value
+        > 0
+    )
 
 
 def test_a_class_that_needs_the_original_and_was_not_given_it(models, images):
@@ -108,4 +126,6 @@ def test_batches_are_added_up(models, images):
 )
 def test_what_it_cannot_read(models, predictions, references, message):
     with pytest.raises(DataError, match=message):
-        to_evaluate(Labelled).compute(predictions=predictions, references=references, model=models[0])
+        to_evaluate(Labelled).compute(
+            predictions=predictions, references=references, model=models[0]
+        )

@@ -43,14 +43,18 @@ def test_it_is_the_exponential_of_the_loss_of_transformers(model, windows):
     assert found.per_sequence == pytest.approx(losses, rel=1e-5)
     assert found.value == pytest.approx(math.exp(sum(losses) / 11), rel=1e-5)
     assert found.details["log_perplexity"] == pytest.approx(sum(losses) / 11, rel=1e-6)
-    assert found.standard_error == pytest.approx(torch.tensor(losses).std().item() / math.sqrt(11), rel=1e-4)
+    assert found.standard_error == pytest.approx(
+        torch.tensor(losses).std().item() / math.sqrt(11), rel=1e-4
+    )
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model, windows):
     torch.nn.init.zeros_(model.lm_head.weight)
     found = measure(model, windows)
     assert found.value == pytest.approx(model.config.vocab_size, rel=1e-6)
-    bits = 11 * 23 * math.log2(model.config.vocab_size)  # the first token of a window is not predicted
+    bits = (
+        11 * 23 * math.log2(model.config.vocab_size)
+    )  # the first token of a window is not predicted
     assert found.details["bits_per_byte"] == pytest.approx(bits / 500, rel=1e-6)
 
 
@@ -70,13 +74,17 @@ def test_the_loss_of_a_bfloat16_model_is_computed_in_float32(model, windows):
     with torch.no_grad():
         logits = model(input_ids=windows.ids).logits
     assert logits.dtype == torch.bfloat16
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), windows.ids[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).double(), windows.ids[:, 1:].flatten()
+    )
     found = measure(model, windows, batch_size=11)
     assert found.details["log_perplexity"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_other_architectures(windows):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    )
     assert 300 < measure(model, windows).value < 600
 
 
@@ -85,7 +93,13 @@ def test_other_architectures(windows):
     [
         lambda llama: LlamaModel(llama),
         lambda llama: BertForMaskedLM(
-            BertConfig(vocab_size=400, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+            BertConfig(
+                vocab_size=400,
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+            )
         ),
         lambda llama: T5ForConditionalGeneration(
             T5Config(vocab_size=400, d_model=32, d_ff=32, num_layers=1, num_heads=2)

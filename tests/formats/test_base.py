@@ -7,21 +7,38 @@ from safetensors.torch import load_file
 
 from optimum_order import backends
 from optimum_order.formats.base import Layout, Paired, Piece, blocks, outline, patched
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import find_units
 from optimum_order.order import Order
-from optimum_order.targets import find_units
 
-TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-EXPERTS = {"moe_intermediate_size": 8, "num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2}
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+}
+EXPERTS = {
+    "moe_intermediate_size": 8,
+    "num_experts": 3,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**TINY, intermediate_size=24),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=61, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
     ),
-    "mixtral": lambda: transformers.MixtralConfig(**TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8
+    ),
     "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**TINY, **EXPERTS, intermediate_size=24),
-    "gpt_oss": lambda: transformers.GptOssConfig(**TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8),
-    "granitemoe": lambda: transformers.GraniteMoeConfig(**TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8
+    ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(
+        **TINY, **EXPERTS, num_key_value_heads=2, intermediate_size=8
+    ),
     "bert": lambda: transformers.BertConfig(**TINY, intermediate_size=24),
 }
 
@@ -67,16 +84,24 @@ def test_the_filters_of_a_convolution_are_rows(make_image_model, architecture, t
 
 
 def test_only_tensors_that_are_taken_apart_are_converted():
-    assert not any(Layout.of(build(name)).converted for name in ("llama", "gpt2", "gpt_oss", "granitemoe", "bert"))
+    assert not any(
+        Layout.of(build(name)).converted
+        for name in ("llama", "gpt2", "gpt_oss", "granitemoe", "bert")
+    )
     converted = Layout.of(build("mixtral")).converted
-    experts = [f"model.layers.{layer}.block_sparse_moe.experts.{e}" for layer in range(2) for e in range(3)]
+    experts = [
+        f"model.layers.{layer}.block_sparse_moe.experts.{e}" for layer in range(2) for e in range(3)
+    ]
     assert converted == {f"{expert}.{w}.weight" for expert in experts for w in ("w1", "w2", "w3")}
 
 
 def test_an_expert_is_stored_in_parts():
     model = build("mixtral")
     targets = {target.name: target for unit in find_units(model) for target in unit.targets}
-    name, stored = "model.layers.1.mlp.experts.gate_up_proj.2", "model.layers.1.block_sparse_moe.experts.2"
+    name, stored = (
+        "model.layers.1.mlp.experts.gate_up_proj.2",
+        "model.layers.1.block_sparse_moe.experts.2",
+    )
     assert Layout.of(model).pieces(name, targets[name]) == (
         Piece(f"{stored}.w1.weight", at=0, start=0, rows=8, whole=True),
         Piece(f"{stored}.w3.weight", at=0, start=8, rows=8, whole=True),
@@ -101,7 +126,14 @@ def test_modules_that_transformers_would_swap_are_found():
 
 
 def test_blocks_are_what_is_numbered_first():
-    names = ["a.weight", "m.layers.0.x.1.w", "m.layers.0.y", "m.layers.10.x", "m.layers.1.x", "head.3"]
+    names = [
+        "a.weight",
+        "m.layers.0.x.1.w",
+        "m.layers.0.y",
+        "m.layers.10.x",
+        "m.layers.1.x",
+        "head.3",
+    ]
     assert blocks(names) == [
         ["a.weight"],
         ["m.layers.0.x.1.w", "m.layers.0.y"],

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from optimum_order.backends.bitsandbytes import fit_rows
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.compressed_tensors import CompressedTensors
-from optimum_order.layer import LayerState, UniformGrid
-from optimum_order.targets import Target
+from optimum_order.layers.grids.bitsandbytes import fit_rows
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
 
 FORMAT = CompressedTensors()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,9 +26,13 @@ def states(draw):
     """Layers of any width, grouping, dtype and mask, with whole groups and rows pruned."""
     rows, size, groups = draw(st.integers(1, 9)), draw(st.integers(1, 40)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    weight = torch.randn(rows, size * groups, generator=generator) * draw(st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
+    weight = torch.randn(rows, size * groups, generator=generator) * draw(
+        st.sampled_from([1e-6, 0.02, 1.0, 300.0])
+    )
     weight = weight.to(draw(st.sampled_from(DTYPES)))
-    pruned = torch.rand(weight.shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]))
+    pruned = torch.rand(weight.shape, generator=generator) < draw(
+        st.sampled_from([0.0, 0.5, 0.95, 1.0])
+    )
     before, clip = draw(st.booleans()), draw(st.sampled_from(["none", "mse"]))
     if before:
         weight = weight.masked_fill(pruned, 0.0)
@@ -42,8 +47,13 @@ def test_decoding_gives_back_what_was_encoded(state):
     state.check("drawn")
     decoded = FORMAT.decode(FORMAT.encode(state), FORMAT.scheme(state))
     assert decoded.weight.dtype == state.weight.dtype
-    assert torch.equal(decoded.weight.view(torch.uint8), state.weight.view(torch.uint8))  # bits: -0.0 is not 0.0
-    assert torch.equal(decoded.grid.scale, state.grid.scale) and decoded.grid.scale.dtype == state.grid.scale.dtype
+    assert torch.equal(
+        decoded.weight.view(torch.uint8), state.weight.view(torch.uint8)
+    )  # bits: -0.0 is not 0.0
+    assert (
+        torch.equal(decoded.grid.scale, state.grid.scale)
+        and decoded.grid.scale.dtype == state.grid.scale.dtype
+    )
     assert (decoded.grid.bits, decoded.grid.inputs) == (state.grid.bits, state.grid.inputs)
     assert decoded.grid.zero_point is None and decoded.pruned is None
 
@@ -53,7 +63,9 @@ def test_decoding_gives_back_what_was_encoded(state):
 def test_the_library_unpacks_the_same_values(state):
     size = state.grid.group_size
     weights = QuantizationArgs(
-        num_bits=state.grid.bits, strategy="channel" if size == -1 else "group", group_size=None if size == -1 else size
+        num_bits=state.grid.bits,
+        strategy="channel" if size == -1 else "group",
+        group_size=None if size == -1 else size,
     )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     unpacked = PackedQuantizationCompressor.decompress(FORMAT.encode(state), scheme)["weight"]
@@ -80,7 +92,9 @@ def test_what_cannot_be_held_says_why():
     assert "Conv1D" in FORMAT.why_not(conv1d, state)
     affine = UniformGrid.fit(weight, bits=4, symmetric=False)
     assert "zero points" in FORMAT.why_not(linear, dataclasses.replace(state, grid=affine))
-    assert "equal steps" in FORMAT.why_not(linear, dataclasses.replace(state, grid=fit_rows(weight)[0]))
+    assert "equal steps" in FORMAT.why_not(
+        linear, dataclasses.replace(state, grid=fit_rows(weight)[0])
+    )
 
 
 @pytest.fixture
@@ -115,17 +129,32 @@ def test_tensors_that_do_not_fit_are_refused(packed, change, reason):
 
 
 def group(**changes):
-    return {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32, "strategy": "group"} | changes}
+    return {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "group_size": 32, "strategy": "group"} | changes,
+    }
 
 
 def test_a_config_says_which_scheme_a_layer_has():
     experts = group(num_bits=2) | {"targets": [r"re:.*\.experts\.\d+\..*"]}
-    config = {"quantization_config": {"config_groups": {"a": experts, "b": group(), "c": group(num_bits=8)}}}
+    config = {
+        "quantization_config": {
+            "config_groups": {"a": experts, "b": group(), "c": group(num_bits=8)}
+        }
+    }
     config["quantization_config"]["config_groups"]["c"]["targets"] = ["model.q", "model.k"]
-    found = [FORMAT.scheme_in(config, names) for names in (["model.k"], ["model.o"], ["x", "a.experts.3.w1"])]
+    found = [
+        FORMAT.scheme_in(config, names)
+        for names in (["model.k"], ["model.o"], ["x", "a.experts.3.w1"])
+    ]
     assert found == [{"num_bits": bits, "group_size": 32} for bits in (8, 4, 2)]
     assert FORMAT.scheme_in(
-        {"quantization_config": {"config_groups": {"a": group(strategy="channel", group_size=None)}}}, ["x"]
+        {
+            "quantization_config": {
+                "config_groups": {"a": group(strategy="channel", group_size=None)}
+            }
+        },
+        ["x"],
     ) == {
         "num_bits": 4,
         "group_size": -1,

@@ -3,7 +3,8 @@ import torch
 
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.dense import Dense
-from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -19,7 +20,9 @@ def test_the_weight_is_stored_as_it_is(dtype):
     assert decoded.grid is None and decoded.pruned is None
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(3), torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.int8)])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(3), torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.int8)]
+)
 def test_what_is_no_matrix_is_refused(weight):
     with pytest.raises(ArtifactError, match="must be a floating-point matrix"):
         Dense().decode({"weight": weight}, {})

@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from optimum_order import JointCompressor, artifact, backends, formats, manifest
-from optimum_order.backends.bitsandbytes import fit_rows
+from optimum_order import JointCompressor, backends, formats
+from optimum_order.artifact import manifest
+from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
+from optimum_order.files import sha256
 from optimum_order.formats.base import Layout
 from optimum_order.formats.gptq import BITS, GPTQ
-from optimum_order.layer import LayerState, UniformGrid
+from optimum_order.layers.grids.bitsandbytes import fit_rows
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target, find_units
 from optimum_order.order import Order
-from optimum_order.targets import Target, find_units
 
 FORMAT = GPTQ()
 
@@ -31,11 +35,15 @@ def states(draw):
     bits, symmetric = draw(st.sampled_from(BITS)), draw(st.booleans())
     rows, inputs = 32 * draw(st.integers(1, 2)), 32 * draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    weight = torch.randn(rows, inputs, generator=generator) * draw(st.sampled_from([0.001, 0.02, 1.0, 300.0]))
+    weight = torch.randn(rows, inputs, generator=generator) * draw(
+        st.sampled_from([0.001, 0.02, 1.0, 300.0])
+    )
     weight = (weight + draw(st.sampled_from([0.0, 0.0, 3.0, -3.0])) * weight.std()).to(
         draw(st.sampled_from([torch.float16, torch.bfloat16]))
     )
-    pruned = torch.rand(weight.shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]))
+    pruned = torch.rand(weight.shape, generator=generator) < draw(
+        st.sampled_from([0.0, 0.5, 0.95, 1.0])
+    )
     if draw(st.booleans()):
         weight = weight.masked_fill(pruned, 0.0)
     size = draw(st.sampled_from([size for size in (-1, 16, 32, 64) if inputs % size == 0]))
@@ -50,8 +58,13 @@ def test_decoding_gives_back_what_was_encoded(state):
     state.check("drawn")
     decoded = FORMAT.decode(FORMAT.encode(state), FORMAT.scheme(state))
     assert decoded.weight.dtype == state.weight.dtype
-    assert torch.equal(decoded.weight.view(torch.int16), state.weight.view(torch.int16))  # bits: -0.0 is not 0.0
-    assert torch.equal(decoded.grid.scale, state.grid.scale) and decoded.grid.scale.dtype == state.grid.scale.dtype
+    assert torch.equal(
+        decoded.weight.view(torch.int16), state.weight.view(torch.int16)
+    )  # bits: -0.0 is not 0.0
+    assert (
+        torch.equal(decoded.grid.scale, state.grid.scale)
+        and decoded.grid.scale.dtype == state.grid.scale.dtype
+    )
     assert (decoded.grid.bits, decoded.grid.inputs) == (state.grid.bits, state.grid.inputs)
     if state.grid.symmetric:
         assert decoded.grid.zero_point is None
@@ -68,8 +81,13 @@ def unpack(words, bits):
 
 def as_a_reader(tensors, bits, stored_less_one):
     """W (out, in) in float64, the way the format is documented: no code of ours, no tensor arithmetic in unpacking."""
-    codes = torch.tensor([unpack(column, bits) for column in tensors["qweight"].T.tolist()]).double()  # (out, in)
-    zeros = torch.tensor([unpack(row, bits) for row in tensors["qzeros"].tolist()]).double().T + stored_less_one
+    codes = torch.tensor(
+        [unpack(column, bits) for column in tensors["qweight"].T.tolist()]
+    ).double()  # (out, in)
+    zeros = (
+        torch.tensor([unpack(row, bits) for row in tensors["qzeros"].tolist()]).double().T
+        + stored_less_one
+    )
     group = tensors["g_idx"].long()
     return (codes - zeros[:, group]) * tensors["scales"].double().T[:, group]
 
@@ -87,9 +105,14 @@ def test_three_bits_lie_across_words_as_in_every_gptq_checkpoint():
     """10 codes, 2 bits of the next; its last bit, 10 codes, 1 bit of the next; its last 2 bits, 10 codes."""
     weight = torch.randint(-4, 4, (32, 32)).half()
     weight[:, 0] = -4
-    grid = UniformGrid(bits=3, scale=torch.ones(32, 1, dtype=torch.float16), zero_point=None, inputs=32)
+    grid = UniformGrid(
+        bits=3, scale=torch.ones(32, 1, dtype=torch.float16), zero_point=None, inputs=32
+    )
     codes = (weight[0] + 4).int().tolist()
-    words = [word % 2**32 for word in FORMAT.encode(LayerState(weight, grid=grid))["qweight"][:, 0].tolist()]
+    words = [
+        word % 2**32
+        for word in FORMAT.encode(LayerState(weight, grid=grid))["qweight"][:, 0].tolist()
+    ]
     assert [words[0] >> (3 * i) & 7 for i in range(10)] == codes[:10]
     assert words[0] >> 30 | (words[1] & 1) << 2 == codes[10]
     assert [words[1] >> (3 * i + 1) & 7 for i in range(10)] == codes[11:21]
@@ -128,13 +151,25 @@ def linear(kind="linear"):
     ("state", "reason"),
     [
         (quantized(bits=5), "it has 5 bits, and readers of this format take 2, 3, 4 or 8"),
-        (quantized(dtype=torch.float32), "its scales are float32, .* compress the model in float16 or bfloat16"),
+        (
+            quantized(dtype=torch.float32),
+            "its scales are float32, .* compress the model in float16 or bfloat16",
+        ),
         (quantized((40, 64)), r"its shape \(40, 64\) does not divide .* must by 32"),
         (quantized((32, 80)), r"its shape \(32, 80\) does not divide"),
-        (quantized((32, 96), group_size=48), "its groups are of 48, and readers .* take 16, 32, .* or -1"),
+        (
+            quantized((32, 96), group_size=48),
+            "its groups are of 48, and readers .* take 16, 32, .* or -1",
+        ),
         (quantized(dtype=torch.bfloat16, bits=8), "otherwise in float16, .* compress in float16"),
-        (quantized(dtype=torch.bfloat16, symmetric=False, mean=3.0), "otherwise in float16, .* compress in float16"),
-        (LayerState(torch.ones(32, 64), grid=fit_rows(torch.ones(32, 64))[0]), "RowGrid is not a grid of equal steps"),
+        (
+            quantized(dtype=torch.bfloat16, symmetric=False, mean=3.0),
+            "otherwise in float16, .* compress in float16",
+        ),
+        (
+            LayerState(torch.ones(32, 64), grid=fit_rows(torch.ones(32, 64))[0]),
+            "RowGrid is not a grid of equal steps",
+        ),
     ],
 )
 def test_a_layer_that_cannot_be_held_says_why(state, reason):
@@ -188,28 +223,38 @@ def test_a_model_that_cannot_be_held_says_why():
     assert "No layer is quantised" in refused(model, compress(model, "magnitude:0.5"))
     mixed = compress(model, "rtn:4", others={"q_proj": "rtn(bits=4, symmetric=false)"})
     assert "All layers must be symmetric or none" in refused(model, mixed)
-    assert "Layer 'lm_head' is outside the blocks" in refused(model, compress(model, "rtn:4", ["lm_head"]))
+    assert "Layer 'lm_head' is outside the blocks" in refused(
+        model, compress(model, "rtn:4", ["lm_head"])
+    )
 
     class Special(nn.Linear):
         """Not of the very type that is replaced."""
 
     model.model.layers[0].mlp.up_proj.__class__ = Special
     layers = compress(model, "rtn:4")
-    assert "Layer 'model.layers.0.mlp.up_proj' is outside the blocks or a subclass" in refused(model, layers)
+    assert "Layer 'model.layers.0.mlp.up_proj' is outside the blocks or a subclass" in refused(
+        model, layers
+    )
     bert = transformers.BertModel(transformers.BertConfig(**SIZES, intermediate_size=128)).half()
-    assert "load causal language models, and BertModel is none" in refused(bert, compress(bert, "rtn:4"))
+    assert "load causal language models, and BertModel is none" in refused(
+        bert, compress(bert, "rtn:4")
+    )
     experts = {"intermediate_size": 32, "num_local_experts": 2, "num_key_value_heads": 2}
     mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, **experts)).half()
     assert "its kind is 'expert'" in refused(mixtral, compress(mixtral, "rtn:4"))
     attention = compress(mixtral, "rtn:4", ["*self_attn*"])
-    assert "Checkpoints of MixtralForCausalLM take fused parameters apart" in refused(mixtral, attention)
+    assert "Checkpoints of MixtralForCausalLM take fused parameters apart" in refused(
+        mixtral, attention
+    )
 
 
 def test_a_bias_that_float16_does_not_hold_is_refused():
     model = llama(torch.bfloat16, attention_bias=True)
     assert formats.choose(model, compress(model, "rtn:4"), "gptq").name == "gptq"
     model.model.layers[1].self_attn.k_proj.bias.data.fill_(1e-6)
-    assert "'model.layers.1.self_attn.k_proj' has a bias" in refused(model, compress(model, "rtn:4"))
+    assert "'model.layers.1.self_attn.k_proj' has a bias" in refused(
+        model, compress(model, "rtn:4")
+    )
 
 
 def test_auto_never_takes_what_stock_transformers_does_not_load():
@@ -238,8 +283,14 @@ def test_a_uniform_model_has_the_keys_everybody_knows():
 
 def test_other_widths_and_dense_layers_are_named_one_by_one():
     model = llama()
-    others = {"1.mlp.up": "rtn(bits=8, group_size=16)", "0.mlp.down": "rtn(bits=4, group_size=64)", "o_proj": None}
-    layers = compress(model, "rtn(bits=4, group_size=64)", others=others | {"v_proj": "magnitude:0.5"})
+    others = {
+        "1.mlp.up": "rtn(bits=8, group_size=16)",
+        "0.mlp.down": "rtn(bits=4, group_size=64)",
+        "o_proj": None,
+    }
+    layers = compress(
+        model, "rtn(bits=4, group_size=64)", others=others | {"v_proj": "magnitude:0.5"}
+    )
     config = {"quantization_config": FORMAT.quantization_config(Layout.of(model), layers)}
     entry = json.loads(json.dumps(config))["quantization_config"]
     assert entry["dynamic"] == {
@@ -295,7 +346,11 @@ ENTRY = {
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(change):
-    assert FORMAT.scheme_in({"quantization_config": ENTRY}, ["x"]) == {"bits": 4, "group_size": 64, "sym": True}
+    assert FORMAT.scheme_in({"quantization_config": ENTRY}, ["x"]) == {
+        "bits": 4,
+        "group_size": 64,
+        "sym": True,
+    }
     with pytest.raises(ArtifactError):
         FORMAT.scheme_in({"quantization_config": ENTRY | change}, ["x"])
 
@@ -315,14 +370,23 @@ json_values = st.recursive(
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.sampled_from([*ENTRY, "dynamic", "modules_in_block_to_quantize"]), json_values), json_values)
+@given(
+    st.dictionaries(
+        st.sampled_from([*ENTRY, "dynamic", "modules_in_block_to_quantize"]), json_values
+    ),
+    json_values,
+)
 def test_any_config_is_read_or_refused(change, whole):
     for entry in (ENTRY | change, whole):
         try:
             found = FORMAT.scheme_in({"quantization_config": entry}, ["x"])
         except ArtifactError:
             continue
-        assert found["bits"] in BITS and type(found["group_size"]) is int and type(found["sym"]) is bool
+        assert (
+            found["bits"] in BITS
+            and type(found["group_size"]) is int
+            and type(found["sym"]) is bool
+        )
 
 
 # --- damaged tensors -------------------------------------------------------------------------------------------------
@@ -349,7 +413,10 @@ def packed():
         (lambda t: t.update(qzeros=t["qzeros"] + 1), "must all be stored as 3"),
         (lambda t: t.update(qzeros=t["qzeros"].short()), "must be int32"),
         (lambda t: t.update(scales=t["scales"][:3]), "do not fit"),
-        (lambda t: t.update(scales=t["scales"].float()), "finite and positive, in float16 or bfloat16"),
+        (
+            lambda t: t.update(scales=t["scales"].float()),
+            "finite and positive, in float16 or bfloat16",
+        ),
         (lambda t: t["scales"].zero_(), "finite and positive"),
         (lambda t: t["scales"].fill_(float("inf")), "finite and positive"),
         (lambda t: t.update(g_idx=t["g_idx"].flip(0)), "g_idx must number the groups"),
@@ -365,13 +432,18 @@ def test_tensors_that_do_not_fit_are_refused(packed, change, reason):
 
 def arrays(*dtypes):
     shapes = st.lists(st.integers(0, 8) | st.sampled_from([12, 32, 64]), max_size=3)
-    return st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), shapes, st.sampled_from(dtypes))
+    return st.builds(
+        lambda shape, dtype: torch.ones(shape, dtype=dtype), shapes, st.sampled_from(dtypes)
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.fixed_dictionaries(
-        {key: arrays(torch.int32, torch.int32, torch.float16, torch.int64) for key in ("qweight", "qzeros", "g_idx")}
+        {
+            key: arrays(torch.int32, torch.int32, torch.float16, torch.int64)
+            for key in ("qweight", "qzeros", "g_idx")
+        }
         | {"scales": arrays(torch.float16, torch.float32)}
     ),
     st.sampled_from(BITS),
@@ -407,7 +479,7 @@ def saved(model, folder, order, **options):
 def test_an_artifact_verifies_and_a_changed_code_is_seen(tmp_path, order, dtype):
     name = "model.layers.1.mlp.up_proj"
     compressed = saved(llama(dtype), tmp_path / "out", order)
-    assert artifact.verify(tmp_path / "out") == []
+    assert verify(tmp_path / "out") == []
     weight = compressed.layers[name].weight
     at = (weight[0] != 0).nonzero()[0, 0].item()  # the code of a weight that is there
     facts = manifest.load(tmp_path / "out")
@@ -418,15 +490,21 @@ def test_an_artifact_verifies_and_a_changed_code_is_seen(tmp_path, order, dtype)
     word, shift = divmod(at * bits, 32)
     tensors[f"{name}.qweight"][word, 0] ^= 1 << shift
     save_file(tensors, file, metadata={manifest.KEY: facts["order"], "format": "pt"})
-    facts["files"][file.name] = {"sha256": manifest.sha256(file), "bytes": file.stat().st_size}
+    facts["files"][file.name] = {"sha256": sha256(file), "bytes": file.stat().st_size}
     manifest.write(facts, tmp_path / "out")
-    assert artifact.verify(tmp_path / "out") == [f"layer {name} does not decode to the values that were measured."]
+    assert verify(tmp_path / "out") == [
+        f"layer {name} does not decode to the values that were measured."
+    ]
 
 
 def test_a_conv1d_is_stored_like_any_layer(tmp_path):
-    config = transformers.GPT2Config(vocab_size=61, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1)
-    compressed = saved(transformers.GPT2LMHeadModel(config).half(), tmp_path / "out", "rtn(bits=4, group_size=32)")
-    assert artifact.verify(tmp_path / "out") == []
+    config = transformers.GPT2Config(
+        vocab_size=61, n_embd=64, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    compressed = saved(
+        transformers.GPT2LMHeadModel(config).half(), tmp_path / "out", "rtn(bits=4, group_size=32)"
+    )
+    assert verify(tmp_path / "out") == []
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     held = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
     name = "h.0.attn.c_attn"
@@ -438,7 +516,7 @@ def test_a_conv1d_is_stored_like_any_layer(tmp_path):
 
 def test_layers_left_alone_stay_dense(tmp_path):
     saved(llama(), tmp_path / "out", "rtn(bits=4, group_size=32)", targets=["*.mlp.*"])
-    assert artifact.verify(tmp_path / "out") == []
+    assert verify(tmp_path / "out") == []
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert {key.rpartition(".")[2] for key in tensors if ".mlp." in key} == set(GPTQ.tensors)
     assert {key.rpartition(".")[2] for key in tensors if ".mlp." not in key} == {"weight"}
@@ -456,9 +534,13 @@ else:
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="transformers loads it here")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gptqmodel") is not None, reason="transformers loads it here"
+)
 def test_without_gptqmodel_stock_transformers_refuses_it(tmp_path):
     """It must not give a model of random weights. optimum without GPTQModel misses the name QuantizeConfig."""
     saved(llama(), tmp_path / "out", "rtn(bits=4, group_size=32)")
-    ran = subprocess.run([sys.executable, "-c", LOAD, tmp_path / "out"], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path / "out"], capture_output=True, text=True, check=True
+    )
     assert ran.stdout.startswith("refused:")

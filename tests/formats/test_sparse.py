@@ -14,18 +14,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from optimum_order.backends.bitsandbytes import fit_rows
 from optimum_order.errors import ArtifactError
 from optimum_order.formats import choose
 from optimum_order.formats import sparse as module
 from optimum_order.formats.base import Layout
 from optimum_order.formats.sparse import Sparse, decode_weight
-from optimum_order.layer import LayerState, UniformGrid
-from optimum_order.targets import Target, find_targets
+from optimum_order.layers.grids.bitsandbytes import fit_rows
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target, find_targets
 
 FORMAT = Sparse()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (3, 9), (8, 16), (16, 32), (2, 64), (3, 64), (61, 64)]
+PATTERNS = [
+    (1, 2),
+    (2, 4),
+    (1, 4),
+    (3, 4),
+    (4, 8),
+    (3, 9),
+    (8, 16),
+    (16, 32),
+    (2, 64),
+    (3, 64),
+    (61, 64),
+]
 
 
 def n_of_m(shape, n, m, generator=None):
@@ -42,7 +55,9 @@ def layer(weight, pruned=None, **grid):
         return LayerState(weight, pruned=pruned)
     fitted = UniformGrid.fit(weight, **grid)
     weight = fitted.nearest(weight)
-    return LayerState(weight if pruned is None else weight.masked_fill(pruned, 0.0), pruned=pruned, grid=fitted)
+    return LayerState(
+        weight if pruned is None else weight.masked_fill(pruned, 0.0), pruned=pruned, grid=fitted
+    )
 
 
 @st.composite
@@ -54,7 +69,9 @@ def states(draw):
     size = m if masking == "n:m" else draw(st.integers(1, 40))
     rows, groups = draw(st.integers(1, 9)), draw(st.integers(1, 4))
     shape = rows, size * groups
-    weight = torch.randn(shape, generator=generator) * draw(st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
+    weight = torch.randn(shape, generator=generator) * draw(
+        st.sampled_from([1e-6, 0.02, 1.0, 300.0])
+    )
     weight = weight.to(draw(st.sampled_from(DTYPES)))
     weight[torch.rand(shape, generator=generator) < 0.05] = draw(st.sampled_from([0.0, -0.0, 1.0]))
     pruned = torch.rand(shape, generator=generator) < draw(st.sampled_from([0.1, 0.5, 0.95]))
@@ -68,7 +85,9 @@ def states(draw):
     if draw(st.booleans()):
         return layer(weight, pruned)
     bits, symmetric = draw(st.integers(2, 8)), draw(st.booleans())
-    return layer(weight, pruned, bits=bits, symmetric=symmetric, group_size=draw(st.sampled_from([-1, size])))
+    return layer(
+        weight, pruned, bits=bits, symmetric=symmetric, group_size=draw(st.sampled_from([-1, size]))
+    )
 
 
 def bits_of(tensor):
@@ -80,7 +99,9 @@ def stored_bits(state):
     weights, survivors = state.weight.numel(), int((~state.mask).sum())
     bits = survivors * state.bits + (weights if survivors < weights else 0)
     if state.grid is not None:
-        bits += state.grid.scale.nbytes * 8 + (0 if state.grid.symmetric else state.grid.scale.numel() * 8)
+        bits += state.grid.scale.nbytes * 8 + (
+            0 if state.grid.symmetric else state.grid.scale.numel() * 8
+        )
     return bits
 
 
@@ -101,7 +122,10 @@ def test_decoding_gives_back_what_was_encoded(state, chunk):
     if state.grid is None:
         assert decoded.grid is None
     else:
-        assert torch.equal(decoded.grid.scale, state.grid.scale) and decoded.grid.scale.dtype == state.grid.scale.dtype
+        assert (
+            torch.equal(decoded.grid.scale, state.grid.scale)
+            and decoded.grid.scale.dtype == state.grid.scale.dtype
+        )
         assert (decoded.grid.bits, decoded.grid.inputs) == (state.grid.bits, state.grid.inputs)
         assert (decoded.grid.zero_point is None) == state.grid.symmetric
         assert state.grid.symmetric or torch.equal(decoded.grid.zero_point, state.grid.zero_point)
@@ -119,17 +143,29 @@ def test_bytes_are_within_two_percent_of_theory(shape, bits, sparsity):
     state = layer(torch.randn(shape).bfloat16(), torch.rand(shape) < sparsity, **grid)
     scales = 0 if bits is None else 16 / 128
     theory = 1 + (1 - state.sparsity) * (bits or 16) + scales
-    found = 8 * sum(tensor.nbytes for tensor in FORMAT.encode(state).values()) / state.weight.numel()
+    found = (
+        8 * sum(tensor.nbytes for tensor in FORMAT.encode(state).values()) / state.weight.numel()
+    )
     assert 0.98 * theory <= found <= 1.02 * theory
 
 
 @pytest.mark.parametrize(
     ("n", "m", "index"),
-    [(2, 4, 3 / 4), (1, 4, 2 / 4), (4, 8, 7 / 8), (8, 16, 14 / 16), (1, 2, 1 / 2), (2, 64, 11 / 64), (3, 64, 1 / 4)],
+    [
+        (2, 4, 3 / 4),
+        (1, 4, 2 / 4),
+        (4, 8, 7 / 8),
+        (8, 16, 14 / 16),
+        (1, 2, 1 / 2),
+        (2, 64, 11 / 64),
+        (3, 64, 1 / 4),
+    ],
 )
 @pytest.mark.parametrize("bits", [4, None])
 def test_n_of_m_takes_an_index_where_that_is_smaller(n, m, index, bits):
-    state = layer(torch.randn(256, 512).half(), n_of_m((256, 512), n, m), **({"bits": bits} if bits else {}))
+    state = layer(
+        torch.randn(256, 512).half(), n_of_m((256, 512), n, m), **({"bits": bits} if bits else {})
+    )
     theory = index + n / m * (bits or 16) + (16 / 512 if bits else 0)
     encoded = FORMAT.encode(state)
     assert 8 * encoded["weight"].nbytes / state.weight.numel() == pytest.approx(theory, rel=0.02)
@@ -142,7 +178,9 @@ def test_masks_are_numbered_in_the_order_of_the_integers_whose_bits_they_are(n, 
     masks = module._masks(np.arange(count), n, m)
     integers = [sum(1 << int(bit) for bit in np.flatnonzero(mask)) for mask in masks]
     assert integers == sorted(set(integers)) and set(masks.sum(1)) == {n}
-    assert integers[0] == 2**n - 1 and (count < math.comb(m, n) or integers[-1] == (2**n - 1) << (m - n))
+    assert integers[0] == 2**n - 1 and (
+        count < math.comb(m, n) or integers[-1] == (2**n - 1) << (m - n)
+    )
     assert np.array_equal(module._numbers(masks), np.arange(count))
 
 
@@ -162,7 +200,9 @@ def test_a_pattern_that_is_not_kept_everywhere_takes_a_bitmask():
     pruned = n_of_m((64, 256), 2, 4)
     pruned[63, 255] = ~pruned[63, 255]
     state = layer(torch.randn(64, 256).half(), pruned)
-    assert 8 * FORMAT.encode(state)["weight"].nbytes == 8 * 28 + 64 * 256 + 16 * int((~pruned).sum())
+    assert 8 * FORMAT.encode(state)["weight"].nbytes == 8 * 28 + 64 * 256 + 16 * int(
+        (~pruned).sum()
+    )
 
 
 def test_survivors_whose_code_is_zero_are_no_less_survivors():
@@ -212,11 +252,18 @@ def test_what_cannot_be_held_says_why(make_model, make_image_model):
         (make_model("gpt2"), "c_proj", None),
         (make_model("mixtral"), "experts", None),
         (make_image_model("resnet"), "convolution", None),
-        (make_model("gpt_oss"), "experts", "experts.gate_up_proj.0' is not stored in tensors of its own"),
+        (
+            make_model("gpt_oss"),
+            "experts",
+            "experts.gate_up_proj.0' is not stored in tensors of its own",
+        ),
         (make_image_model("regnet"), "weight.", "weight.0' is not stored in tensors of its own"),
     ]:
         targets = [target for target in find_targets(model) if pattern in target.name]
-        layers = {target.name: (target, LayerState(target.read(), target.read() > 0)) for target in targets}
+        layers = {
+            target.name: (target, LayerState(target.read(), target.read() > 0))
+            for target in targets
+        }
         found = FORMAT.why_not_model(Layout.of(model), layers)
         assert (found is None) if reason is None else (reason in found)
         assert "No layer is pruned or quantised" in FORMAT.why_not_model(Layout.of(model), {})
@@ -282,7 +329,10 @@ def header(data, **changes):
         ({"bits": 0, "group_size": 64}, "no layer has the header"),
         ({"rows": 9}, r"has \d+ bytes, got \d+"),
         ({"rows": 2**32 - 1}, r"has \d+ bytes, got \d+"),
-        ({"rows": 2**31, "inputs": 2**20, "bits": 0, "affine": 0, "group_size": 0}, r"has \d+ bytes, got \d+"),
+        (
+            {"rows": 2**31, "inputs": 2**20, "bits": 0, "affine": 0, "group_size": 0},
+            r"has \d+ bytes, got \d+",
+        ),
         ({"inputs": 2**21, "bits": 0, "affine": 0, "group_size": 0}, "no layer has the header"),
     ],
 )
@@ -311,7 +361,9 @@ def test_a_mask_that_does_not_match_the_codes_is_refused():
         for bit in range(8):
             changed = bytearray(data)
             changed[byte] ^= 1 << bit
-            with pytest.raises(ArtifactError, match=r"its mask keeps \d+ weights, and \d+ are stored"):
+            with pytest.raises(
+                ArtifactError, match=r"its mask keeps \d+ weights, and \d+ are stored"
+            ):
                 decode(changed)
 
 
@@ -324,7 +376,9 @@ def test_an_index_outside_its_table_is_refused():
 
 @pytest.mark.parametrize(("rows", "inputs"), [(3, 5), (1, 1)])
 def test_bits_that_nobody_reads_are_zero(rows, inputs):
-    data = bytearray(FORMAT.encode(layer(torch.ones(rows, inputs), bits=3))["weight"].numpy().tobytes())
+    data = bytearray(
+        FORMAT.encode(layer(torch.ones(rows, inputs), bits=3))["weight"].numpy().tobytes()
+    )
     data[-1] |= 0x80
     with pytest.raises(ArtifactError, match="must be zero"):
         decode(data)
@@ -376,7 +430,9 @@ def test_changed_bytes_are_refused_or_make_another_layer_of_that_size(kind, chan
         decoded = decode(data)
     except ArtifactError:
         return
-    assert decoded.weight.numel() <= 8 * 64 * 8  # a bit of mask at least for each weight, but for a few in an index
+    assert (
+        decoded.weight.numel() <= 8 * 64 * 8
+    )  # a bit of mask at least for each weight, but for a few in an index
 
 
 @settings(max_examples=300, deadline=None)
@@ -392,13 +448,17 @@ def peak_and_present():
     return [int(status[key].split()[0]) * 1024 for key in ("VmHWM", "VmRSS")]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of a function")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux to tell the peak of a function"
+)
 @pytest.mark.parametrize("what", ["bitmask", "index", "values"])
 def test_decoding_takes_little_more_memory_than_its_result(what):
     torch.manual_seed(0)
     shape = 4096, 4096
     pruned = n_of_m(shape, 2, 4) if what == "index" else torch.rand(shape) < 0.5
-    encoded = FORMAT.encode(layer(torch.randn(shape).bfloat16(), pruned, **({} if what == "values" else {"bits": 4})))
+    encoded = FORMAT.encode(
+        layer(torch.randn(shape).bfloat16(), pruned, **({} if what == "values" else {"bits": 4}))
+    )
     del pruned
     decode_weight(encoded["weight"])  # what is imported and cached on the way
     Path("/proc/self/clear_refs").write_text("5")

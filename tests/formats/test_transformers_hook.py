@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import optimum_order
 from optimum_order import backends, formats
-from optimum_order.formats import checkpoint
+from optimum_order.formats import safetensors as checkpoint
 from optimum_order.formats.base import Layout
 from optimum_order.formats.transformers_hook import METHOD, SparseConfig, SparseQuantizer
-from optimum_order.layer import LayerState
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import find_units
 from optimum_order.order import Order
-from optimum_order.targets import find_units
 
 ORDER = "magnitude:0.5 > rtn:4"
 
@@ -42,7 +42,9 @@ def same(one, other):
     one, other = one.state_dict(), other.state_dict()
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype
-        and torch.equal(one[name].contiguous().view(torch.uint8), other[name].contiguous().view(torch.uint8))
+        and torch.equal(
+            one[name].contiguous().view(torch.uint8), other[name].contiguous().view(torch.uint8)
+        )
         for name in one
         if one[name].ndim
     )
@@ -61,7 +63,14 @@ def load(folder, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": "auto"}, {"device_map": "auto"}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}]
+    "options",
+    [
+        {},
+        {"dtype": "auto"},
+        {"device_map": "auto"},
+        {"device_map": "cpu"},
+        {"dtype": torch.bfloat16},
+    ],
 )
 def test_it_loads_as_stock_users_call_it(saved, options):
     model, folder = saved
@@ -88,7 +97,12 @@ def test_modules_that_are_kept_in_float32_are(saved, monkeypatch):
 
 def test_what_was_offloaded_to_disk_is_decoded_too(saved, tmp_path):
     _, folder = saved
-    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "lm_head": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+    }
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     loaded = load(folder, device_map=device_map, offload_folder=tmp_path)
     ids = torch.arange(12)[None]
@@ -124,7 +138,9 @@ def test_the_model_has_forgotten_how_it_was_stored(make_model, architecture, tmp
 
 @pytest.mark.parametrize("architecture", ["vit", "resnet"])
 def test_image_classifiers(make_image_model, architecture, tmp_path):
-    model = save(make_image_model(architecture), tmp_path, "magnitude:0.5 > rtn(bits=4, group_size=-1)")
+    model = save(
+        make_image_model(architecture), tmp_path, "magnitude:0.5 > rtn(bits=4, group_size=-1)"
+    )
     stored = load_file(tmp_path / "model.safetensors").values()
     assert sum(tensor.dtype == torch.uint8 for tensor in stored) > 4
     assert same(transformers.AutoModelForImageClassification.from_pretrained(tmp_path), model)
@@ -141,7 +157,9 @@ def test_a_damaged_layer_does_not_load(make_model, tmp_path, damage):
     file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(file)
     if damage == "bit":
-        tensors[name][-48 * 32 // 4 - 1] ^= 1  # of the mask, the last bit of which lies before half as many codes
+        tensors[name][-48 * 32 // 4 - 1] ^= (
+            1  # of the mask, the last bit of which lies before half as many codes
+        )
     else:
         tensors[name] = tensors["model.layers.0.self_attn.q_proj.weight"].clone()
     save_file(tensors, file, metadata={"format": "pt"})
@@ -174,12 +192,16 @@ assert not any(name.startswith("optimum_order") for name in sys.modules)
 
 
 def test_without_the_import_it_fails_and_loads_nothing_at_random(saved):
-    ran = subprocess.run([sys.executable, "-c", WITHOUT, saved[1]], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT, saved[1]], capture_output=True, text=True, check=True
+    )
     assert len(re.findall("ignore_mismatched_sizes", ran.stdout)) == 6
     assert f"Unknown quantization type, got {METHOD}" in ran.stderr
 
 
-@pytest.mark.parametrize("first", ["optimum_order", "torch, transformers; transformers.LlamaForCausalLM"])
+@pytest.mark.parametrize(
+    "first", ["optimum_order", "torch, transformers; transformers.LlamaForCausalLM"]
+)
 def test_the_import_may_come_before_or_after_that_of_transformers(saved, first):
     code = f"""
 import sys, {first}
@@ -187,8 +209,12 @@ import optimum_order, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(sum(parameter.double().abs().sum().item() for parameter in model.parameters()))
 """
-    ran = subprocess.run([sys.executable, "-c", code, saved[1]], capture_output=True, text=True, check=True)
-    assert float(ran.stdout) == sum(parameter.double().abs().sum().item() for parameter in saved[0].parameters())
+    ran = subprocess.run(
+        [sys.executable, "-c", code, saved[1]], capture_output=True, text=True, check=True
+    )
+    assert float(ran.stdout) == sum(
+        parameter.double().abs().sum().item() for parameter in saved[0].parameters()
+    )
 
 
 def test_the_package_may_be_imported_again(saved):

@@ -1,0 +1,1 @@
+"""One saved folder, and the Hub."""

@@ -1,0 +1,143 @@
+"""A model larger than memory: a unit is filled when its turn comes, and states are read when they are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from optimum_order.calibration.spill import Spill
+from optimum_order.engine.workdir import WorkDir
+from optimum_order.errors import ModelError
+from optimum_order.layers.packed import Packed
+from optimum_order.layers.state import LayerState
+from optimum_order.models.lazy import Weights, embedding_parameters, trim
+from optimum_order.models.units import Target, Unit
+
+
+class Streamed:
+    """Fills a model a unit at a time with what a run has made of it so far.
+
+    Args:
+        weights: The model, empty, and what its checkpoint holds.
+        units: From `find_units(weights.model)`.
+        work: Where the run keeps what is finished: the only place in which all states are.
+        activation_limit: Bytes of activations between units that stay in memory.
+
+    Attributes:
+        states: Of every layer, read from the work dir or, of a unit that no pass has changed, from the model while it
+            is filled. Those of one unit at a time are in memory.
+        spill: Where activations above the limit go.
+    """
+
+    def __init__(
+        self, weights: Weights, units: Sequence[Unit], work: WorkDir, activation_limit: int
+    ):
+        self.weights, self.work = weights, work
+        self.states = States(units, work, weights)
+        self.spill = Spill(work.folder, activation_limit)
+        self._outside = weights.outside(units)
+        used_once = embedding_parameters(weights.model)
+        named = dict(weights.model.named_parameters(remove_duplicate=False))
+        self._at_first = [name for name in self._outside if id(named[name]) in used_once]
+        """Of what is in no unit, what only the beginning of a forward needs, and is large."""
+        self._checked: set[str | None] = set()
+
+    @contextlib.contextmanager
+    def there(self, unit: Unit | None) -> Iterator[None]:
+        """While active, a unit is filled, with its weights as they are by now; None for what comes before all units.
+
+        Raises:
+            ModelError: If a weight is NaN or infinite.
+        """
+        names = self._outside if unit is None else self.weights.within(unit.name)
+        self.weights.materialise(names)
+        try:
+            if (where := None if unit is None else unit.name) not in self._checked:
+                named = dict(self.weights.model.named_parameters(remove_duplicate=False))
+                refuse_infinite((name, named[name]) for name in names)
+                self._checked.add(where)
+            if unit is not None and self.states.changed(unit):
+                for target in unit.targets:
+                    target.write(self.states[target.name].weight)
+            yield
+        finally:
+            self.weights.release(self._at_first if unit is None else names)
+            trim()
+
+
+class States(MutableMapping[str, LayerState]):
+    """The states of all layers, those of one unit in memory.
+
+    Args:
+        units: All units of the model.
+        work: Where the others are.
+        weights: What the checkpoint holds, for layers of which the work dir knows only what was pruned.
+    """
+
+    def __init__(self, units: Sequence[Unit], work: WorkDir, weights: Weights):
+        self._work, self._weights = work, weights
+        self._names = [unit.name for unit in units]
+        self._place = {
+            target.name: (number, target)
+            for number, unit in enumerate(units)
+            for target in unit.targets
+        }
+        self._held: dict[str, Packed] = {}
+        self._own: dict[str, Tensor] = {}
+        """Parameters of the unit that were read from the checkpoint, as the model is empty."""
+        self._unit = -1
+
+    def changed(self, unit: Unit) -> bool:
+        """Whether a pass has left something of a unit."""
+        return self._work.latest(self._names.index(unit.name)) is not None
+
+    def __getitem__(self, name: str) -> LayerState:
+        number, target = self._place[name]
+        self._turn_to(number)
+        if name not in self._held:
+            self._held[name] = Packed.of(LayerState(self._read(target)))
+        held = self._held[name]
+        return held.state(self._read(target) if held.weight is None else None)
+
+    def __setitem__(self, name: str, state: LayerState) -> None:
+        self._turn_to(self._place[name][0])
+        self._held[name] = Packed.of(state)
+
+    def _turn_to(self, number: int) -> None:
+        if number != self._unit:
+            self._unit, self._held, self._own = number, {}, {}
+            if (file := self._work.latest(number)) is not None:
+                self._held = dict(self._work.read(file)["states"])
+
+    def _read(self, target: Target) -> Tensor:
+        """A layer's weight as it is in the model, or if that is empty, as it was: pruning makes of both the same."""
+        name = target.parameter_name
+        if not target.parameter.is_meta:
+            return target.read()
+        if name not in self._own:
+            self._own[name] = self._weights[name].to(self._weights.device)
+        return dataclasses.replace(
+            target, parameter=nn.Parameter(self._own[name], requires_grad=False)
+        ).read()
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("every layer has a state")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+
+def refuse_infinite(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ModelError if a weight is no finite number."""
+    for name, parameter in parameters:
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose weights are finite."
+            )

@@ -1,0 +1,1 @@
+"""One layer and its promises, as pure tensors."""

@@ -1,0 +1,1 @@
+"""Grids: one grid is one file."""

@@ -1,0 +1,1 @@
+"""The model: blocks and layers, sources, lazy weights."""

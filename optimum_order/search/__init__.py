@@ -1,0 +1,1 @@
+"""Search for an order or a recipe."""

@@ -1,0 +1,258 @@
+"""The card says what the manifest says, no more; what it tells people to run does run, and makes the same model."""
+
+import copy
+import io
+import json
+import shlex
+
+import matplotlib.image
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoModel, AutoModelForCausalLM
+
+from optimum_order import JointCompressor
+from optimum_order.artifact import card, manifest
+from optimum_order.cli import main
+from optimum_order.files import size
+
+
+@pytest.fixture(scope="module")
+def stated(tiny_llama_folder, text_file, tmp_path_factory):
+    """The manifest of a measured artifact, as it was read from disk. Do not change it."""
+    compressor = JointCompressor.from_pretrained(
+        tiny_llama_folder,
+        calibration=str(text_file),
+        calibration_samples=4,
+        sequence_length=64,
+        ignore=["*.o_proj"],
+    )
+    folder = tmp_path_factory.mktemp("card") / "model"
+    compressed = compressor.compress("wanda:0.5 > gptq:4", "block", progress=False)
+    compressor.evaluate(str(text_file), progress=False)
+    compressed.evaluate(str(text_file), progress=False)
+    compressed.save_pretrained(folder)
+    return manifest.load(folder)
+
+
+@pytest.fixture
+def facts(stated):
+    """The same, to be changed."""
+    return copy.deepcopy(stated)
+
+
+def text_of(facts, auto=AutoModelForCausalLM, **options):
+    return str(card.make(facts, "me/small", auto, **options))
+
+
+def data_of(facts, auto=AutoModelForCausalLM, **options):
+    return ModelCard(text_of(facts, auto, **options)).data
+
+
+def test_metadata(stated):
+    data = data_of(stated)
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert data["tags"] == ["optimum-order", "quantization", "pruning", "wanda", "gptq"]
+    assert (
+        "base_model" not in data.to_dict() and "license" not in data.to_dict()
+    )  # a local folder, and not ours to say
+    (result,) = data.eval_results
+    assert (result.metric_type, result.task_type) == ("perplexity", "text-generation")
+    assert result.metric_value == stated["metrics"]["perplexity"]["after"]["value"]
+    assert (result.dataset_type, result.dataset_name) == ("local", "prose.txt")
+
+
+def test_a_base_model_is_named_only_if_it_is_on_the_hub(facts):
+    for base, named in [
+        ({"id": "org/base", "revision": "0" * 40}, "org/base"),
+        ({"id": "gpt2", "revision": "0" * 40}, "gpt2"),
+        ({"id": "org/base", "revision": None}, "org/base"),
+        ({"id": "my-folder", "revision": None}, None),
+        ({"id": "/home/me/model", "revision": None}, None),
+    ]:
+        facts["base_model"].update(base)
+        data = data_of(facts).to_dict()
+        assert (data.get("base_model"), data.get("base_model_relation")) == (
+            named,
+            named and "quantized",
+        )
+    facts["base_model"].update(id="org/base", revision="0" * 40)
+    assert "--revision " + "0" * 40 in card.command(facts)
+    assert "[org/base](https://huggingface.co/org/base)" in text_of(facts)
+    for layer in facts["layers"].values():
+        layer["bits"] = 32
+    assert (
+        "base_model_relation" not in data_of(facts).to_dict()
+    )  # pruned only: the Hub has no word for it
+
+
+def test_a_public_dataset_is_named_as_the_hub_names_it(facts):
+    facts["metrics"]["perplexity"]["after"]["source"] = "org/text:raw:test"
+    (result,) = data_of(facts).eval_results
+    assert (result.dataset_type, result.dataset_config, result.dataset_split) == (
+        "org/text",
+        "raw",
+        "test",
+    )
+
+
+def test_what_people_added_stays_and_what_is_ours_is_new(stated):
+    kept = {
+        "license": "mit",
+        "language": "en",
+        "tags": ["old"],
+        "model-index": [],
+        "base_model": "org/old",
+    }
+    data = data_of(stated, kept=kept).to_dict()
+    assert (data["license"], data["language"]) == ("mit", "en")
+    assert "old" not in data["tags"] and "base_model" not in data and data["model-index"]
+
+
+def test_the_order_is_drawn_and_every_stage_is_in_the_table(stated):
+    drawn = card.diagram(stated).split("\n")
+    assert len(drawn) == 4 and len({len(line) for line in drawn}) == 1
+    boxes = [box.strip(" │") for box in drawn[1].split(" → ")]
+    assert boxes == [stated["base_model"]["id"], "wanda:0.5", "gptq:4", "compressed-tensors"]
+    text = text_of(stated)
+    assert card.diagram(stated) in text
+    for index, stage in enumerate(stated["stages"]):
+        errors = {
+            name: layer["stages"][index]["relative_error"]
+            for name, layer in stated["layers"].items()
+        }
+        worst = max(errors, key=errors.get)
+        (row,) = [line for line in text.split("\n") if line.startswith(f"| `{stage['stage']}` |")]
+        cells = [cell.strip() for cell in row.replace("\\|", "").strip("|").split("|")]
+        assert cells[2:4] == [
+            f"{sum(errors.values()) / len(errors):.2g}",
+            f"{errors[worst]:.2g} in `{worst}`",
+        ]
+
+
+def test_a_long_order_is_drawn_on_several_lines(facts):
+    facts["stages"] *= 6
+    for layer in facts["layers"].values():
+        layer["stages"] *= 6
+    drawn = card.diagram(facts).split("\n")
+    assert len(drawn) % 4 == 0 and len(drawn) > 4 and max(map(len, drawn)) < 130
+    assert sum(line.count("wanda:0.5") for line in drawn) == 6
+
+
+def test_metrics_and_bytes_before_and_after(stated):
+    text, both = text_of(stated), stated["metrics"]["perplexity"]
+    tokens = both["after"]["tokens"]
+    row = f"| {both['before']['value']:.4g} | **{both['after']['value']:.4g}** |"
+    assert f"| perplexity on `prose.txt` ({tokens:,} tokens) {row}" in text
+    sizes = " | ".join(size(stated["bytes"][when]) for when in ("before", "after"))
+    assert f"| weights on disk | {sizes} |" in text
+
+
+def test_it_is_honest_about_speed(facts):
+    assert "**unstructured sparsity can save bytes, not time**" in text_of(facts)
+    assert "each still takes as many bits as any other weight" in text_of(facts)
+    facts["bytes"]["per_weight_bits"] = 3.2
+    assert "On disk they are left out" in text_of(facts)
+    for layer in facts["layers"].values():
+        layer["pattern"] = "2:4"
+    assert "stock transformers does not use them" in text_of(
+        facts
+    ) and "unstructured" not in text_of(facts)
+    facts["sparsity"] = 0
+    assert "are zero" not in text_of(facts)
+
+
+def test_no_engine_is_promised_for_a_format_that_none_computes_on(facts):
+    assert "An engine with kernels for packed weights can be faster" in text_of(facts)
+    text = text_of(facts | {"format": "sparse"})
+    assert "No engine computes on the `sparse` format" in text and "can be faster" not in text
+
+
+def test_no_path_or_text_of_its_author_is_told(stated, tiny_llama_folder, text_file, prose):
+    text = text_of(stated)
+    assert str(tiny_llama_folder) not in text and str(text_file.parent) not in text
+    assert prose[200:260] not in text and "prose.txt" in text
+
+
+def test_the_command_makes_the_same_model_again(
+    stated, tiny_llama_folder, text_file, tmp_path, monkeypatch
+):
+    code = text_of(stated).split("```bash\n")[1].split("```")[0]
+    program, *arguments = shlex.split(code.replace("\\\n", " "))
+    assert program == "optimum-order" and "--ignore" in arguments and "block" in arguments
+    assert arguments[arguments.index("--calibration-dtype") + 1] == stated["calibration"]["dtype"]
+    for path in (tiny_llama_folder, text_file):
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert not end.value.code
+    again = manifest.load(tmp_path / "OUTPUT")
+    varies = {"files", "digest", "versions"}
+    assert {key: again[key] for key in set(again) - varies} == {
+        key: stated[key] for key in set(stated) - varies
+    }
+
+
+def test_without_data_or_metrics_the_command_is_short(facts):
+    facts.update(calibration=None, metrics={}, ignore=None, order="rtn:4")
+    assert shlex.split(card.command(facts).replace("\\\n", " "))[4:] == [
+        *(
+            "--order",
+            "rtn:4",
+            "--format",
+            "compressed-tensors",
+            "--schedule",
+            "block",
+            "--dtype",
+            "float32",
+        ),
+    ]
+
+
+def test_the_branch_and_the_task_are_in_the_code(stated):
+    assert 'pipeline("feature-extraction", model="me/small", revision="dev")' in text_of(
+        stated, AutoModel, revision="dev"
+    )
+
+
+def test_names_cannot_break_the_page(facts):
+    facts["metrics"]["perplexity"]["after"]["source"] = "a|b`\nc.txt"
+    rows = [line for line in text_of(facts).split("\n") if line.startswith("| perplexity")]
+    assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 4
+
+
+def picture(facts):
+    return matplotlib.image.imread(io.BytesIO(card.plot(facts)))
+
+
+def test_the_plot_shows_each_stage_and_reads_on_any_background(facts):
+    first = picture(facts)
+    height, width, _ = first.shape
+    assert width > 2.5 * height  # two stages and the sparsity, side by side
+    assert (first[..., 3] == 1).all() and (first[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
+    layer = facts["layers"]["model.layers.1.mlp.up_proj"]
+    layer["stages"][0]["relative_error"] *= 2
+    changed = (picture(facts) != first).any(axis=(0, 2)).nonzero()[0]
+    assert len(changed) and changed.max() < width / 3 + 20  # in the first panel, and nowhere else
+    facts["sparsity"], layer["bits"] = 0, 3
+    assert (
+        picture(facts).shape == first.shape
+    )  # the panel of the sparsity has gone, that of the bits has come
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.mlp.up_proj", (3, "mlp.up_proj")),
+        ("model.layers.11.mlp.experts.down_proj.7", (11, "mlp.experts.down_proj")),
+        ("vit.encoder.layer.0.attention.query", (0, "attention.query")),
+        ("lm_head", (0, "lm_head")),
+    ],
+)
+def test_where_a_layer_is(name, place):
+    assert card._place(name) == place
+
+
+def test_the_same_manifest_makes_the_same_card_and_plot(stated):
+    again = json.loads(json.dumps(stated))
+    assert text_of(again) == text_of(stated) and card.plot(again) == card.plot(stated)

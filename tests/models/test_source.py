@@ -1,0 +1,203 @@
+"""Where a model comes from: what can be loaded is, what cannot is refused with a reason."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_order.errors import ModelError
+from optimum_order.models.source import EMBEDDED, Checkpoint, InMemory, auto_class, weights_digest
+
+
+def open_checkpoint(model, **kwargs):
+    settings = {"revision": None, "token": None, "dtype": "auto", "trust_remote_code": False}
+    return Checkpoint(model, **(settings | kwargs))
+
+
+@pytest.fixture
+def copy(tiny_llama_folder, tmp_path):
+    return shutil.copytree(tiny_llama_folder, tmp_path / "model")
+
+
+def test_loads_afresh_each_time(tiny_llama_folder):
+    checkpoint = open_checkpoint(tiny_llama_folder)
+    first, second = checkpoint.load(), checkpoint.load()
+    first.lm_head.weight.data.zero_()
+    assert second.lm_head.weight.any() and not second.training
+    assert checkpoint.processor.bos_token == "<s>"
+    assert checkpoint.bytes == (tiny_llama_folder / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("architecture", ["vit", "deit", "resnet"])
+def test_what_a_model_reads_is_known_before_it_is_loaded(
+    make_image_model, tiny_llama_folder, architecture, tmp_path
+):
+    model = make_image_model(architecture)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.main_input_name == InMemory.of(model).main_input_name == "pixel_values"
+    assert type(checkpoint.load()) is type(model)
+    assert open_checkpoint(tiny_llama_folder).main_input_name == "input_ids"
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_embedded_models(name):
+    checkpoint = open_checkpoint(name)
+    assert checkpoint.embedded and checkpoint.id == name and checkpoint.processor is not None
+    assert 0 < checkpoint.bytes < 10_000_000
+    assert (checkpoint.main_input_name == "input_ids") == (name == "tiny-llama")
+    assert not checkpoint.load().training
+
+
+def test_an_image_processor_without_pillow_says_what_to_install(tmp_path):
+    code = """
+import sys
+sys.modules["PIL"] = sys.modules["PIL.Image"] = None
+from optimum_order import JointCompressor
+from optimum_order.errors import ModelError
+try:
+    JointCompressor.from_pretrained("tiny-vit")
+except ModelError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert (
+        "'preprocessor_config.json' that cannot be used: it needs the library Pillow" in done.stdout
+    )
+    assert "pip install 'optimum-order[vision]'" in done.stdout
+
+
+def test_weights_in_memory_lie_row_after_row(make_image_model):
+    """However they lay before: a convolution's filters are seen as rows of a matrix."""
+    model = make_image_model("resnet").to(memory_format=torch.channels_last)
+    copied = InMemory.of(model).load()
+    assert all(tensor.is_contiguous() for tensor in copied.state_dict().values())
+    assert not all(
+        tensor.is_contiguous() for tensor in model.state_dict().values()
+    )  # the user's own
+    assert weights_digest(copied) == weights_digest(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype(tiny_llama_folder, dtype):
+    model = open_checkpoint(tiny_llama_folder, dtype=dtype).load()
+    assert model.lm_head.weight.dtype == getattr(torch, dtype)
+
+
+def test_sharded(tiny_llama_folder, tmp_path):
+    whole = open_checkpoint(tiny_llama_folder).load()
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert weights_digest(open_checkpoint(tmp_path / "sharded").load()) == weights_digest(whole)
+
+
+def test_digest_sees_one_bit(tiny_llama_folder):
+    model = open_checkpoint(tiny_llama_folder).load()
+    before = weights_digest(model)
+    weight = model.model.layers[0].mlp.up_proj.weight.data
+    weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
+    assert weights_digest(model) != before
+
+
+def test_missing_folders_and_ids(tmp_path):
+    with pytest.raises(ModelError, match="no folder"):
+        open_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="Cannot read the model 'nobody/nothing'"):
+        open_checkpoint("nobody/nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="Cannot read the model"):
+        open_checkpoint(tmp_path / "empty")
+
+
+def test_pickled_weights_are_refused(copy):
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="Cannot load the weights"):
+        open_checkpoint(copy).load()
+
+
+def test_missing_weights_are_refused_not_made_up(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj.*would be random"):
+        open_checkpoint(copy).load()
+
+
+def test_a_tokenizer_that_is_there_and_broken_is_an_error(copy):
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer.*cannot be used"):
+        open_checkpoint(copy)
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert open_checkpoint(copy).processor is None
+
+
+def test_a_local_path_is_not_given_away(tiny_llama_folder):
+    assert open_checkpoint(tiny_llama_folder).id == tiny_llama_folder.name
+
+
+def test_quantised_checkpoints_are_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(ModelError, match=r"already quantised \(gptq\)"):
+        open_checkpoint(copy)
+
+
+def test_code_in_a_repository_is_not_run(copy):
+    config = json.loads((copy / "config.json").read_text())
+    hostile = config | {"model_type": "hostile", "auto_map": {"AutoConfig": "evil.Config"}}
+    (copy / "config.json").write_text(json.dumps(hostile))
+    (copy / "evil.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(ModelError):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            transformers.LlamaConfig(architectures=["LlamaForCausalLM"]),
+            transformers.AutoModelForCausalLM,
+        ),
+        (transformers.LlamaConfig(), transformers.AutoModelForCausalLM),
+        (transformers.BertConfig(architectures=["BertModel"]), transformers.AutoModel),
+        (
+            transformers.BertConfig(architectures=["BertForMaskedLM"]),
+            transformers.AutoModelForMaskedLM,
+        ),
+        (
+            transformers.ViTConfig(architectures=["ViTForImageClassification"]),
+            transformers.AutoModelForImageClassification,
+        ),
+    ],
+)
+def test_the_auto_class_follows_the_architecture(config, expected):
+    assert auto_class(config) is expected
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ModelError, match="'LlamaForMischief'"):
+        auto_class(transformers.LlamaConfig(architectures=["LlamaForMischief"]))
+
+
+def test_in_memory_copies_once_and_loads_copies(tiny_llama_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    source = InMemory.of(model, AutoTokenizer.from_pretrained(tiny_llama_folder))
+    model.lm_head.weight.data.zero_()
+    loaded = source.load()
+    assert loaded.lm_head.weight.any()
+    loaded.lm_head.weight.data.zero_()
+    assert source.load().lm_head.weight.any()
+    with pytest.raises(ModelError, match="transformers model"):
+        InMemory.of(torch.nn.Linear(2, 2))
