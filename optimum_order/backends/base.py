@@ -1,36 +1,51 @@
-"""What a compression method is: a name, its options, what it must know about the inputs, and one equation."""
+"""What a method is: a name, options, and one of five kinds that say what it maps to what.
+
+Each kind is a small base class. A step of a run calls `Method.run`, and the kind calls back the
+one verb of the engine that carries it out, so that nobody asks a method what it is.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import inspect
+import re
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from optimum_order.errors import InvariantError, OrderError, unknown
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.order import Stage
+
+KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
+"""What `Method.kind` may be."""
 
 
 def option(
-    default: Any, help: str, *, check: Callable[[Any], bool] = lambda value: True, allowed: str = ""
+    default: Any,
+    help: str,
+    *,
+    check: Callable[[Any], bool] = lambda value: True,
+    allowed: str = "",
 ) -> Any:
-    """A field of a backend's `Options`.
+    """Declare a field of a method's `Options`.
 
     Args:
         default: Its value when a stage does not give it; `dataclasses.MISSING` makes it required.
-        help: What it does, in a few words.
+        help: What the option does, in a few words.
         check: Whether a value of the right type is allowed.
         allowed: What is allowed, for the error message: "in [0, 1)".
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "check": check, "allowed": allowed}
-    )
+    metadata = {"help": help, "check": check, "allowed": allowed}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _matches(value: Any, annotation: Any) -> bool:
@@ -44,6 +59,7 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 
 def describe(annotation: Any) -> str:
+    """Return what a value of an option's type is called: "a number or a word"."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(describe(member) for member in typing.get_args(annotation))
     names = {
@@ -56,19 +72,86 @@ def describe(annotation: Any) -> str:
     return names.get(annotation, str(annotation))
 
 
-class Method(ABC):
-    """Something a stage can name: a backend, or an allocator that picks a backend for each layer.
+def matches_pattern(name: str, pattern: str) -> bool:
+    """Return whether a layer's full name matches a shell pattern, or a `re:` regular expression.
 
-    A subclass is one file. It declares a frozen dataclass `Options`, each field made with `option`, whose first
-    field is the main knob; reading a stage into them, with every error a user can make, is done here.
+    Args:
+        name: `model.layers.0.self_attn.q_proj`.
+        pattern: `*.q_proj`, or `re:.*proj`.
+
+    Raises:
+        OrderError: If the regular expression cannot be read.
+    """
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(name, pattern)
+    try:
+        return re.fullmatch(pattern[3:], name) is not None
+    except re.error as error:
+        raise OrderError(
+            f"'{pattern}' is not a regular expression after 're:': {error}."
+        ) from error
+
+
+_TARGETS = option(
+    None,
+    "patterns of the layers that the stage treats, all by default",
+    check=lambda value: (
+        isinstance(value, str)
+        or (len(value) > 0 and all(isinstance(pattern, str) for pattern in value))
+    ),
+    allowed="a pattern of layer names such as *.q_proj, or a list of patterns",
+)
+
+
+class Method(ABC):
+    """Something a stage can name.
+
+    A subclass is one file. It declares a frozen dataclass `Options`, each field made with
+    `option`, whose first field is the main knob. Reading a stage into options, with every error
+    a user can make, happens here. The option `targets` is added to every method.
     """
 
     name: ClassVar[str]
-    """What a stage calls it."""
+    """What a stage calls the method."""
     summary: ClassVar[str]
-    """What it does, in one line for `optimum-order backends`."""
+    """What the method does, in one line for `optimum-order methods`."""
+    kind: ClassVar[str]
+    """One of `KINDS`."""
     Options: ClassVar[type]
     """Frozen dataclass of options; the first is the main knob."""
+    needs: ClassVar[frozenset[type[Accumulator]]] = frozenset()
+    """The statistics of the layers' inputs that the method reads: accumulator classes."""
+    joins: ClassVar[bool] = False
+    """Whether several of these, one after the other, may share one walk (schedule "block")."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        where = f"The method class {cls.__module__}.{cls.__qualname__}"
+        kind = getattr(cls, "kind", None)
+        if (kind is not None or "name" in vars(cls)) and kind not in KINDS:
+            raise TypeError(f"{where}: {unknown('kind', str(kind), KINDS)}")
+        for need in cls.needs:
+            if not (inspect.isclass(need) and issubclass(need, Accumulator)):
+                raise TypeError(
+                    f"{where}: 'needs' must be a frozenset of accumulator classes such as "
+                    f"optimum_order.layers.statistics.Gram, got {need!r}."
+                )
+        options = cls.__dict__.get("Options")
+        if options is None:
+            return
+        if not dataclasses.is_dataclass(options):
+            raise TypeError(f"{where}: 'Options' must be a frozen dataclass, got {options!r}.")
+        for field in dataclasses.fields(options):
+            if not {"help", "check", "allowed"} <= set(field.metadata):
+                raise TypeError(f"{where}: the option '{field.name}' must be made with option().")
+        if "targets" not in {field.name for field in dataclasses.fields(options)}:
+            cls.Options = dataclasses.make_dataclass(
+                options.__name__,
+                [("targets", tuple | str | None, _TARGETS)],
+                bases=(options,),
+                frozen=True,
+                namespace={"__module__": options.__module__, "__doc__": options.__doc__},
+            )
 
     def __init__(self, stage: Stage):
         self.options = self.validate(stage, self._read(stage))
@@ -77,10 +160,10 @@ class Method(ABC):
     def _read(cls, stage: Stage) -> Any:
         fields = {field.name: field for field in dataclasses.fields(cls.Options)}
         hints = typing.get_type_hints(cls.Options)
-        given = dict(stage.options)
+        values = dict(stage.options)
         if stage.value is not None:
-            given[next(iter(fields))] = stage.value
-        for key, value in given.items():
+            values[next(iter(fields))] = stage.value
+        for key, value in values.items():
             if key not in fields:
                 raise OrderError(f"Stage '{stage}': {unknown('option', key, fields)}")
             meta = fields[key].metadata
@@ -90,62 +173,108 @@ class Method(ABC):
                     f"Stage '{stage}': '{key}' ({meta['help']}) must be {wanted}, got {value!r}."
                 )
             if float in (hints[key], *typing.get_args(hints[key])) and isinstance(value, int):
-                given[key] = float(value)
+                values[key] = float(value)
         for key, field in fields.items():
-            if field.default is dataclasses.MISSING and key not in given:
+            if field.default is dataclasses.MISSING and key not in values:
                 meta = field.metadata
                 raise OrderError(
                     f"Stage '{stage}' must give '{key}' ({meta['help']}): {meta['allowed']}."
                 )
-        return cls.Options(**given)
+        return cls.Options(**values)
 
     @classmethod
     def validate(cls, stage: Stage, options: Any) -> Any:
-        """The options in their one normal form, or an OrderError where they do not fit together."""
+        """Return the options in their one normal form.
+
+        Args:
+            stage: What the user wrote, for messages.
+            options: An instance of `Options`, each value allowed by itself.
+
+        Raises:
+            OrderError: If the values do not fit together.
+        """
         return options
 
     @property
     def stage(self) -> Stage:
-        """The canonical stage: the main knob alone where all else is default, or every option that is not."""
+        """The canonical stage: the main knob alone, or every option that is not at its default."""
         fields = dataclasses.fields(self.Options)
         values = {field.name: getattr(self.options, field.name) for field in fields}
-        given = {
+        changed = {
             field.name: values[field.name]
             for field in fields
             if values[field.name] != field.default
         }
         knob = fields[0].name
-        return Stage(self.name, values[knob]) if set(given) <= {knob} else Stage(self.name, **given)
+        if set(changed) <= {knob}:
+            return Stage(self.name, values[knob])
+        return Stage(self.name, **changed)
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """Every option with its value, for the manifest."""
-        return dataclasses.asdict(self.options)
+        """Every option with its value, for the manifest; `targets` only where the user gave it."""
+        values = dataclasses.asdict(self.options)
+        if values["targets"] is None:
+            del values["targets"]
+        return values
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method looks at the layers' inputs."""
+        return bool(self.needs)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Patterns of the layers that the method treats; empty for all."""
+        patterns = self.options.targets
+        if patterns is None:
+            return ()
+        return (patterns,) if isinstance(patterns, str) else patterns
+
+    def covers(self, layer: str) -> bool:
+        """Return whether the method treats a layer, by its full name."""
+        patterns = self.targets
+        return not patterns or any(matches_pattern(layer, pattern) for pattern in patterns)
+
+    def bind(self, resolve: Callable[[Stage], Method]) -> Self:
+        """Resolve the stages that this method names in turn; return the method.
+
+        Args:
+            resolve: Gives the method of a stage.
+        """
+        return self
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
-        """Why a layer of this (out, in) shape cannot be treated with these options, or None if it can."""
+        """Return why a layer of this (out, in) shape cannot be treated, or None if it can."""
         return None
+
+    @abstractmethod
+    def run(self, engine: Engine, joined: Sequence[Any]) -> None:
+        """Call the verb of the engine that carries this method out.
+
+        Args:
+            engine: The run.
+            joined: This method and those that share its walk, in order.
+        """
 
 
 class Backend(Method):
-    """One compression method: the tensors of one layer in, the tensors of one layer out.
+    """A method for one layer: the tensors of one layer in, the tensors of one layer out.
 
-    It says what statistics it `needs` and writes its equation in `compress`; everything around that is checked
-    here, before and after. A backend sees tensors only: never a module, a model, a path or a global.
+    A subclass says which statistics it `needs` and writes its equation in `compress`. Everything
+    around the equation is checked here, before and after. A backend sees tensors only: never a
+    module, a model, a path or a global. `kind` is "prune" or "quantize".
     """
 
-    kind: ClassVar[str]
-    """"prune" or "quantize"."""
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Subset of {"squared_norms", "gram"}: what `compress` reads from the statistics."""
+    joins = True
 
     @abstractmethod
     def compress(self, state: LayerState, statistics: Statistics | None) -> LayerState:
-        """The method itself.
+        """Return the layer after the method.
 
         Args:
-            state: The layer before; its tensors are not to be changed in place.
-            statistics: What it `needs`; None only if it needs nothing.
+            state: The layer before; its tensors must not be changed in place.
+            statistics: What the backend `needs`; None only if it needs nothing.
         """
 
     @torch.no_grad()
@@ -154,8 +283,9 @@ class Backend(Method):
     ) -> LayerState:
         """Compress one layer and check every promise of `LayerState` on the result.
 
-        A layer that no calibration token reached, such as an idle expert, is treated as if its inputs were white
-        noise (H = I): Wanda then ranks by magnitude and GPTQ rounds to nearest. The state's notes say so.
+        A layer that no calibration token reached, such as an idle expert, is treated as if its
+        inputs were white noise (H = I): Wanda then ranks by magnitude and GPTQ rounds to nearest.
+        The state's notes say so.
 
         Args:
             state: The layer before.
@@ -166,41 +296,49 @@ class Backend(Method):
             InvariantError: If the backend was not given what it needs, or broke a promise.
         """
         where = f"{where}, stage '{self.stage}'"
-        if self.needs and (
-            statistics is None or ("gram" in self.needs and statistics.gram is None)
-        ):
-            raise InvariantError(
-                f"{where}: the backend needs {sorted(self.needs)} and was not given them."
-            )
+        for need in self.needs:
+            if statistics is None or need not in statistics:
+                raise InvariantError(
+                    f"{where}: the backend needs {need.__name__} and was not given it."
+                )
         if self.needs and statistics is not None and statistics.tokens == 0:
             statistics = statistics.isotropic()
-            note = f"{self.stage}: no calibration token reached this layer; its inputs were taken as white noise"
+            note = (
+                f"{self.stage}: no calibration token reached this layer; "
+                "its inputs were taken as white noise"
+            )
             state = dataclasses.replace(state, notes=(*state.notes, note))
         result = self.compress(state, statistics)
-        if result.weight.shape != state.weight.shape or result.weight.dtype != state.weight.dtype:
+        before, after = state.weight, result.weight
+        if after.shape != before.shape or after.dtype != before.dtype:
             raise InvariantError(f"{where}: the backend changed the weight's shape or dtype.")
         if state.pruned is not None and (
             result.pruned is None or (state.pruned & ~result.pruned).any()
         ):
             raise InvariantError(f"{where}: the backend brought pruned weights back.")
-        if (
-            state.grid is not None
-            and result.grid is None
-            and not getattr(self.options, "off_grid", False)
-        ):
+        off_grid = getattr(self.options, "off_grid", False)
+        if state.grid is not None and result.grid is None and not off_grid:
             raise InvariantError(
-                f"{where}: the backend dropped the quantisation grid, and no 'off_grid' asked it to."
+                f"{where}: the backend dropped the quantization grid, and no 'off_grid' asked it to."
             )
         result.check(where)
         return result
+
+    def run(self, engine: Engine, joined: Sequence[Backend]) -> None:
+        engine.apply(joined)
 
 
 class Allocator(Method):
     """A method that decides across layers, such as mixed precision.
 
-    The pipeline measures every candidate of every group of layers, `allocate` turns that table into one concrete
-    stage per layer, and the per-layer maths stays in the backend it allocates for.
+    The engine measures every candidate on every group of layers. `allocate` turns that table into
+    one concrete stage per layer. The equation stays in the backends it allocates.
     """
+
+    kind = "allocate"
+    needs_data = True
+    backends: Mapping[Stage, Backend]
+    """The candidates, resolved: set by `bind`."""
 
     @property
     @abstractmethod
@@ -209,7 +347,7 @@ class Allocator(Method):
 
     @abstractmethod
     def candidates(self) -> list[Stage]:
-        """The stages a layer may be given."""
+        """Return the stages a layer may be given."""
 
     @abstractmethod
     def allocate(self, table: list[Measured]) -> list[dict[str, Stage]]:
@@ -219,11 +357,32 @@ class Allocator(Method):
             table: One row per group and candidate.
 
         Returns:
-            Passes over the model, each naming the stage of the layers it treats; every layer in exactly one.
+            Walks over the model, each naming the stage of the layers it treats; every layer in
+            exactly one.
 
         Raises:
             OrderError: If the budget cannot be met.
         """
+
+    def bind(self, resolve: Callable[[Stage], Method]) -> Self:
+        backends: dict[Stage, Backend] = {}
+        for stage in self.candidates():
+            backend = resolve(stage)
+            if not isinstance(backend, Backend):
+                raise OrderError(
+                    f"Stage '{self.stage}' cannot allocate '{stage}': a candidate must prune or "
+                    "quantize one layer by itself."
+                )
+            backends[stage] = backend
+        self.backends = backends
+        return self
+
+    def check_shape(self, shape: tuple[int, int]) -> str | None:
+        return next(iter(self.backends.values())).check_shape(shape)
+
+    def run(self, engine: Engine, joined: Sequence[Allocator]) -> None:
+        for stages in self.allocate(engine.measure(self)):
+            engine.assign({name: self.backends[stage] for name, stage in stages.items()}, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +391,10 @@ class Measured:
 
     Args:
         layers: Their names.
-        weights: How many weights they have together.
+        weights: Number of weights that they have together.
         stage: The candidate.
         bits: Width of one weight after it.
-        error: Relative squared error of the output of the block they are in, all else left as it was.
+        error: Relative squared error of the output of the block they are in, all else unchanged.
     """
 
     layers: tuple[str, ...]
@@ -243,3 +402,121 @@ class Measured:
     stage: Stage
     bits: int
     error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What remains of one layer.
+
+    Args:
+        layer: Its name.
+        axis: 0 for outputs (rows of W), 1 for inputs (columns of W).
+        indices: (k,) int64, the rows or columns that remain, in their new order.
+    """
+
+    layer: str
+    axis: int
+    indices: Tensor
+
+
+class Reshaper(Method):
+    """A method that makes layers smaller: structured pruning.
+
+    A barrier in a run: new, smaller blocks follow. `configure` changes the config accordingly, so
+    that the result is a stock model.
+    """
+
+    kind = "reshape"
+
+    @abstractmethod
+    def cuts(
+        self,
+        block: str,
+        states: Mapping[str, LayerState],
+        statistics: Mapping[str, Statistics],
+    ) -> list[Cut]:
+        """Choose what remains of the layers of one block.
+
+        Args:
+            block: Its name.
+            states: Its layers by name.
+            statistics: Their inputs by name; empty if the method needs none.
+
+        Returns:
+            The cuts; a layer may have one for each axis.
+        """
+
+    @abstractmethod
+    def configure(self, config: Any) -> None:
+        """Write the new sizes into the model's config, in place."""
+
+    def run(self, engine: Engine, joined: Sequence[Reshaper]) -> None:
+        engine.reshape(self)
+
+
+class Transform(Method):
+    """A method that rewrites weights and leaves the function of the model as it is, such as a rotation."""
+
+    kind = "transform"
+    tolerance: ClassVar[float] = 1e-3
+    """Largest change of a logit on a batch, relative to the largest logit, in float32."""
+
+    @abstractmethod
+    def transform(self, model: nn.Module) -> None:
+        """Rewrite the parameters of the model in place."""
+
+    def run(self, engine: Engine, joined: Sequence[Transform]) -> None:
+        engine.transform(self)
+
+
+class Recovery(Method):
+    """A method that regains accuracy and leaves every mask and grid as it is, such as distillation."""
+
+    kind = "recover"
+
+    @abstractmethod
+    def recover(
+        self,
+        model: nn.Module,
+        states: Mapping[str, LayerState],
+        batches: Sequence[Mapping[str, Tensor]],
+        teacher: nn.Module,
+    ) -> Mapping[str, LayerState]:
+        """Return the layers that changed, by name, each on its mask and grid.
+
+        Args:
+            model: The model as it is by now; must not be changed.
+            states: Every compressed layer by name.
+            batches: Calibration inputs, keyword arguments of a forward.
+            teacher: The original model.
+        """
+
+    def run(self, engine: Engine, joined: Sequence[Recovery]) -> None:
+        engine.recover(self)
+
+
+class Engine(Protocol):
+    """What carries methods out, one verb for each kind."""
+
+    def apply(self, backends: Sequence[Backend]) -> None:
+        """Apply backends to every layer that they cover, on one walk."""
+
+    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
+        """Apply to each named layer the backend that an allocator chose, on one walk."""
+
+    def measure(self, allocator: Allocator) -> list[Measured]:
+        """Measure every candidate of an allocator on every group of layers."""
+
+    def reshape(self, reshaper: Reshaper) -> None:
+        """Make layers smaller."""
+
+    def transform(self, transform: Transform) -> None:
+        """Rewrite the model's weights, and check that its function is the same."""
+
+    def recover(self, recovery: Recovery) -> None:
+        """Let a recovery change layers, and check that masks and grids are the same."""
+
+
+def needs_of(methods: Iterable[Method]) -> frozenset[type[Accumulator]]:
+    """Return all statistics that some methods need."""
+    return frozenset(need for method in methods for need in method.needs)

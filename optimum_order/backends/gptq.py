@@ -9,6 +9,7 @@ import dataclasses
 from optimum_order.backends.base import option
 from optimum_order.backends.obs import Factor, keep_better_rows, remarks, sweep
 from optimum_order.backends.uniform import UniformOptions, UniformQuantizer
+from optimum_order.layers.statistics import Gram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GPTQ(UniformQuantizer):
 
     name = "gptq"
     summary = "round column by column and correct the columns to come"
-    needs = frozenset({"gram"})
+    needs = frozenset({Gram})
     Options = GPTQOptions
 
     def compress(self, state, statistics):
@@ -40,7 +41,7 @@ class GPTQ(UniformQuantizer):
 
         swept, _ = sweep(weight, factor.U, grid=grid, choose=choose, order=factor.columns)
         new, lost = keep_better_rows(
-            swept.to(weight.dtype), grid.nearest(weight), weight, statistics.gram
+            swept.to(weight.dtype), grid.nearest(weight), weight, statistics[Gram]
         )
         notes = state.notes + remarks(
             self.stage, self.options.damping, factor.damping, lost, len(weight)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.base import Grid
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Stage
 
 BLOCK = 128
@@ -105,7 +105,7 @@ class Factor:
         """
 
         def compute() -> Factor:
-            gram = statistics.gram
+            gram = statistics[Gram]
             columns = torch.arange(len(gram), device=gram.device)
             if act_order:
                 columns = torch.argsort(gram.diagonal(), descending=True, stable=True)

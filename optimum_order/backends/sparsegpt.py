@@ -10,6 +10,7 @@ import dataclasses
 from optimum_order.backends.base import option
 from optimum_order.backends.obs import BLOCK, Factor, keep_better_rows, remarks, sweep
 from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid, lowest
+from optimum_order.layers.statistics import Gram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SparseGPT(Pruner):
 
     name = "sparsegpt"
     summary = "prune by optimal brain surgery and correct the survivors"
-    needs = frozenset({"gram"})
+    needs = frozenset({Gram})
     Options = SparseGPTOptions
 
     def compress(self, state, statistics):
@@ -47,7 +48,7 @@ class SparseGPT(Pruner):
             weight, factor.U, grid=grid, choose=choose, span=span, order=factor.columns
         )
         plain = weight.masked_fill(pruned, 0.0)
-        new, lost = keep_better_rows(swept.to(weight.dtype), plain, weight, statistics.gram)
+        new, lost = keep_better_rows(swept.to(weight.dtype), plain, weight, statistics[Gram])
         notes = state.notes + remarks(
             self.stage, options.damping, factor.damping, lost, len(weight)
         )

@@ -1,28 +1,30 @@
-"""Seeing which input meets which weight, without knowing any architecture.
+"""See which input meets which weight, without knowing any architecture.
 
-A layer is recognised by the memory its weight lies in, at the moment torch multiplies it with something. So one
-mechanism serves `nn.Linear`, GPT-2's `Conv1D` and the single experts of a fused parameter, and q/k/v or gate/up,
-which read the same tensor, share one accumulator without anyone saying so.
+A layer is recognized by the memory of its weight, at the moment torch multiplies the weight with
+an input. So one mechanism serves `nn.Linear`, GPT-2's `Conv1D` and the single experts of a fused
+parameter, and q/k/v or gate/up, which read the same tensor, share one accumulation.
 
-A convolution is a product as well: of its filters (out, in * kh * kw) with the patch of the image at each position.
+A convolution is a product as well: of its filters (out, in * kh * kw) with the patch of the image
+at each position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from optimum_order.calibration.accumulate import Accumulator
+from optimum_order.calibration.accumulate import Accumulation
 from optimum_order.errors import InvariantError, ModelError
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.models.units import Target
 
-PRODUCTS = {
+PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
     functional.linear: (0, 1),
     torch.addmm: (1, 2),
     torch.matmul: (0, 1),
@@ -30,7 +32,11 @@ PRODUCTS = {
     Tensor.matmul: (0, 1),
     Tensor.__matmul__: (0, 1),
 }
-"""Which positional arguments of a product are its input and its weight."""
+"""Positions of the input and of the weight among the arguments of a product."""
+_NAMES = {functional.linear: ("input", "weight")}
+"""What the two are called where they are given by name."""
+_LEFT = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
+"""Products whose left factor may be the weight, (out, in) times (..., in, tokens)."""
 _MOST_UNFOLDED = 2**24
 """Numbers in the patches that are held at once, unless a single image has more."""
 
@@ -38,7 +44,7 @@ _Sizes = int | Sequence[int]
 
 
 @dataclass(frozen=True)
-class _Patches:
+class Patches:
     """How a convolution moves over an image, vertically and horizontally.
 
     Args:
@@ -54,12 +60,18 @@ class _Patches:
     dilation: tuple[int, int]
 
     @classmethod
-    def of(
-        cls, weight: Tensor, stride: _Sizes, padding: _Sizes | str, dilation: _Sizes
-    ) -> _Patches:
-        """From what `conv2d` takes, its weight (out, in / groups, kh, kw)."""
-        kernel, steps = (weight.shape[2], weight.shape[3]), _pair(dilation)
-        if isinstance(padding, str):  # "same" or "valid"
+    def of(cls, weight: Tensor, stride: _Sizes, padding: _Sizes | str, dilation: _Sizes) -> Patches:
+        """Read the arguments of `conv2d`.
+
+        Args:
+            weight: (out, in / groups, kh, kw).
+            stride: One number, or one for each direction.
+            padding: The same, or "same" or "valid".
+            dilation: One number, or one for each direction.
+        """
+        kernel = (weight.shape[2], weight.shape[3])
+        steps = _pair(dilation)
+        if isinstance(padding, str):
             missing = [
                 step * (size - 1) * (padding == "same")
                 for step, size in zip(steps, kernel, strict=True)
@@ -70,7 +82,14 @@ class _Patches:
         return cls(kernel, _pair(stride), (*around[0], *around[1]), steps)
 
     def cut(self, images: Tensor) -> Iterator[Tensor]:
-        """The patches at all positions of images (b, in, h, w), some images at a time: (n, in * kh * kw)."""
+        """Yield the patches at all positions, some images at a time.
+
+        Args:
+            images: (b, in, h, w).
+
+        Yields:
+            (n, in * kh * kw).
+        """
         top, bottom, left, right = self.padding
         padded = functional.pad(images, (left, right, top, bottom))
         sizes = zip(padded.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
@@ -86,103 +105,194 @@ class _Patches:
 
 
 def _pair(value: _Sizes) -> tuple[int, int]:
-    vertical, horizontal = (value, value) if isinstance(value, int) else (value[0], value[-1])
-    return vertical, horizontal
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-class Capture(TorchFunctionMode):
-    """While active, accumulates the inputs of the targets that it watches.
+@dataclass(frozen=True)
+class Read:
+    """One layer about to be multiplied with its input.
 
     Args:
-        targets: The layers to watch.
-        gram: Whether to keep `X^T X` and not only its diagonal.
-        dtype: In which it may be multiplied, see `Accumulator`.
+        target: The layer.
+        x: (..., in), or images (b, in, h, w).
+        patches: How a convolution moves over the images; None for other layers.
     """
 
-    def __init__(
-        self, targets: Iterable[Target], *, gram: bool, dtype: torch.dtype = torch.float32
-    ):
-        super().__init__()
-        self.gram, self.dtype = gram, dtype
-        self.watched = {target.view.data_ptr(): target for target in targets}
-        self.accumulators: dict[str, Accumulator] = {}
-        self.leaders: dict[str, str] = {}
-        """For each layer seen, the first layer that read the same input."""
-        self._last: dict[str, tuple[Tensor, _Patches | None]] = {}
+    target: Target
+    x: Tensor
+    patches: Patches | None = None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        places = PRODUCTS.get(func)
-        if places and len(args) > places[1]:
-            target = self.watched.get(args[places[1]].data_ptr())
-            if target is not None:
-                self._see(target, args[places[0]])
-        elif func is functional.conv2d:
-            self._see_convolution(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def rows(self) -> Iterable[Tensor]:
+        """Return the input as parts (..., in)."""
+        return [self.x] if self.patches is None else self.patches.cut(self.x)
 
-    def _see_convolution(self, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def same_input(self, other: Read) -> bool:
+        """Return whether another layer reads the same numbers in the same way."""
+        a = self.x
+        b = other.x
+        same = a is b or (
+            a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+        )
+        return same and self.patches == other.patches
+
+
+class Watched:
+    """Layers by the memory of their weights.
+
+    Args:
+        targets: The layers to recognize.
+    """
+
+    def __init__(self, targets: Iterable[Target]):
+        self._by_address = {target.view.data_ptr(): target for target in targets}
+
+    def reads(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[Read]:
+        """Return the layers that a call of a torch function multiplies, with their inputs.
+
+        Args:
+            function: Such as `functional.linear`.
+            args: Its positional arguments.
+            kwargs: Its arguments by name.
+        """
+        if function is functional.conv2d:
+            return self._convolution(*args, **kwargs)
+        places = PRODUCTS.get(function)
+        if places is None:
+            return []
+        pair = [args[place] for place in places if place < len(args)]
+        if len(pair) < 2:
+            names = _NAMES.get(function, ())[len(pair) :]
+            pair += [kwargs[name] for name in names if name in kwargs]
+        if len(pair) < 2:
+            return []
+        x, weight = pair
+        target = self._by_address.get(weight.data_ptr())
+        if target is not None:
+            return [Read(target, x)]
+        target = self._by_address.get(x.data_ptr()) if function in _LEFT else None
+        if target is not None and x.shape == target.view.shape and weight.ndim > 1:
+            return [Read(target, weight.transpose(-1, -2))]
+        return []
+
+    def _convolution(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: _Sizes = 1,
+        padding: _Sizes | str = 0,
+        dilation: _Sizes = 1,
+        groups: int = 1,
+    ) -> list[Read]:
         images = input if input.ndim == 4 else input[None]
+        reads = []
         for channels, filters in zip(
             images.chunk(groups, dim=1), weight.chunk(groups), strict=True
         ):
-            target = self.watched.get(filters.data_ptr())
+            target = self._by_address.get(filters.data_ptr())
             if target is not None:
-                self._see(target, channels, _Patches.of(filters, stride, padding, dilation))
+                reads.append(Read(target, channels, Patches.of(filters, stride, padding, dilation)))
+        return reads
 
-    def __exit__(self, *exception):
-        self._last.clear()  # kept only so that an address cannot be reused while we compare it
-        return super().__exit__(*exception)
 
-    def _see(self, target: Target, x: Tensor, patches: _Patches | None = None) -> None:
-        """Take in an input (..., in), or images (b, in, h, w) and how a convolution moves over them."""
-        name = target.name
+class Capture(TorchFunctionMode):
+    """While active, accumulates the inputs of layers.
+
+    Args:
+        targets: The layers.
+        needs: The statistics to gather.
+        dtype: What products may round the inputs to, see `Accumulation`.
+
+    Attributes:
+        leaders: For each layer seen, the first layer that read the same input.
+    """
+
+    def __init__(
+        self,
+        targets: Iterable[Target],
+        needs: Collection[type[Accumulator]],
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.targets = list(targets)
+        self.needs = needs
+        self.dtype = dtype
+        self.leaders: dict[str, str] = {}
+        self._watched = Watched(self.targets)
+        self._accumulations: dict[str, Accumulation] = {}
+        self._last: dict[str, Read] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        for read in self._watched.reads(func, args, kwargs or {}):
+            self._see(read)
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *exception: Any) -> None:
+        self._last.clear()  # held only so that an address cannot be reused while it is compared
+        super().__exit__(*exception)
+
+    def _see(self, read: Read) -> None:
+        name = read.target.name
         if name not in self.leaders:
-            shared = (leader for leader, last in self._last.items() if _same(last, (x, patches)))
-            self.leaders[name] = next(shared, name)
+            sharing = (leader for leader, last in self._last.items() if last.same_input(read))
+            self.leaders[name] = next(sharing, name)
         leader = self.leaders[name]
         if leader != name:
-            if leader not in self._last or not _same(self._last[leader], (x, patches)):
+            if leader not in self._last or not self._last[leader].same_input(read):
                 raise InvariantError(
                     f"'{name}' shared its input with '{leader}' in one batch and not in the next."
                 )
             return
-        if leader not in self.accumulators:
-            inputs = target.view.shape[1]
-            self.accumulators[leader] = Accumulator(
-                inputs, gram=self.gram, device=x.device, dtype=self.dtype
-            )
-        for rows in [x] if patches is None else patches.cut(x):
-            self.accumulators[leader].add(rows)
-        self._last[leader] = x, patches
+        if leader not in self._accumulations:
+            self._accumulations[leader] = self._accumulation(read.target, read.x.device)
+        for rows in read.rows():
+            self._accumulations[leader].add(rows)
+        self._last[leader] = read
+
+    def _accumulation(self, target: Target, device: torch.device) -> Accumulation:
+        return Accumulation(target.view.shape[1], self.needs, device, self.dtype)
 
     def statistics(self) -> dict[str, Statistics]:
-        """What is known about every watched layer, by name; zero tokens where none came by.
+        """Return the statistics of every layer by name; zero tokens for layers that were not seen.
 
         Raises:
             ModelError: If an input was NaN or infinite.
         """
-        results = {
-            leader: accumulator.result() for leader, accumulator in self.accumulators.items()
-        }
-        for target in self.watched.values():
+        results = {leader: sums.result() for leader, sums in self._accumulations.items()}
+        for target in self.targets:
             if target.name not in self.leaders:
-                inputs, device = target.view.shape[1], target.view.device
-                results[target.name] = Accumulator(inputs, gram=self.gram, device=device).result()
+                results[target.name] = self._accumulation(target, target.view.device).result()
         for name, statistics in results.items():
-            if not torch.isfinite(statistics.squared_norms).all():
-                raise ModelError(
-                    f"The inputs of '{name}' are NaN or infinite on the calibration data, so nothing can be learnt "
-                    "from them. Load the model with dtype='float32', or leave the layer out with 'ignore'."
-                )
+            refuse_infinite_inputs(name, statistics)
         return {
             target.name: results[self.leaders.get(target.name, target.name)]
-            for target in self.watched.values()
+            for target in self.targets
         }
 
 
-def _same(one: tuple[Tensor, _Patches | None], other: tuple[Tensor, _Patches | None]) -> bool:
-    (a, how), (b, how_else) = one, other
-    same = a is b or (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-    )
-    return same and how == how_else
+def refuse_infinite_inputs(layer: str, statistics: Statistics) -> None:
+    """Check that the statistics of a layer's inputs are finite.
+
+    Args:
+        layer: Its name.
+        statistics: Of its inputs.
+
+    Raises:
+        ModelError: If an input was NaN or infinite.
+    """
+    for result in statistics.results.values():
+        diagonal = result.diagonal() if result.ndim == 2 else result
+        if not torch.isfinite(diagonal).all():
+            raise ModelError(
+                f"The inputs of '{layer}' are NaN or infinite on the calibration data, so nothing "
+                "can be learned from them. Load the model with dtype='float32', or leave the "
+                "layer out with 'ignore'."
+            )

@@ -12,7 +12,7 @@ from optimum_order.calibration import precision
 from optimum_order.calibration.capture import Capture
 from optimum_order.calibration.walk import eager_experts
 from optimum_order.data.samples import placed
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.models.units import Target
 
 
@@ -36,7 +36,7 @@ def glance(
     Raises:
         ModelError: If an input was NaN or infinite.
     """
-    capture = Capture(targets, gram=True, dtype=dtype)
+    capture = Capture(targets, {Gram}, dtype)
     multiplying = precision.forwards(dtype, model.dtype, model.device)
     with torch.inference_mode(), eager_experts(model), multiplying:
         for batch in batches:

@@ -245,7 +245,7 @@ def walk(
     batches: Sequence[dict[str, Tensor]],
     visit: Visitor,
     *,
-    gram: bool,
+    needs: Any,
     dtype: torch.dtype | None = None,
     finished: Collection[str] = (),
     crossing: Callable[[], Crossing | None] = lambda: None,
@@ -284,7 +284,7 @@ def walk(
             units,
             batches,
             visit,
-            gram,
+            needs,
             dtype,
             finished,
             crossing,
@@ -299,7 +299,7 @@ def walk(
             units,
             batches,
             visit,
-            gram,
+            needs,
             dtype,
             finished,
             lambda: None,
@@ -315,7 +315,7 @@ def _walk(
     units: Sequence[Unit],
     batches: Sequence[dict[str, Tensor]],
     visit: Visitor,
-    gram: bool,
+    needs: Any,
     dtype: torch.dtype,
     finished: Collection[str],
     crossing: Callable[[], Crossing | None],
@@ -382,7 +382,7 @@ def _walk(
                     begun = None  # its outputs live as long as the model needs them, and no longer
                 continue
             with there(unit):
-                capture = Capture(unit.targets, gram=gram, dtype=dtype)
+                capture = Capture(unit.targets, needs, dtype)
                 _visit(
                     unit, call, forwards, visit, capture, multiplying, remaining if last else None
                 )

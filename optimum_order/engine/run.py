@@ -21,9 +21,10 @@ from optimum_order.calibration.walk import Crossing, Keeper, Visit, Visitor, wal
 from optimum_order.engine.streamed import Streamed, refuse_infinite
 from optimum_order.engine.workdir import Passage, WorkDir
 from optimum_order.errors import DataError, OrderError, unknown
+from optimum_order.layers.error import relative_error
 from optimum_order.layers.packed import Packed, States, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.models.lazy import trim
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage
@@ -237,7 +238,7 @@ class _Passes:
         finished = self._restore(kept, changed)
 
         # A sweep's matrices are the largest there are, and what the forwards before it freed is of other sizes.
-        tight = self.streamed is not None or "gram" in needs
+        tight = self.streamed is not None or Gram in needs
 
         def treat(unit: Unit, statistics: dict[str, Statistics]) -> None:
             if tight:
@@ -415,7 +416,7 @@ class _Passes:
             self.units,
             self.batches,
             visit,
-            gram="gram" in needs,
+            needs=needs,
             dtype=self.dtype,
             **options,
         )
@@ -454,26 +455,3 @@ class _Passes:
         kept.save(unit.name, kind, value, crossing)
         if self.streamed is not None:  # memory matters more than time
             self.work.wait()
-
-
-def relative_error(
-    before: Tensor, after: Tensor, statistics: Statistics | None
-) -> tuple[float, str]:
-    """Squared error over squared size, and in what: the layer's outputs if H is known, else the nearest to it.
-
-    Args:
-        before: (out, in).
-        after: (out, in).
-        statistics: The layer's inputs, or None.
-    """
-    delta = after.float() - before.float()
-    if statistics is None or statistics.tokens == 0:
-        size, error, measured_on = (
-            before.float().square().sum().item(),
-            delta.square().sum().item(),
-            "weights",
-        )
-    else:
-        size, error = statistics.squared_error(before), statistics.squared_error(delta)
-        measured_on = "inputs" if statistics.gram is None else "outputs"
-    return (error / size if size else 0.0), measured_on

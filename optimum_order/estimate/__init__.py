@@ -27,6 +27,7 @@ from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram
 from optimum_order.models.lazy import embedding_parameters
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage
@@ -237,7 +238,7 @@ class _Run:
         for unit in changed:
             cost = self.costs[unit.name] if walk.needs or walk.tried else UnitCost()
             runs = self.batches * (1 if unit is changed[-1] else 2)
-            grams = "gram" in walk.needs
+            grams = Gram in walk.needs
             seen = sum(2 * each.rows * each.width**2 for each in cost.inputs) * self.batches
             read = sum(each.rows * each.width for each in cost.inputs) * 12 * self.batches
             if walk.tried:

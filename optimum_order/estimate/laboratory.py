@@ -12,11 +12,11 @@ from torch import Tensor
 
 from optimum_order.backends import Backend, method
 from optimum_order.calibration import precision
-from optimum_order.engine import run as pipeline
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
+from optimum_order.layers.error import relative_error
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 from optimum_order.models.units import Target
 from optimum_order.order import Stage
 
@@ -164,9 +164,9 @@ class Laboratory:
         if not backend.needs:
             return None
         gram = self._gram(inputs)
-        return Statistics(
-            2 * inputs, gram.diagonal().contiguous(), gram if "gram" in backend.needs else None
-        )
+        if Gram in backend.needs:
+            return Statistics(2 * inputs, {Gram: gram})
+        return Statistics(2 * inputs, {SquaredNorms: gram.diagonal().contiguous()})
 
     @functools.cache  # noqa: B019
     def _gram(self, inputs: int) -> Tensor:
@@ -187,6 +187,6 @@ class Laboratory:
 
     def _check(self, before: LayerState, after: LayerState, seen: Statistics | None) -> None:
         with precision.products(torch.bfloat16):  # as the pipeline does it
-            pipeline.relative_error(before.weight, after.weight, seen)
+            relative_error(before.weight, after.weight, seen)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

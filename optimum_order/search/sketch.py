@@ -16,11 +16,11 @@ from torch import Tensor
 
 from optimum_order.backends import Backend, method
 from optimum_order.calibration.glance import glance
-from optimum_order.engine import run as pipeline
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import OrderError
+from optimum_order.layers.error import relative_error, squared_error
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import SquaredNorms, Statistics
 from optimum_order.models.units import Target
 from optimum_order.order import Order, Stage
 
@@ -117,9 +117,7 @@ class Sketch:
                     )
             state = begun[order.stages]
             self.states[order][name] = state
-            self.errors[order][name] = pipeline.relative_error(
-                original.weight, state.weight, statistics
-            )[0]
+            self.errors[order][name] = relative_error(original.weight, state.weight, statistics)[0]
         self._alignment[name] = _alignment(original.weight, statistics)
         self._done()
 
@@ -207,5 +205,5 @@ def _alignment(weight: Tensor, statistics: Statistics | None) -> float:
     """Squared size of a layer's outputs over that of white weights of the same size."""
     if statistics is None or statistics.tokens == 0:
         return 1.0
-    white = weight.float().square().mean() * len(weight) * statistics.squared_norms.double().sum()
-    return statistics.squared_error(weight) / white.item() if white else 1.0
+    white = weight.float().square().mean() * len(weight) * statistics[SquaredNorms].double().sum()
+    return squared_error(weight, statistics) / white.item() if white else 1.0

@@ -35,7 +35,7 @@ from optimum_order.evaluation.comparison import (
     percentiles,
 )
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 
 Bound = Literal["exact", "at least", "at most", "unknown"]
 _FULL_WIDTH = 16  # bits of a weight before compression, as the ratio counts them
@@ -260,7 +260,8 @@ def split_advantage(
         errors alone. A layer whose outputs are all zero is in absolute units.
     """
     known = statistics if statistics.tokens else statistics.isotropic()
-    H = (known.squared_norms.diag() if known.gram is None else known.gram).double()
+    H = known[Gram] if Gram in known else known[SquaredNorms].diag()
+    H = H.double()
     H = (H + H.T) / 2  # rounding may leave a Gram matrix unsymmetric, and the shares rely on it
     W = original.double()
     D1, D2 = first.weight.double() - W, second.weight.double() - W

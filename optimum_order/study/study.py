@@ -33,7 +33,7 @@ from optimum_order.evaluation import Metric, Samples
 from optimum_order.files import weight_bytes
 from optimum_order.formats import safetensors as checkpoint
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.models.source import weights_digest
 from optimum_order.order import Order, Stage
 from optimum_order.study.advantage import split_advantage
@@ -472,7 +472,7 @@ class Study:
                     units,
                     batches,
                     lambda at: found.update(at.statistics),
-                    gram=True,
+                    needs={Gram},
                     dtype=dtype,
                 )
             self._statistics = draw, found
@@ -517,7 +517,7 @@ class Study:
             self.runner.units,
             batches,
             visit,
-            gram=False,
+            needs=(),
             dtype=self.runner.dtype,
         )
         return [[_cosine(a, b) for b in errors] for a in errors]

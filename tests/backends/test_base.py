@@ -9,7 +9,7 @@ from optimum_order.backends import Allocator, Backend, Method, available, canoni
 from optimum_order.errors import InvariantError, OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 from optimum_order.order import Order, Stage
 
 # Two settings of every backend there is; mixed precision hands its layers to rtn or gptq.
@@ -85,9 +85,9 @@ def test_a_wholly_removed_layer_stays_so(text, inputs, gaussian):
 
 @pytest.mark.parametrize("text", [text for text in STAGES if stage(text).needs])
 def test_a_layer_that_no_token_reached_is_treated_by_a_rule_that_needs_none(text, inputs, gaussian):
-    statistics = Statistics(0, torch.zeros(64), torch.zeros(64, 64))
+    statistics = Statistics(0, {Gram: torch.zeros(64, 64)})
     after = stage(text).apply(LayerState(gaussian(32, 64)), statistics)
-    white = Statistics(1, torch.ones(64), torch.eye(64))
+    white = Statistics(1, {Gram: torch.eye(64)})
     expected = stage(text).apply(LayerState(gaussian(32, 64)), white)
     assert torch.equal(after.weight, expected.weight)
     note = f"{stage(text).stage}: no calibration token reached this layer; its inputs were taken as white noise"
@@ -101,7 +101,7 @@ def test_a_backend_without_needs_asks_for_nothing(text, gaussian):
 
 @pytest.mark.parametrize("text", [text for text in STAGES if stage(text).needs])
 def test_a_backend_is_not_run_without_what_it_needs(text, gaussian):
-    known = [None] if "gram" not in stage(text).needs else [None, Statistics(5, torch.ones(64))]
+    known = [None] if "gram" not in stage(text).needs else [None, Statistics(5, {SquaredNorms: torch.ones(64)})]
     for statistics in known:
         with pytest.raises(
             InvariantError, match=r"layer 7, stage .* needs \[.*\] and was not given them"

@@ -15,7 +15,7 @@ from optimum_order import backends
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.bitsandbytes import NestedScales, fit_blocks
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Order, Stage
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -166,7 +166,7 @@ def test_nested_scales_never_reach_zero():
 def test_sparsegpt_afterwards_stays_on_the_grid(stage):
     torch.manual_seed(0)
     X = torch.randn(256, 128)
-    statistics = Statistics(256, X.square().sum(0), X.T @ X)
+    statistics = Statistics(256, {Gram: X.T @ X})
     before = run(stage, torch.randn(32, 128))
     after = backends.method(Stage("sparsegpt", 0.5)).apply(before, statistics)
     assert after.grid is before.grid and after.grid.holds(after.weight)

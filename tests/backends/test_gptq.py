@@ -5,6 +5,7 @@ from optimum_order.backends import method
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram
 from optimum_order.order import Stage
 
 
@@ -41,9 +42,9 @@ def test_is_the_papers_method(inputs, gaussian, row_errors, act_order, sparsity,
     }
     state = method(Stage("gptq", **options, act_order=act_order)).apply(before, statistics)
     grid = UniformGrid.fit(before.weight, **options)
-    largest = sorted(range(width), key=lambda j: -statistics.gram[j, j].item())
+    largest = sorted(range(width), key=lambda j: -statistics[Gram][j, j].item())
     order = largest if act_order else range(width)
-    expected = reference(before.weight, statistics.gram, grid, order, before.pruned)
+    expected = reference(before.weight, statistics[Gram], grid, order, before.pruned)
     plain = grid.nearest(before.weight)
     kept = row_errors(expected, before.weight, statistics) < row_errors(
         plain, before.weight, statistics
@@ -87,7 +88,7 @@ def test_drift_of_removed_weights_is_passed_on(inputs, gaussian, row_errors):
 def test_act_order_starts_with_the_largest_inputs(inputs, gaussian, row_errors):
     """With one huge input its column is rounded first, so nothing else pushes it off its nearest value."""
     statistics = inputs("outliers", 256)
-    largest = statistics.gram.diagonal().argmax()
+    largest = statistics[Gram].diagonal().argmax()
     state = method(Stage("gptq", 2)).apply(LayerState(gaussian()), statistics)
     assert torch.equal(state.weight[:, largest], state.grid.nearest(gaussian())[:, largest])
 

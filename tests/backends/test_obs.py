@@ -10,7 +10,7 @@ from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, 
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Stage
 
 
@@ -228,7 +228,7 @@ def test_no_row_is_ever_worse_than_without_correction(
 )
 def test_a_raised_damping_is_noted(gaussian, stage):
     X = torch.ones(1, 64)
-    state = method(stage).apply(LayerState(gaussian(4, 64)), Statistics(1, torch.ones(64), X.T @ X))
+    state = method(stage).apply(LayerState(gaussian(4, 64)), Statistics(1, {Gram: X.T @ X}))
     assert torch.isfinite(state.weight).all()
     assert any(f"{stage}: damping raised from 1e-12 to " in note for note in state.notes)
 

@@ -8,6 +8,7 @@ from optimum_order.backends.obs import BLOCK
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram
 from optimum_order.order import Stage
 
 
@@ -70,7 +71,7 @@ def compare(state, weight, statistics, expected, mask, row_errors):
 )
 def test_is_the_papers_method(inputs, gaussian, row_errors, width, options):
     weight, statistics = gaussian(8, width), inputs("correlated", 4 * width, width)
-    expected, mask = reference(weight, statistics.gram, **options)
+    expected, mask = reference(weight, statistics[Gram], **options)
     written = {k: f"{v[0]}:{v[1]}" if k == "pattern" else v for k, v in options.items()}
     state = method(Stage("sparsegpt", **written)).apply(LayerState(weight), statistics)
     compare(state, weight, statistics, expected, mask, row_errors)
@@ -79,7 +80,7 @@ def test_is_the_papers_method(inputs, gaussian, row_errors, width, options):
 def test_prunes_on_the_grid_of_a_quantised_layer(inputs, gaussian, row_errors):
     statistics, grid = inputs("correlated", 128), UniformGrid.fit(gaussian(), bits=4, group_size=8)
     weight = grid.nearest(gaussian())
-    expected, mask = reference(weight, statistics.gram, sparsity=0.5, grid=grid)
+    expected, mask = reference(weight, statistics[Gram], sparsity=0.5, grid=grid)
     state = method(Stage("sparsegpt", 0.5)).apply(LayerState(weight, grid=grid), statistics)
     compare(state, weight, statistics, expected, mask, row_errors)
     assert grid.holds(state.weight)
@@ -96,7 +97,7 @@ def test_prunes_on_the_grid_of_a_quantised_layer(inputs, gaussian, row_errors):
 def test_what_was_removed_before_stays_and_counts(inputs, gaussian, row_errors):
     statistics = inputs("correlated", 128)
     first = method(Stage("magnitude", 0.3)).apply(LayerState(gaussian()))
-    expected, mask = reference(first.weight, statistics.gram, sparsity=0.5, before=first.pruned)
+    expected, mask = reference(first.weight, statistics[Gram], sparsity=0.5, before=first.pruned)
     state = method(Stage("sparsegpt", 0.5)).apply(first, statistics)
     compare(state, first.weight, statistics, expected, mask, row_errors)
     assert state.pruned.sum() == 256

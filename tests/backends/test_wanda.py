@@ -31,9 +31,9 @@ def X():
 
 
 def known(X):
-    from optimum_order.layers.statistics import Statistics
+    from optimum_order.layers.statistics import SquaredNorms, Statistics
 
-    return Statistics(len(X), X.square().sum(0))
+    return Statistics(len(X), {SquaredNorms: X.square().sum(0)})
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from optimum_order.calibration.accumulate import Accumulator
+from optimum_order.layers.statistics import Gram, SquaredNorms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -17,11 +18,11 @@ def test_sums_are_those_of_all_tokens_at_once(dtype):
             accumulator.add(part)
         result = accumulator.result()
         assert result.tokens == len(X) == 18
-        assert result.squared_norms.dtype == torch.float32
-        assert torch.allclose(result.squared_norms.double(), X.square().sum(0), rtol=1e-5)
-        assert (result.gram is not None) == gram
+        assert result[SquaredNorms].dtype == torch.float32
+        assert torch.allclose(result[SquaredNorms].double(), X.square().sum(0), rtol=1e-5)
+        assert (result[Gram] is not None) == gram
         if gram:
-            assert torch.allclose(result.gram.double(), X.T @ X, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(result[Gram].double(), X.T @ X, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_does_not_saturate():
@@ -35,7 +36,7 @@ def test_nothing_seen_is_zero_tokens():
     for gram in (True, False):
         result = Accumulator(3, gram=gram, device=torch.device("cpu")).result()
         assert result.tokens == 0
-        assert torch.equal(result.squared_norms, torch.zeros(3))
+        assert torch.equal(result[SquaredNorms], torch.zeros(3))
 
 
 def test_no_tokens_add_nothing():

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_order.calibration import capture as capture_module
 from optimum_order.calibration.capture import Capture
 from optimum_order.errors import InvariantError, ModelError
+from optimum_order.layers.statistics import Gram, SquaredNorms
 from optimum_order.models.units import Target
 
 
@@ -274,8 +275,8 @@ def test_norms_alone_hold_no_matrix(layers, X):
     with Capture([linear("a", layers[0])], gram=False) as capture:
         layers[0](X)
     seen = capture.statistics()["a"]
-    assert seen.gram is None
-    assert torch.allclose(seen.squared_norms, X.square().sum((0, 1)))
+    assert seen[Gram] is None
+    assert torch.allclose(seen[SquaredNorms], X.square().sum((0, 1)))
 
 
 def test_outputs_are_untouched_and_nothing_is_seen_afterwards(layers, X):

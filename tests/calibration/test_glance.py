@@ -5,6 +5,7 @@ import torch
 
 from optimum_order.calibration.glance import glance
 from optimum_order.calibration.walk import walk
+from optimum_order.layers.statistics import Gram
 from optimum_order.models.units import find_units
 
 
@@ -28,4 +29,4 @@ def test_it_sees_what_a_walk_sees(make_model, architecture):
     assert list(seen) == [target.name for target in targets]
     for name, statistics in seen.items():
         assert statistics.tokens == walked[name].tokens
-        assert torch.allclose(statistics.gram, walked[name].gram, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(statistics[Gram], walked[name].gram, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ import torch
 from optimum_order.calibration.spill import Spill, drop
 from optimum_order.calibration.walk import walk
 from optimum_order.errors import OutputError
+from optimum_order.layers.statistics import Gram
 from optimum_order.models.lazy import trim
 from optimum_order.models.units import find_units
 
@@ -102,7 +103,7 @@ def test_a_walk_sees_the_same_bits(make_model, batches, architecture, limit, tmp
     assert plain.keys() == other.keys()
     for name, statistics in plain.items():
         assert (
-            torch.equal(statistics.gram, other[name].gram)
+            torch.equal(statistics[Gram], other[name].gram)
             and statistics.tokens == other[name].tokens
         )
     assert any(spilled) == (limit < 10**9)

@@ -14,6 +14,7 @@ from optimum_order.backends import method
 from optimum_order.calibration.walk import walk as walk_in
 from optimum_order.errors import ModelError
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram, SquaredNorms
 from optimum_order.models.units import find_units
 from optimum_order.order import Stage
 
@@ -112,9 +113,9 @@ def agree(statistics, X):
     scale = gram.diagonal().max().clamp(min=1e-9)
     return (
         statistics.tokens == len(X)
-        and torch.allclose(statistics.gram.double(), gram, rtol=1e-4, atol=1e-5 * scale)
+        and torch.allclose(statistics[Gram].double(), gram, rtol=1e-4, atol=1e-5 * scale)
         and torch.allclose(
-            statistics.squared_norms.double(), gram.diagonal(), rtol=1e-4, atol=1e-5 * scale
+            statistics[SquaredNorms].double(), gram.diagonal(), rtol=1e-4, atol=1e-5 * scale
         )
     )
 
@@ -316,9 +317,9 @@ def test_norms_alone_hold_no_matrix(make_model, batches):
     statistics, _ = collect(model, find_units(model), batches, gram=False)
     expected = observe(model, find_units(model), batches)
     for name, known in statistics.items():
-        assert known.gram is None
+        assert known[Gram] is None
         assert torch.allclose(
-            known.squared_norms.double(), expected[name].square().sum(0), rtol=1e-4
+            known[SquaredNorms].double(), expected[name].square().sum(0), rtol=1e-4
         )
 
 

@@ -12,7 +12,7 @@ from optimum_order.engine import snapshot
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 
@@ -216,18 +216,18 @@ class TestRecords:
         generator = torch.Generator().manual_seed(0)
         X, before, after = (torch.randn(n, 8, generator=generator) for n in (30, 4, 4))
         outputs = ((X @ (after - before).T).square().sum() / (X @ before.T).square().sum()).item()
-        known = Statistics(30, X.square().sum(0), X.T @ X)
+        known = Statistics(30, {Gram: X.T @ X})
         assert pipeline.relative_error(before, after, known) == (
             pytest.approx(outputs, rel=1e-4),
             "outputs",
         )
-        by_column = Statistics(30, torch.ones(8))
+        by_column = Statistics(30, {SquaredNorms: torch.ones(8)})
         weights = ((after - before).square().sum() / before.square().sum()).item()
         assert pipeline.relative_error(before, after, by_column) == (
             pytest.approx(weights, rel=1e-4),
             "inputs",
         )
-        for unknown in (None, Statistics(0, torch.zeros(8), torch.zeros(8, 8))):
+        for unknown in (None, Statistics(0, {Gram: torch.zeros(8, 8)})):
             assert pipeline.relative_error(before, after, unknown) == (
                 pytest.approx(weights, rel=1e-4),
                 "weights",

@@ -16,7 +16,7 @@ from optimum_order.backends import Backend, available, method
 from optimum_order.engine import snapshot
 from optimum_order.errors import ArtifactError
 from optimum_order.layers.state import LayerState, StageRecord
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Order
 
 ORDERS = [
@@ -65,7 +65,7 @@ def state(order: str) -> LayerState:
     """A layer after an order."""
     generator = torch.Generator().manual_seed(0)
     W, X = torch.randn(32, 64, generator=generator), torch.randn(128, 64, generator=generator)
-    found, known = LayerState(W), Statistics(len(X), X.square().sum(0), X.T @ X)
+    found, known = LayerState(W), Statistics(len(X), {Gram: X.T @ X})
     for stage in Order.parse(order):
         found = method(stage).apply(found, known)
     return found

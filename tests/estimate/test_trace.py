@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_order.calibration.walk import walk
 from optimum_order.estimate.trace import Counter, Input, trace
+from optimum_order.layers.statistics import SquaredNorms
 from optimum_order.models.units import find_units
 
 TOKENS = {"input_ids": torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))}
@@ -91,7 +92,7 @@ def test_a_convolution_reads_patches(make_image_model, architecture):
     for name, cost in traced(model, batch).items():
         leaders, statistics = seen[name]
         alone = [statistics[n] for n, leader in leaders.items() if n == leader]
-        expected = sorted((len(each.squared_norms), each.tokens) for each in alone)
+        expected = sorted((len(each[SquaredNorms]), each.tokens) for each in alone)
         assert sorted((each.width, each.rows) for each in cost.inputs) == expected
 
 

@@ -11,7 +11,7 @@ from optimum_order.backends import method
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.packed import Packed, States, bits, is_masked, mask
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Order
 
 
@@ -24,7 +24,7 @@ def layer(dtype=torch.float32):
 
 def after(order, state):
     X = torch.randn(64, 40, generator=torch.Generator().manual_seed(1))
-    known = Statistics(len(X), X.square().sum(0), X.T @ X)
+    known = Statistics(len(X), {Gram: X.T @ X})
     for stage in Order.parse(order):
         state = method(stage).apply(state, known)
     return state

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = list(itertools.product(DTYPES, range(2, 9), [True, False]))
@@ -234,24 +234,24 @@ def test_holds_is_exact():
 class TestStatistics:
     def test_squared_error_is_that_of_the_outputs(self):
         X, delta = gaussian(torch.float32, rows=50), gaussian(torch.float32, rows=4, seed=1)
-        statistics = Statistics(50, X.square().sum(0), X.T @ X)
+        statistics = Statistics(50, {Gram: X.T @ X})
         assert statistics.squared_error(delta) == pytest.approx(
             (X @ delta.T).square().sum().item(), rel=1e-5
         )
 
     def test_squared_error_is_its_diagonal_part_without_a_gram_matrix(self):
         X, delta = torch.diag(torch.arange(1.0, 5.0)), gaussian(torch.float32, rows=3, inputs=4)
-        statistics = Statistics(4, X.square().sum(0))
+        statistics = Statistics(4, {SquaredNorms: X.square().sum(0)})
         assert statistics.squared_error(delta) == pytest.approx(
             (X @ delta.T).square().sum().item(), rel=1e-5
         )
 
     def test_isotropic_knows_nothing(self):
-        isotropic = Statistics(9, torch.full((4,), 3.0), torch.full((4, 4), 2.0)).isotropic()
+        isotropic = Statistics(9, {Gram: torch.full((4, 4), 2.0)}).isotropic()
         assert isotropic.tokens == 0
-        assert torch.equal(isotropic.squared_norms, torch.ones(4))
-        assert torch.equal(isotropic.gram, torch.eye(4))
-        assert Statistics(9, torch.ones(4)).isotropic().gram is None
+        assert torch.equal(isotropic[SquaredNorms], torch.ones(4))
+        assert torch.equal(isotropic[Gram], torch.eye(4))
+        assert Statistics(9, {SquaredNorms: torch.ones(4)}).isotropic().gram is None
 
 
 class TestLayerState:

@@ -15,7 +15,7 @@ from optimum_order.evaluation import Measurement
 from optimum_order.evaluation.comparison import difference_over_draws, paired_bootstrap
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
+from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 from optimum_order.order import Order, Stage
 from optimum_order.study.advantage import (
     Correlation,
@@ -235,7 +235,7 @@ def test_bounds_carry_over_to_the_intensity(pruning, quantization, bound):
 
 
 def statistics(gram, tokens=100):
-    return Statistics(tokens, gram.diagonal().contiguous(), gram)
+    return Statistics(tokens, {Gram: gram})
 
 
 def random_layer(seed, out=24, inputs=64, tokens=256):
@@ -257,7 +257,7 @@ def run(W, known, order):
 
 def errors(W, known, *states):
     deltas = [state.weight.double() - W.double() for state in states]
-    H = known.gram.double()
+    H = known[Gram].double()
     size = ((W.double() @ H) * W.double()).sum().item()
     return [((D @ H) * D).sum().item() / size for D in deltas]
 
@@ -328,12 +328,12 @@ def test_the_parts_sum_to_the_whole_for_any_layer(seed, shape, spread, rank, nea
     )
     found = split_advantage(W, first, second, known)
     # what float64 can hold of a difference of sums: all their terms, were they of one sign, times its rounding
-    H = known.gram.double().abs()
+    H = known[Gram].double().abs()
     D1, D2 = ((state.weight.double() - W).abs() for state in (first, second))
     terms = (
         ((D1 @ H) * D1).sum() + ((D2 @ H) * D2).sum() + (((D1 + D2) @ H) * (D2 - D1).abs()).sum()
     )
-    size = ((W.double() @ known.gram.double()) * W).sum().item()
+    size = ((W.double() @ known[Gram].double()) * W).sum().item()
     rounding = 1e-14 * terms.item() / size
     assert abs(found.owner + found.interference - found.whole) <= max(
         1e-6 * abs(found.whole), rounding
@@ -343,7 +343,7 @@ def test_the_parts_sum_to_the_whole_for_any_layer(seed, shape, spread, rank, nea
 def test_a_gram_matrix_that_rounding_left_unsymmetric():
     W, known = random_layer(1)
     skewed = Statistics(
-        100, known.squared_norms, known.gram + 1e-3 * torch.randn(64, 64).triu() * known.gram
+        100, known[SquaredNorms], known[Gram] + 1e-3 * torch.randn(64, 64).triu() * known[Gram]
     )
     first, second = (run(W, known, order) for order in ("wanda:0.5 > rtn:3", "rtn:3 > wanda:0.5"))
     found = split_advantage(W, first, second, skewed)
@@ -363,7 +363,7 @@ def test_with_disjoint_selectivity_only_owner_changes_count(bits, sparsity):
     pruned = prune(LayerState(W))
     first = LayerState(grid.nearest(pruned.weight), pruned.pruned, grid)
     second = prune(LayerState(grid.nearest(W), grid=grid))
-    assert (first.mask != second.mask).any() and known.gram[
+    assert (first.mask != second.mask).any() and known[Gram][
         0, 1
     ] != 0  # neither trivial, nor one column at a time
     found = split_advantage(W, first, second, known)
@@ -414,9 +414,9 @@ def test_where_pruning_moves_the_scale_of_a_group_there_is_interference():
 def test_without_a_gram_matrix_errors_are_weighted_by_the_inputs():
     W, known = random_layer(3)
     first, second = (run(W, known, o) for o in ("wanda:0.5 > rtn:3", "rtn:3 > wanda:0.5"))
-    norms = Statistics(100, known.squared_norms)
+    norms = Statistics(100, {SquaredNorms: known[SquaredNorms]})
     found = split_advantage(W, first, second, norms)
-    diagonal = statistics(known.squared_norms.diag())
+    diagonal = statistics(known[SquaredNorms].diag())
     assert found == split_advantage(W, first, second, diagonal)
     size = norms.squared_error(W)
     expected = (

@@ -1,0 +1,48 @@
+"""How far a layer is from what it was, measured on its outputs where calibration knows them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
+
+
+def squared_error(delta: Tensor, statistics: Statistics) -> float:
+    """Return `||X delta^T||^2 = tr(delta H delta^T)`, or its diagonal part without a Gram matrix.
+
+    Args:
+        delta: (out, in), the difference of two weights.
+        statistics: The layer's inputs.
+    """
+    delta = delta.float()
+    if Gram in statistics:
+        products = torch.linalg.vecdot(delta @ statistics[Gram], delta)
+        return products.sum(dtype=torch.float64).item()
+    return torch.sum(delta.square() @ statistics[SquaredNorms], dtype=torch.float64).item()
+
+
+def relative_error(
+    before: Tensor, after: Tensor, statistics: Statistics | None
+) -> tuple[float, str]:
+    """Return squared error over squared size, and what they were measured on.
+
+    Args:
+        before: (out, in).
+        after: (out, in).
+        statistics: The layer's inputs, or None.
+
+    Returns:
+        The ratio, and "outputs" (`tr(dW H dW^T) / tr(W H W^T)`), "inputs" (the same with the
+        diagonal of H) or "weights" (without statistics).
+    """
+    delta = after.float() - before.float()
+    if statistics is None or statistics.tokens == 0 or SquaredNorms not in statistics:
+        size = before.float().square().sum().item()
+        error = delta.square().sum().item()
+        measured_on = "weights"
+    else:
+        size = squared_error(before, statistics)
+        error = squared_error(delta, statistics)
+        measured_on = "outputs" if Gram in statistics else "inputs"
+    return (error / size if size else 0.0), measured_on

@@ -1,0 +1,7 @@
+"""What calibration learns about the inputs of one layer. One statistic is one file."""
+
+from optimum_order.layers.statistics.base import Accumulator, Statistics
+from optimum_order.layers.statistics.gram import Gram
+from optimum_order.layers.statistics.squared_norms import SquaredNorms
+
+__all__ = ["Accumulator", "Gram", "SquaredNorms", "Statistics"]

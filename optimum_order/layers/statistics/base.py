@@ -1,0 +1,117 @@
+"""Accumulators gather statistics over tokens; `Statistics` holds the results for one layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from optimum_order.errors import InvariantError
+
+
+class Accumulator(ABC):
+    """A sum over the tokens of one input that one or more layers read.
+
+    A subclass is one file. Sums over two halves of the tokens `merge` into the sum over all
+    tokens, so that processes can share the work.
+
+    Args:
+        inputs: Width of the input.
+        device: Where the sums are resident.
+    """
+
+    implies: ClassVar[Mapping[type[Accumulator], Callable[[Any], Any]]] = {}
+    """Statistics that follow from the result of this one, each with the function that gives them:
+    they are not accumulated again."""
+
+    def __init__(self, inputs: int, device: torch.device):
+        self.inputs = inputs
+        self.device = device
+
+    @abstractmethod
+    def update(self, rows: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            rows: (tokens, in), in any floating-point dtype.
+        """
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Add the tokens that another accumulator of this class has seen."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """Return the statistic over all tokens so far: tensors, on `device`."""
+
+    @classmethod
+    @abstractmethod
+    def isotropic(cls, result: Any) -> Any:
+        """Return the statistic of white noise, `X^T X = I`, in the shape of another result."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration learned about the inputs `X` (tokens, in) of one layer.
+
+    Args:
+        tokens: Number of rows of `X`; 0 for an expert that no token reached.
+        results: The result of each accumulator, by its class.
+    """
+
+    tokens: int
+    results: Mapping[type[Accumulator], Any]
+    _derived: dict[Hashable, Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @classmethod
+    def of(cls, rows: Tensor, needs: Iterable[type[Accumulator]]) -> Statistics:
+        """Accumulate some rows.
+
+        Args:
+            rows: (tokens, in).
+            needs: The statistics to gather.
+        """
+        results = {}
+        for accumulator in needs:
+            sums = accumulator(rows.shape[1], rows.device)
+            sums.update(rows)
+            results[accumulator] = sums.result()
+        return cls(len(rows), results)
+
+    def __contains__(self, statistic: type[Accumulator]) -> bool:
+        return statistic in self.results or any(statistic in held.implies for held in self.results)
+
+    def __getitem__(self, statistic: type[Accumulator]) -> Any:
+        if statistic in self.results:
+            return self.results[statistic]
+        for held, result in self.results.items():
+            if statistic in held.implies:
+                return self.derived(statistic, lambda: held.implies[statistic](result))
+        raise InvariantError(
+            f"The statistic {statistic.__name__} was not gathered; gathered were "
+            f"{', '.join(held.__name__ for held in self.results) or 'none'}. "
+            f"Add {statistic.__name__} to the backend's 'needs'."
+        )
+
+    def derived(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return a value computed from these statistics, once for all layers that share them.
+
+        Args:
+            key: Names the value.
+            compute: Gives the value.
+        """
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
+
+    def isotropic(self) -> Statistics:
+        """Return the statistics of white noise: all that can be assumed of inputs nobody has seen."""
+        white = {held: held.isotropic(result) for held, result in self.results.items()}
+        return Statistics(0, white)

@@ -1,0 +1,43 @@
+"""The Gram matrix of a layer's input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from optimum_order.layers.statistics.base import Accumulator
+from optimum_order.layers.statistics.squared_norms import SquaredNorms
+
+_BLOCK = 512
+"""`X^T X` is symmetric: blocks of so many columns below the diagonal are copied, not multiplied."""
+
+
+class Gram(Accumulator):
+    """`H = X^T X` over all tokens: (in, in) float32."""
+
+    implies = {SquaredNorms: lambda gram: gram.diagonal().contiguous()}
+
+    def __init__(self, inputs: int, device: torch.device):
+        super().__init__(inputs, device)
+        self.sums = torch.zeros(inputs, inputs, device=device)
+        """Complete on and above the diagonal blocks only."""
+
+    def update(self, rows: Tensor) -> None:
+        rows = rows.float()
+        for first in range(0, self.inputs, _BLOCK):
+            block = slice(first, first + _BLOCK)
+            self.sums[block, first:].addmm_(rows[:, block].T, rows[:, first:])
+
+    def merge(self, other: Self) -> None:
+        self.sums += other.sums
+
+    @torch.inference_mode()  # in which the sums were taken; outside they are not writable in place
+    def result(self) -> Tensor:
+        for last in range(_BLOCK, self.inputs, _BLOCK):
+            self.sums[last:, last - _BLOCK : last] = self.sums[last - _BLOCK : last, last:].T
+        return self.sums
+
+    @classmethod
+    def isotropic(cls, result: Tensor) -> Tensor:
+        return torch.eye(len(result), device=result.device)
