@@ -45,7 +45,7 @@ A difference is named as this script prints it: `CASE/tensors/NAME`,
 `CASE/quantization_config/PATH`, `CASE/manifest/PATH`, or `CASE/export` where the export fails.
 """
 
-TREE_OPTIONS: dict[str, Any] = {}
+TREE_OPTIONS: dict[str, Any] = {"pause": "block"}
 """Arguments that the working tree's `compress` needs to do what the earlier version did."""
 
 PACKAGE = "optimum_order"

@@ -105,7 +105,10 @@ class Passes:
                     trim()
                 for target in visit.targets:
                     for backend in backends.get(target.name, ()):
-                        self._apply(backend, target, visit.statistics.get(target.name))
+                        statistics = visit.statistics.get(target.name)
+                        before = self._brought(self.result.states[target.name])
+                        after = backend.apply(before, statistics, where=target.name)
+                        self._settle(target, (before, after), backend.stage, statistics)
                         if tight:
                             trim()
                 if visit.complete:
@@ -137,9 +140,15 @@ class Passes:
             wanted=[unit.name for unit in units],
         )
 
-    def _apply(self, backend: Backend, target: Target, statistics: Statistics | None) -> None:
-        before = self._brought(self.result.states[target.name])
-        after = backend.apply(before, statistics, where=target.name)
+    def _settle(
+        self,
+        target: Target,
+        change: tuple[LayerState, LayerState],
+        stage: Stage,
+        statistics: Statistics | None,
+    ) -> None:
+        """Put a changed layer into the model and the result, and record how far it moved."""
+        before, after = change
         with precision.products(torch.bfloat16):  # a figure of four digits for people
             error, measured_on = relative_error(before.weight, after.weight, statistics)
         if self.work is not None and target.name in self._masked:
@@ -147,7 +156,7 @@ class Passes:
                 self._masked.remove(target.name)
         target.write(after.weight)
         self.put(target, after)
-        record = StageRecord(str(backend.stage), error, measured_on)
+        record = StageRecord(str(stage), error, measured_on)
         self.result.records[target.name].append(record)
 
     def put(self, target: Target, state: LayerState) -> None:
@@ -244,11 +253,7 @@ class Passes:
         self._begin([], str(recovery.stage))
         targets = {t.name: t for unit in self.subject.units for t in unit.targets}
         for name, before, after in recover(recovery, self.subject, self.result.states):
-            error, measured_on = relative_error(before.weight, after.weight, None)
-            targets[name].write(after.weight)
-            self.put(targets[name], after)
-            record = StageRecord(str(recovery.stage), error, measured_on)
-            self.result.records[name].append(record)
+            self._settle(targets[name], (before, after), recovery.stage, None)
 
     def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
         number = next(self._numbers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optimum_order import backends
@@ -59,9 +59,10 @@ class Step:
         """The stages as text."""
         return " > ".join(str(method.stage) for method in self.methods)
 
-    def run(self, engine: Engine) -> None:
-        """Have the engine carry the methods out."""
-        self.methods[0].run(engine, self.methods)
+    @property
+    def run(self) -> Callable[[Engine], None]:
+        """Has an engine carry the methods out: `step.run(engine)`."""
+        return functools.partial(self.methods[0].run, joined=self.methods)
 
 
 @dataclasses.dataclass(frozen=True)
