@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from optimum_order import JointCompressor, Stage
-from optimum_order.backends import method
 from optimum_order.calibration.walk import walk
 from optimum_order.data.text import load
+from optimum_order.engine.recipe import method
 from optimum_order.engine.run import relative_error
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import find_units

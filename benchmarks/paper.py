@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optimum_order import Order, Stage
-from optimum_order.backends import canonical, method
+from optimum_order.engine.recipe import canonical, method
 from optimum_order.study.analysis import summarize
 from optimum_order.study.study import TRIALS, Study, Trials, grid, quiet, with_parts
 

@@ -26,6 +26,8 @@ the exponents say how its time grows.
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import os
 import resource
@@ -64,26 +66,25 @@ class Recipe(NamedTuple):
         schedule: Ours.
         pipeline: Theirs.
         target: What our seconds over theirs should come to at most, if anything.
+        pause: Where our walk pauses, "group" or "block".
     """
 
     order: str
     schedule: str = "stage"
     pipeline: str = "sequential"
     target: float | None = None
+    pause: str = "group"
 
     def __str__(self) -> str:
-        return (
-            self.order
-            if ">" not in self.order
-            else f"{self.order}, {self.schedule} / {self.pipeline}"
-        )
+        joint = f", {self.schedule} / {self.pipeline}" if ">" in self.order else ""
+        return f"{self.order}{joint}, pausing at {self.pause}s"
 
 
 RECIPES = {
-    "wanda": Recipe("wanda:0.5", target=0.3),
-    "gptq": Recipe("gptq:4", target=0.4),
+    "wanda": Recipe("wanda:0.5", target=0.33),
+    "gptq": Recipe("gptq:4", target=0.42),
     "stage": Recipe("sparsegpt:0.5 > gptq:4", "stage", target=0.5),
-    "block": Recipe("sparsegpt:0.5 > gptq:4", "block", target=0.3),
+    "block": Recipe("sparsegpt:0.5 > gptq:4", "block", target=0.32),
     "default": Recipe("sparsegpt:0.5 > gptq:4", "stage", "independent"),
 }
 
@@ -103,7 +104,8 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
     import optimum_order
     from optimum_order import JointCompressor
-    from optimum_order.compressor import pipeline  # noqa: F401 (imported with the rest, before memory is looked at)
+
+    importlib.import_module("optimum_order.compressor")  # before memory is looked at
 
     torch.set_num_threads(job["threads"])
     found = {
@@ -121,8 +123,11 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     )
     model = compressor.source.load()
     compressor.source.load = lambda: model
+    options = {"progress": False}
+    if "pause" in inspect.signature(compressor.compress).parameters:  # 0.1.0 has none
+        options["pause"] = job["pause"]
     with stopwatch(found, job):
-        compressed = compressor.compress(job["order"], job["schedule"], progress=False)
+        compressed = compressor.compress(job["order"], job["schedule"], **options)
     if job["output"]:
         compressed.save_pretrained(job["output"], "dense")
     return found
@@ -268,7 +273,7 @@ class Bench:
         self.count += 1
         found = self.work / f"{self.count}.json"
         job = {
-            "side": side,
+            "side": "ours" if self.args.before and side == "theirs" else side,
             **recipe._asdict(),
             "model": str(model),
             "tokens": str(ids),
@@ -596,7 +601,15 @@ def main() -> None:
         "--scaling", action="store_true", help="how our time grows, and nothing else"
     )
     parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--pause", choices=("group", "block"), default="group", help="where our walk pauses"
+    )
+    parser.add_argument(
+        "--before",
+        help="the Python of an earlier version of ours, which then stands in the columns of theirs",
+    )
     args = parser.parse_args()
+    args.theirs = args.before or args.theirs
     if args.job:
         job = json.loads(args.job)
         Path(job["found"]).write_text(
@@ -609,7 +622,8 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        bench, recipes = Bench(args, Path(folder)), [RECIPES[name] for name in args.recipes]
+        bench = Bench(args, Path(folder))
+        recipes = [RECIPES[name]._replace(pause=args.pause) for name in args.recipes]
         if args.scaling:
             scaling(bench, RECIPES["stage"])
             return

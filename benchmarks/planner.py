@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from optimum_order import JointCompressor, Order, Stage
-from optimum_order.backends import canonical
 from optimum_order.data.load import batch_size, inputs
+from optimum_order.engine.recipe import canonical
 from optimum_order.engine.runner import Runner
 from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import difference_over_draws

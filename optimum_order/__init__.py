@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from wrapt import when_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Backend",
@@ -20,7 +20,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from optimum_order.backends import Backend
-    from optimum_order.compressor import CompressedModel, JointCompressor
+    from optimum_order.compressed import CompressedModel
+    from optimum_order.compressor import JointCompressor
     from optimum_order.errors import OptimumOrderError
     from optimum_order.formats import Format
     from optimum_order.layers.state import LayerState
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 # Where each public name lives. Nothing is imported before it is asked for: `import optimum_order` stays fast.
 _HOME = {
     "Backend": "backends",
-    "CompressedModel": "compressor",
+    "CompressedModel": "compressed",
     "Format": "formats",
     "JointCompressor": "compressor",
     "LayerState": "layers.state",

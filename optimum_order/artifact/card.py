@@ -12,8 +12,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from optimum_order import backends, formats
+from optimum_order import formats
 from optimum_order.artifact.manifest import PLOT
+from optimum_order.engine.recipe import available as available_methods
 from optimum_order.files import size
 from optimum_order.models.source import EMBEDDED
 
@@ -252,7 +253,7 @@ def _by_stage(manifest: Mapping[str, Any]) -> list[tuple[str, float, str, float,
 
 
 def _stages(manifest: Mapping[str, Any]) -> str:
-    known = backends.available()
+    known = available_methods()
     rows = []
     for (text, mean, worst, largest, kinds), stage in zip(
         _by_stage(manifest), manifest["stages"], strict=True

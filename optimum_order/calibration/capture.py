@@ -37,6 +37,8 @@ _NAMES = {functional.linear: ("input", "weight")}
 """What the two are called where they are given by name."""
 _LEFT = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
 """Products whose left factor may be the weight, (out, in) times (..., in, tokens)."""
+_CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+"""The arguments of a convolution in their order."""
 _MOST_UNFOLDED = 2**24
 """Numbers in the patches that are held at once, unless a single image has more."""
 
@@ -157,7 +159,7 @@ class Watched:
             kwargs: Its arguments by name.
         """
         if function is functional.conv2d:
-            return self._convolution(*args, **kwargs)
+            return self._convolution(args, kwargs)
         places = PRODUCTS.get(function)
         if places is None:
             return []
@@ -176,24 +178,18 @@ class Watched:
             return [Read(target, weight.transpose(-1, -2))]
         return []
 
-    def _convolution(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: _Sizes = 1,
-        padding: _Sizes | str = 0,
-        dilation: _Sizes = 1,
-        groups: int = 1,
-    ) -> list[Read]:
-        images = input if input.ndim == 4 else input[None]
+    def _convolution(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Read]:
+        values = {**dict(zip(_CONV2D, args, strict=False)), **kwargs}
+        images = values["input"]
+        images = images if images.ndim == 4 else images[None]
+        groups = values.get("groups", 1)
+        pairs = zip(images.chunk(groups, dim=1), values["weight"].chunk(groups), strict=True)
+        moves = [values.get("stride", 1), values.get("padding", 0), values.get("dilation", 1)]
         reads = []
-        for channels, filters in zip(
-            images.chunk(groups, dim=1), weight.chunk(groups), strict=True
-        ):
+        for channels, filters in pairs:
             target = self._by_address.get(filters.data_ptr())
             if target is not None:
-                reads.append(Read(target, channels, Patches.of(filters, stride, padding, dilation)))
+                reads.append(Read(target, channels, Patches.of(filters, *moves)))
         return reads
 
 

@@ -49,12 +49,19 @@ def has_units(device: torch.device) -> bool:
 
 
 def forwards(
-    dtype: torch.dtype, model_dtype: torch.dtype, device: torch.device
-) -> contextlib.AbstractContextManager:
-    """In which a float32 model multiplies in `dtype`; its weights must not change meanwhile, they are cast once."""
+    dtype: torch.dtype, model_dtype: torch.dtype, device: torch.device, *, cache: bool = True
+) -> contextlib.AbstractContextManager[Any]:
+    """Have a float32 model multiply in another dtype while the context is active.
+
+    Args:
+        dtype: The other dtype.
+        model_dtype: The model's.
+        device: The model's.
+        cache: Whether to cast each weight once: weights must not change meanwhile then.
+    """
     if dtype == model_dtype or model_dtype != torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, dtype, cache_enabled=cache)
 
 
 def restored(output: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,8 +1,9 @@
 """Activations on disk: what forwards wait with, above a limit, lies in files and not in memory.
 
-The model's own frames hold these tensors, so they stay the objects that they are, and only the memory behind them is
-exchanged for a map of a file. Its pages come when they are read and go when they are let go; nothing of it is memory
-that the process owns. A file has no name once it is mapped, so that a process that is killed leaves nothing.
+The model's own frames hold these tensors, so they stay the objects that they are; only the memory
+behind them is exchanged for a map of a file. Pages come when they are read and go when they are
+released; none of them is memory that the process owns. A file has no name once it is mapped, so
+that a killed process leaves nothing.
 """
 
 from __future__ import annotations
@@ -26,76 +27,71 @@ class Spill:
     Args:
         folder: Where the files are; it exists.
         limit: In bytes.
+
+    Attributes:
+        held: Bytes in memory of live tensors.
+        spilled: Bytes in files of live tensors.
     """
 
     def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+        self.folder = folder
+        self.limit = limit
         self.held = 0
-        """Bytes in memory of tensors that are alive."""
         self.spilled = 0
-        """Bytes in files of tensors that are alive."""
-        self._known: dict[int, tuple[weakref.ref, mmap.mmap | None]] = {}
+        self._maps: dict[int, tuple[weakref.ref[Tensor], mmap.mmap | None]] = {}
 
-    def rest(self, tensors: Iterable[Tensor]) -> list[mmap.mmap]:
-        """Take note of tensors that will not be needed for a while.
+    def rest(self, tensors: Iterable[Tensor]) -> None:
+        """Note tensors that will not be needed for a while.
 
         Args:
-            tensors: On the CPU; others, and those whose numbers do not lie side by side, are let be.
-
-        Returns:
-            The maps that those lie in that are not in memory: for `drop`, once they have been read.
+            tensors: On the CPU; others, and those that are not contiguous, stay as they are.
 
         Raises:
             OutputError: If the disk is full.
         """
-        maps = []
         for tensor in tensors:
-            if (
-                id(tensor) not in self._known
-                and tensor.device.type == "cpu"
-                and tensor.is_contiguous()
-            ):
+            waits = tensor.device.type == "cpu" and tensor.is_contiguous()
+            if waits and id(tensor) not in self._maps:
                 self._take(tensor)
-            if id(tensor) in self._known and (found := self._known[id(tensor)][1]) is not None:
-                maps.append(found)
-        return maps
+
+    def wake(self, tensors: Iterable[Tensor]) -> None:
+        """Release the pages of tensors that were read; their files keep the values."""
+        for tensor in tensors:
+            _, mapped = self._maps.get(id(tensor), (None, None))
+            if mapped is not None:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _take(self, tensor: Tensor) -> None:
-        size, key, mapped = tensor.nbytes, id(tensor), None
+        size = tensor.nbytes
+        key = id(tensor)
+        mapped = None
         if size and self.held + size > self.limit:
             mapped = self._map(size)
-            there = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
-            there.copy_(tensor)
-            tensor.set_(there.untyped_storage(), 0, tensor.shape, tensor.stride())
-            drop([mapped])
+            copy = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
+            copy.copy_(tensor)
+            tensor.set_(copy.untyped_storage(), 0, tensor.shape, tensor.stride())
+            mapped.madvise(mmap.MADV_DONTNEED)
             self.spilled += size
         else:
             self.held += size
 
-        def forget(_: weakref.ref) -> None:
-            del self._known[key]
+        def forget(_: weakref.ref[Tensor]) -> None:
+            del self._maps[key]
             if mapped is None:
                 self.held -= size
             else:
                 self.spilled -= size
 
-        self._known[key] = weakref.ref(tensor, forget), mapped
+        self._maps[key] = (weakref.ref(tensor, forget), mapped)
 
     def _map(self, size: int) -> mmap.mmap:
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                os.posix_fallocate(
-                    file.fileno(), 0, size
-                )  # no room is an error now, and not a signal later
+                # No room is an error now, and not a signal later.
+                os.posix_fallocate(file.fileno(), 0, size)
                 return mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise OutputError(
-                f"Activations cannot be kept in '{self.folder}': {os.strerror(error.errno)}. Make room, or run on "
-                "fewer samples."
+                f"Activations cannot be kept in '{self.folder}': {os.strerror(error.errno or 0)}. "
+                "Make room, or run on fewer samples."
             ) from error
-
-
-def drop(maps: Iterable[mmap.mmap]) -> None:
-    """Let go of the pages of maps; what is in them stays in their files."""
-    for mapped in maps:
-        mapped.madvise(mmap.MADV_DONTNEED)

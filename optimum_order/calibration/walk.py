@@ -1,220 +1,498 @@
-"""The walk: a model's forward on every batch at once, stopped at each block.
+"""The walk: a model's forward on every batch at once, paused at blocks or at layers.
 
-Each batch runs the model's own `forward` in a thread of its own, and only one thread runs at a time. Where it
-reaches a block it hands over the block's real arguments and waits. So masks, position embeddings, per-layer
-inputs and whatever else an architecture computes between its blocks are always the right ones, and nothing here
-knows what they are. At a block, the walk runs it on all batches to gather statistics, lets the visitor change
-its weights, runs it again, and lets the threads go on with the new outputs.
+Each batch runs the model's own `forward` in a thread of its own, and only one thread runs at a
+time. Where the forward reaches a block, the thread hands over the block's real arguments and
+waits. So masks, position embeddings, per-layer inputs and whatever else an architecture computes
+between blocks are always the right ones, and nothing here knows what they are.
 
-A walk that was cut off starts its forwards afresh and answers for the finished blocks: with the outputs that were kept
-(`Crossing`), where those are all that flows from block to block, or else by running the blocks again as they are now.
-Either way the blocks to come see the same bits.
+`walk` is a generator. At each pause the weights of a block are resident and the statistics of
+some layers' inputs are gathered; the caller changes these layers, then goes on. Pausing at
+blocks, the walk runs a block on all batches to gather the statistics and once more with the
+changed weights. Pausing at layers, the threads run the block themselves and wait in front of each
+product with a layer's weight: the layer is changed right there, and one forward does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import mmap
 import threading
-import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from optimum_order.calibration import precision
-from optimum_order.calibration.capture import Capture
-from optimum_order.calibration.spill import Spill, drop
+from optimum_order.calibration.accumulate import Accumulation
+from optimum_order.calibration.capture import Capture, Read, Watched, refuse_infinite_inputs
+from optimum_order.calibration.execution import Execution
 from optimum_order.data.samples import placed
-from optimum_order.errors import ModelError
-from optimum_order.layers.state import tensor_bytes
-from optimum_order.layers.statistics import Statistics
-from optimum_order.models.units import Unit
+from optimum_order.errors import InvariantError, ModelError
+from optimum_order.layers.statistics import Accumulator, Statistics
+from optimum_order.models.units import Target, Unit
+
+_PROBES = 2
+"""Batches on which `Visit.outputs` runs a block."""
+_HEAVY = {functional.scaled_dot_product_attention}
+"""Functions that a thread of a forward leaves to the walk's thread, which has all cores."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What the walk knows at one unit.
+    """One pause of a walk.
 
     Args:
-        unit: Where it is.
-        statistics: What is known about the input of each of the unit's layers, by name.
-        leaders: For each layer that was reached, the first layer that read the same input.
-        outputs: Runs the unit as it is now and returns its outputs on the first batches, (tokens, hidden) or
-            (positions, channels) float32.
+        unit: The block whose weights are resident.
+        targets: Its layers that are to be changed now.
+        statistics: The inputs of these layers, by name.
+        leaders: For each layer that was seen, the first layer that read the same input.
+        complete: Whether this is the last pause in the block.
+        probe: Runs the block as it is by now; None where the walk pauses at layers.
     """
 
     unit: Unit
-    statistics: dict[str, Statistics]
-    leaders: dict[str, str]
-    outputs: Callable[[], Tensor]
+    targets: Sequence[Target]
+    statistics: Mapping[str, Statistics]
+    leaders: Mapping[str, str]
+    complete: bool = True
+    probe: Callable[[], Tensor] | None = None
 
+    def outputs(self) -> Tensor:
+        """Run the block as it is by now on the first batches.
 
-Visitor = Callable[[Visit], None]
+        Returns:
+            (tokens, hidden) or (positions, channels) float32.
 
-
-@dataclass(frozen=True)
-class Crossing:
-    """All that the forwards need to go on from a unit, had they been stopped there.
-
-    Args:
-        unit: The unit's name.
-        outputs: What it returned for each batch: a tensor, or a tuple of tensors and None.
-        arguments: sha256 of all else that the next unit was called with.
-    """
-
-    unit: str
-    outputs: tuple[Any, ...]
-    arguments: str
-
-
-Keeper = Callable[[Unit, Callable[[], Crossing | None]], None]
-Presence = Callable[[Unit | None], contextlib.AbstractContextManager]
-
-
-_PROBES = 2
-"""Batches on which `Visit.outputs` runs a unit."""
-
-_ALIGNMENT = 64
-"""Bytes, of all memory that torch allocates; the last bits of a product may depend on it."""
+        Raises:
+            InvariantError: If the walk does not pause at blocks.
+        """
+        if self.probe is None:
+            raise InvariantError("Outputs of a block can be asked for where the walk pauses at it.")
+        return self.probe()
 
 
 class _Stop(BaseException):
-    """Ends a forward whose remaining layers nobody needs; not an Exception, so that no model code catches it."""
+    """Ends a forward whose remaining layers nobody needs; no model code catches it."""
 
 
-class _Stale(Exception):
-    """The forwards do not reach the next unit as they did when a crossing was kept."""
+@dataclass(frozen=True)
+class _AtBlock:
+    """A forward in front of a block."""
+
+    unit: Unit
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
-_SIZES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
+@dataclass(frozen=True)
+class _AtProduct:
+    """A forward in front of a torch function, and the layers that the function multiplies."""
 
-
-class _Watch(TorchFunctionMode):
-    """Notes whether a model does anything with a unit's output but hand it to the next unit.
-
-    It is active on the thread of a forward, where units do not run: all it sees is what happens before, between and
-    after them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.output: Any = None
-        """Of the last unit."""
-        self.changed = False
-        """Whether the model has computed anything from such an output."""
-        self._earlier: list[weakref.ref] = []
-
-    def replied(self, output: Any) -> None:
-        self._earlier += map(weakref.ref, _tensors(self.output))
-        self.output = output
+    reads: list[Read]
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
 
     @property
-    def kept(self) -> bool:
-        """Whether the model holds on to the output of an earlier unit than the last."""
-        last = {id(tensor) for tensor in _tensors(self.output)}
-        self._earlier = [reference for reference in self._earlier if reference() is not None]
-        return any(id(reference()) not in last for reference in self._earlier)
+    def layers(self) -> tuple[str, ...]:
+        return tuple(read.target.name for read in self.reads)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if (
-            not self.changed
-            and self.output is not None
-            and func not in _SIZES
-            and not _is_fact(func, result)
-        ):
-            used = {id(tensor) for tensor in _tensors((args, kwargs))}
-            self.changed = any(id(tensor) in used for tensor in _tensors(self.output))
-        return result
+    def compute(self) -> Any:
+        return self.function(*self.args, **self.kwargs)
 
 
-def _is_fact(func: Callable, result: Any) -> bool:
-    """Whether this is a look at a tensor's shape, dtype or the like."""
-    return getattr(func, "__name__", "") == "__get__" and not isinstance(result, Tensor)
+@dataclass(frozen=True)
+class _Inside:
+    """The reply that has a forward run a block on its own thread, and pause at the layers."""
 
-
-def _tensors(value: Any) -> tuple[Tensor, ...]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return (value,)
-    parts = (
-        value.values()
-        if isinstance(value, dict)
-        else value
-        if isinstance(value, (tuple, list))
-        else ()
-    )
-    return tuple(tensor for part in parts for tensor in _tensors(part))
+    call: Callable[..., Any]
+    watched: Watched
 
 
 class _Forward(threading.Thread):
-    """One forward pass that pauses wherever `arrive` is called on its thread."""
+    """One forward pass that pauses wherever `pause` is called on its thread.
 
-    def __init__(self, run: Callable[[], Any], watch: _Watch | None):
+    Attributes:
+        arrival: Where the forward waits; None once it has ended.
+    """
+
+    def __init__(self, run: Callable[[], Any]):
         super().__init__(daemon=True)
-        self.watch = watch
-        self.maps: list[mmap.mmap] = []
-        """Where the tensors that it waits with lie, so far as they are not in memory."""
+        self.arrival: _AtBlock | _AtProduct | None = None
         self._run_model = run
         self._turn = threading.Semaphore(0)  # released to let the model go on
-        self._back = threading.Semaphore(0)  # released when it has paused or ended
+        self._back = threading.Semaphore(0)  # released when the model has paused or ended
         self._reply: Any = None
         self._error: BaseException | None = None
-        self.arrival: tuple[Unit, tuple, dict] | None = None
-        """The unit it waits at, with the arguments it was called with; None once the forward has ended."""
 
     def run(self) -> None:
         self._turn.acquire()
-        # Of this thread alone: a pool of its own for each would keep all others from their processors.
+        # Of this thread alone: a pool for each thread would keep the others from their cores.
         torch.set_num_threads(1)
         try:
             if self._error is None:
-                with torch.inference_mode(), self.watch or contextlib.nullcontext():
+                with torch.inference_mode():
                     self._run_model()
         except _Stop:
             pass
-        except BaseException as error:  # handed to the caller of `resume`
+        except BaseException as error:  # raised again by `resume`
             self._error = error
         finally:
             self.arrival = None
             self._back.release()
 
-    def arrive(self, unit: Unit, args: tuple, kwargs: dict) -> Any:
-        """On the model's thread: pause, and return what `resume` brings as the unit's output."""
-        self.arrival = (unit, args, kwargs)
+    def pause(self, arrival: _AtBlock | _AtProduct) -> Any:
+        """On the model's thread: wait, and return what `resume` brings."""
+        self.arrival = arrival
         self._back.release()
         self._turn.acquire()
-        reply, self._reply = self._reply, None
+        reply = self._reply
+        self._reply = None
         if isinstance(reply, _Stop):
-            raise _Stop  # another: one that a frame knows keeps all frames alive, and their tensors
+            raise _Stop  # another one: an error that a frame holds keeps all frames alive
         return reply
 
     def resume(self, reply: Any = None) -> None:
         """On the walk's thread: let the model go on until it pauses again or ends."""
-        if self.watch and self.arrival:
-            self.watch.replied(reply)
         self._reply = reply
         self._turn.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
 
+    def stop(self) -> None:
+        """On the walk's thread: end the forward wherever it is."""
+        while self.is_alive():
+            self._reply = _Stop()
+            self._error = self._error or _Stop()
+            self._turn.release()
+            self.join()
+
+
+class _Pauses(TorchFunctionMode):
+    """On the thread of a forward, inside a block: pauses in front of products with its layers."""
+
+    def __init__(self, forward: _Forward, watched: Watched):
+        super().__init__()
+        self._forward = forward
+        self._watched = watched
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        reads = self._watched.reads(func, args, kwargs)
+        if reads or func in _HEAVY:
+            return self._forward.pause(_AtProduct(reads, func, args, kwargs))
+        return func(*args, **kwargs)
+
+
+def walk(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    needs: Collection[type[Accumulator]],
+    execution: Execution,
+    wanted: Collection[str] | None = None,
+) -> Iterator[Visit]:
+    """Pause at every wanted block, or at its layers, in the order in which the model runs them.
+
+    Close the generator where the loop may be left early: `with closing(walk(...)) as visits`.
+
+    Args:
+        model: In evaluation mode; its weights may be changed at a pause.
+        units: All blocks, from `find_units(model)`.
+        batches: Keyword arguments of the model's forward, one mapping per batch.
+        needs: The statistics to gather. They are of the inputs that earlier layers, as they are by
+            now, produce.
+        execution: Where and how to compute, and where to pause.
+        wanted: Names of the blocks to pause at, all by default; the others are run as they are.
+
+    Raises:
+        OutputError: If activations have to be written to a disk that is full.
+        ModelError: If the forward does not reach each block exactly once, or multiplies a layer in
+            a way that is not understood.
+    """
+    # A block may run more than once on the same arguments, which a cache would not survive.
+    text_config = model.config.get_text_config()
+    caches = getattr(text_config, "use_cache", None) is not None
+    options = {"use_cache": False} if caches else {}
+
+    def run(batch: Mapping[str, Tensor]) -> Callable[[], Any]:
+        return lambda: model(**placed(batch, model), **options)
+
+    forwards = [_Forward(run(batch)) for batch in batches]
+    remaining = {unit.name for unit in units}
+    missing = set(remaining if wanted is None else wanted)
+    with (
+        torch.inference_mode(),
+        eager_experts(model),
+        _headless(model, units),
+        _paused(units, forwards) as originals,
+    ):
+        with execution.resident(None):
+            walker = _Walker(model, forwards, needs, execution)
+            for forward in forwards:
+                walker.resume(forward)
+        while missing:
+            unit = _common_block(forwards, remaining)
+            remaining.discard(unit.name)
+            with execution.resident(unit):
+                call = walker.calling(originals[unit.name])
+                if unit.name not in missing:
+                    walker.propagate(call)
+                    continue
+                missing.discard(unit.name)
+                if execution.pause == "group":
+                    yield from walker.layers(unit, call)
+                    if not missing and any(forward.arrival for forward in forwards):
+                        _common_block(forwards, remaining)  # not this block again
+                else:
+                    yield walker.block(unit, call, None if missing else remaining)
+                    if missing:
+                        walker.propagate(call)
+
+
+class _Walker:
+    """What a walk does at one block.
+
+    Args:
+        model: As `walk` has it.
+        forwards: One for each batch.
+        needs: As `walk` has them.
+        execution: As `walk` has it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forwards: Sequence[_Forward],
+        needs: Collection[type[Accumulator]],
+        execution: Execution,
+    ):
+        self.forwards = forwards
+        self.needs = needs
+        self.residency = execution.residency
+        self.device = execution.device
+        self.home = model.device
+        self.model_dtype = model.dtype
+        self.dtype = execution.matmul_dtype(model)
+        self.multiplying = functools.partial(
+            precision.forwards, self.dtype, model.dtype, self.device or self.home
+        )
+
+    def calling(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a block's forward, its arguments and outputs moved and cast where needed."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.device is not None:
+                args, kwargs = _moved((args, kwargs), self.device)
+            output = forward(*args, **kwargs)
+            output = precision.restored(output, self.model_dtype, self.device or self.home)
+            return output if self.device is None else _moved(output, self.home)
+
+        return call
+
+    def resume(self, forward: _Forward, reply: Any = None) -> None:
+        """Let a forward go on to its next block, or to its next product with a layer."""
+        forward.resume(reply)
+        del reply
+        while isinstance(forward.arrival, _AtProduct) and not forward.arrival.reads:
+            with self.multiplying():
+                forward.resume(forward.arrival.compute())
+        if isinstance(forward.arrival, _AtBlock):
+            self.residency.rest(_tensors(forward.arrival))
+
+    def run(self, call: Callable[..., Any], forward: _Forward) -> Any:
+        """Return what the block in front of a forward makes of its arguments."""
+        arrival = forward.arrival
+        assert isinstance(arrival, _AtBlock)
+        output = call(*arrival.args, **arrival.kwargs)
+        self.residency.wake(_tensors(arrival))
+        return output
+
+    def propagate(self, call: Callable[..., Any]) -> None:
+        """Run the block in front of all forwards, and let them go on to the next."""
+        with self.multiplying():
+            for forward in self.forwards:
+                self.resume(forward, self.run(call, forward))
+
+    def block(self, unit: Unit, call: Callable[..., Any], after: Collection[str] | None) -> Visit:
+        """Run a block to gather statistics.
+
+        Args:
+            unit: The block in front of all forwards.
+            call: Its forward.
+            after: If nobody needs the forwards afterwards, the blocks that may still follow.
+        """
+        capture = Capture(unit.targets, self.needs, self.dtype)
+        first = None
+        with self.multiplying():
+            for forward in self.forwards:
+                with capture:
+                    output = self.run(call, forward)
+                if after is not None and first is None:
+                    first = output
+                del output
+        _refuse_unseen(unit, [t for t in unit.targets if t.name not in capture.leaders])
+        arrivals = [forward.arrival for forward in self.forwards[:_PROBES]]
+
+        def probe() -> Tensor:
+            with self.multiplying():
+                outputs = [call(*arrival.args, **arrival.kwargs) for arrival in arrivals]
+            return torch.cat([_hidden(output) for output in outputs])
+
+        if after is not None:  # what follows is nobody's input, but must not be this block again
+            self.resume(self.forwards[0], first)
+            if self.forwards[0].arrival:
+                _common_block(self.forwards[:1], after)
+        return Visit(unit, unit.targets, capture.statistics(), capture.leaders, probe=probe)
+
+    def layers(self, unit: Unit, call: Callable[..., Any]) -> Iterator[Visit]:
+        """Let the forwards run a block, and pause at each of its layers.
+
+        Args:
+            unit: The block in front of all forwards.
+            call: Its forward.
+        """
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self.multiplying(cache=False):  # weights change meanwhile
+                return call(*args, **kwargs)
+
+        reply = _Inside(inside, Watched(unit.targets))
+        for forward in self.forwards:
+            self.resume(forward, reply)
+        unseen = {target.name: target for target in unit.targets}
+        shared = _SharedInput()
+        while waiting := [f for f in self.forwards if isinstance(f.arrival, _AtProduct)]:
+            arrivals = _next_layers(waiting, unit)
+            targets = [read.target for read in next(iter(arrivals.values())).reads]
+            if late := [target.name for target in targets if target.name not in unseen]:
+                raise ModelError(
+                    f"'{unit.name}' multiplies '{late[0]}' more than once, or in another order "
+                    "for some batches: its input is not complete when the layer is reached. "
+                    "Calibrate block by block: pause='block' (--pause block)."
+                )
+            statistics = {}
+            leaders = {}
+            for place, target in enumerate(targets):
+                reads = {forward: at.reads[place] for forward, at in arrivals.items()}
+                leader, seen = shared.find(reads) or (target.name, self._gather(target, reads))
+                refuse_infinite_inputs(target.name, seen)
+                shared.put(leader, seen, reads)
+                statistics[target.name] = seen
+                leaders[target.name] = leader
+                del unseen[target.name]
+            del reads
+            yield Visit(unit, targets, statistics, leaders, complete=False)
+            del statistics, seen
+            for forward, arrival in arrivals.items():
+                with self.multiplying():
+                    output = arrival.compute()
+                self.resume(forward, output)
+                del output
+            del arrivals, arrival
+        _refuse_unseen(unit, unseen.values())
+        idle = {name: self._gather(target, {}) for name, target in unseen.items()}
+        yield Visit(unit, list(unseen.values()), idle, {})
+
+    def _gather(self, target: Target, reads: Mapping[_Forward, Read]) -> Statistics:
+        """Accumulate one layer's input over all batches that reach the layer."""
+        device = self.device or self.home
+        sums = Accumulation(target.view.shape[1], self.needs, device, self.dtype)
+        for read in reads.values():
+            for rows in read.rows():
+                sums.add(rows)
+        return sums.result()
+
+
+class _SharedInput:
+    """The input that was read last, and its statistics: layers that read it too share them."""
+
+    def __init__(self) -> None:
+        self._leader = ""
+        self._statistics: Statistics | None = None
+        self._reads: Mapping[_Forward, Read] = {}
+
+    def find(self, reads: Mapping[_Forward, Read]) -> tuple[str, Statistics] | None:
+        """Return the first layer that read the same input in every batch, and the statistics."""
+        same = self._reads.keys() == reads.keys() and all(
+            self._reads[forward].same_input(read) for forward, read in reads.items()
+        )
+        return (self._leader, self._statistics) if same and self._statistics else None
+
+    def put(self, leader: str, statistics: Statistics, reads: Mapping[_Forward, Read]) -> None:
+        """Remember an input; the one before is released."""
+        self._leader = leader
+        self._statistics = statistics
+        self._reads = reads
+
+
+def _next_layers(waiting: Sequence[_Forward], unit: Unit) -> dict[_Forward, _AtProduct]:
+    """Return the forwards whose layers come first, with where they wait.
+
+    Fused experts run in the order of their numbers, each with all its layers, and a batch skips
+    those that none of its tokens is routed to: the lowest number comes first.
+    """
+    arrivals = {f: f.arrival for f in waiting if isinstance(f.arrival, _AtProduct)}
+    if len({arrival.layers for arrival in arrivals.values()}) > 1:
+        place = {target.name: number for number, target in enumerate(unit.targets)}
+
+        def turn(arrival: _AtProduct) -> tuple[bool, int, int]:
+            target = arrival.reads[0].target
+            return target.expert is None, target.expert or 0, place[target.name]
+
+        first = min(arrivals.values(), key=turn).layers
+        arrivals = {f: arrival for f, arrival in arrivals.items() if arrival.layers == first}
+    return arrivals
+
+
+def _refuse_unseen(unit: Unit, unseen: Collection[Target]) -> None:
+    """Check that every layer was multiplied with an input, but for idle experts."""
+    names = [target.name for target in unseen if target.expert is None]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ModelError(
+            f"Running '{unit.name}' ({type(unit.module).__name__}) did not multiply "
+            f"{', '.join(names[:3])}{more} with an input in a way that is understood, so nothing "
+            f"can be learned about them. Leave them out with ignore=['{names[0]}'] (--ignore), or "
+            "use methods that need no calibration: magnitude, rtn, bitsandbytes."
+        )
+
 
 @contextlib.contextmanager
-def _paused(units: Sequence[Unit], forwards: list[_Forward]) -> Iterator[None]:
-    """Replace the units' forwards by a pause; whatever happens, put them back and end every thread."""
-    by_thread: dict[int, _Forward] = {}
+def _paused(
+    units: Sequence[Unit], forwards: Sequence[_Forward]
+) -> Iterator[dict[str, Callable[..., Any]]]:
+    """Replace the blocks' forwards by a pause; in the end restore them and end every thread.
 
-    def pausing(unit: Unit) -> Callable:
-        def forward(*args, **kwargs):
-            return by_thread[threading.get_ident()].arrive(unit, args, kwargs)
+    Yields:
+        The original forward of each block by name.
+    """
+    by_thread: dict[int, _Forward] = {}
+    originals = {unit.name: unit.module.forward for unit in units}
+    own = {unit.name: vars(unit.module).get("forward") for unit in units}
+
+    def pausing(unit: Unit) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            thread = by_thread[threading.get_ident()]
+            reply = thread.pause(_AtBlock(unit, args, kwargs))
+            if not isinstance(reply, _Inside):
+                return reply
+            with _Pauses(thread, reply.watched):
+                return reply.call(*args, **kwargs)
 
         return forward
 
@@ -223,328 +501,57 @@ def _paused(units: Sequence[Unit], forwards: list[_Forward]) -> Iterator[None]:
     try:
         for forward in forwards:
             forward.start()
+            assert forward.ident is not None
             by_thread[forward.ident] = forward
-        yield
+        yield originals
     finally:
         for unit in units:
-            del unit.module.forward
+            # A forward of the instance, such as a hook of accelerate, is there again afterwards.
+            if own[unit.name] is None:
+                del unit.module.forward
+            else:
+                unit.module.forward = own[unit.name]
         for forward in forwards:
-            while forward.is_alive():
-                forward._reply = _Stop()
-                forward._error = forward._error or _Stop()
-                forward._turn.release()
-                forward.join()
-        torch.set_num_threads(
-            torch.get_num_threads()
-        )  # the number that new threads begin with again
+            forward.stop()
+        torch.set_num_threads(torch.get_num_threads())  # what new threads begin with again
 
 
-def walk(
-    model: PreTrainedModel,
-    units: Sequence[Unit],
-    batches: Sequence[dict[str, Tensor]],
-    visit: Visitor,
-    *,
-    needs: Any,
-    dtype: torch.dtype | None = None,
-    finished: Collection[str] = (),
-    crossing: Callable[[], Crossing | None] = lambda: None,
-    keep: Keeper | None = None,
-    there: Presence = lambda unit: contextlib.nullcontext(),
-    device: torch.device | None = None,
-    spill: Spill | None = None,
-) -> None:
-    """Visit every unit once, in the order in which the model runs them.
-
-    Args:
-        model: In evaluation mode; its weights may be changed by `visit`.
-        units: From `find_units(model)`.
-        batches: Keyword arguments of the model's forward, one mapping per batch.
-        visit: Called at each unit, with statistics of the inputs that earlier units, as they are by now, produce.
-        gram: Whether the statistics hold `X^T X`.
-        dtype: To multiply in; by default what `precision.choose` takes.
-        finished: Names of units that are not to be visited, because an earlier walk has, but only run as they are.
-        crossing: Gives what that walk kept at one of them, so that those up to it need not be run; or None.
-        keep: Called after each visit, once the model waits at the next unit, with a function that gives what would let
-            a walk go on from here; None after the last unit, and where more flows on than the unit's output.
-        there: A context in which a unit has its weights, or for None the model has all that is needed before and
-            between units; by default, they are always there.
-        device: Where units are while they are `there`, if that is not where the model is: what they read and return is
-            moved, and all else stays where it is.
-        spill: Where the forwards keep what they wait with; by default, in memory.
-
-    Raises:
-        OutputError: If there is no room for that.
-        ModelError: If the forward does not reach each unit exactly once.
-    """
-    dtype = dtype or precision.choose("auto", model.dtype, device or model.device)
-    try:
-        _walk(
-            model,
-            units,
-            batches,
-            visit,
-            needs,
-            dtype,
-            finished,
-            crossing,
-            keep,
-            there,
-            device,
-            spill,
-        )
-    except _Stale:  # nothing was visited yet
-        _walk(
-            model,
-            units,
-            batches,
-            visit,
-            needs,
-            dtype,
-            finished,
-            lambda: None,
-            keep,
-            there,
-            device,
-            spill,
-        )
-
-
-def _walk(
-    model: PreTrainedModel,
-    units: Sequence[Unit],
-    batches: Sequence[dict[str, Tensor]],
-    visit: Visitor,
-    needs: Any,
-    dtype: torch.dtype,
-    finished: Collection[str],
-    crossing: Callable[[], Crossing | None],
-    keep: Keeper | None,
-    there: Presence,
-    device: torch.device | None,
-    spill: Spill | None,
-) -> None:
-    # A block is run more than once on the same arguments, which a cache would not survive.
-    text_config = (
-        model.config.get_text_config()
-    )  # the config itself, but for a model of several modalities
-    arguments = {"use_cache": False} if getattr(text_config, "use_cache", None) is not None else {}
-
-    def forward(batch: dict[str, Tensor]) -> Callable[[], Any]:
-        return lambda: model(**placed(batch, model), **arguments)
-
-    def resume(each: _Forward, reply: Any = None) -> None:
-        each.resume(reply)
-        del reply
-        if spill and each.arrival:
-            each.maps = spill.rest(_tensors(each.arrival[1:]))
-
-    def calling(forward: Callable) -> Callable:
-        def call(module: nn.Module, *args, **kwargs):
-            if device is not None:
-                args, kwargs = _moved(args, device), _moved(kwargs, device)
-            output = precision.restored(
-                forward(module, *args, **kwargs), model.dtype, device or home
-            )
-            return output if device is None else _moved(output, home)
-
-        return call
-
-    begun = crossing() if finished else None
-    watched = bool(keep or begun)
-    forwards = [_Forward(forward(batch), _Watch() if watched else None) for batch in batches]
-    if begun and len(begun.outputs) != len(forwards):
-        raise _Stale
-    remaining = {unit.name for unit in units}
-    with (
-        torch.inference_mode(),
-        eager_experts(model),
-        _headless(model, units),
-        _paused(units, forwards),
-    ):
-        with there(None):
-            home = model.device  # where it is when it has weights
-            multiplying = functools.partial(precision.forwards, dtype, model.dtype, device or home)
-            for each in forwards:
-                resume(each)
-        while wanted := remaining.difference(finished):
-            unit = _common(forwards, remaining)
-            remaining.discard(unit.name)
-            last = wanted == {unit.name}
-            call = calling(type(unit.module).forward)
-            if unit.name in finished:
-                with contextlib.nullcontext() if begun else there(unit), multiplying():
-                    for number, each in enumerate(forwards):
-                        resume(each, begun.outputs[number] if begun else _run(call, each))
-                if begun and begun.unit == unit.name:
-                    if _arguments(forwards) != begun.arguments:
-                        raise _Stale
-                    begun = None  # its outputs live as long as the model needs them, and no longer
-                continue
-            with there(unit):
-                capture = Capture(unit.targets, needs, dtype)
-                _visit(
-                    unit, call, forwards, visit, capture, multiplying, remaining if last else None
-                )
-                del capture
-                if not last:
-                    with multiplying():
-                        for each in forwards:
-                            resume(each, _run(call, each))
-                if keep:
-                    # what does not fit into memory is not worth a second copy on disk: blocks can be run again
-                    flows = not last and not (spill and spill.spilled)
-                    keep(
-                        unit,
-                        functools.partial(_crossing, unit, forwards) if flows else lambda: None,
-                    )
-
-
-def _visit(
-    unit: Unit,
-    call: Callable,
-    forwards: list[_Forward],
-    visit: Visitor,
-    capture: Capture,
-    multiplying: Callable[[], contextlib.AbstractContextManager],
-    after: set[str] | None,
-) -> None:
-    """Have a unit visited at which all forwards wait; if it is the last, `after` are the units that may still come."""
-    first = None  # what the first batch makes of the last unit
-    with multiplying():
-        for each in forwards:
-            with capture:
-                output = _run(call, each)
-            if after is not None and first is None:
-                first = output
-            del output
-    # Experts that no token was routed to have no input; any other layer does, if it could be seen at all.
-    if not capture.leaders and any(target.kind != "expert" for target in unit.targets):
-        raise ModelError(
-            f"Running '{unit.name}' multiplied none of its weights with an input in a way that is understood "
-            f"({type(unit.module).__name__}). Leave it out with ignore=['{unit.name}*'], or use methods that "
-            "need no calibration: magnitude, rtn, bitsandbytes."
-        )
-    probes = [each.arrival[1:] for each in forwards[:_PROBES]]
-
-    def outputs() -> Tensor:
-        with multiplying():
-            return torch.cat(
-                [_hidden(call(unit.module, *args, **kwargs)) for args, kwargs in probes]
-            )
-
-    if after is not None:  # what comes after is nobody's input, but it must not be a unit once more
-        forwards[0].resume(first)
-        if forwards[0].arrival:
-            _common(forwards[:1], after)
-    visit(Visit(unit, capture.statistics(), capture.leaders, outputs))
+def _tensors(arrival: _AtBlock) -> list[Tensor]:
+    leaves = tree_leaves((arrival.args, arrival.kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A value with the tensors in its tuples, lists and dicts on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_moved(part, device) for part in value)
-    return (
-        {key: _moved(part, device) for key, part in value.items()} if type(value) is dict else value
-    )
-
-
-def _run(call: Callable, forward: _Forward) -> Any:
-    """What a unit returns to the forward that waits at it."""
-    unit, args, kwargs = forward.arrival
-    output = call(unit.module, *args, **kwargs)
-    drop(forward.maps)
-    return output
-
-
-def _crossing(unit: Unit, forwards: list[_Forward]) -> Crossing | None:
-    """What would let the forwards go on from where they wait, or None if it is more than the unit's outputs."""
-    watches = [each.watch for each in forwards]
-    if any(watch.changed or watch.kept or not _can_be_kept(watch.output) for watch in watches):
-        return None
-    arguments = _arguments(forwards)
-    return (
-        Crossing(unit.name, tuple(watch.output for watch in watches), arguments)
-        if arguments
-        else None
-    )
-
-
-def _can_be_kept(output: Any) -> bool:
-    """Whether an output comes back from a file as it is: in its form and in how its numbers lie in memory."""
-    if type(output) is tuple:
-        return all(part is None or _can_be_kept(part) for part in output)
-    return type(output) is Tensor and output.is_contiguous() and output.data_ptr() % _ALIGNMENT == 0
-
-
-def _arguments(forwards: list[_Forward]) -> str | None:
-    """sha256 of all that the units are called with where the forwards wait, but for the last unit's outputs.
-
-    None if there is something of which nobody knows what is in it, such as a cache.
-    """
-    digest = hashlib.sha256()
-
-    def take_in(value: Any, outputs: dict[int, int]) -> bool:
-        if isinstance(value, Tensor):
-            said = (
-                f"output {outputs[id(value)]}"
-                if id(value) in outputs
-                else f"{value.dtype} {tuple(value.shape)}"
-            )
-            digest.update(said.encode())
-            if id(value) not in outputs:
-                digest.update(tensor_bytes(value))
-            return True
-        if isinstance(value, (tuple, list, dict)):
-            digest.update(f"{type(value).__name__} {len(value)}".encode())
-            parts = (
-                [part for item in value.items() for part in item]
-                if isinstance(value, dict)
-                else value
-            )
-            return all(take_in(part, outputs) for part in parts)
-        digest.update(f"{value!r};".encode())
-        return value is None or isinstance(
-            value, (bool, int, float, str, torch.dtype, torch.device)
-        )
-
-    for each in forwards:
-        outputs = {id(tensor): number for number, tensor in enumerate(_tensors(each.watch.output))}
-        if not take_in(each.arrival[1:], outputs):
-            return None
-    return digest.hexdigest()
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
 
 
 def _hidden(output: Any) -> Tensor:
-    """A unit's output as (tokens, hidden) float32: the tensor it returns, or the first of several.
+    """Return a block's output as (tokens, hidden) float32: its tensor, or the first of several.
 
     Of images (b, channels, h, w) each position is a token.
     """
-    tensor = (
-        output
-        if isinstance(output, Tensor)
-        else next(part for part in output if isinstance(part, Tensor))
-    )
+    tensor = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     if tensor.ndim == 4:
         tensor = tensor.movedim(1, -1)
     return tensor.flatten(0, -2).float()
 
 
-def _common(forwards: list[_Forward], remaining: set[str]) -> Unit:
-    """The one unit that every forward waits at."""
-    arrivals = {each.arrival[0].name if each.arrival else None for each in forwards}
-    if len(arrivals) != 1 or None in arrivals:
+def _common_block(forwards: Sequence[_Forward], remaining: Collection[str]) -> Unit:
+    """Return the one block that every forward waits at."""
+    units = {
+        f.arrival.unit.name: f.arrival.unit for f in forwards if isinstance(f.arrival, _AtBlock)
+    }
+    if len(units) != 1 or any(forward.arrival is None for forward in forwards):
         raise ModelError(
-            f"The model's forward does not run the blocks {', '.join(sorted(remaining)[:3])} for every input, so they "
-            "cannot be calibrated. Leave them out with 'ignore'."
+            f"The model's forward does not run the blocks {', '.join(sorted(remaining)[:3])} for "
+            "every input, so they cannot be calibrated. Leave them out with 'ignore'."
         )
-    unit = forwards[0].arrival[0]
+    (unit,) = units.values()
     if unit.name not in remaining:
         raise ModelError(
-            f"The model runs '{unit.name}' more than once in one forward (shared layers), which cannot be calibrated. "
-            "Use methods that need no calibration: magnitude, rtn, bitsandbytes."
+            f"The model runs '{unit.name}' more than once in one forward (shared layers), which "
+            "cannot be calibrated. Use methods that need no calibration: magnitude, rtn, "
+            "bitsandbytes."
         )
     return unit
 
@@ -553,7 +560,7 @@ def _common(forwards: list[_Forward], remaining: set[str]) -> Unit:
 def _headless(model: PreTrainedModel, units: Sequence[Unit]) -> Iterator[None]:
     """End a forward where it would compute logits: they are large and nobody needs them."""
 
-    def stop(*_) -> None:
+    def stop(*_: Any) -> None:
         raise _Stop
 
     head = model.get_output_embeddings()
@@ -569,12 +576,9 @@ def _headless(model: PreTrainedModel, units: Sequence[Unit]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Run fused experts one at a time, as their authors wrote them, so that each one's inputs can be seen."""
-    configs = {
-        id(m.config): m.config
-        for m in model.modules()
-        if hasattr(m, "is_transposed") and hasattr(m, "config")
-    }
+    """Run fused experts one at a time, as their authors wrote them, so that inputs can be seen."""
+    modules = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")]
+    configs = {id(module.config): module.config for module in modules}
     before = [(config, config._experts_implementation) for config in configs.values()]
     for config, _ in before:
         config._experts_implementation = "eager"

@@ -21,10 +21,11 @@ class BackendsCommand(Command):
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     def work(self) -> dict[str, Any]:
-        from optimum_order import backends, formats
+        from optimum_order import formats
+        from optimum_order.engine.recipe import available
 
         return {
-            "methods": [_method(cls) for cls in backends.available().values()],
+            "methods": [_method(cls) for cls in available().values()],
             "formats": [
                 {"name": name, "summary": cls.summary} for name, cls in formats.available().items()
             ],

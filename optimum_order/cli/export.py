@@ -204,7 +204,7 @@ class ExportCommand(Command):
 
     def _order(self) -> tuple[Order | str | None, list[Stage] | None]:
         """What `compress` is to be given: an order, "auto" with its stages, or nothing."""
-        from optimum_order.backends import canonical
+        from optimum_order.engine.recipe import canonical
         from optimum_order.search.planner import permutations
 
         args = self.args

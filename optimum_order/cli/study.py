@@ -152,7 +152,7 @@ class StudyCommand(Command):
         return {"output": str(folder), "report": str(folder / report.REPORT), "summary": summary}
 
     def _orders(self) -> list[Order]:
-        from optimum_order.backends import canonical
+        from optimum_order.engine.recipe import canonical
         from optimum_order.study.study import grid, off_grid
 
         args, orders = self.args, []
@@ -214,7 +214,7 @@ def read_orders(file: Path) -> list[Order]:
     Raises:
         OrderError: If it cannot be read, or a line is no order; it says which.
     """
-    from optimum_order.backends import canonical
+    from optimum_order.engine.recipe import canonical
 
     try:
         if file.stat().st_size > _LONGEST_FILE:

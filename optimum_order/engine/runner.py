@@ -1,22 +1,25 @@
-"""Many orders on one model, each shared beginning computed once: a trie over stage sequences, its nodes on disk."""
+"""Many orders on one model, each shared beginning computed once: a trie over stages, on disk."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from optimum_order import files
 from optimum_order.calibration import precision
-from optimum_order.engine import run as pipeline
+from optimum_order.calibration.execution import Execution
+from optimum_order.data.samples import Samples
 from optimum_order.engine import snapshot
+from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.run import Result, Subject, run
 from optimum_order.errors import ArtifactError, OutputError
-from optimum_order.evaluation import Measurement, Metric, Samples
+from optimum_order.evaluation import Measurement, Metric
 from optimum_order.models.source import Checkpoint, InMemory
 from optimum_order.models.units import find_units
 from optimum_order.order import Order
@@ -34,55 +37,62 @@ class Node:
         cpu_seconds: Processor time of each stage, which other work on the machine does not change.
     """
 
-    result: pipeline.Result
+    result: Result
     seconds: tuple[float, ...] = ()
     cpu_seconds: tuple[float, ...] = ()
 
 
 class Prefixes:
-    """Nodes in files of one folder, the least recently used removed above a size limit.
+    """Nodes in files of one folder; above a size limit the least recently used is removed.
 
     Args:
-        folder: Made if missing, and used by one process at a time. What an earlier one left there is used again.
+        folder: Made if missing, and used by one process at a time. Nodes of an earlier process
+            are used again.
         limit: In bytes.
     """
 
     def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+        self.folder = folder
+        self.limit = limit
         folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(".*.partial"):  # of a process that was killed
+        for unfinished in folder.glob(files.PARTIAL):  # of a process that was killed
             unfinished.unlink()
-        found = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-        self._sizes = OrderedDict((file, file.stat().st_size) for file in found)
+        nodes = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        self._sizes = OrderedDict((file, file.stat().st_size) for file in nodes)
 
     def _file(self, draw: int, order: Order) -> Path:
-        return (
-            self.folder
-            / f"{hashlib.sha256(f'{draw}:{order}'.encode()).hexdigest()[:32]}.safetensors"
-        )
+        return self.folder / f"{files.digest([f'{draw}:{order}'])[:32]}.safetensors"
 
     def get(self, draw: int, order: Order, device: str = "cpu") -> Node | None:
-        """The node, or None if it is not kept, or is damaged."""
+        """Return the node of a prefix, or None if there is none that can be read.
+
+        Args:
+            draw: The calibration draw.
+            order: The prefix.
+            device: Where the tensors go.
+        """
         file = self._file(draw, order)
         if file not in self._sizes:
             return None
         self._sizes.move_to_end(file)
         try:
-            found = snapshot.load(file, device)
+            parts = snapshot.load(file, device)
         except ArtifactError:  # a cache: what cannot be read is made again
             self._remove(file)
             return None
-        return Node(
-            pipeline.Result(found["states"], found["records"], tuple(order)),
-            found["wall"],
-            found["cpu"],
-        )
+        result = Result(parts["states"], parts["records"], tuple(order))
+        return Node(result, parts["wall"], parts["cpu"])
 
     def put(self, draw: int, order: Order, node: Node) -> None:
-        """Keep a node, unless it is larger than the limit by itself.
+        """Store a node, unless it is larger than the limit by itself.
+
+        Args:
+            draw: The calibration draw.
+            order: The prefix.
+            node: The model after it.
 
         Raises:
-            OutputError: If it cannot be written.
+            OutputError: If the node cannot be written.
         """
         file = self._file(draw, order)
         parts = {
@@ -95,15 +105,16 @@ class Prefixes:
             self._sizes[file] = snapshot.save(parts, file)
         except (OSError, SafetensorError) as error:
             raise OutputError(
-                f"'{self.folder}' cannot keep what orders share: {error}. Make room on its disk, or lower the limit."
+                f"'{self.folder}' cannot keep what orders share: {error}. Make room on its disk, "
+                "or lower the limit."
             ) from error
         self._sizes.move_to_end(file)
         while sum(self._sizes.values()) > self.limit:
             self._remove(next(iter(self._sizes)))
 
     def drop(self, keep: Iterable[tuple[int, Order]]) -> None:
-        """Remove every node but these."""
-        wanted = {self._file(*each) for each in keep}
+        """Remove every node but those of some (draw, prefix)."""
+        wanted = {self._file(draw, order) for draw, order in keep}
         for file in [file for file in self._sizes if file not in wanted]:
             self._remove(file)
 
@@ -117,43 +128,56 @@ class Runner:
 
     Args:
         source: The model.
-        batches: Calibration inputs of a draw, by its number and, if not None, of so many samples only; None where
-            there is no calibration.
-        device: Where the model runs.
+        batches: Gives the calibration inputs of a draw, by its number and, if not None, of so many
+            samples only; None where there is no calibration.
+        execution: Where and how to compute. The model is on its device as a whole.
+        dtype: What calibration multiplies in, as `precision.choose` takes it.
         targets: As in `find_units`.
         ignore: As in `find_units`.
-        dtype: What calibration multiplies in, as `precision.choose` takes it.
-        prefixes: Where shared beginnings are kept; None computes every order from the start.
-        progress: Whether to show bars on stderr.
+        prefixes: Where shared beginnings are stored; None computes every order from the start.
     """
 
     def __init__(
         self,
         source: Checkpoint | InMemory,
         batches: Callable[[int, int | None], Batches] | None,
+        execution: Execution = Execution(),
         *,
-        device: str = "cpu",
+        dtype: str = "auto",
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = None,
-        dtype: str = "auto",
         prefixes: Prefixes | None = None,
-        progress: bool = True,
     ):
-        self.source, self.device, self.progress, self.prefixes = source, device, progress, prefixes
+        self.source = source
+        self.prefixes = prefixes
         self.model = source.load()
-        self.model.to(device)  # type: ignore[arg-type]  # transformers wraps it and hides its signature
-        self.units = find_units(self.model, targets, ignore)
+        self.model.to(execution.device or "cpu")
         self.dtype = precision.choose(dtype, self.model.dtype, self.model.device)
-        self.original = pipeline.Result.of(self.units)
+        self.execution = replace(execution, device=None, dtype=self.dtype)
+        self.units = find_units(self.model, targets, ignore)
+        self.original = Result.of(self.units)
         self._batches = batches
         self._drawn: tuple[int, Batches] | None = None
 
     def check(self, order: Order) -> Order:
-        """The canonical order, or an error if it cannot be run on this model."""
-        return pipeline.check(order, self.units, "stage", calibrated=self._batches is not None)
+        """Return the canonical order.
+
+        Raises:
+            OrderError, DataError: If the order cannot be run on this model.
+        """
+        recipe = Recipe.of(order)
+        recipe.check(self.units, calibrated=self._batches is not None)
+        return recipe.order
 
     def batches(self, draw: int, samples: int | None = None) -> Batches:
-        """Calibration inputs, none where there is no calibration; those of the last whole draw are remembered."""
+        """Return calibration inputs, none where there is no calibration.
+
+        Those of the last whole draw are remembered.
+
+        Args:
+            draw: Number of the draw.
+            samples: How many of its samples; all by default.
+        """
         if self._batches is None:
             return []
         if samples is not None:
@@ -169,40 +193,46 @@ class Runner:
     def run(
         self, order: Order, draw: int = 0, *, keep: Callable[[Order], bool] = lambda prefix: True
     ) -> Node:
-        """The model after an order; its weights are left in `model`.
+        """Return the model after an order; its weights are left in `model`.
 
         Args:
             order: From `check`.
             draw: Which calibration draw.
-            keep: Whether to keep the node of a prefix for orders to come.
+            keep: Whether to store the node of a prefix for orders to come.
         """
-        node, done = Node(self.original), 0
-        for length in range(len(order), 0, -1):
-            if self.prefixes and (
-                found := self.prefixes.get(draw, Order(order.stages[:length]), str(self.device))
-            ):
-                node, done = found, length
-                break
+        node = Node(self.original)
+        done = 0
+        if self.prefixes:
+            for length in range(len(order), 0, -1):
+                stored = self.prefixes.get(
+                    draw, Order(order.stages[:length]), str(self.model.device)
+                )
+                if stored:
+                    node = stored
+                    done = length
+                    break
         for length in range(done, len(order)):
-            stage, prefix = Order((order[length],)), Order(order.stages[: length + 1])
-            batches = self.batches(draw)
-            wall, cpu = time.perf_counter(), time.process_time()
-            result = pipeline.run(
-                self.model,
-                self.units,
-                stage,
-                batches,
-                start=node.result,
-                dtype=self.dtype,
-                progress=self.progress,
-            )
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            recipe = Recipe.of(Order((order[length],)))
+            subject = Subject(self.model, self.units, self.batches(draw), self.source.load)
+            wall = time.perf_counter()
+            cpu = time.process_time()
+            result = run(subject, recipe, self.execution, start=node.result)
+            wall = time.perf_counter() - wall
+            cpu = time.process_time() - cpu
             node = Node(result, (*node.seconds, wall), (*node.cpu_seconds, cpu))
+            prefix = Order(order.stages[: length + 1])
             if self.prefixes and keep(prefix):
                 self.prefixes.put(draw, prefix, node)
         node.result.write(self.units)
         return node
 
     def measure(self, metric: Metric, samples: Samples, *, batch_size: int = 8) -> Measurement:
-        """What the metric says of the model as it is now."""
-        return metric.measure(self.model, samples, batch_size=batch_size, progress=self.progress)
+        """Return what a metric says of the model as it is now.
+
+        Args:
+            metric: The metric.
+            samples: What it is measured on.
+            batch_size: Samples in one forward.
+        """
+        progress = self.execution.progress
+        return metric.measure(self.model, samples, batch_size=batch_size, progress=progress)

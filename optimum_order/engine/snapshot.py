@@ -1,17 +1,15 @@
-"""Results of a run in a file and back, bit for bit: plain safetensors, with what is no tensor as JSON in its header.
+"""Results of a run in a file and back, bit for bit: plain safetensors, the rest as JSON in the header.
 
-A digest of all of it stands there too: a bit that a disk flipped would otherwise become a result. The classes that
-may stand in such a file are known here; a name in the file only chooses among them.
+The header holds a digest of everything: a bit that a disk flipped would otherwise become a result.
+The classes that may stand in such a file are known here; a name in the file only chooses one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,57 +18,52 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optimum_order.backends import available
-from optimum_order.calibration.walk import Crossing
+from optimum_order import files
+from optimum_order.engine import recipe
 from optimum_order.errors import ArtifactError
 from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.packed import Packed
-from optimum_order.layers.state import LayerState, StageRecord
+from optimum_order.layers.state import LayerState, StageRecord, tensor_bytes
 
-_KEY, _DIGEST = "snapshot", "sha256"
+_KEY = "snapshot"
+_DIGEST = "sha256"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 def save(value: Any, file: Path, *, durable: bool = False) -> int:
-    """Write a value by rename, so that the file is whole or not there.
+    """Write a value, so that the file is whole or absent.
 
     Args:
-        value: Of dataclasses known here, dicts with string keys, sequences, tensors, dtypes and plain values.
+        value: Made of dataclasses known here, dicts with string keys, sequences, tensors, dtypes
+            and plain values.
         file: Its folder exists.
-        durable: Whether it is to be on the disk on return, should the machine stop.
+        durable: Whether the file must survive a stop of the machine from then on.
 
     Returns:
-        How many bytes the file has.
+        The size of the file in bytes.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_flatten(value, tensors), separators=(",", ":"))
-    held: set[int] = set()
+    memory: set[int] = set()
     for key, tensor in tensors.items():  # safetensors takes no shared memory
-        if (memory := tensor.untyped_storage().data_ptr()) in held:
+        address = tensor.untyped_storage().data_ptr()
+        if address in memory:
             tensors[key] = tensor.clone()
-        held.add(memory)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, beside, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
-        if durable:
-            _sync(beside)
-        os.replace(beside, file)
-        if durable:
-            _sync(file.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+        memory.add(address)
+    with files.atomic(file, durable=durable) as partial:
+        save_file(tensors, partial, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
     return file.stat().st_size
 
 
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
 def load(file: Path, device: str = "cpu") -> Any:
-    """The value again, its tensors on `device`; sequences come back as tuples.
+    """Read a value again; sequences come back as tuples.
+
+    Args:
+        file: From `save`.
+        device: Where tensors go.
 
     Raises:
         ArtifactError: If the file is damaged or not one of ours.
@@ -78,16 +71,16 @@ def load(file: Path, device: str = "cpu") -> Any:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a handle is no mapping)
+            names = list(opened.keys())
+            tensors = {name: opened.get_tensor(name) for name in names}
         if metadata[_DIGEST] != _digest(metadata[_KEY], tensors):
             raise ValueError("its sha256 does not match")
 
         def read(key: str) -> Tensor:
-            return tensors[key].to(
-                device, copy=True
-            )  # in memory that torch allocated, not in a map of the file
+            # A copy is in memory that torch allocated, not in a map of the file.
+            return tensors[key].to(device, copy=True)
 
-        return _restore(json.loads(metadata[_KEY]), read, _known())
+        return _restore(json.loads(metadata[_KEY]), read, _classes())
     except (
         SafetensorError,
         OSError,
@@ -100,13 +93,16 @@ def load(file: Path, device: str = "cpu") -> Any:
         raise ArtifactError(f"'{file}' is damaged or no snapshot: {error}. Delete it.") from error
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """sha256 of the JSON, then of each tensor's name, dtype, shape and bytes."""
-    found = hashlib.sha256(text.encode())
-    for key, tensor in sorted(tensors.items()):
-        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of the JSON, then of each tensor's name, dtype, shape and bytes."""
+
+    def parts() -> Iterator[str | memoryview]:
+        yield text
+        for key, tensor in sorted(tensors.items()):
+            yield f"{key} {tensor.dtype} {tuple(tensor.shape)}"
+            yield tensor_bytes(tensor)
+
+    return files.digest(parts())
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -129,9 +125,9 @@ def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {"class": type(value).__name__, "fields": fields}
 
 
-def _restore(value: Any, read: Callable[[str], Tensor], known: dict[str, type]) -> Any:
+def _restore(value: Any, read: Callable[[str], Tensor], classes: Mapping[str, type]) -> Any:
     if isinstance(value, list):
-        return tuple(_restore(item, read, known) for item in value)
+        return tuple(_restore(item, read, classes) for item in value)
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -139,25 +135,16 @@ def _restore(value: Any, read: Callable[[str], Tensor], known: dict[str, type]) 
     if "dtype" in value:
         return _DTYPES[value["dtype"]]
     if "dict" in value:
-        return {key: _restore(item, read, known) for key, item in value["dict"].items()}
-    return known[value["class"]](
-        **{key: _restore(item, read, known) for key, item in value["fields"].items()}
-    )
+        return {key: _restore(item, read, classes) for key, item in value["dict"].items()}
+    fields = {key: _restore(item, read, classes) for key, item in value["fields"].items()}
+    return classes[value["class"]](**fields)
 
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-}
-
-
-def _known() -> dict[str, type]:
-    """Every class that may stand in a snapshot, by name: states, records, and the grids of all backends."""
-    available()  # a grid is defined beside its backend
-    return {
-        cls.__name__: cls
-        for cls in (*_parts(LayerState), Packed, StageRecord, Crossing, *_grids(Grid))
-    }
+def _classes() -> dict[str, type]:
+    """Return every class that may stand in a snapshot, by name."""
+    recipe.available()  # imports other people's grids, which are defined beside their backends
+    classes = (*_parts(LayerState), Packed, StageRecord, *_grids(Grid))
+    return {cls.__name__: cls for cls in classes}
 
 
 def _grids(base: type) -> Iterator[type]:
@@ -169,7 +156,7 @@ def _grids(base: type) -> Iterator[type]:
 
 
 def _parts(cls: type) -> Iterator[type]:
-    """A dataclass and those its fields are made of."""
+    """Yield a dataclass and those that its fields are made of."""
     yield cls
     for hint in typing.get_type_hints(cls).values():
         for part in (hint, *typing.get_args(hint)):

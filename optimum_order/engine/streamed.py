@@ -1,4 +1,4 @@
-"""A model larger than memory: a unit is filled when its turn comes, and states are read when they are asked for."""
+"""A model larger than memory: one block is resident at a time, states are read when asked for."""
 
 from __future__ import annotations
 
@@ -19,36 +19,43 @@ from optimum_order.models.units import Target, Unit
 
 
 class Streamed:
-    """Fills a model a unit at a time with what a run has made of it so far.
+    """The residency of a model that is read from its files a block at a time.
 
     Args:
         weights: The model, empty, and what its checkpoint holds.
         units: From `find_units(weights.model)`.
         work: Where the run keeps what is finished: the only place in which all states are.
-        activation_limit: Bytes of activations between units that stay in memory.
+        activation_limit: Bytes of activations between blocks that stay in memory.
 
     Attributes:
-        states: Of every layer, read from the work dir or, of a unit that no pass has changed, from the model while it
-            is filled. Those of one unit at a time are in memory.
-        spill: Where activations above the limit go.
+        states: Of every layer, read from the work dir or, of a block that no pass has changed,
+            from the model while the block is resident. Those of one block at a time are in memory.
     """
+
+    streamed = True
 
     def __init__(
         self, weights: Weights, units: Sequence[Unit], work: WorkDir, activation_limit: int
     ):
-        self.weights, self.work = weights, work
+        self.weights = weights
+        self.device = weights.device
         self.states = States(units, work, weights)
-        self.spill = Spill(work.folder, activation_limit)
+        spill = Spill(work.folder, activation_limit)
+        self.rest = spill.rest
+        self.wake = spill.wake
         self._outside = weights.outside(units)
         used_once = embedding_parameters(weights.model)
         named = dict(weights.model.named_parameters(remove_duplicate=False))
         self._at_first = [name for name in self._outside if id(named[name]) in used_once]
-        """Of what is in no unit, what only the beginning of a forward needs, and is large."""
+        """Outside all blocks, large, and needed only at the beginning of a forward."""
         self._checked: set[str | None] = set()
 
     @contextlib.contextmanager
-    def there(self, unit: Unit | None) -> Iterator[None]:
-        """While active, a unit is filled, with its weights as they are by now; None for what comes before all units.
+    def resident(self, unit: Unit | None) -> Iterator[None]:
+        """Hold a block's weights, as they are by now, in memory while the context is active.
+
+        Args:
+            unit: The block; None for all that is needed before and between blocks.
 
         Raises:
             ModelError: If a weight is NaN or infinite.
@@ -56,10 +63,10 @@ class Streamed:
         names = self._outside if unit is None else self.weights.within(unit.name)
         self.weights.materialise(names)
         try:
-            if (where := None if unit is None else unit.name) not in self._checked:
+            if (place := None if unit is None else unit.name) not in self._checked:
                 named = dict(self.weights.model.named_parameters(remove_duplicate=False))
                 refuse_infinite((name, named[name]) for name in names)
-                self._checked.add(where)
+                self._checked.add(place)
             if unit is not None and self.states.changed(unit):
                 for target in unit.targets:
                     target.write(self.states[target.name].weight)
@@ -70,16 +77,17 @@ class Streamed:
 
 
 class States(MutableMapping[str, LayerState]):
-    """The states of all layers, those of one unit in memory.
+    """The states of all layers, those of one block in memory.
 
     Args:
-        units: All units of the model.
+        units: All blocks of the model.
         work: Where the others are.
-        weights: What the checkpoint holds, for layers of which the work dir knows only what was pruned.
+        weights: What the checkpoint holds, for layers that were only pruned so far.
     """
 
     def __init__(self, units: Sequence[Unit], work: WorkDir, weights: Weights):
-        self._work, self._weights = work, weights
+        self._work = work
+        self._weights = weights
         self._names = [unit.name for unit in units]
         self._place = {
             target.name: (number, target)
@@ -88,11 +96,11 @@ class States(MutableMapping[str, LayerState]):
         }
         self._held: dict[str, Packed] = {}
         self._own: dict[str, Tensor] = {}
-        """Parameters of the unit that were read from the checkpoint, as the model is empty."""
+        """Parameters of the block that were read from the checkpoint, as the model is empty."""
         self._unit = -1
 
     def changed(self, unit: Unit) -> bool:
-        """Whether a pass has left something of a unit."""
+        """Return whether a pass has left something of a block."""
         return self._work.latest(self._names.index(unit.name)) is not None
 
     def __getitem__(self, name: str) -> LayerState:
@@ -109,20 +117,24 @@ class States(MutableMapping[str, LayerState]):
 
     def _turn_to(self, number: int) -> None:
         if number != self._unit:
-            self._unit, self._held, self._own = number, {}, {}
+            self._unit = number
+            self._held = {}
+            self._own = {}
             if (file := self._work.latest(number)) is not None:
                 self._held = dict(self._work.read(file)["states"])
 
     def _read(self, target: Target) -> Tensor:
-        """A layer's weight as it is in the model, or if that is empty, as it was: pruning makes of both the same."""
+        """Return a layer's weight from the model, or from the checkpoint where the model is empty.
+
+        Pruning makes of both the same.
+        """
         name = target.parameter_name
         if not target.parameter.is_meta:
             return target.read()
         if name not in self._own:
             self._own[name] = self._weights[name].to(self._weights.device)
-        return dataclasses.replace(
-            target, parameter=nn.Parameter(self._own[name], requires_grad=False)
-        ).read()
+        parameter = nn.Parameter(self._own[name], requires_grad=False)
+        return dataclasses.replace(target, parameter=parameter).read()
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("every layer has a state")
@@ -135,9 +147,17 @@ class States(MutableMapping[str, LayerState]):
 
 
 def refuse_infinite(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ModelError if a weight is no finite number."""
+    """Check that all weights are finite numbers.
+
+    Args:
+        parameters: Each with its name.
+
+    Raises:
+        ModelError: If a weight is NaN or infinite.
+    """
     for name, parameter in parameters:
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose weights are finite."
+                f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose "
+                "weights are finite."
             )

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.backends import Allocator, Measured, method
-from optimum_order.engine import run as pipeline
+from optimum_order.backends import Allocator, Measured
+from optimum_order.engine.recipe import Recipe
 from optimum_order.errors import FormatError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
@@ -355,9 +355,10 @@ def _walks(
     laboratory: Laboratory,
 ) -> Iterator[_Walk]:
     names = [target.name for unit in units for target in unit.targets]
-    for group in pipeline._groups(order, schedule):
+    for step in Recipe.of(order, schedule).steps:
+        group = step.methods[0]
         if isinstance(group, Allocator):
-            candidates = [method(stage) for stage in group.candidates()]
+            candidates = list(group.backends.values())
             needs = frozenset(need for each in candidates for need in each.needs)
             yield _Walk(
                 f"{group.stage}: measuring", {}, tuple(each.stage for each in candidates), needs
@@ -366,11 +367,9 @@ def _walks(
                 stages = {name: (stage,) for name, stage in chosen.items()}
                 yield _Walk(str(group.stage), stages, needs=needs)
         else:
-            label = " > ".join(str(each.stage) for each in group)
-            needs = frozenset(need for each in group for need in each.needs)
-            yield _Walk(
-                label, dict.fromkeys(names, tuple(each.stage for each in group)), needs=needs
-            )
+            needs = frozenset(need for each in step.methods for need in each.needs)
+            stages = tuple(each.stage for each in step.methods)
+            yield _Walk(step.label, dict.fromkeys(names, stages), needs=needs)
 
 
 def _guessed(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_order.backends import Backend, method
+from optimum_order.backends import Backend
 from optimum_order.calibration import precision
+from optimum_order.engine.recipe import method
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
 from optimum_order.layers.error import relative_error

@@ -125,6 +125,7 @@ class UnitCost:
         working: Bytes that it has on top of those at most while it is in the unit.
         inputs: The distinct inputs of its layers.
         leaders: For each layer that was reached, the first that read the same input.
+        reads: The layers in the order in which they were multiplied, once for each time.
     """
 
     products: float = 0.0
@@ -133,6 +134,7 @@ class UnitCost:
     working: int = 0
     inputs: list[Input] = field(default_factory=list)
     leaders: dict[str, str] = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
 
 
 def trace(
@@ -250,6 +252,7 @@ class _Spy(TorchFunctionMode):
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     def _see(self, target: Target, x: Tensor, rows: int, how: Any = None) -> None:
+        self.cost.reads.append(target.name)
         how = (how, target.rows)  # the groups of a convolution read different channels
         leader = next(
             (name for seen, way, name in self._seen if way == how and _same(seen, x)), None

@@ -33,8 +33,9 @@ from scipy.special import stdtrit
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optimum_order.backends import Allocator, method
-from optimum_order.engine import run as pipeline
+from optimum_order.backends import Allocator
+from optimum_order.engine.recipe import Recipe, method
+from optimum_order.engine.run import Subject, run
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import OrderError, unknown
 from optimum_order.evaluation import Measurement, Metric, Samples
@@ -235,7 +236,7 @@ class _Planner:
         self.runner, self.orders, self.metric, self.samples = runner, orders, metric, samples
         self.batch_size, self.progress = batch_size, progress
         self.done = {"orders": 0, "calibration_samples": 0, "scored_samples": 0}
-        self._calibrated = any(pipeline.needs_data(stage) for stage in orders[0])
+        self._calibrated = any(method(stage).needs_data for stage in orders[0])
 
     def auto(self, scorer: Metric, calibration_samples: int, confidence: float) -> Found:
         if any(isinstance(method(stage), Allocator) for stage in self.orders[0]):
@@ -407,13 +408,9 @@ class _Planner:
         values: dict[Order, list[Tensor]] = {order: [] for order in self.orders}
         with self._bar("order") as bar:
             for batches, order in itertools.product(draws, self.orders):
-                options: dict[str, Any] = {
-                    "schedule": "block",
-                    "start": self.runner.original,
-                    "progress": False,
-                }
-                model, units, dtype = self.runner.model, self.runner.units, self.runner.dtype
-                pipeline.run(model, units, order, batches, dtype=dtype, **options)
+                subject = Subject(self.runner.model, self.runner.units, batches)
+                recipe = Recipe.of(order, "block")
+                run(subject, recipe, self.runner.execution, start=self.runner.original)
                 scores[order].append(self._measure(scorer, samples).performances)
                 if scorer is not self.metric:
                     values[order].append(self._measure(self.metric, samples).performances)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from optimum_order.backends import Backend, method
+from optimum_order.backends import Backend
 from optimum_order.calibration.glance import glance
+from optimum_order.engine.recipe import method
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import OrderError
 from optimum_order.layers.error import relative_error, squared_error

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from optimum_order import formats
-from optimum_order.backends import Backend, method
+from optimum_order.backends import Backend
+from optimum_order.engine.recipe import method
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.order import Order, Stage
 from optimum_order.study.advantage import Ratio, compression_equivalent_ratio, spearman

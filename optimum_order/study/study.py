@@ -15,7 +15,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optimum_order import formats
-from optimum_order.backends import Backend, canonical, method
+from optimum_order.backends import Backend
 from optimum_order.calibration.walk import Visit, walk
-from optimum_order.engine import run as pipeline
-from optimum_order.engine.runner import Prefixes, Runner
+from optimum_order.engine.recipe import canonical, method
+from optimum_order.engine.runner import Batches, Prefixes, Runner
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Metric, Samples
 from optimum_order.files import weight_bytes
 from optimum_order.formats import safetensors as checkpoint
+from optimum_order.layers.error import relative_error
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram, Statistics
+from optimum_order.layers.statistics import Accumulator, Gram, Statistics
 from optimum_order.models.source import weights_digest
 from optimum_order.order import Order, Stage
 from optimum_order.study.advantage import split_advantage
@@ -416,9 +417,7 @@ class Study:
             "sparsity": _mean({name: state.sparsity for name, state in states.items()}, states),
             "bits": _mean({name: state.bits for name, state in states.items()}, states),
             "layer_errors": {
-                name: pipeline.relative_error(
-                    original.weight, states[name].weight, statistics.get(name)
-                )[0]
+                name: relative_error(original.weight, states[name].weight, statistics.get(name))[0]
                 for name, original in self.runner.original.states.items()
             },
         }
@@ -466,17 +465,16 @@ class Study:
             batches = self.runner.batches(draw)
             if batches and size <= _MOST_GRAM_BYTES:
                 self.runner.reset()
-                model, units, dtype = self.runner.model, self.runner.units, self.runner.dtype
-                walk(
-                    model,
-                    units,
-                    batches,
-                    lambda at: found.update(at.statistics),
-                    needs={Gram},
-                    dtype=dtype,
-                )
+                with contextlib.closing(self._walk(batches, {Gram})) as visits:
+                    for visit in visits:
+                        found.update(visit.statistics)
             self._statistics = draw, found
         return self._statistics[1]
+
+    def _walk(self, batches: Batches, needs: Collection[type[Accumulator]]) -> Iterator[Visit]:
+        runner = self.runner
+        execution = dataclasses.replace(runner.execution, pause="block")
+        return walk(runner.model, runner.units, batches, needs=needs, execution=execution)
 
     def _bytes(self, states: Mapping[str, LayerState]) -> dict[str, int]:
         """Size of real weight files: in the format that "auto" chooses, and in "sparse" where it fits."""
@@ -503,23 +501,15 @@ class Study:
             return []
         errors: list[Tensor] = []
 
-        def visit(at: Visit) -> None:
-            before = at.outputs()
-            for target in at.unit.targets:
-                target.write(states[target.name].weight)
-            errors.append(at.outputs() - before)
-            for target in at.unit.targets:
-                target.write(self.runner.original.states[target.name].weight)
-
         self.runner.reset()
-        walk(
-            self.runner.model,
-            self.runner.units,
-            batches,
-            visit,
-            needs=(),
-            dtype=self.runner.dtype,
-        )
+        with contextlib.closing(self._walk(batches, ())) as visits:
+            for visit in visits:
+                before = visit.outputs()
+                for target in visit.targets:
+                    target.write(states[target.name].weight)
+                errors.append(visit.outputs() - before)
+                for target in visit.targets:
+                    target.write(self.runner.original.states[target.name].weight)
         return [[_cosine(a, b) for b in errors] for a in errors]
 
 
@@ -556,7 +546,7 @@ def _prefixes(folder: Path, draw: int) -> Iterator[Path]:
 
 def draws_matter(order: Order) -> bool:
     """Whether calibration has a part in an order, so that it comes out otherwise with another draw."""
-    return any(pipeline.needs_data(stage) for stage in order)
+    return any(method(stage).needs_data for stage in order)
 
 
 def _reverse(order: Order) -> Order:

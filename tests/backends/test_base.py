@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from optimum_order.backends import Allocator, Backend, Method, available, canonical, method, option
+from optimum_order.backends import Allocator, Backend, Method, option
+from optimum_order.engine.recipe import available, canonical, method
 from optimum_order.errors import InvariantError, OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
@@ -101,7 +102,11 @@ def test_a_backend_without_needs_asks_for_nothing(text, gaussian):
 
 @pytest.mark.parametrize("text", [text for text in STAGES if stage(text).needs])
 def test_a_backend_is_not_run_without_what_it_needs(text, gaussian):
-    known = [None] if "gram" not in stage(text).needs else [None, Statistics(5, {SquaredNorms: torch.ones(64)})]
+    known = (
+        [None]
+        if "gram" not in stage(text).needs
+        else [None, Statistics(5, {SquaredNorms: torch.ones(64)})]
+    )
     for statistics in known:
         with pytest.raises(
             InvariantError, match=r"layer 7, stage .* needs \[.*\] and was not given them"

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_order.backends import Measured, method
+from optimum_order.backends import Measured
+from optimum_order.engine.recipe import method
 from optimum_order.errors import OrderError
 from optimum_order.order import Stage
 

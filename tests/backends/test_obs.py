@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_order.backends import method
 from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, sweep
+from optimum_order.engine.recipe import method
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_order.backends import method
 from optimum_order.backends.selection import PruningOptions, lowest, remove, smallest
+from optimum_order.engine.recipe import method
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from optimum_order.backends import method
 from optimum_order.backends.obs import BLOCK
+from optimum_order.engine.recipe import method
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_order.backends import method
+from optimum_order.engine.recipe import method
 from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 

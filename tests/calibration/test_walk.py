@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from optimum_order.backends import method
 from optimum_order.calibration.walk import walk as walk_in
+from optimum_order.engine.recipe import method
 from optimum_order.errors import ModelError
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, SquaredNorms

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from optimum_order.backends import method
 from optimum_order.calibration.walk import walk
 from optimum_order.engine import run as pipeline
 from optimum_order.engine import snapshot
+from optimum_order.engine.recipe import method
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.layers.state import LayerState
@@ -217,24 +217,24 @@ class TestRecords:
         X, before, after = (torch.randn(n, 8, generator=generator) for n in (30, 4, 4))
         outputs = ((X @ (after - before).T).square().sum() / (X @ before.T).square().sum()).item()
         known = Statistics(30, {Gram: X.T @ X})
-        assert pipeline.relative_error(before, after, known) == (
+        assert relative_error(before, after, known) == (
             pytest.approx(outputs, rel=1e-4),
             "outputs",
         )
         by_column = Statistics(30, {SquaredNorms: torch.ones(8)})
         weights = ((after - before).square().sum() / before.square().sum()).item()
-        assert pipeline.relative_error(before, after, by_column) == (
+        assert relative_error(before, after, by_column) == (
             pytest.approx(weights, rel=1e-4),
             "inputs",
         )
         for unknown in (None, Statistics(0, {Gram: torch.zeros(8, 8)})):
-            assert pipeline.relative_error(before, after, unknown) == (
+            assert relative_error(before, after, unknown) == (
                 pytest.approx(weights, rel=1e-4),
                 "weights",
             )
 
     def test_a_layer_of_zeros_has_no_error(self):
-        assert pipeline.relative_error(torch.zeros(2, 2), torch.zeros(2, 2), None) == (
+        assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2), None) == (
             0.0,
             "weights",
         )

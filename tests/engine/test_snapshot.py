@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from optimum_order.backends import Backend, available, method
+from optimum_order.backends import Backend
 from optimum_order.engine import snapshot
+from optimum_order.engine.recipe import available, method
 from optimum_order.errors import ArtifactError
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Gram, Statistics

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_order.backends import canonical
+from optimum_order.engine.recipe import canonical
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_order.backends import method
+from optimum_order.engine.recipe import method
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.packed import Packed, States, bits, is_masked, mask
 from optimum_order.layers.state import LayerState

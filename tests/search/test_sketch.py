@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimum_order.backends import method
 from optimum_order.calibration.walk import walk
+from optimum_order.engine.recipe import method
 from optimum_order.errors import OrderError
 from optimum_order.order import Order
 from optimum_order.search.sketch import Sketch, spread

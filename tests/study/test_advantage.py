@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from optimum_order.backends import method
+from optimum_order.engine.recipe import method
 from optimum_order.errors import DataError
 from optimum_order.evaluation import Measurement
 from optimum_order.evaluation.comparison import difference_over_draws, paired_bootstrap

@@ -1,0 +1,327 @@
+"""The result of one run: `CompressedModel`."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_order import formats
+from optimum_order.artifact import folder as artifact
+from optimum_order.artifact import hub, manifest
+from optimum_order.data.load import batch_size
+from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.run import Result, Subject
+from optimum_order.engine.workdir import WorkDir
+from optimum_order.errors import ModelError
+from optimum_order.evaluation import Measurement
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import Target
+from optimum_order.search.planner import Plan
+
+if TYPE_CHECKING:
+    from optimum_order.session import Session
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a compressed model came to be.
+
+    Args:
+        recipe: What was done.
+        pause: Where the walk paused: "block" or "group".
+        base_model: The model before, as the manifest names it.
+        calibration: The calibration samples, as the manifest describes them; None without data.
+        seconds: Wall time, planning included.
+        plan: How the order was found, if it was "auto".
+    """
+
+    recipe: Recipe
+    pause: str
+    base_model: Mapping[str, Any]
+    calibration: Mapping[str, Any] | None
+    seconds: float
+    plan: Plan | None = None
+
+
+class CompressedModel:
+    """What `JointCompressor.compress` returns.
+
+    Args:
+        session: The model's data and settings.
+        subject: The model and its layers.
+        result: The layers after the run.
+        provenance: How they came to be.
+        tensors: The tensors of the model by name, if the model is empty.
+        work: Where its states are, if they are not in memory.
+
+    Attributes:
+        model: The transformers model, its weights the dequantized values, so it runs anywhere.
+        layers: Each compressed layer's state by name; of a model larger than memory, read when
+            asked for.
+        provenance: How they came to be.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        subject: Subject,
+        result: Result,
+        provenance: Provenance,
+        tensors: Mapping[str, Tensor] | None = None,
+        work: WorkDir | None = None,
+    ):
+        self.model = subject.model
+        self.provenance = provenance
+        self.layers: Mapping[str, LayerState] = result.states
+        self._session = session
+        self._targets: dict[str, Target] = {
+            target.name: target for unit in subject.units for target in unit.targets
+        }
+        self._records = result.records
+        self._tensors = tensors
+        self._work = work
+        self._measured: list[tuple[bool, Measurement]] = []
+        """Each with whether it was measured on dense values or on the format's own modules."""
+        self._saved: dict[str, Any] = {}
+
+    @property
+    def order(self) -> Any:
+        """The canonical order."""
+        return self.provenance.recipe.order
+
+    @property
+    def schedule(self) -> str:
+        """The schedule of the run."""
+        return self.provenance.recipe.schedule
+
+    @property
+    def seconds(self) -> float:
+        """The wall time of the run, planning included."""
+        return self.provenance.seconds
+
+    @property
+    def plan(self) -> Plan | None:
+        """How the order was found, if it was "auto"."""
+        return self.provenance.plan
+
+    def close(self) -> None:
+        """Release the work dir of a run with `low_memory`: it alone holds the layers."""
+        if self._work is not None:
+            self._work.close()
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the compressed layers' weights that were removed."""
+        pruned = 0
+        total = 0
+        for state in self.layers.values():
+            pruned += 0 if state.pruned is None else int(state.pruned.sum())
+            total += state.weight.numel()
+        return pruned / total
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What was done, to what, with which result; complete with files and bytes once saved."""
+        return self._facts() | {"metrics": self._metrics()} | self._saved
+
+    def evaluate(
+        self,
+        source: Any = "builtin",
+        metric: str = "auto",
+        *,
+        format: str = "auto",
+        progress: bool = True,
+    ) -> Measurement:
+        """Measure the compressed model, on what will load.
+
+        Dense and compressed-tensors artifacts load to the bits of `model`, which is measured as it
+        is. A bitsandbytes artifact runs on that library's own kernels, so it is saved to a
+        temporary folder, loaded from there as anyone would, and measured.
+
+        Args:
+            source: As for `calibration`; all of it is used.
+            metric: "perplexity", "accuracy", "fidelity", or "auto" for the usual one of the
+                model's kind.
+            format: The format it is to be saved in.
+            progress: Whether to show a bar on stderr.
+
+        Raises:
+            DataError: If the text or the images cannot be used.
+            ModelError: If the metric says nothing about the model, or the weights are not in
+                memory.
+        """
+        if self._tensors is not None:
+            raise ModelError(
+                "With 'low_memory' the weights are on the disk: save the model, load it, and "
+                "measure that."
+            )
+        samples = self._session.evaluation_samples(source)
+        codec = formats.choose(self.model, self._pairs(), format, tensors=self._tensors)
+
+        def measure(model: PreTrainedModel) -> Measurement:
+            chosen = self._session.metric(model, metric)
+            return chosen.measure(model, samples, batch_size=batch_size(samples), progress=progress)
+
+        if codec.runs_dense:
+            home = self.model.device
+            self.model.to(self._session.device)
+            measurement = measure(self.model)
+            self.model.to(home)  # states and model are compared when they are saved
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self._save(Path(folder) / "model", format=codec.name)
+                measurement = measure(type(self.model).from_pretrained(Path(folder) / "model"))
+        self._measured.append((codec.runs_dense, measurement))
+        return measurement
+
+    def save_pretrained(
+        self, path: str | Path, format: str = "auto", *, overwrite: bool = False
+    ) -> str:
+        """Write a folder that stock `from_pretrained` loads, and `optimum-order verify` checks.
+
+        Args:
+            path: The folder; made if missing, refused if not empty.
+            format: A format's name, or "auto" for the smallest that holds every layer exactly.
+            overwrite: Whether a folder that is not empty may be replaced.
+
+        Returns:
+            The name of the format.
+
+        Raises:
+            FormatError: If the format cannot hold a layer exactly; the message names those that
+                can.
+            OutputError: If the folder cannot be written. Nothing is left half-written.
+        """
+        written = self._save(path, format=format, overwrite=overwrite)
+        fields = ("format", "bytes", "files", "layers", "metrics")
+        self._saved = {field: written[field] for field in fields}
+        return str(written["format"])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        format: str = "auto",
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Save to a temporary folder and upload that, with a model card, as one commit.
+
+        See `optimum_order.artifact.hub.push`.
+
+        Args:
+            repo_id: `namespace/name`, or `name` for your own namespace; made if missing.
+            format: As in `save_pretrained`.
+            private: Whether a new repository is private. A public one is then refused.
+            revision: The branch to commit to, made if missing; the main branch by default.
+            create_pr: Whether to open a pull request in place of committing to the branch.
+            token: Hub token; by default the one you are logged in with. It is never stored or
+                printed.
+            commit_message: By default the order and the format.
+
+        Returns:
+            The address of the commit or the pull request.
+
+        Raises:
+            FormatError: As in `save_pretrained`.
+            HubError: If the Hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model", format)
+            return hub.push(
+                Path(folder) / "model",
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+                commit_message=commit_message,
+            )
+
+    def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
+        pairs = self._pairs()
+        codec = formats.choose(self.model, pairs, format, tensors=self._tensors)
+        return artifact.save(
+            self.model,
+            self._session.source.processor,
+            pairs,
+            self._facts() | {"metrics": self._metrics(codec.runs_dense)},
+            path,
+            format=codec,
+            overwrite=overwrite,
+            tensors=self._tensors,
+        )
+
+    def _pairs(self) -> formats.Layers:
+        return formats.Paired(self._targets, self.layers)
+
+    def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
+        """Return what was measured, by name, for an artifact only on the values that load from it."""
+        metrics: dict[str, Any] = {}
+        for dense, after in self._measured:
+            if runs_dense not in (None, dense):
+                continue
+            name = after.name
+            if name in metrics and metrics[name]["after"]["digest"] != after.digest:
+                name = f"{name} on {after.source}"
+            before = self._session.measured.get((after.name, after.digest))
+            metrics[name] = {"before": before and before.as_dict(), "after": after.as_dict()}
+        return metrics
+
+    def _facts(self) -> dict[str, Any]:
+        session = self._session
+        provenance = self.provenance
+        layers = {name: self._layer_facts(name, state) for name, state in self.layers.items()}
+        pruned = sum(layer["pruned"] for layer in layers.values())
+        total = sum(math.prod(layer["shape"]) for layer in layers.values())
+        plan = {} if provenance.plan is None else {"plan": provenance.plan.as_dict()}
+        return {
+            "schema": manifest.SCHEMA,
+            "base_model": provenance.base_model,
+            "order": str(self.order),
+            "stages": provenance.recipe.describe(),
+            "schedule": self.schedule,
+            "pause": provenance.pause,
+            **plan,
+            "calibration": provenance.calibration,
+            "sequence_length": session.sequence_length,
+            "seed": session.seed,
+            "targets": session.targets,
+            "ignore": session.ignore,
+            "versions": manifest.versions(),
+            "sparsity": round(pruned / total, 6),
+            "layers": layers,
+            "bytes": {"before": session.source.bytes},
+        }
+
+    def _layer_facts(self, name: str, state: LayerState) -> dict[str, Any]:
+        options = [method.options for method in self.provenance.recipe.methods]
+        patterns = [getattr(option, "pattern", "none") for option in options]
+        return {
+            "shape": list(state.weight.shape),
+            "bits": state.bits,
+            "group_size": getattr(state.grid, "group_size", None),
+            "sparsity": round(state.sparsity, 6),
+            "pruned": 0 if state.pruned is None else int(state.pruned.sum()),
+            "pattern": next((p for p in reversed(patterns) if p != "none"), None),
+            "stages": [
+                {
+                    "stage": record.stage,
+                    "relative_error": record.relative_error,
+                    "measured_on": record.measured_on,
+                }
+                for record in self._records[name]
+            ],
+            "notes": list(state.notes),
+            "digest": artifact.values_digest(state.weight),
+        }

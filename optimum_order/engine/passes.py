@@ -1,0 +1,327 @@
+"""The passes of a run: each verb of the engine is one loop over the blocks of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from optimum_order.backends.base import (
+    Allocator,
+    Backend,
+    Measured,
+    Recovery,
+    Reshaper,
+    Transform,
+    needs_of,
+)
+from optimum_order.calibration import precision
+from optimum_order.calibration.execution import Execution
+from optimum_order.calibration.walk import Visit, walk
+from optimum_order.engine.recover import recover
+from optimum_order.engine.reshape import cut
+from optimum_order.engine.transform import transform
+from optimum_order.engine.workdir import Passage, WorkDir
+from optimum_order.layers.error import relative_error
+from optimum_order.layers.packed import Packed, is_masked
+from optimum_order.layers.state import LayerState, StageRecord
+from optimum_order.layers.statistics import Accumulator, Gram, Statistics
+from optimum_order.models.lazy import trim
+from optimum_order.models.units import Target, Unit
+from optimum_order.order import Stage
+
+if TYPE_CHECKING:
+    from optimum_order.engine.run import Result, Subject
+
+
+class Passes:
+    """Carries methods out on a model: the `Engine` of `backends.base`.
+
+    Args:
+        subject: The model and its calibration inputs.
+        result: The layers so far; changed in place.
+        execution: Where and how to compute.
+        work: Where finished blocks are kept.
+        bar: Shows the progress.
+        shares: Whether the states' weights lie in the model's own memory.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        result: Result,
+        execution: Execution,
+        *,
+        work: WorkDir | None,
+        bar: tqdm[Any],
+        shares: bool,
+    ):
+        self.subject = subject
+        self.result = result
+        self.execution = execution
+        self.work = work
+        self.bar = bar
+        self.shares = shares and not execution.residency.streamed
+        self.home = torch.device(execution.residency.device or subject.model.device)
+        """Where the model and its states are."""
+        self._numbers = itertools.count()
+        self._masked = set(result.records)
+        """Layers whose weights are those that the run began with but for what was pruned."""
+
+    def apply(self, backends: Sequence[Backend]) -> None:
+        """Apply backends to every layer that they cover, on one walk."""
+        chosen = {
+            target.name: [backend for backend in backends if backend.covers(target.name)]
+            for unit in self.subject.units
+            for target in unit.targets
+        }
+        self._compress(
+            {name: mine for name, mine in chosen.items() if mine},
+            " > ".join(str(backend.stage) for backend in backends),
+        )
+
+    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
+        """Apply to each named layer the backend that an allocator chose, on one walk."""
+        self._compress({name: [mine] for name, mine in backends.items()}, str(allocator.stage))
+
+    def _compress(self, backends: Mapping[str, Sequence[Backend]], label: str) -> None:
+        needs = needs_of(backend for mine in backends.values() for backend in mine)
+        # Only the blocks that this pass changes, and what lies before the last of them, are run.
+        units = [u for u in self.subject.units if any(t.name in backends for t in u.targets)]
+        passage = self._begin(units, label)
+        units = self._restore(passage, units)
+        # A sweep's matrices are the largest there are, and what the forwards before them freed is
+        # of other sizes.
+        tight = self.execution.residency.streamed or Gram in needs
+        with contextlib.closing(self._visits(units, needs)) as visits:
+            for visit in visits:
+                if tight:
+                    trim()
+                for target in visit.targets:
+                    for backend in backends.get(target.name, ()):
+                        statistics = visit.statistics.get(target.name)
+                        before = self._brought(self.result.states[target.name])
+                        after = backend.apply(before, statistics, where=target.name)
+                        self._settle(target, (before, after), backend.stage, statistics)
+                        if tight:
+                            trim()
+                if visit.complete:
+                    if passage is not None:
+                        self._save(passage, visit.unit)
+                    self.bar.update()
+
+    def _visits(
+        self, units: Sequence[Unit], needs: Collection[type[Accumulator]]
+    ) -> Iterator[Visit]:
+        """Pause at some blocks; without a forward where nothing is needed of it."""
+        if needs and units:
+            with contextlib.closing(self._walk(units, needs, self.execution)) as visits:
+                yield from visits
+            return
+        for unit in units:
+            with self.execution.resident(unit):
+                yield Visit(unit, unit.targets, {}, {})
+
+    def _walk(
+        self, units: Sequence[Unit], needs: Collection[type[Accumulator]], execution: Execution
+    ) -> Iterator[Visit]:
+        return walk(
+            self.subject.model,
+            self.subject.units,
+            self.subject.batches,
+            needs=needs,
+            execution=execution,
+            wanted=[unit.name for unit in units],
+        )
+
+    def _settle(
+        self,
+        target: Target,
+        change: tuple[LayerState, LayerState],
+        stage: Stage,
+        statistics: Statistics | None,
+    ) -> None:
+        """Put a changed layer into the model and the result, and record how far it moved."""
+        before, after = change
+        with precision.products(torch.bfloat16):  # a figure of four digits for people
+            error, measured_on = relative_error(before.weight, after.weight, statistics)
+        if self.work is not None and target.name in self._masked:
+            if not is_masked(before, after):
+                self._masked.remove(target.name)
+        target.write(after.weight)
+        self.put(target, after)
+        record = StageRecord(str(stage), error, measured_on)
+        self.result.records[target.name].append(record)
+
+    def put(self, target: Target, state: LayerState) -> None:
+        """Make a state, whose weight is in the model already, the layer's own."""
+        if self.execution.device is not None:
+            state = state.to(self.home)
+        elif self.shares:
+            state = dataclasses.replace(state, weight=target.shared())
+        self.result.states[target.name] = state
+
+    def _brought(self, state: LayerState) -> LayerState:
+        return state if self.execution.device is None else state.to(self.execution.device)
+
+    def measure(self, allocator: Allocator) -> list[Measured]:
+        """Measure every candidate on every group of layers, with the rest of the model as it is."""
+        units = self.subject.units
+        needs = needs_of(allocator.backends.values())
+        passage = self._begin(units, f"{allocator.stage}: measuring")
+        rows: dict[str, list[Measured]] = {}
+        for unit in units:
+            if passage is not None and passage.has(unit.name):
+                stored = passage.load(unit.name)
+                rows[unit.name] = [
+                    Measured(**row | {"stage": Stage.parse(row["stage"])}) for row in stored
+                ]
+        missing = [unit for unit in units if unit.name not in rows]
+        execution = dataclasses.replace(self.execution, pause="block")
+        if missing:
+            with contextlib.closing(self._walk(missing, needs, execution)) as visits:
+                for visit in visits:
+                    measured = list(self._try(allocator, visit))
+                    rows[visit.unit.name] = measured
+                    if passage is not None:
+                        plain = [dataclasses.asdict(r) | {"stage": str(r.stage)} for r in measured]
+                        self._keep(passage, visit.unit, "measured", plain)
+                    self.bar.update()
+        return _table(allocator, units, rows)
+
+    def _try(self, allocator: Allocator, visit: Visit) -> Iterator[Measured]:
+        """Try every candidate on every group of layers of a block, and leave the block as it was."""
+        groups: dict[str, list[Target]] = defaultdict(list)
+        for target in visit.targets:
+            if not allocator.covers(target.name):
+                continue
+            alone = "experts" if target.kind == "expert" else visit.leaders[target.name]
+            groups[alone if allocator.fused else target.name].append(target)
+        before = visit.outputs()
+        size = before.square().sum()
+        for group in groups.values():
+            states = {t.name: self._brought(self.result.states[t.name]) for t in group}
+            states = {t.name: dataclasses.replace(states[t.name], weight=t.read()) for t in group}
+            weights = sum(state.weight.numel() for state in states.values())
+            for stage, backend in allocator.backends.items():
+                for target in group:
+                    statistics = visit.statistics[target.name]
+                    after = backend.apply(states[target.name], statistics, where=target.name)
+                    target.write(after.weight)
+                error = ((visit.outputs() - before).square().sum() / size).item()
+                yield Measured(tuple(states), weights, stage, after.bits, error)
+            for target in group:
+                target.write(states[target.name].weight)
+
+    def reshape(self, reshaper: Reshaper) -> None:
+        """Make layers smaller, block by block, and the config with them."""
+        units = self.subject.units
+        self._begin(units, str(reshaper.stage))
+        execution = dataclasses.replace(self.execution, pause="block")
+        steps = self._walk(units, reshaper.needs, execution) if reshaper.needs else None
+        with contextlib.closing(steps or self._visits(units, ())) as visits:
+            for visit in visits:
+                states = {t.name: self.result.states[t.name] for t in visit.unit.targets}
+                cuts = reshaper.cuts(visit.unit.name, states, visit.statistics)
+                for target in visit.unit.targets:
+                    mine = [one for one in cuts if one.layer == target.name]
+                    if mine:
+                        state, record = cut(reshaper, target, states[target.name], mine)
+                        self.put(target, state)
+                        self.result.records[target.name].append(record)
+                self.bar.update()
+        reshaper.configure(self.subject.model.config)
+
+    def transform(self, transform_: Transform) -> None:
+        """Rewrite the model's weights, and check that its function is the same."""
+        self._begin([], str(transform_.stage))
+        transform(transform_, self.subject.model, self.subject.batches)
+        for unit in self.subject.units:
+            for target in unit.targets:
+                self.put(target, LayerState(target.read()))
+                record = StageRecord(str(transform_.stage), 0.0, "outputs")
+                self.result.records[target.name].append(record)
+
+    def recover(self, recovery: Recovery) -> None:
+        """Let a recovery change layers, and check that masks and grids are the same."""
+        self._begin([], str(recovery.stage))
+        targets = {t.name: t for unit in self.subject.units for t in unit.targets}
+        for name, before, after in recover(recovery, self.subject, self.result.states):
+            self._settle(targets[name], (before, after), recovery.stage, None)
+
+    def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
+        number = next(self._numbers)
+        self.bar.total += len(units)
+        self.bar.set_description(label)
+        if self.work is None:
+            return None
+        self.work.wait()  # it may still read weights that this pass changes
+        passage = self.work.passage(number, [unit.name for unit in self.subject.units])
+        self.bar.update(sum(passage.has(unit.name) for unit in units))
+        return passage
+
+    def _restore(self, passage: Passage | None, units: Sequence[Unit]) -> list[Unit]:
+        """Put what a pass left of finished blocks into the result and the model; return the rest."""
+        if passage is None:
+            return list(units)
+        for unit in units:
+            if not passage.has(unit.name):
+                continue
+            stored = passage.load(unit.name, str(self.home))
+            if stored is None:  # a later pass has left something since
+                continue
+            records = {name: list(records) for name, records in stored["records"].items()}
+            self.result.records.update(records)
+            packed: dict[str, Packed] = stored["states"]
+            self._masked -= {name for name, state in packed.items() if state.weight is not None}
+            if self.execution.residency.streamed:
+                continue
+            for target in unit.targets:
+                state = packed[target.name].state(target.read())
+                target.write(state.weight)
+                self.result.states[target.name] = (
+                    dataclasses.replace(state, weight=target.shared()) if self.shares else state
+                )
+        return [unit for unit in units if not passage.has(unit.name)]
+
+    def _save(self, passage: Passage, unit: Unit) -> None:
+        """Keep the states and records of a block."""
+        names = [target.name for target in unit.targets]
+        packed = {name: Packed.of(self.result.states[name]) for name in names}
+        records = {name: list(self.result.records[name]) for name in names}
+        masked = self._masked.intersection(names)
+
+        def value() -> dict[str, Any]:
+            states = {name: one.reduced(only_masked=name in masked) for name, one in packed.items()}
+            return {"states": states, "records": records}
+
+        self._keep(passage, unit, "state", value)
+
+    def _keep(self, passage: Passage, unit: Unit, kind: str, value: Any) -> None:
+        passage.save(unit.name, kind, value)
+        if self.execution.residency.streamed and self.work is not None:
+            self.work.wait()  # memory matters more than time
+
+
+def _table(
+    allocator: Allocator, units: Sequence[Unit], rows: Mapping[str, Sequence[Measured]]
+) -> list[Measured]:
+    """Return all rows; those of all experts are one, since packed formats hold one scheme for all."""
+    kinds = {target.name: target.kind for unit in units for target in unit.targets}
+    table: list[Measured] = []
+    experts: dict[Stage, list[Measured]] = defaultdict(list)
+    for row in itertools.chain.from_iterable(rows[unit.name] for unit in units):
+        fused = allocator.fused and kinds[row.layers[0]] == "expert"
+        (experts[row.stage] if fused else table).append(row)
+    for stage, measured in experts.items():
+        names = tuple(name for row in measured for name in row.layers)
+        weights = sum(row.weights for row in measured)
+        error = sum(row.error for row in measured)
+        table.append(Measured(names, weights, stage, measured[0].bits, error))
+    return table

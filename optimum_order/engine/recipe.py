@@ -1,0 +1,175 @@
+"""A recipe: an order whose stages were resolved to methods, once. Nobody else asks the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optimum_order import backends
+from optimum_order.backends.base import Engine, Method
+from optimum_order.errors import DataError, OrderError, unknown
+from optimum_order.models.units import Unit
+from optimum_order.order import Order, Stage
+from optimum_order.registry import discover
+
+SCHEDULES = ("stage", "block")
+
+
+@functools.cache
+def available() -> Mapping[str, type[Method]]:
+    """Return every method class by name."""
+    return discover(backends, Method, "optimum_order.backends")
+
+
+def method(stage: Stage) -> Method:
+    """Return the method that a stage names, with its options read and checked.
+
+    Raises:
+        OrderError: If there is no such method, or an option is unknown, missing or not allowed.
+    """
+    if stage.method not in available():
+        raise OrderError(unknown("method", stage.method, available()))
+    return available()[stage.method](stage).bind(method)
+
+
+def canonical(order: Order) -> Order:
+    """Return the order with every stage in its one canonical form.
+
+    Raises:
+        OrderError: If a stage cannot be run.
+    """
+    return Recipe.of(order).order
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Methods that share one walk over the model, or one method that needs the whole model.
+
+    Args:
+        methods: In the order in which each layer gets them.
+    """
+
+    methods: tuple[Method, ...]
+
+    @property
+    def label(self) -> str:
+        """The stages as text."""
+        return " > ".join(str(method.stage) for method in self.methods)
+
+    @property
+    def run(self) -> Callable[[Engine], None]:
+        """Has an engine carry the methods out: `step.run(engine)`."""
+        return functools.partial(self.methods[0].run, joined=self.methods)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run does to a model, in order.
+
+    Args:
+        methods: One for each stage.
+        schedule: "stage" walks the whole model once per stage, so that a stage sees what earlier
+            stages made of every layer; "block" applies all stages to a block, on one capture of
+            its inputs, before the run moves on.
+    """
+
+    methods: tuple[Method, ...]
+    schedule: str = "stage"
+
+    @classmethod
+    def of(cls, order: Order, schedule: str = "stage") -> Recipe:
+        """Resolve an order.
+
+        Args:
+            order: The stages.
+            schedule: "stage" or "block".
+
+        Raises:
+            OrderError: If a method, an option or the schedule does not exist or is not allowed.
+        """
+        if schedule not in SCHEDULES:
+            raise OrderError(unknown("schedule", schedule, SCHEDULES))
+        return cls(tuple(method(stage) for stage in order), schedule)
+
+    @functools.cached_property
+    def order(self) -> Order:
+        """The canonical order."""
+        return Order(method.stage for method in self.methods)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a method looks at the layers' inputs."""
+        return any(method.needs_data for method in self.methods)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What the run does one after the other."""
+        steps: list[Step] = []
+        for method in self.methods:
+            if self.schedule == "block" and steps and method.joins and steps[-1].methods[-1].joins:
+                steps[-1] = Step((*steps[-1].methods, method))
+            else:
+                steps.append(Step((method,)))
+        return tuple(steps)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return every stage with all of its options, for the manifest."""
+        return [
+            {"stage": str(m.stage), "method": m.name, "options": m.resolved} for m in self.methods
+        ]
+
+    def check(self, units: Sequence[Unit], *, calibrated: bool) -> None:
+        """Refuse what would fail later; nothing is run.
+
+        Args:
+            units: The model's blocks.
+            calibrated: Whether there is calibration data.
+
+        Raises:
+            OrderError: If a layer's shape does not fit an option, a pattern matches no layer, or a
+                stage cannot follow the stages before.
+            DataError: If a stage needs calibration data and there is none.
+        """
+        layers = {
+            target.name: (target.view.shape[0], target.view.shape[1])
+            for unit in units
+            for target in unit.targets
+        }
+        for place, method in enumerate(self.methods):
+            self._check_layers(method, layers)
+            earlier = [
+                m for m in self.methods[:place] if m.kind in ("prune", "quantize", "allocate")
+            ]
+            if method.kind == "transform" and earlier:
+                raise OrderError(
+                    f"Stage '{method.stage}' rewrites all weights and cannot follow "
+                    f"'{earlier[0].stage}': what was removed or rounded would not stay so. "
+                    "Put it first."
+                )
+            if not calibrated and method.needs_data:
+                raise DataError(
+                    f"Stage '{method.stage}' needs calibration data and none was given. Pass "
+                    "calibration=... (a .txt, .jsonl or .parquet path, a Hub dataset, or "
+                    "'builtin'), or use only magnitude, rtn and bitsandbytes."
+                )
+
+    @staticmethod
+    def _check_layers(method: Method, layers: Mapping[str, tuple[int, int]]) -> None:
+        covered = [name for name in layers if method.covers(name)]
+        if not covered:
+            raise OrderError(
+                f"Stage '{method.stage}': its targets match no layer. Layers are called, for "
+                f"example, {', '.join(repr(name) for name in list(layers)[:3])}."
+            )
+        refused = defaultdict(list)
+        for name in covered:
+            if reason := method.check_shape(layers[name]):
+                refused[reason].append(name)
+        for reason, names in refused.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise OrderError(
+                f"Stage '{method.stage}' cannot compress {', '.join(names[:3])}{more}: {reason}."
+            )

@@ -1,0 +1,54 @@
+"""Let a recovery change layers, and hold it to their masks and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_order.backends.base import Recovery
+from optimum_order.errors import InvariantError, ModelError
+from optimum_order.layers.state import LayerState
+
+if TYPE_CHECKING:
+    from optimum_order.engine.run import Subject
+
+
+def recover(
+    method: Recovery, subject: Subject, states: Mapping[str, LayerState]
+) -> Iterator[tuple[str, LayerState, LayerState]]:
+    """Carry a recovery out.
+
+    Args:
+        method: The recovery.
+        subject: The model, not changed here, and its calibration inputs.
+        states: Every layer by name.
+
+    Yields:
+        The name of each layer that changed, its state before, and its state after.
+
+    Raises:
+        InvariantError: If a layer left its mask, or its codes did not stay what they were.
+        ModelError: If the original model cannot be had.
+    """
+    if subject.original is None:
+        raise ModelError(
+            f"Stage '{method.stage}' learns from the original model, and none is given."
+        )
+    changed = method.recover(subject.model, states, subject.batches, subject.original())
+    for name, after in changed.items():
+        before = states[name]
+        where = f"{name}, stage '{method.stage}'"
+        if not torch.equal(before.mask, after.mask):
+            raise InvariantError(f"{where}: the recovery changed the mask.")
+        if (before.grid is None) != (after.grid is None):
+            raise InvariantError(f"{where}: the recovery dropped or made a grid.")
+        if before.grid is not None and after.grid is not None:
+            codes = before.grid.quantize(before.weight)
+            if type(before.grid) is not type(after.grid) or not torch.equal(
+                codes, after.grid.quantize(after.weight)
+            ):
+                raise InvariantError(f"{where}: the recovery changed the layer's codes.")
+        after.check(where)
+        yield name, before, after

@@ -1,0 +1,308 @@
+"""A model, its data and its settings: what all verbs of a compressor share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from optimum_order import evaluation
+from optimum_order.artifact import manifest
+from optimum_order.calibration import precision
+from optimum_order.calibration.execution import PAUSES, Execution
+from optimum_order.data.draws import Draws, spread
+from optimum_order.data.load import inputs, samples_for
+from optimum_order.data.samples import Samples, Windows
+from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.runner import Batches, Runner
+from optimum_order.errors import DataError, ModelError, OrderError, unknown
+from optimum_order.estimate.waiting import in_flight
+from optimum_order.evaluation import Measurement, Metric
+from optimum_order.models.source import Checkpoint, InMemory, weights_digest
+
+_WINDOWS = 64
+_IMAGES = 1000
+"""Samples that orders are compared on: enough for differences that matter, few enough for hundreds
+of measurements."""
+
+
+class Session:
+    """A model, its calibration data and its settings.
+
+    Args:
+        model: A transformers model in memory, whose weights are copied once, or a checkpoint.
+        processor: Its tokenizer or image processor; needed for text or images and saved with the
+            result.
+        calibration: A .txt, .jsonl or .parquet path, a Hub dataset as
+            `id[:config][:split][:column]`, `builtin`, a list of texts, or a tensor of token ids.
+            For a model that reads images a folder of images, a dataset, `builtin`, a list of PIL
+            images or uint8 arrays, or a tensor of pixels. None is an error only if a stage needs
+            data.
+        calibration_samples: Windows of text, or images.
+        sequence_length: Tokens in a window, of calibration and of evaluation; less where the model
+            has fewer positions.
+        seed: Which windows or images are drawn.
+        calibration_dtype: What calibration multiplies matrices in: "auto" takes bfloat16 for a
+            float32 model where the processor has units for it; "float32" or "bfloat16" insist.
+            Sums are float32, and metrics are measured on the model as it is.
+        device: "auto" for the CPU, or a device such as "cuda".
+        targets: Patterns of the layers to compress (`*.q_proj`, `re:...`); by default all layers
+            inside the blocks.
+        ignore: Patterns of layers to leave alone.
+
+    Raises:
+        ModelError: If the model cannot be compressed, or there is no such device.
+        DataError: If a number of samples or tokens is not positive.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Checkpoint,
+        processor: Any = None,
+        *,
+        calibration: Any = None,
+        calibration_samples: int = 128,
+        sequence_length: int = 512,
+        seed: int = 0,
+        calibration_dtype: str = "auto",
+        device: str = "auto",
+        targets: Iterable[str] | None = None,
+        ignore: Iterable[str] | None = None,
+    ):
+        self.source: Checkpoint | InMemory
+        self.source = model if isinstance(model, Checkpoint) else InMemory.of(model, processor)
+        self.calibration = calibration
+        if calibration is None and self.source.embedded:
+            self.calibration = "builtin"
+        numbers = {"calibration_samples": calibration_samples, "sequence_length": sequence_length}
+        for name, value in numbers.items():
+            if not isinstance(value, int) or value < 1:
+                raise DataError(f"'{name}' must be a positive integer, got {value!r}.")
+        self.calibration_samples = calibration_samples
+        positions = getattr(self.source.config, "max_position_embeddings", None)
+        self.sequence_length = min(sequence_length, positions or sequence_length)
+        self.seed = seed
+        self.device = _device(device)
+        self.calibration_dtype = calibration_dtype
+        precision.choose(calibration_dtype, torch.float32, self.device)  # an error now, if unknown
+        self.targets = list(targets) if targets else None
+        self.ignore = list(ignore) if ignore else None
+        self.measured: dict[tuple[str, str], Measurement] = {}
+        """The model before compression, by metric and digest of the samples."""
+        self._draws = Draws(self._load, calibration_samples)
+
+    def _load(self, samples: int) -> Samples:
+        return samples_for(
+            self.source,
+            self.calibration,
+            self.source.processor,
+            samples=samples,
+            length=self.sequence_length,
+            seed=self.seed,
+            purpose="calibration",
+        )
+
+    def draw(self, number: int = 0, samples: int | None = None) -> Samples:
+        """Return a calibration draw, or its first few samples.
+
+        Args:
+            number: Which draw.
+            samples: How many of its samples; all by default.
+
+        Raises:
+            DataError: If the source is too short for so many draws, or cannot be read.
+        """
+        return self._draws.take(number, samples)
+
+    def evaluation_samples(self, source: Any, samples: int | None = None) -> Samples:
+        """Return what models are measured on.
+
+        Args:
+            source: As for `calibration`.
+            samples: So many from all over the source; all by default.
+
+        Raises:
+            DataError: If the source cannot be used.
+        """
+        images = self.source.main_input_name == "pixel_values"
+        pool = samples_for(
+            self.source,
+            source,
+            self.source.processor,
+            samples=samples if images else None,
+            length=self.sequence_length,
+            purpose="evaluation",
+        )
+        return spread(pool, samples)
+
+    @property
+    def usual_samples(self) -> int:
+        """The number of samples that orders are compared on by default."""
+        return _IMAGES if self.source.main_input_name == "pixel_values" else _WINDOWS
+
+    def metric(self, model: PreTrainedModel, name: str) -> Metric:
+        """Return a metric for a model.
+
+        Args:
+            model: What will be measured.
+            name: The metric, or "auto" for the usual one of the model's kind.
+
+        Raises:
+            ModelError: If there is no such metric, or none is usual.
+        """
+        chosen = evaluation.choose(model, name)
+        if not chosen.needs_reference:
+            return chosen()
+        reference = self.source.load()
+        reference.to(model.device)
+        return chosen(reference)
+
+    def execution(
+        self, model: PreTrainedModel, pause: str = "block", *, progress: bool = True
+    ) -> Execution:
+        """Return where and how a run of this model computes.
+
+        Args:
+            model: The model of the run.
+            pause: "block" or "group".
+            progress: Whether to show a bar on stderr.
+        """
+        return Execution(
+            device=None if self.device.type == "cpu" else self.device,
+            dtype=precision.choose(self.calibration_dtype, model.dtype, self.device),
+            pause=pause,
+            progress=progress,
+        )
+
+    def pause_for(self, pause: str, recipe: Recipe, batches: Batches, *, low_memory: bool) -> str:
+        """Return where a run pauses: "auto" takes groups of layers where activations fit.
+
+        Args:
+            pause: "auto", "block" or "group".
+            recipe: What the run does.
+            batches: Its calibration inputs.
+            low_memory: Whether one block of the model is resident at a time.
+
+        Raises:
+            OrderError: If there is no such choice, or not with `low_memory`.
+        """
+        if pause not in ("auto", *PAUSES):
+            raise OrderError(unknown("pause", pause, ["auto", *PAUSES]))
+        if low_memory or not recipe.needs_data:
+            if pause == "group" and low_memory:
+                raise OrderError(
+                    "'low_memory' pauses at blocks, since the activations of all batches are in "
+                    "memory otherwise: leave out pause='group' (--pause group)."
+                )
+            return "block"
+        if pause != "auto":
+            return pause
+        waiting = in_flight(self.source, batches, targets=self.targets, ignore=self.ignore)
+        fits = waiting is not None and waiting < psutil.virtual_memory().available // 2
+        return "group" if fits else "block"
+
+    def runner(self, *, progress: bool = True) -> Runner:
+        """Return what runs orders on a copy of the model, with any draw of the calibration data.
+
+        Args:
+            progress: Whether to show bars on stderr.
+        """
+
+        def batches(draw: int, samples: int | None) -> Batches:
+            return inputs(self.draw(draw, samples))
+
+        return Runner(
+            self.source,
+            None if self.calibration is None else batches,
+            Execution(device=self.device, progress=progress),
+            dtype=self.calibration_dtype,
+            targets=self.targets,
+            ignore=self.ignore,
+        )
+
+    def base_model(self, model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a manifest says of the model before compression.
+
+        Args:
+            model: The model.
+            tensors: Its state dict.
+        """
+        return {
+            "id": self.source.id,
+            "revision": self.source.commit or self.source.revision,
+            "architecture": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "digest": weights_digest(tensors),
+        }
+
+    def fingerprint(
+        self,
+        base: Mapping[str, Any],
+        recipe: Recipe,
+        samples: Samples | None,
+        execution: Execution,
+        config: Any,
+    ) -> dict[str, Any]:
+        """Return all that decides what a run computes.
+
+        Args:
+            base: From `base_model`.
+            recipe: What the run does.
+            samples: Its calibration samples.
+            execution: Where and how it computes.
+            config: The model's.
+        """
+        values = config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            values.pop(name, None)
+        calibration = None
+        if samples is not None:
+            batches = len(inputs(samples))
+            calibration = describe(samples) | {"note": "", "seed": self.seed, "batches": batches}
+        return {
+            "order": str(recipe.order),
+            "schedule": recipe.schedule,
+            "pause": execution.pause,
+            "model": {name: base[name] for name in ("architecture", "dtype", "digest")},
+            "config": values,
+            "calibration": calibration,
+            "calibration_dtype": str(execution.dtype),
+            "targets": self.targets,
+            "ignore": self.ignore,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": manifest.versions(),
+        }
+
+
+def describe(samples: Samples) -> dict[str, Any]:
+    """Return what a manifest says of calibration samples: never the samples themselves."""
+    size: dict[str, Any]
+    if isinstance(samples, Windows):
+        size = {"sequence_length": samples.ids.shape[1], "tokens": samples.tokens}
+    else:
+        size = {"image_shape": list(samples.pixels.shape[1:])}
+    origin = {"source": samples.source, "samples": len(samples)}
+    return origin | size | {"digest": samples.digest, "note": samples.note}
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that is there; "auto" is the CPU, the only one that is tested so far."""
+    if name == "auto":
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"'device' must be auto, cpu, cuda or cuda:N, got {name!r}.") from None
+    present = device.type == "cpu" or (
+        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    )
+    if not present:
+        raise ModelError(
+            f"There is no device '{name}' on this machine that can compress a model. "
+            "Use device='cpu' (--device cpu)."
+        )
+    return device
