@@ -4,7 +4,8 @@
     stage  =  method  |  method ":" value  |  method "(" key "=" value ( "," key "=" value )* ")"
     value  =  number  |  true  |  false  |  word  |  quoted  |  "[" value ( "," value )* "]"
 
-`wanda:0.5 > gptq(bits=4, group_size=64)` prunes first. The value after the colon is the method's main
+`wanda:0.5 > gptq(bits=4, group_size=64)` prunes first. The value after the colon is the method's
+main
 knob: the sparsity of a pruner, the bits of a quantizer, the data type of bitsandbytes. A word has
 letters, digits and `_ . : / - + * ?`, so that layers are named as they are: `gptq(bits=3,
 targets=[*.q_proj,*.k_proj])`. Text with other characters stands in quotes:

@@ -53,7 +53,8 @@ def test_a_file_in_the_folder_is_enough(site):
         {
             "base": f"{HERE}\nclass Unnamed(Plugin): pass",
             "two": "from registry_folder.base import Unnamed\nclass Two(Unnamed): name = 'two'",
-            "one": "from registry_folder.two import Two\nclass One(Two): name = 'one'\nclass Other: name = 'other'",
+            "one": "from registry_folder.two import Two\nclass One(Two): name = 'one'\n"
+            "class Other: name = 'other'",
         },
     )
     plugins = discover(importlib.import_module("registry_folder"), Plugin, GROUP)
