@@ -1,4 +1,4 @@
-"""How far a layer is from what it was, measured on its outputs where calibration knows them."""
+"""The error of a changed layer, measured on its outputs where calibration gave its inputs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ def squared_error(delta: Tensor, statistics: Statistics) -> float:
     """
     delta = delta.float()
     if Gram in statistics:
-        products = torch.linalg.vecdot(delta @ statistics[Gram], delta)
-        return products.sum(dtype=torch.float64).item()
-    return torch.sum(delta.square() @ statistics[SquaredNorms], dtype=torch.float64).item()
+        products: Tensor = torch.linalg.vecdot(delta @ statistics[Gram], delta)
+    else:
+        products = delta.square() @ statistics[SquaredNorms]
+    return products.sum(dtype=torch.float64).item()
 
 
 def relative_error(
     before: Tensor, after: Tensor, statistics: Statistics | None
 ) -> tuple[float, str]:
-    """Return squared error over squared size, and what they were measured on.
+    """Return the squared error over the squared size of a layer, and where both were measured.
 
     Args:
-        before: (out, in).
-        after: (out, in).
+        before: (out, in), the weight before a change.
+        after: (out, in), the weight after it.
         statistics: The layer's inputs, or None.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What calibration learns about the inputs of one layer. One statistic is one file."""
+"""Statistics of the inputs of one layer. One statistic is one file."""
 
 from optimum_order.layers.statistics.base import Accumulator, Statistics
 from optimum_order.layers.statistics.gram import Gram

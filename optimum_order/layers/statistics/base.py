@@ -18,7 +18,8 @@ class Accumulator(ABC):
     """A sum over the tokens of one input that one or more layers read.
 
     A subclass is one file. Sums over two halves of the tokens `merge` into the sum over all
-    tokens, so that processes can share the work.
+    tokens, so that processes can share the work. `optimum_order.testing.AccumulatorContract`
+    tests a subclass.
 
     Args:
         inputs: Width of the input.
@@ -52,12 +53,12 @@ class Accumulator(ABC):
     @classmethod
     @abstractmethod
     def isotropic(cls, result: Any) -> Any:
-        """Return the statistic of white noise, `X^T X = I`, in the shape of another result."""
+        """Return the statistic of white noise, `X = I`, in the shape of another result."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration learned about the inputs `X` (tokens, in) of one layer.
+    """The statistics that calibration gathered over the inputs `X` (tokens, in) of one layer.
 
     Args:
         tokens: Number of rows of `X`; 0 for an expert that no token reached.
@@ -86,18 +87,22 @@ class Statistics:
         return cls(len(rows), results)
 
     def __contains__(self, statistic: type[Accumulator]) -> bool:
-        return statistic in self.results or any(statistic in held.implies for held in self.results)
+        return statistic in self.results or any(
+            statistic in accumulator.implies for accumulator in self.results
+        )
 
     def __getitem__(self, statistic: type[Accumulator]) -> Any:
         if statistic in self.results:
             return self.results[statistic]
-        for held, result in self.results.items():
-            if statistic in held.implies:
-                return self.derived(statistic, lambda: held.implies[statistic](result))
+        for accumulator, result in self.results.items():
+            if statistic in accumulator.implies:
+                if statistic not in self._derived:
+                    self._derived[statistic] = accumulator.implies[statistic](result)
+                return self._derived[statistic]
+        gathered = ", ".join(accumulator.__name__ for accumulator in self.results)
         raise InvariantError(
             f"The statistic {statistic.__name__} was not gathered; gathered were "
-            f"{', '.join(held.__name__ for held in self.results) or 'none'}. "
-            f"Add {statistic.__name__} to the backend's 'needs'."
+            f"{gathered or 'none'}. Add {statistic.__name__} to the backend's 'needs'."
         )
 
     def derived(self, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -112,6 +117,9 @@ class Statistics:
         return self._derived[key]
 
     def isotropic(self) -> Statistics:
-        """Return the statistics of white noise: all that can be assumed of inputs nobody has seen."""
-        white = {held: held.isotropic(result) for held, result in self.results.items()}
+        """Return the statistics of white noise, all that can be assumed of inputs never seen."""
+        white = {
+            accumulator: accumulator.isotropic(result)
+            for accumulator, result in self.results.items()
+        }
         return Statistics(0, white)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -10,13 +12,13 @@ from optimum_order.layers.statistics.base import Accumulator
 from optimum_order.layers.statistics.squared_norms import SquaredNorms
 
 _BLOCK = 512
-"""`X^T X` is symmetric: blocks of so many columns below the diagonal are copied, not multiplied."""
+"""Columns of a block of `X^T X`: blocks below the diagonal are copied, not multiplied."""
 
 
 class Gram(Accumulator):
     """`H = X^T X` over all tokens: (in, in) float32."""
 
-    implies = {SquaredNorms: lambda gram: gram.diagonal().contiguous()}
+    implies: ClassVar = {SquaredNorms: lambda gram: gram.diagonal().contiguous()}
 
     def __init__(self, inputs: int, device: torch.device):
         super().__init__(inputs, device)
@@ -29,10 +31,11 @@ class Gram(Accumulator):
             block = slice(first, first + _BLOCK)
             self.sums[block, first:].addmm_(rows[:, block].T, rows[:, first:])
 
+    @torch.inference_mode()  # in which sums are taken; outside they are not writable in place
     def merge(self, other: Self) -> None:
         self.sums += other.sums
 
-    @torch.inference_mode()  # in which the sums were taken; outside they are not writable in place
+    @torch.inference_mode()
     def result(self) -> Tensor:
         for last in range(_BLOCK, self.inputs, _BLOCK):
             self.sums[last:, last - _BLOCK : last] = self.sums[last - _BLOCK : last, last:].T

@@ -20,10 +20,11 @@ class SquaredNorms(Accumulator):
         self.sums = torch.zeros(inputs, device=device)
 
     def update(self, rows: Tensor) -> None:
-        for part in rows.split(_ROWS_AT_A_TIME):
+        for part in torch.split(rows, _ROWS_AT_A_TIME):
             part = part.float()
             self.sums += torch.linalg.vecdot(part, part, dim=0)
 
+    @torch.inference_mode()  # in which sums are taken; outside they are not writable in place
     def merge(self, other: Self) -> None:
         self.sums += other.sums
 

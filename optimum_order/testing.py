@@ -1,0 +1,359 @@
+"""Contract suites: the promises of each kind of plug-in, as tests that its author subclasses.
+
+    from optimum_order.testing import GridContract
+
+    class TestPowersOfTwo(GridContract):
+        def grids(self, weight):
+            yield PowersOfTwo.fit(weight)
+
+pytest collects the `test_*` methods of the subclass. A failure says on which case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from optimum_order.layers.grids.base import ALL, Grid, Selection
+from optimum_order.layers.state import integers
+from optimum_order.layers.statistics import Accumulator
+from optimum_order.layers.tree import map_tensors, tensors_in
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a weight may have."""
+
+
+def gaussian(rows: int, inputs: int, seed: int = 0) -> Tensor:
+    """Return standard normal numbers, (rows, inputs) float32.
+
+    Args:
+        rows: Number of rows.
+        inputs: Number of columns.
+        seed: Of the generator.
+    """
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def same(first: Any, second: Any) -> bool:
+    """Return whether two values are the same, bit for bit in every tensor.
+
+    Args:
+        first: Dataclasses, lists, dicts and tensors, nested.
+        second: Likewise.
+    """
+
+    def outline(value: Any) -> str:
+        return repr(map_tensors(lambda tensor: tensor.new_zeros(()), value))
+
+    return outline(first) == outline(second) and all(
+        one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+        for one, other in zip(tensors_in(first), tensors_in(second), strict=True)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return integers(tensor) if tensor.is_floating_point() else tensor
+
+
+class GridContract:
+    """The promises of a `Grid`.
+
+    A subclass gives `grids`, and where scales are shared unlike in groups of inputs, `together`.
+    """
+
+    inputs: ClassVar[int] = 64
+    """Columns of the weights that are rounded."""
+
+    def grids(self, weight: Tensor) -> Iterable[Grid]:
+        """Yield grids fitted to a weight, one for each setting worth a test.
+
+        Args:
+            weight: (out, in), in each of `DTYPES`; some rows are zeros, some are large.
+        """
+        raise NotImplementedError
+
+    def together(self, grid: Grid) -> int:
+        """Return how many neighboring columns must be taken together; 1 for any single column."""
+        return grid.group_size if grid.group_size and grid.group_size > 0 else 1
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Return a weight whose rows are unlike each other, (out, in)."""
+        parts = [
+            gaussian(6, self.inputs),
+            gaussian(2, self.inputs, 1).abs(),
+            gaussian(2, self.inputs, 2) + 3,
+            gaussian(2, self.inputs, 3) * 1e-3,
+            gaussian(2, self.inputs, 4).index_fill(1, torch.tensor([3]), 100.0),
+            gaussian(2, self.inputs, 5) * (torch.arange(self.inputs) >= self.inputs // 2),
+            torch.zeros(2, self.inputs),
+            torch.full((2, self.inputs), 0.3),
+        ]
+        return torch.cat(parts).to(dtype)
+
+    def cases(self) -> Iterator[tuple[Tensor, Grid, str]]:
+        """Yield a weight, a grid fitted to it, and words for a message."""
+        for dtype in DTYPES:
+            weight = self.weight(dtype)
+            for number, grid in enumerate(self.grids(weight)):
+                yield weight, grid, f"{dtype}, grid {number} ({type(grid).__name__})"
+
+    def column_selections(self, grid: Grid) -> list[Selection]:
+        """Return selections of columns that `take` must accept."""
+        step = self.together(grid)
+        chunks = torch.arange(self.inputs).view(-1, step)
+        order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(0))
+        some = chunks[order[: max(1, len(order) // 2)]].flatten()
+        return [ALL, slice(0, step), some, chunks[order].flatten()]
+
+    def row_selections(self, rows: int) -> list[Selection]:
+        """Return selections of rows that `take` must accept."""
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+        return [ALL, slice(1, rows - 1), slice(0, 1), order[: rows // 2], order]
+
+    def test_a_grid_is_a_frozen_dataclass_with_its_tensors_as_fields(self) -> None:
+        """A grid can then be moved, written to a disk and compared."""
+        for _, grid, case in self.cases():
+            assert dataclasses.is_dataclass(grid), case
+            assert type(grid).__dataclass_params__.frozen, case
+            moved = map_tensors(lambda tensor: tensor.to("meta"), grid)
+            assert all(tensor.is_meta for tensor in tensors_in(moved)), case
+            assert tensors_in(grid), case
+
+    def test_zero_is_on_the_grid(self) -> None:
+        for weight, grid, case in self.cases():
+            zeros = grid.nearest(torch.zeros_like(weight))
+            assert not integers(zeros).any(), f"{case}: 0.0 became another number or -0.0"
+            values = grid.nearest(weight)
+            assert not integers(values)[values == 0].any(), f"{case}: -0.0"
+
+    def test_nearest_values_are_finite_and_on_the_grid(self) -> None:
+        for weight, grid, case in self.cases():
+            values = grid.nearest(weight)
+            assert values.dtype == grid.dtype == weight.dtype, case
+            assert values.shape == weight.shape, case
+            assert torch.isfinite(values).all(), case
+            assert torch.equal(grid.nearest(values), values), f"{case}: nearest is not idempotent"
+            assert grid.holds(values), case
+
+    def test_a_weight_off_the_grid_is_not_held(self) -> None:
+        for weight, grid, case in self.cases():
+            values = grid.nearest(weight)
+            moved = torch.nonzero(values != weight)
+            assert len(moved), f"{case}: give grids that round"
+            row, column = moved[0].tolist()
+            values[row, column] = weight[row, column]
+            assert not grid.holds(values), case
+
+    def test_codes_stand_for_values(self) -> None:
+        for weight, grid, case in self.cases():
+            codes = grid.quantize(weight)
+            assert codes.dtype == torch.int16 and codes.shape == weight.shape, case
+            assert int(codes.max()) - int(codes.min()) < 2**grid.bits, case
+            values = grid.dequantize(codes)
+            assert torch.equal(values, grid.nearest(weight)), case
+            again = grid.dequantize(grid.quantize(values))
+            assert torch.equal(integers(again), integers(values)), case
+
+    def test_no_other_code_is_nearer(self) -> None:
+        for weight, grid, case in self.cases():
+            codes = grid.quantize(weight)
+            error = (grid.nearest(weight).double() - weight.double()).abs()
+            rounding = 4 * torch.finfo(weight.dtype).eps * weight.double().abs()
+            for code in range(int(codes.min()), int(codes.max()) + 1):
+                values = grid.dequantize(torch.full_like(codes, code)).double()
+                other = (values - weight.double()).abs()
+                assert (error <= other + rounding).all(), f"{case}: code {code} is nearer"
+
+    def test_columns_are_rounded_as_in_the_whole_weight(self) -> None:
+        order = torch.randperm(self.inputs, generator=torch.Generator().manual_seed(0))
+        for weight, grid, case in self.cases():
+            codes = grid.quantize(weight)
+            for columns in (order, order[:5], slice(3, 11)):
+                part = grid.quantize(weight[:, columns], columns)
+                assert torch.equal(part, codes[:, columns]), case
+                values = grid.dequantize(part, columns)
+                assert torch.equal(values, grid.dequantize(codes)[:, columns]), case
+                assert torch.equal(grid.nearest(weight[:, columns], columns), values), case
+
+    def test_the_rounder_of_a_sweep_gives_the_nearest_values(self) -> None:
+        columns = torch.randperm(self.inputs, generator=torch.Generator().manual_seed(0))[:64]
+        for weight, grid, case in self.cases():
+            between = weight.float() * 1.1
+            values = grid.nearest(between).float()
+            rounder = grid.rounder(columns)
+            rounded = torch.empty(len(weight))
+            for i, column in enumerate(columns.tolist()):
+                rounder(i, between[:, column], rounded)
+                assert torch.equal(rounded, values[:, column]), f"{case}: column {column}"
+
+    def test_a_part_has_the_values_of_the_whole(self) -> None:
+        for weight, grid, case in self.cases():
+            codes = grid.quantize(weight)
+            values = grid.dequantize(codes)
+            for rows, columns in itertools.product(
+                self.row_selections(len(weight)), self.column_selections(grid)
+            ):
+                part = grid.take(rows, columns)
+                assert type(part) is type(grid) and part.bits == grid.bits, case
+                again = part.dequantize(codes[rows][:, columns])
+                assert same(again, values[rows][:, columns]), f"{case}: take({rows}, {columns})"
+                assert part.holds(again), case
+
+    def test_a_part_that_separates_weights_of_one_scale_is_refused(self) -> None:
+        for _, grid, case in self.cases():
+            step = self.together(grid)
+            selections: list[Selection] = [slice(0, 0)]
+            if step > 1:
+                selections += [slice(0, step - 1), slice(1, step + 1)]
+                selections += [torch.arange(self.inputs).roll(1)]
+            for columns in selections:
+                try:
+                    grid.take(columns=columns)
+                except ValueError:
+                    continue
+                raise AssertionError(f"{case}: take(columns={columns}) must raise ValueError")
+
+    def test_parts_stack_to_the_whole(self) -> None:
+        for weight, grid, case in self.cases():
+            rows = len(weight)
+            for ends in ([0, rows], [0, 1, rows], [0, rows // 3, rows // 2, rows]):
+                parts = [grid.take(slice(*pair)) for pair in itertools.pairwise(ends)]
+                assert same(type(grid).concat(parts), grid), f"{case}: rows {ends}"
+
+    def test_grids_that_do_not_agree_are_not_stacked(self) -> None:
+        for _, grid, case in self.cases():
+            narrow = grid.take(columns=slice(0, self.together(grid)))
+            other = map_tensors(
+                lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, grid
+            )
+            stacks: list[list[Grid]] = [[]]
+            if self.together(grid) < self.inputs:
+                stacks += [[grid, narrow], [narrow, grid]]
+            if other.dtype != grid.dtype:
+                stacks += [[grid, other]]
+            for stack in stacks:
+                try:
+                    type(grid).concat(stack)
+                except ValueError:
+                    continue
+                raise AssertionError(f"{case}: concat of unlike grids must raise ValueError")
+
+    def test_a_grid_for_another_shape_has_the_sizes_of_one_that_was_fitted(self) -> None:
+        for dtype in DTYPES:
+            weight = self.weight(dtype)
+            larger = weight.repeat(2, 3)
+            for grid, fitted in zip(self.grids(weight), self.grids(larger), strict=True):
+                case = f"{dtype}, {type(grid).__name__}"
+                grown = grid.like(*larger.shape)
+                assert type(grown) is type(grid) and grown.dtype == grid.dtype, case
+                sizes = [(part.shape, part.dtype) for part in tensors_in(grown)]
+                assert sizes == [(part.shape, part.dtype) for part in tensors_in(fitted)], case
+                for part in tensors_in(grown):
+                    assert part.is_meta or not part.ndim, f"{case}: a scale holds values"
+                assert (grown.bits, grown.unit) == (fitted.bits, fitted.unit), case
+
+
+class AccumulatorContract:
+    """The promises of an `Accumulator`.
+
+    A subclass gives `accumulator`. Sums may differ by `tolerance`, relative to the largest entry
+    of a result, since float32 addition depends on the order; a statistic without sums, such as a
+    maximum, sets 0.
+    """
+
+    accumulator: ClassVar[type[Accumulator]]
+    tolerance: ClassVar[float] = 1e-5
+    inputs: ClassVar[int] = 24
+
+    def gathered(self, *parts: Tensor) -> Accumulator:
+        """Return an accumulator that has seen some rows, each part (tokens, in)."""
+        accumulator = self.accumulator(self.inputs, torch.device("cpu"))
+        for part in parts:
+            accumulator.update(part)
+        return accumulator
+
+    def check_close(self, first: Any, second: Any) -> None:
+        """Check that two results are equal within `tolerance`."""
+        pairs = list(zip(tensors_in(first), tensors_in(second), strict=True))
+        assert pairs, "a result holds tensors"
+        for one, other in pairs:
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            error = (one.double() - other.double()).abs().max().item()
+            assert error <= self.tolerance * other.double().abs().max().item(), error
+
+    def test_parts_merge_into_the_whole(self) -> None:
+        X = gaussian(300, self.inputs)
+        whole = self.gathered(X).result()
+        for size in (1, 100, 299):
+            first = self.gathered(X[:size])
+            first.merge(self.gathered(X[size:]))
+            self.check_close(first.result(), whole)
+
+    def test_nothing_merges_into_nothing_else(self) -> None:
+        X = gaussian(30, self.inputs)
+        whole = self.gathered(X).result()
+        first = self.gathered()
+        first.merge(self.gathered(X))
+        self.check_close(first.result(), whole)
+        second = self.gathered(X)
+        second.merge(self.gathered())
+        self.check_close(second.result(), whole)
+
+    def test_the_order_of_the_tokens_does_not_matter(self) -> None:
+        X = gaussian(300, self.inputs)
+        whole = self.gathered(X).result()
+        self.check_close(self.gathered(X[200:], X[:200]).result(), whole)
+        self.check_close(self.gathered(X.flip(0)).result(), whole)
+        self.check_close(self.gathered(*torch.split(X, 7)).result(), whole)
+
+    def test_no_tokens_add_nothing(self) -> None:
+        X = gaussian(30, self.inputs)
+        self.check_close(self.gathered(X[:0], X, X[:0]).result(), self.gathered(X).result())
+        for part in tensors_in(self.gathered().result()):
+            assert torch.isfinite(part).all()
+
+    def test_rows_of_half_precision_are_summed_in_float32(self) -> None:
+        for dtype in DTYPES:
+            X = (gaussian(1000, self.inputs).abs() + 50).to(dtype)
+            self.check_close(self.gathered(X).result(), self.gathered(X.float()).result())
+            for part in tensors_in(self.gathered(X).result()):
+                assert torch.isfinite(part).all(), f"{dtype} overflows"
+
+    def test_rows_are_not_changed(self) -> None:
+        X = gaussian(30, self.inputs)
+        before = X.clone()
+        self.gathered(X).result()
+        assert same(X, before)
+
+    def test_a_result_can_be_asked_for_twice_and_in_between(self) -> None:
+        X = gaussian(300, self.inputs)
+        accumulator = self.gathered(X[:100])
+        accumulator.result()
+        accumulator.update(X[100:])
+        self.check_close(accumulator.result(), self.gathered(X).result())
+        self.check_close(accumulator.result(), self.gathered(X).result())
+
+    def test_sums_taken_in_inference_mode_are_merged_and_read_outside(self) -> None:
+        X = gaussian(30, self.inputs)
+        with torch.inference_mode():
+            accumulator = self.gathered(X[:10])
+            other = self.gathered(X[10:])
+        accumulator.merge(other)
+        self.check_close(accumulator.result(), self.gathered(X).result())
+
+    def test_an_implied_statistic_is_the_one_its_own_accumulator_gives(self) -> None:
+        X = gaussian(300, self.inputs)
+        for implied, derive in self.accumulator.implies.items():
+            own = implied(self.inputs, torch.device("cpu"))
+            own.update(X)
+            self.check_close(derive(self.gathered(X).result()), own.result())
+
+    def test_the_isotropic_statistic_is_that_of_an_identity_matrix(self) -> None:
+        seen = self.gathered(gaussian(300, self.inputs)).result()
+        white = self.accumulator.isotropic(seen)
+        self.check_close(white, self.gathered(torch.eye(self.inputs)).result())
