@@ -34,7 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format
 
 docs: $(DOCS_STAMP)
-	$(DOCS)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 
 # llm-compressor pins other versions of our dependencies, so it has an environment of its own
 peers: $(STAMP) .venv-peers/.installed
