@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from optimum_order.layers.grids.base import Grid, Rounder
+from optimum_order.layers.grids.base import ALL, Grid, Rounder, Selection, check_alike, whole_groups
 
 _WEIGHTS_AT_A_TIME = 2**17
+"""Few enough that the groups being fitted stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
 class UniformGrid(Grid):
-    """Integers times a scale shared by `group_size` consecutive inputs of one output.
+    """Integers times a scale that `group_size` consecutive inputs of one output share.
 
-    Symmetric grids use the codes -2^(b-1) ... 2^(b-1)-1; others 0 ... 2^b-1 around an integer zero point.
+    Symmetric grids use the codes -2^(b-1) ... 2^(b-1)-1; others 0 ... 2^b-1 around an integer
+    zero point.
 
     Args:
         bits: 2 to 8.
-        scale: (out, groups), finite and positive, in the dtype the artifact stores.
-        zero_point: (out, groups) int16, or None when symmetric.
-        inputs: The number of columns of W.
+        scale: (out, groups), finite and positive, in the dtype that the artifact stores.
+        zero_point: (out, groups) int16, or None for a symmetric grid.
+        inputs: Number of columns of W.
     """
 
     bits: int
     scale: Tensor
     zero_point: Tensor | None
     inputs: int
+    codes_are_cheap = True
 
     @classmethod
     def fit(
@@ -43,120 +47,125 @@ class UniformGrid(Grid):
         symmetric: bool = True,
         clip: str = "none",
     ) -> UniformGrid:
-        """The grid that spans each group's range, or (`clip="mse"`) the part of it that rounds with least error.
+        """Return the grid that spans each group's range, or a part of the range.
 
         Args:
             weight: (out, in) in the storage dtype, with +0.0 where pruned.
             bits: 2 to 8.
             group_size: Inputs that share a scale; -1 for the whole row. Must divide `in`.
-            symmetric: Without a zero point.
-            clip: "none" covers the extremes; "mse" tries 32 narrower ranges and keeps the best for each group.
+            symmetric: Whether to do without a zero point.
+            clip: "none" covers the extremes; "mse" tries 32 narrower ranges and takes for each
+                group the one that rounds with the least squared error.
         """
         inputs = weight.shape[1]
         size = inputs if group_size == -1 else group_size
         groups = weight.reshape(-1, size)
-        # Groups have nothing to do with each other; few at a time stay in the processor's cache.
-        parts = (
-            groups.split(max(1, _WEIGHTS_AT_A_TIME // size))
-            if weight.device.type == "cpu"
-            else [groups]
+        parts: Sequence[Tensor] = [groups]
+        if weight.device.type == "cpu":
+            parts = torch.split(groups, max(1, _WEIGHTS_AT_A_TIME // size))
+        fits = [cls._fit(part, bits, symmetric=symmetric, clip=clip) for part in parts]
+        whole = UniformGrid.concat(fits)
+        zeros = whole.zero_point
+        return cls(
+            bits=bits,
+            scale=whole.scale.view(len(weight), -1),
+            zero_point=None if zeros is None else zeros.view(len(weight), -1),
+            inputs=inputs,
         )
-        found = [cls._fit(part, bits, symmetric=symmetric, clip=clip) for part in parts]
-        scale = torch.cat([grid.scale for grid in found]).view(len(weight), -1)
-        zero = None if symmetric else torch.cat([grid.zero_point for grid in found]).view_as(scale)
-        return cls(bits=bits, scale=scale, zero_point=zero, inputs=inputs)
 
     @classmethod
     def _fit(cls, weight: Tensor, bits: int, *, symmetric: bool, clip: str) -> UniformGrid:
-        """The grid of some groups, each a row of (n, size)."""
-        groups = (
-            weight.float().T.contiguous()
-        )  # (size, n): a group's scale meets it in the same lane of a vector
-        low, high = groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
+        """Return the grid of some groups (n, size), each as if it were a row."""
+        # (size, n): a group's scale meets its weights in the same lane of a vector
+        groups = weight.float().T.contiguous()
+        low = groups.amin(0).clamp(max=0)
+        high = groups.amax(0).clamp(min=0)
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
-
-        # Scales no smaller than float32, in which codes are computed, holds in full; none so large that one of the
-        # grid's values overflows.
+        # No scale is smaller than float32, in which codes are computed, holds in full; none is so
+        # large that one of the grid's values overflows.
         info = torch.finfo(weight.dtype)
-        least, most = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny), info.max / 2**bits
+        least = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
+        most = info.max / 2**bits
 
-        def grid(shrink: float) -> UniformGrid:
+        def spanning(shrink: float) -> UniformGrid:
+            """Return the grid that spans this part of each group's range."""
             scale = ((high - low) * (shrink / (2**bits - 1))).clamp(least, most).to(weight.dtype)
             # A wholly pruned group has no range; any finite positive scale keeps its zeros exact.
             scale = torch.where(high == low, torch.ones_like(scale), scale)
-            zero = (
-                None
-                if symmetric
-                else (-low * shrink / scale.float()).round().clamp(0, 2**bits - 1).short()
-            )
-            return cls(bits, scale[:, None], None if zero is None else zero[:, None], len(groups))
+            if symmetric:
+                return cls(bits, scale[:, None], None, len(groups))
+            zero = (-low * shrink / scale.float()).round().clamp(0, 2**bits - 1).short()
+            return cls(bits, scale[:, None], zero[:, None], len(groups))
 
-        steps = torch.empty_like(groups)
-
-        def error(candidate: UniformGrid) -> Tensor:
-            """Squared, of each group, (n,)."""
-            if not candidate._codes_are_exact:
-                return (candidate.nearest(weight).float() - weight.float()).square().sum(1)
-            # `nearest` in place; a product of two short floats is exact in float32
-            scale, (least_code, most_code) = candidate.scale[:, 0].float(), candidate._codes
-            torch.div(groups, scale, out=steps).round_()
-            if candidate.zero_point is None:
-                steps.clamp_(least_code, most_code)
-            else:
-                zero = candidate.zero_point[:, 0].float()
-                torch.clamp(steps, least_code - zero, most_code - zero, out=steps)
-            steps.mul_(scale)
-            if weight.dtype != torch.float32:
-                steps.copy_(steps.to(weight.dtype))
-            return steps.sub_(groups).square_().sum(0)
-
-        def clipped(candidate: UniformGrid) -> Tensor:
-            """The part of the error of each group that grows as its range narrows, (n,)."""
-            scale, ends = (
-                candidate.scale[:, 0].float(),
-                torch.tensor(candidate._codes, device=weight.device)[:, None],
-            )
-            if candidate.zero_point is not None:
-                ends = ends - candidate.zero_point[:, 0]
-            least_value, most_value = ends * scale
-            return (
-                torch.clamp(groups, least_value, most_value, out=steps)
-                .sub_(groups)
-                .square_()
-                .sum(0)
-            )
-
-        best = grid(1.0)
+        best = spanning(1.0)
         if clip == "none":
             return best
-        scale, zero, lowest = best.scale, best.zero_point, error(best)
+        steps = torch.empty_like(groups)
+        lowest = best._squared_error(weight, groups, steps)
         for step in range(1, 33):
-            candidate = grid(1.0 - 0.02 * step)
-            if step % 4 == 0 and (clipped(candidate) >= lowest).all():
+            candidate = spanning(1.0 - 0.02 * step)
+            if step % 4 == 0 and (candidate._clipping_error(groups, steps) >= lowest).all():
                 break  # no narrower range can be better
-            found = error(candidate)
-            better = found < lowest
-            scale = torch.where(better[:, None], candidate.scale, scale)
-            zero = (
-                None if zero is None else torch.where(better[:, None], candidate.zero_point, zero)
-            )
-            lowest = torch.where(better, found, lowest)
-        return cls(bits, scale, zero, len(groups))
+            error = candidate._squared_error(weight, groups, steps)
+            better = error < lowest
+            best = best._replaced(candidate, better)
+            lowest = torch.where(better, error, lowest)
+        return best
+
+    def _squared_error(self, weight: Tensor, groups: Tensor, steps: Tensor) -> Tensor:
+        """Return the squared rounding error of each group, (n,).
+
+        Args:
+            weight: (n, size), each group a row.
+            groups: (size, n) float32, the same transposed.
+            steps: (size, n) float32 to compute in.
+        """
+        if not self._codes_are_exact:
+            return (self.nearest(weight).float() - weight.float()).square().sum(1)
+        # `nearest` in place; a product of two short floats is exact in float32
+        scale = self.scale[:, 0].float()
+        low, high = self._codes
+        torch.div(groups, scale, out=steps).round_()
+        if self.zero_point is None:
+            steps.clamp_(low, high)
+        else:
+            zero = self.zero_point[:, 0].float()
+            torch.clamp(steps, low - zero, high - zero, out=steps)
+        steps.mul_(scale)
+        if weight.dtype != torch.float32:
+            steps.copy_(steps.to(weight.dtype))
+        return steps.sub_(groups).square_().sum(0)
+
+    def _clipping_error(self, groups: Tensor, steps: Tensor) -> Tensor:
+        """Return the part of each group's error that grows as its range narrows, (n,)."""
+        ends = torch.tensor(self._codes, device=groups.device)[:, None]  # (2, 1)
+        if self.zero_point is not None:
+            ends = ends - self.zero_point[:, 0]  # (2, n)
+        least, most = ends * self.scale[:, 0].float()
+        return torch.clamp(groups, least, most, out=steps).sub_(groups).square_().sum(0)
+
+    def _replaced(self, other: UniformGrid, where: Tensor) -> UniformGrid:
+        """Return this grid with the rows `where` (out,) bool of another."""
+        zero = self.zero_point
+        if zero is not None and other.zero_point is not None:
+            zero = torch.where(where[:, None], other.zero_point, zero)
+        scale = torch.where(where[:, None], other.scale, self.scale)
+        return dataclasses.replace(self, scale=scale, zero_point=zero)
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # that of the scales
         return self.scale.dtype
 
     @property
     def symmetric(self) -> bool:
+        """Whether the grid has no zero point."""
         return self.zero_point is None
 
     @property
-    def group_size(self) -> int:
-        """Inputs that share a scale; -1 for the whole row."""
-        return -1 if self.scale.shape[1] == 1 else self.inputs // self.scale.shape[1]
+    def group_size(self) -> int:  # type: ignore[override]  # follows from the scales
+        return -1 if self.scale.shape[1] == 1 else self.unit
 
     @property
     def unit(self) -> int:
@@ -164,22 +173,8 @@ class UniformGrid(Grid):
 
     @cached_property
     def _group(self) -> Tensor:
+        """The group of each input, (in,) int64."""
         return torch.arange(self.inputs, device=self.scale.device) // self.unit
-
-    def _affine(self, columns: Tensor | slice) -> tuple[Tensor, Tensor | int]:
-        group = self._group[columns]
-        return self.scale[:, group], 0 if self.zero_point is None else self.zero_point[:, group]
-
-    def _beside(
-        self, values: Tensor, columns: Tensor | slice
-    ) -> tuple[Tensor, Tensor, Tensor | int]:
-        """Values (..., out, k) of these columns, seen so that their scales and zero points broadcast to them."""
-        if isinstance(columns, slice) and columns == slice(
-            None
-        ):  # without each weight's own copy of its scale
-            zero = 0 if self.zero_point is None else self.zero_point[..., None]
-            return values.unflatten(-1, (self.scale.shape[1], -1)), self.scale[..., None], zero
-        return values, *self._affine(columns)
 
     @property
     def _codes(self) -> tuple[int, int]:
@@ -189,63 +184,106 @@ class UniformGrid(Grid):
 
     @property
     def _codes_are_exact(self) -> bool:
+        """Whether the dtype holds every code."""
         low, high = self._codes
         return max(-low, high) * torch.finfo(self.dtype).eps <= 1
 
-    def quantize(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+    def _affine(self, columns: Selection) -> tuple[Tensor, Tensor | int]:
+        """Return scale and zero point of each weight in some columns, (out, k)."""
+        group = self._group[columns]
+        return self.scale[:, group], 0 if self.zero_point is None else self.zero_point[:, group]
+
+    def _beside(
+        self, values: Tensor, columns: Selection
+    ) -> tuple[Tensor, Tensor, Tensor | int]:
+        """Return values (..., out, k) in a shape to which scales and zero points broadcast."""
+        if isinstance(columns, slice) and columns == ALL:
+            # no scale is copied for each weight
+            zero = 0 if self.zero_point is None else self.zero_point[..., None]
+            grouped = values.view(*values.shape[:-1], self.scale.shape[1], -1)
+            return grouped, self.scale[..., None], zero
+        return values, *self._affine(columns)
+
+    def quantize(self, weight: Tensor, columns: Selection = ALL) -> Tensor:
         values, scale, zero = self._beside(weight, columns)
         low, high = self._codes
-        codes = (
-            (values.float() / scale.float())
-            .round_()
-            .add_(zero)
-            .clamp_(low, high)
-            .short()
-            .reshape(weight.shape)
-        )
+        steps = (values.float() / scale.float()).round_().add_(zero).clamp_(low, high)
+        codes = steps.short().reshape(weight.shape)
         if self._codes_are_exact:
             return codes
-        # Such codes have more digits than the dtype (8 bit without sign in bfloat16): what is stored may have been
-        # rounded past the middle between two of them.
+        # The codes have more digits than the dtype (8 bit without sign in bfloat16): the stored
+        # value may have been rounded past the middle between two of them.
         near = torch.stack([codes, (codes - 1).clamp_(min=low), (codes + 1).clamp_(max=high)])
         distance = (self.dequantize(near, columns).float() - weight.float()).abs()
         return near.gather(0, distance.argmin(0, keepdim=True))[0]
 
-    def dequantize(self, codes: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+    def dequantize(self, codes: Tensor, columns: Selection = ALL) -> Tensor:
         steps, scale, zero = self._beside(codes, columns)
         return ((steps - zero).to(self.dtype) * scale).reshape(codes.shape)
 
-    def nearest(self, weight: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+    def nearest(self, weight: Tensor, columns: Selection = ALL) -> Tensor:
         if not self._codes_are_exact:
             return super().nearest(weight, columns)
-        # The same arithmetic without codes.
+        # the same arithmetic without codes
         values, scale, zero = self._beside(weight, columns)
-        steps, (low, high) = (values.float() / scale.float()).round_(), self._codes
+        low, high = self._codes
+        steps = (values.float() / scale.float()).round_()
         if isinstance(zero, int):
             steps.clamp_(low, high)
         else:
             torch.clamp(steps, low - zero.float(), high - zero.float(), out=steps)
-        return (
-            steps.add_(0.0).to(self.dtype).mul_(scale).reshape(weight.shape)
-        )  # codes know no -0.0
+        steps.add_(0.0)  # -0.0 has no code
+        return steps.to(self.dtype).mul_(scale).reshape(weight.shape)
 
     def rounder(self, columns: Tensor) -> Rounder:
         if not self._codes_are_exact:
             return super().rounder(columns)
-        # The same arithmetic as above with each column contiguous, without codes and in place: a sweep is all
-        # overhead. A product of two short floats is exact in float32, so it is rounded once, as in `dequantize`.
+        # The same arithmetic with each column contiguous, without codes and in place: a sweep is
+        # all overhead. A product of two short floats is exact in float32, so it is rounded once,
+        # as in `dequantize`.
         scale, zero = self._affine(columns)
         scales = scale.T.float().contiguous().unbind()  # k of (out,)
         low, high = self._codes
-        lows: Sequence[Any] = [low] * len(scales)
-        highs: Sequence[Any] = [high] * len(scales)
+        lows: Sequence[Tensor | int] = [low] * len(scales)
+        highs: Sequence[Tensor | int] = [high] * len(scales)
         if not isinstance(zero, int):
-            lows, highs = (low - zero.T.float()).unbind(), (high - zero.T.float()).unbind()
+            lows = (low - zero.T.float()).unbind()
+            highs = (high - zero.T.float()).unbind()
         short = self.dtype != torch.float32
 
         def round_(i: int, w: Tensor, out: Tensor) -> None:
-            torch.div(w, scales[i], out=out).round_().clamp_(lows[i], highs[i]).mul_(scales[i])
+            steps = torch.div(w, scales[i], out=out).round_()
+            steps.clamp_(lows[i], highs[i]).mul_(scales[i])  # type: ignore[arg-type]
             if short:
                 out.copy_(out.to(self.dtype))
 
         return round_
+
+    def take(self, rows: Selection = ALL, columns: Selection = ALL) -> Self:
+        owners = self._group[columns]
+        # a scale of a whole row fits any columns of the row
+        size = len(owners) if self.group_size == -1 else self.unit
+        groups = whole_groups(owners, size)
+        scale = self.scale[rows][:, groups]
+        zero = None if self.zero_point is None else self.zero_point[rows][:, groups]
+        return dataclasses.replace(self, scale=scale, zero_point=zero, inputs=len(owners))
+
+    @classmethod
+    def concat(cls, grids: Sequence[Self]) -> Self:
+        check_alike(grids, "bits", "inputs", "unit", "dtype", "symmetric")
+        zeros = [grid.zero_point for grid in grids if grid.zero_point is not None]
+        return dataclasses.replace(
+            grids[0],
+            scale=torch.cat([grid.scale for grid in grids]),
+            zero_point=torch.cat(zeros) if zeros else None,
+        )
+
+    def like(self, rows: int, inputs: int) -> Self:
+        if self.group_size != -1 and inputs % self.unit:
+            raise ValueError(f"Groups of {self.unit} do not divide {inputs} inputs.")
+        groups = 1 if self.group_size == -1 else inputs // self.unit
+        scale = self.scale.new_empty(rows, groups, device="meta")
+        zero = None
+        if self.zero_point is not None:
+            zero = self.zero_point.new_empty(rows, groups, device="meta")
+        return dataclasses.replace(self, scale=scale, zero_point=zero, inputs=inputs)
