@@ -672,7 +672,7 @@ class CompressedModel:
                 "With 'low_memory' the weights are on the disk: save the model, load it, and measure that."
             )
         samples = self._compressor._evaluation(source)
-        chosen = formats.choose(self.model, self._pairs(), format, tensors=self._tensors)
+        chosen = formats.choose(self._contents(), format)
 
         def measure(model: PreTrainedModel) -> Measurement:
             by = self._compressor._metric(model, metric)
@@ -753,23 +753,15 @@ class CompressedModel:
             )
 
     def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
-        pairs = self._pairs()
-        chosen = formats.choose(self.model, pairs, format, tensors=self._tensors)
+        contents = self._contents()
+        chosen = formats.choose(contents, format)
         facts = self._facts() | {"metrics": self._metrics(chosen.runs_dense)}
-        processor = self._compressor.source.processor
-        return artifact.save(
-            self.model,
-            processor,
-            pairs,
-            facts,
-            path,
-            format=chosen,
-            overwrite=overwrite,
-            tensors=self._tensors,
-        )
+        return artifact.save(contents, facts, path, codec=chosen, overwrite=overwrite)
 
-    def _pairs(self) -> formats.Layers:
-        return formats.Paired(self._targets, self.layers)
+    def _contents(self) -> formats.Contents:
+        layers = formats.Layers(self._targets, self.layers)
+        processor = self._compressor.source.processor
+        return formats.Contents(self.model, layers, self._tensors, processor)
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
         """What was measured, by name; of an artifact only what was measured on the values that load from it."""
