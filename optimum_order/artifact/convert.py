@@ -86,8 +86,9 @@ def _load(folder: Path, container: Container) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    auto: Any = auto_class(config)
     with torch.device("meta"):
-        skeleton = auto_class(config).from_config(config)
+        skeleton = auto.from_config(config)
     shapes = hf.to_checkpoint(skeleton, skeleton.state_dict())
     tensors, encoded = container.plain(folder)
     if unknown := encoded - set(shapes):

@@ -181,7 +181,7 @@ def _is_layer(entry: Any) -> bool:
         return False
     if not all(type(size) is int and size > 0 for size in shape):
         return False
-    return 0 <= int(entry["pruned"]) <= shape[0] * shape[1]
+    return bool(0 <= entry["pruned"] <= shape[0] * shape[1])
 
 
 def _keeps_pattern(weight: Tensor, pattern: Any) -> bool:

@@ -73,7 +73,7 @@ def container(format: str) -> Container:
 
 @dataclass(frozen=True)
 class _Fit:
-    """How a codec fits a model: why it cannot hold the model, if so, and the bytes of all layers."""
+    """Why a codec cannot hold a model, or None if it can, and the bytes of all layers."""
 
     refusal: str | None
     bytes: int = 0

@@ -38,7 +38,7 @@ _LONG_OFFSET = 1.1754943508222875e-38
 
 
 class BitsAndBytes(Codec):
-    """Two codes a byte with a quant state beside them, or int8 codes with one scale for each row."""
+    """Two codes a byte and a quant state beside them, or int8 codes and one scale for each row."""
 
     name = "bitsandbytes"
     summary = "stock 4-bit (nf4, fp4) and 8-bit checkpoints; read by transformers"
@@ -189,8 +189,8 @@ class BitsAndBytes(Codec):
                 f"{', '.join(tensors)}"
             )
         facts = _facts(tensors[name])
-        shape = facts.get("shape")
-        blocksize = facts.get("blocksize")
+        shape: Any = facts.get("shape")
+        blocksize: Any = facts.get("blocksize")
         is_shape = isinstance(shape, list) and len(shape) == 2
         if (
             not (is_shape and all(isinstance(size, int) and size > 0 for size in shape))

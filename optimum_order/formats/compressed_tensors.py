@@ -83,8 +83,7 @@ class CompressedTensors(Codec):
         ]
         if len(schemes) > 1:
             return (
-                "All experts must have one width and group size; these have "
-                f"{', '.join(schemes)}."
+                f"All experts must have one width and group size; these have {', '.join(schemes)}."
             )
         return None
 
@@ -175,7 +174,8 @@ class CompressedTensors(Codec):
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         try:
             entry = QuantizationConfig.model_validate(config["quantization_config"])
-        except (ValidationError, KeyError, TypeError) as error:  # it compares before it checks types
+        except (ValidationError, KeyError, TypeError) as error:
+            # TypeError because the library compares before it checks types.
             reason = str(error).replace("\n", " ")[:300]
             raise ArtifactError(
                 f"quantization_config is not one of compressed-tensors: {reason}"

@@ -97,7 +97,9 @@ class Safetensors(Container):
         with ExitStack() as files:
             checkpoint = _Checkpoint(folder, files)
             encoded = {prefix for prefix in checkpoint.parts if not checkpoint.is_plain(prefix)}
-            parts = {f"{prefix}.{local}" for prefix in encoded for local in checkpoint.parts[prefix]}
+            parts = {
+                f"{prefix}.{local}" for prefix in encoded for local in checkpoint.parts[prefix]
+            }
             tensors = {
                 key: shard.get_tensor(key)
                 for key, shard in checkpoint.shards.items()
@@ -260,7 +262,7 @@ class _Shards:
 
 
 def _settle(file: Path) -> None:
-    """Sort the metadata in a file's header: safetensors does not, and equal runs are to be equal."""
+    """Sort the metadata in a file's header: equal runs must be equal, and safetensors does not."""
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))

@@ -372,8 +372,9 @@ class _Parts:
     def _values(self, first: int, count: int) -> _Numbers:
         """Return the bits of these stored values, (count,) integers."""
         size = self.header.dtype.itemsize
-        values = self.weights[first * size : (first + count) * size].copy()  # a copy is aligned
-        return values.view(f"i{size}")
+        part = self.weights[first * size : (first + count) * size].copy()  # a copy is aligned
+        values: _Numbers = part.view(f"i{size}")
+        return values
 
 
 def _survivors(header: _Header, mask: _Bytes) -> int:
@@ -613,7 +614,8 @@ def _unpack(packed: _Bytes, bits: int, first: int, count: int) -> _Numbers:
         for more in range(1, _bytes_for(shift + bits)):
             number |= planes[byte + more] << (8 * more - shift)
         values[:, lane] = number & (2**bits - 1)
-    return values.reshape(-1)[skip : skip + count]
+    numbers: _Numbers = values.reshape(-1)[skip : skip + count]
+    return numbers
 
 
 def _bytes_for(bits: int) -> int:
