@@ -163,7 +163,7 @@ class CompressedModel:
                 "measure that."
             )
         samples = self._session.evaluation_samples(source)
-        codec = formats.choose(self.model, self._pairs(), format, tensors=self._tensors)
+        codec = formats.choose(self._contents(), format)
 
         def measure(model: PreTrainedModel) -> Measurement:
             chosen = self._session.metric(model, metric)
@@ -249,21 +249,15 @@ class CompressedModel:
             )
 
     def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
-        pairs = self._pairs()
-        codec = formats.choose(self.model, pairs, format, tensors=self._tensors)
-        return artifact.save(
-            self.model,
-            self._session.source.processor,
-            pairs,
-            self._facts() | {"metrics": self._metrics(codec.runs_dense)},
-            path,
-            format=codec,
-            overwrite=overwrite,
-            tensors=self._tensors,
-        )
+        contents = self._contents()
+        codec = formats.choose(contents, format)
+        facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
+        return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
 
-    def _pairs(self) -> formats.Layers:
-        return formats.Paired(self._targets, self.layers)
+    def _contents(self) -> formats.Contents:
+        layers = formats.Layers(self._targets, self.layers)
+        processor = self._session.source.processor
+        return formats.Contents(self.model, layers, self._tensors, processor)
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
         """Return what was measured, by name, for an artifact only on the values that load from it."""

@@ -90,3 +90,16 @@ def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(got, allowed, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"Unknown {what} '{got}'.{hint} Allowed: {', '.join(allowed)}."
+
+
+def missing_extra(extra: str, error: ImportError) -> OptimumOrderError:
+    """Return the error for a package that is not installed because it belongs to an extra.
+
+    Args:
+        extra: The extra of optimum-order that brings the package.
+        error: From the import that failed.
+    """
+    return OptimumOrderError(
+        f"The package '{error.name}' is not installed. Install it with "
+        f"pip install 'optimum-order[{extra}]'."
+    )

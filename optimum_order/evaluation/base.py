@@ -86,8 +86,7 @@ class Metric(ABC):
     """Whether it compares with the model before compression."""
 
     def __init__(self, reference: PreTrainedModel | None = None):
-        """
-        Args:
+        """Args:
             reference: The model before compression, in evaluation mode; only where `needs_reference`.
 
         Raises:

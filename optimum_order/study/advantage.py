@@ -196,7 +196,7 @@ def compression_equivalent_interval(
 
 
 def intensity(pruning: float, quantization: float, curve: Mapping[float, float]) -> Ratio:
-    """x = C*_P - C*_Q: how much stronger pruning is than quantising, in units of one reference quantiser.
+    """X = C*_P - C*_Q: how much stronger pruning is than quantising, in units of one reference quantiser.
 
     Where Q is that quantiser at a measured width, C*_Q is its own ratio C_Q = 1 - b/16 and this is the paper's
     C*_P - C_Q.

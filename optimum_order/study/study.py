@@ -30,8 +30,6 @@ from optimum_order.engine.recipe import canonical, method
 from optimum_order.engine.runner import Batches, Prefixes, Runner
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Metric, Samples
-from optimum_order.files import weight_bytes
-from optimum_order.formats import safetensors as checkpoint
 from optimum_order.layers.error import relative_error
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Gram, Statistics
@@ -478,16 +476,18 @@ class Study:
 
     def _bytes(self, states: Mapping[str, LayerState]) -> dict[str, int]:
         """Size of real weight files: in the format that "auto" chooses, and in "sparse" where it fits."""
-        layers = {t.name: (t, states[t.name]) for unit in self.runner.units for t in unit.targets}
+        targets = {target.name: target for unit in self.runner.units for target in unit.targets}
+        contents = formats.Contents(self.runner.model, formats.Layers(targets, states))
         found = {}
         for name in ("auto", "sparse"):
             try:
-                chosen = formats.choose(self.runner.model, layers, name)
+                chosen = formats.choose(contents, name)
             except FormatError:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                checkpoint.write(self.runner.model, layers, chosen, folder, header={})
-                found[chosen.name] = weight_bytes(folder)
+                container = formats.container(chosen.name)
+                container.write(contents, chosen, Path(folder), header={})
+                found[chosen.name] = sum(f.stat().st_size for f in container.files(Path(folder)))
         return found
 
     def _correlation(self, states: Mapping[str, LayerState]) -> list[list[float | None]]:

@@ -479,7 +479,7 @@ def test_config_fields_are_those_that_a_model_is_built_from(model):
         if size == "hidden" and family == "opt":
             changes["word_embed_proj_dim"] = value
         if size == "blocks" and fields.per_block:
-            changes |= {name: LISTED["layer_types"] * 2 for name in fields.per_block}
+            changes |= dict.fromkeys(fields.per_block, LISTED["layer_types"] * 2)
         after = sizes(build(family, **changes))
         assert after[size] == value, field
         moved = {name for name in before if after[name] != before[name]} - {size}
