@@ -20,14 +20,15 @@ from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import hub, manifest
 from optimum_order.backends import canonical, method
 from optimum_order.calibration import precision
-from optimum_order.data.load import batch_size, inputs, samples_for
+from optimum_order.data.draws import Draws
+from optimum_order.data.load import load_evaluation, load_samples
 from optimum_order.engine import run as pipeline
 from optimum_order.engine import workdir
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError, OutputError
-from optimum_order.evaluation import Measurement, Metric, Samples, Windows
+from optimum_order.evaluation import Measurement, Metric, Samples
 from optimum_order.layers.state import LayerState
 from optimum_order.models.lazy import Overlaid
 from optimum_order.models.source import Checkpoint, InMemory, weights_digest
@@ -104,7 +105,9 @@ class JointCompressor:
         self.targets = list(targets) if targets else None
         self.ignore = list(ignore) if ignore else None
         self._measured: dict[tuple[str, str], Measurement] = {}
-        self._drawn: tuple[int, Samples] | None = None
+        self._draws = Draws(
+            lambda count: self._calibration(samples=count), self.calibration_samples
+        )
 
     @classmethod
     def from_pretrained(
@@ -228,7 +231,7 @@ class JointCompressor:
             "dtype": str(model.dtype).removeprefix("torch."),
             "digest": weights_digest(model if weights is None else weights),
         }
-        batches = inputs(samples) if samples else []
+        batches = samples.inputs() if samples else []
         dtype = precision.choose(self.calibration_dtype, model.dtype, self.device)
         with contextlib.ExitStack() as stack:
             work = streamed = None
@@ -259,7 +262,7 @@ class JointCompressor:
                 stack.pop_all()  # the states are read from there until the result is closed
         seconds = time.perf_counter() - begin
         multiplied = {"dtype": str(dtype).removeprefix("torch.")}
-        calibration = None if samples is None else _describe(samples) | multiplied
+        calibration = None if samples is None else samples.describe() | multiplied
         about = (schedule, calibration, base, seconds, found)
         return CompressedModel(
             self, model, units, result, *about, tensors, work if tensors is not None else None
@@ -294,7 +297,7 @@ class JointCompressor:
             "model": {name: base[name] for name in ("architecture", "dtype", "digest")},
             "config": about,
             "calibration": samples
-            and {**_describe(samples), "note": "", "seed": self.seed, "batches": batches},
+            and {**samples.describe(), "note": "", "seed": self.seed, "batches": batches},
             "calibration_dtype": calibration_dtype,
             "targets": self.targets,
             "ignore": self.ignore,
@@ -336,7 +339,7 @@ class JointCompressor:
             model,
             units,
             order,
-            inputs(samples) if samples else [],
+            samples.inputs() if samples else [],
             schedule=schedule,
             format=format,
             device=self.device,
@@ -366,7 +369,7 @@ class JointCompressor:
         key = (chosen.name, samples.digest)
         if key not in self._measured:
             self._measured[key] = chosen.measure(
-                model, samples, batch_size=batch_size(samples), progress=progress
+                model, samples, batch_size=samples.batch_size, progress=progress
             )
         return self._measured[key]
 
@@ -412,7 +415,7 @@ class JointCompressor:
                 evaluation, self._usual if evaluation_samples is None else evaluation_samples
             )
             if self.calibration is not None:
-                self._draw(draws - 1)
+                self._draws.take(draws - 1)
             return planner.plan(
                 runner,
                 stages,
@@ -423,7 +426,7 @@ class JointCompressor:
                 scorer=self._metric(runner.model, "fidelity") if by.name == "accuracy" else None,
                 calibration_samples=self.calibration_samples,
                 draws=draws,
-                batch_size=batch_size(samples),
+                batch_size=samples.batch_size,
                 progress=progress,
             )
 
@@ -492,10 +495,10 @@ class JointCompressor:
             )
             calibration = None
             if self.calibration is not None:
-                self._draw(
+                self._draws.take(
                     max(numbers)
                 )  # all of them in one reading, and an error now if there is too little
-                calibration = _describe(self._draw(0)) | {"seed": self.seed}
+                calibration = self._draws.take(0).describe() | {"seed": self.seed}
                 if note := calibration.pop("note"):
                     logger.warning(note)
             found = Study(
@@ -505,7 +508,7 @@ class JointCompressor:
                 folder,
                 settings={"calibration": calibration},
                 prefix_bytes=int(prefix_limit * 10**9),
-                batch_size=batch_size(samples),
+                batch_size=samples.batch_size,
                 progress=progress,
             )
             found.run(checked, numbers)
@@ -519,41 +522,20 @@ class JointCompressor:
         reference.to(model.device)  # type: ignore[arg-type]
         return chosen(reference)
 
-    def _calibration(self, draw: int = 0, samples: int | None = None) -> Samples:
-        return samples_for(
+    def _calibration(self, samples: int | None = None) -> Samples:
+        return load_samples(
             self.source,
             self.calibration,
-            self.source.processor,
             samples=samples or self.calibration_samples,
             length=self.sequence_length,
             seed=self.seed,
-            purpose="calibration",
-            draw=draw,
         )
-
-    def _draw(self, draw: int, samples: int | None = None) -> Samples:
-        """A calibration draw or its first few samples; the source is read once for all of them.
-
-        Raises:
-            DataError: If it is too short for so many draws.
-        """
-        size, draws = self.calibration_samples, draw + 1
-        if self._drawn is None or self._drawn[0] < draws:
-            found = self._calibration(samples=size * draws)
-            if draws > 1 and len(found) < size * draws:
-                raise DataError(
-                    f"{found.source} has {len(found)} {found.unit}s, enough for {len(found) // size} disjoint draws of "
-                    f"{size}, and {draws} are needed. Give more data, or ask for fewer draws or fewer {found.unit}s."
-                )
-            self._drawn = draws, found
-        first, drawn = draw * size, self._drawn[1]
-        return drawn.take(torch.arange(first, min(first + (samples or size), len(drawn))))
 
     def _runner(self, *, progress: bool = True) -> Runner:
         """Runs orders on a copy of the model, with any draw of the calibration data."""
 
         def batches(draw: int, samples: int | None) -> Batches:
-            return inputs(self._draw(draw, samples))
+            return self._draws.take(draw, samples).inputs()
 
         return Runner(
             self.source,
@@ -566,15 +548,7 @@ class JointCompressor:
         )
 
     def _evaluation(self, source: Any, samples: int | None = None) -> Samples:
-        """All that a source has to evaluate with, or so many samples of it; windows of text from all over it."""
-        images = self.source.main_input_name == "pixel_values"
-        options = {"samples": samples if images else None, "length": self.sequence_length}
-        found = samples_for(
-            self.source, source, self.source.processor, **options, purpose="evaluation"
-        )
-        if samples is None or samples >= len(found):
-            return found
-        return found.take(torch.arange(samples) * len(found) // samples)
+        return load_evaluation(self.source, source, length=self.sequence_length, samples=samples)
 
 
 class CompressedModel:
@@ -676,7 +650,7 @@ class CompressedModel:
 
         def measure(model: PreTrainedModel) -> Measurement:
             by = self._compressor._metric(model, metric)
-            return by.measure(model, samples, batch_size=batch_size(samples), progress=progress)
+            return by.measure(model, samples, batch_size=samples.batch_size, progress=progress)
 
         if chosen.runs_dense:
             self.model.to(self._compressor.device)  # type: ignore[arg-type]
@@ -830,16 +804,6 @@ class CompressedModel:
             "notes": list(state.notes),
             "digest": artifact.values_digest(state.weight),
         }
-
-
-def _describe(samples: Samples) -> dict[str, Any]:
-    """What a manifest says of the samples of a calibration."""
-    if isinstance(samples, Windows):
-        size: dict[str, Any] = {"sequence_length": samples.ids.shape[1], "tokens": samples.tokens}
-    else:
-        size = {"image_shape": list(samples.pixels.shape[1:])}
-    about = {"source": samples.source, "samples": len(samples)}
-    return about | size | {"digest": samples.digest, "note": samples.note}
 
 
 def _device(device: str) -> torch.device:
