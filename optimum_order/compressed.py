@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import hub, manifest
-from optimum_order.data.load import batch_size
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
@@ -167,7 +166,7 @@ class CompressedModel:
 
         def measure(model: PreTrainedModel) -> Measurement:
             chosen = self._session.metric(model, metric)
-            return chosen.measure(model, samples, batch_size=batch_size(samples), progress=progress)
+            return chosen.measure(model, samples, batch_size=samples.batch_size, progress=progress)
 
         if codec.runs_dense:
             home = self.model.device

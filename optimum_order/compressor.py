@@ -12,7 +12,6 @@ from typing import Any
 
 from optimum_order import estimate
 from optimum_order.compressed import CompressedModel, Provenance
-from optimum_order.data.load import batch_size, inputs
 from optimum_order.engine import workdir
 from optimum_order.engine.recipe import Recipe, canonical
 from optimum_order.engine.run import Subject, run
@@ -26,7 +25,7 @@ from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.planner import Plan
-from optimum_order.session import Session, describe
+from optimum_order.session import Session
 from optimum_order.study.study import Study, check_folder, quiet
 
 logger = logging.getLogger(__name__)
@@ -136,7 +135,7 @@ class JointCompressor(Session):
         samples = self.draw() if recipe.needs_data else None
         if samples and samples.note:
             logger.warning(samples.note)
-        batches = inputs(samples) if samples else []
+        batches = samples.inputs() if samples else []
         pause = self.pause_for(pause, recipe, batches, low_memory=low_memory)
         execution = self.execution(model, pause, progress=progress)
         base = self.base_model(model, model.state_dict() if weights is None else weights)
@@ -160,7 +159,7 @@ class JointCompressor(Session):
         calibration = None
         if samples is not None:
             dtype = str(execution.dtype).removeprefix("torch.")
-            calibration = describe(samples) | {"dtype": dtype}
+            calibration = samples.describe() | {"dtype": dtype}
         provenance = Provenance(
             recipe=recipe,
             pause=pause,
@@ -218,7 +217,7 @@ class JointCompressor(Session):
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
         begin = time.perf_counter()
-        batches = inputs(self.draw()) if recipe.needs_data else []
+        batches = self.draw().inputs() if recipe.needs_data else []
         drawing = time.perf_counter() - begin
         return estimate.estimate(
             model,
@@ -255,7 +254,7 @@ class JointCompressor(Session):
         key = (chosen.name, samples.digest)
         if key not in self.measured:
             self.measured[key] = chosen.measure(
-                model, samples, batch_size=batch_size(samples), progress=progress
+                model, samples, batch_size=samples.batch_size, progress=progress
             )
         return self.measured[key]
 
@@ -314,7 +313,7 @@ class JointCompressor(Session):
                 scorer=finer,
                 calibration_samples=self.calibration_samples,
                 draws=draws,
-                batch_size=batch_size(samples),
+                batch_size=samples.batch_size,
                 progress=progress,
             )
 
@@ -382,7 +381,7 @@ class JointCompressor(Session):
                 self.draw(
                     max(numbers)
                 )  # all in one reading, and an error now if there is too little
-                calibration = describe(self.draw(0)) | {"seed": self.seed}
+                calibration = self.draw(0).describe() | {"seed": self.seed}
                 if note := calibration.pop("note"):
                     logger.warning(note)
             study = Study(
@@ -392,7 +391,7 @@ class JointCompressor(Session):
                 folder,
                 settings={"calibration": calibration},
                 prefix_bytes=int(prefix_limit * 10**9),
-                batch_size=batch_size(samples),
+                batch_size=samples.batch_size,
                 progress=progress,
             )
             study.run(checked, numbers)

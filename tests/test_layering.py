@@ -13,6 +13,7 @@ ROOT = Path(optimum_order.__file__).parent
 # Top floor first.
 FLOORS = [
     "cli",
+    "testing",
     "compressor",
     "compressed",
     "session",

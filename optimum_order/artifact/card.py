@@ -287,7 +287,7 @@ def _stages(manifest: Manifest) -> list[dict[str, Any]]:
     """Return what each stage did, as rows of a table."""
     rows = []
     for errors, stage in zip(_errors(manifest), manifest["stages"], strict=True):
-                row = {
+        row = {
             "code": _code(errors.text),
             "summary": _cell(stage.get("summary", "")),
             "worst": _code(errors.worst),
