@@ -1,9 +1,13 @@
-"""Files: JSON of unknown origin, sha256, human sizes."""
+"""Files: atomic writes, locks, digests, JSON of unknown origin, weight files, human sizes."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +15,79 @@ from optimum_order.errors import ArtifactError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PARTIAL = ".*.partial"
+"""Glob pattern of files that a killed process left unfinished."""
 _MAX_BYTES = 256 * 2**20
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from an untrusted file.
+@contextlib.contextmanager
+def atomic(file: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a path to write; on success it takes the place of `file`, else it is removed.
+
+    Args:
+        file: Its folder exists.
+        durable: Whether the content must survive a stop of the machine from then on.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if durable:
+            _sync(partial)
+        os.replace(partial, file)
+        if durable:
+            _sync(file.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: Path) -> sqlite3.Connection:
+    """Take a lock that every system has and that a killed process gives back.
+
+    Args:
+        file: An SQLite database, made if missing; nobody else uses it.
+
+    Returns:
+        The lock; `close` gives it back.
 
     Raises:
-        ArtifactError: If it is not one, or larger than any that a model has.
+        sqlite3.OperationalError: If another process, or this one, holds the lock.
+    """
+    connection = sqlite3.connect(file, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def digest(parts: Iterable[str | bytes | memoryview]) -> str:
+    """Return the sha256 of all parts, one after the other."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else part)
+    return total.hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return digest(iter(lambda: stream.read(2**20), b""))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object from an untrusted file.
+
+    Raises:
+        ArtifactError: If the file does not hold one, or is larger than any that a model has.
     """
     try:
         if file.stat().st_size > _MAX_BYTES:
@@ -31,8 +100,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def size(count: float) -> str:
-    """A number of bytes in the largest decimal unit that keeps it above one: `11.7 MB`."""
+    """Return a number of bytes in the largest decimal unit that keeps it above one: `11.7 MB`."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -40,30 +113,21 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def sha256(file: Path) -> str:
-    """sha256 of a file's bytes."""
-    found = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**20):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def weight_bytes(folder: str | Path) -> int:
-    """How many bytes the weights of a saved model take on disk.
+    """Return the bytes that the weights of a saved model take on disk.
 
     Raises:
-        ArtifactError: If it has none, or one of them is missing.
+        ArtifactError: If the folder has no weights, or one of their files is missing.
     """
-    return sum((Path(folder) / shard).stat().st_size for shard in weight_files(Path(folder)))
+    return sum((Path(folder) / name).stat().st_size for name in weight_files(Path(folder)))
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of the weight files, in order, all of them in the folder itself."""
+    """Return the names of the weight files of a saved model, in order.
+
+    Raises:
+        ArtifactError: If one is missing, or the index names a file outside the folder.
+    """
     if not (folder / INDEX).exists():
         names = [SINGLE]
     else:
@@ -76,7 +140,8 @@ def weight_files(folder: Path) -> list[str]:
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ArtifactError(
-                f"{folder / INDEX} names the file '{name}', which is not a .safetensors beside it."
+                f"{folder / INDEX} names the file '{name}', "
+                "which is not a .safetensors file beside it."
             )
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder / name} is missing.")
