@@ -35,7 +35,8 @@ from optimum_order.models.units import Target, find_units
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.planner import Plan
-from optimum_order.study.study import Study, check_folder, quiet
+from optimum_order.study.run import Study, quiet
+from optimum_order.study.trials import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -449,7 +450,7 @@ class JointCompressor:
         Trials are stored as they finish: what was stopped goes on from there when it is started again.
 
         Args:
-            orders: Such as `optimum_order.study.study.grid` gives, or any others.
+            orders: Such as `optimum_order.study.grid.grid` gives, or any others.
             folder: Gets trials.sqlite, trials.csv, summary.json, plots and report.html; made if missing.
             draws: How many disjoint calibration draws, each of `calibration_samples`; or their numbers, so that
                 several processes may share the work of one folder.
@@ -504,11 +505,9 @@ class JointCompressor:
                 samples,
                 folder,
                 settings={"calibration": calibration},
-                prefix_bytes=int(prefix_limit * 10**9),
-                batch_size=batch_size(samples),
-                progress=progress,
             )
-            found.run(checked, numbers)
+            prefix_bytes = int(prefix_limit * 10**9)
+            found.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(found.trials, folder)
 
     def _metric(self, model: PreTrainedModel, name: str) -> Metric:
