@@ -30,7 +30,9 @@ from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
 from optimum_order.search.planner import CONFIDENCE, plan
-from optimum_order.study.study import Study, Trials, grid, quiet
+from optimum_order.study.grid import grid
+from optimum_order.study.run import Study, quiet
+from optimum_order.study.trials import Trials
 
 DRAWS = 3
 PRUNERS, QUANTIZERS = (

@@ -26,7 +26,8 @@ from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.planner import Plan
 from optimum_order.session import Session
-from optimum_order.study.study import Study, check_folder, quiet
+from optimum_order.study.run import Study, quiet
+from optimum_order.study.trials import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +335,7 @@ class JointCompressor(Session):
         Trials are stored as they finish: a stopped study goes on when it is started again.
 
         Args:
-            orders: Such as `optimum_order.study.study.grid` gives, or any others.
+            orders: Such as `optimum_order.study.grid.grid` gives, or any others.
             folder: Gets trials.sqlite, trials.csv, summary.json, plots and report.html; made if
                 missing.
             draws: Disjoint calibration draws, each of `calibration_samples`; or their numbers, so
@@ -390,9 +391,7 @@ class JointCompressor(Session):
                 samples,
                 folder,
                 settings={"calibration": calibration},
-                prefix_bytes=int(prefix_limit * 10**9),
-                batch_size=samples.batch_size,
-                progress=progress,
             )
-            study.run(checked, numbers)
+            prefix_bytes = int(prefix_limit * 10**9)
+            study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(study.trials, folder)

@@ -121,7 +121,7 @@ class StudyCommand(Command):
 
     def work(self) -> dict[str, Any]:
         from optimum_order.study import report
-        from optimum_order.study.study import Trials, check_folder
+        from optimum_order.study.trials import Trials, check_folder
 
         arguments.hush_libraries()
         args, folder = self.args, Path(self.args.output)
@@ -153,7 +153,7 @@ class StudyCommand(Command):
 
     def _orders(self) -> list[Order]:
         from optimum_order.engine.recipe import canonical
-        from optimum_order.study.study import grid, off_grid
+        from optimum_order.study.grid import grid, off_grid
 
         args, orders = self.args, []
         given = {name: getattr(args, name) for name in GRID if getattr(args, name) is not None}

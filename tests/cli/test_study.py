@@ -7,7 +7,7 @@ import pytest
 from optimum_order import JointCompressor
 from optimum_order.cli.study import GRID, StudyCommand, read_orders
 from optimum_order.errors import OrderError
-from optimum_order.study.study import TRIALS, Trials
+from optimum_order.study.trials import TRIALS, Trials
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ BAD = {
 def test_bad_input_is_one_line_and_stores_nothing(
     program, arguments, tmp_path, monkeypatch, extra, says
 ):
-    monkeypatch.setattr("optimum_order.study.study.Study.run", lambda *a: pytest.fail("it was run"))
+    monkeypatch.setattr("optimum_order.study.run.Study.run", lambda *a: pytest.fail("it was run"))
     done = program(*arguments, *extra)
     assert done.code == 2 and done.out == ""
     assert (

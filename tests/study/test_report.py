@@ -17,7 +17,7 @@ import pytest
 from optimum_order.errors import OutputError
 from optimum_order.study import report
 from optimum_order.study.analysis import summarize
-from optimum_order.study.study import Trials
+from optimum_order.study.trials import Trials
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = '<script>alert("x")</script> & <img src="http://example.com/x.png">'
