@@ -433,19 +433,21 @@ class CodecContract(ABC):
             reason = codec.why_not(target, outline(state))
             assert reason and reason == codec.why_not(target, state)
 
-    def test_damaged_tensors_are_refused(self) -> None:
-        """A missing, additional, cut or retyped tensor is an ArtifactError."""
+    def test_damaged_tensors_are_refused_or_another_layer(self) -> None:
+        """No tensors at all are an ArtifactError; damaged ones may also be a layer that is sound.
+
+        Nothing else may be raised: tensors come from files that nobody has checked.
+        """
         codec = self.codec()
         for state in self.states():
             scheme = codec.scheme(state)
-            tensors = codec.encode(state)
-            for damaged in _damaged(tensors):
+            for damaged in _damaged(codec.encode(state)):
                 try:
-                    codec.decode(damaged, scheme)
+                    decoded = codec.decode(damaged, scheme)
                 except ArtifactError:
                     continue
-                shapes = {name: (t.dtype, tuple(t.shape)) for name, t in damaged.items()}
-                raise AssertionError(f"decoded in spite of {shapes}")
+                assert damaged, "decoded without any tensor"
+                decoded.check("decoded from damaged tensors")
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -462,7 +464,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _damaged(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of a layer with one of them missing, cut, longer or of another dtype."""
+    """Yield the tensors of a layer with all or one missing, one cut, longer or of another kind."""
+    yield {}
     for name, tensor in tensors.items():
         yield {key: value for key, value in tensors.items() if key != name}
         if tensor.ndim:

@@ -98,19 +98,17 @@ class BitsAndBytes(Codec):
         return None
 
     def size(self, state: LayerState) -> Size:
-        grid = state.grid
-        if not isinstance(grid, BlockGrid) or grid.nested is None:
-            return super().size(state)
-        # The library writes the offset of nested scales out as text.
-        offset = grid.nested.offset
-        exact = not offset.is_meta
-        outlined = grid_of(outline(state), BlockGrid)
-        if outlined.nested is not None:
-            written = offset.cpu() if exact else torch.tensor(_LONG_OFFSET)
-            nested = dataclasses.replace(outlined.nested, offset=written)
-            outlined = dataclasses.replace(outlined, nested=nested)
+        if not isinstance(state.grid, BlockGrid):
+            return Size(state.weight.numel() + grid_of(state, RowGrid).absmax.nbytes + 1)
+        grid = grid_of(outline(state), BlockGrid)
+        exact = True
+        if state.grid.nested is not None and grid.nested is not None:
+            offset = state.grid.nested.offset  # which the library writes out as text
+            exact = not offset.is_meta
+            offset = offset.cpu() if exact else torch.tensor(_LONG_OFFSET)
+            grid = dataclasses.replace(grid, nested=dataclasses.replace(grid.nested, offset=offset))
         codes = torch.empty(state.weight.shape, dtype=torch.uint8, device="meta")
-        encoded = self._encode_blocks(outlined, codes)
+        encoded = self._encode_blocks(grid, codes)
         return Size(sum(tensor.nbytes for tensor in encoded.values()), exact)
 
     def scheme(self, state: LayerState) -> dict[str, Any]:

@@ -30,7 +30,9 @@ class Dense(Codec):
         return {"weight": state.weight}
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
-        weight = tensors["weight"]
+        weight = tensors.get("weight")
+        if weight is None:
+            raise ArtifactError(f"a dense layer has the tensor 'weight', got {', '.join(tensors)}")
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ArtifactError(
                 "a dense layer must be a floating-point matrix, got "

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats.base import Codec, Config, Layers, grid_of
+from optimum_order.formats.base import Codec, Config, Layers, Size, grid_of
 from optimum_order.formats.layout import Layout
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
@@ -144,6 +144,11 @@ class GPTQ(Codec):
         if len({grid_of(state, UniformGrid).symmetric for state in layers.states.values()}) > 1:
             return "All layers must be symmetric or none."
         return None
+
+    def size(self, state: LayerState) -> Size:
+        grid = grid_of(state, UniformGrid)
+        codes = state.weight.numel() + grid.scale.numel()  # a zero point beside each scale
+        return Size(codes * grid.bits // 8 + grid.scale.nbytes + 4 * grid.inputs)
 
     def scheme(self, state: LayerState) -> dict[str, Any]:
         grid = grid_of(state, UniformGrid)
