@@ -17,22 +17,25 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optimum_order.backends.base import Backend
 from optimum_order.data.samples import Samples
-from optimum_order.errors import ArtifactError, ModelError
+from optimum_order.errors import ArtifactError, InvariantError, ModelError
 from optimum_order.evaluation.base import Measurement, Metric
 from optimum_order.formats import Codec, outline
 from optimum_order.layers.grids.base import ALL, Grid, Selection
+from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState, integers
-from optimum_order.layers.statistics import Accumulator
+from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.layers.tree import map_tensors, tensors_in
 from optimum_order.models.units import Target, find_targets
+from optimum_order.order import Stage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that a weight may have."""
@@ -367,6 +370,173 @@ class AccumulatorContract:
         seen = self.gathered(gaussian(300, self.inputs)).result()
         white = self.accumulator.isotropic(seen)
         self.check_close(white, self.gathered(torch.eye(self.inputs)).result())
+
+
+class BackendContract:
+    """The promises of a `Backend`.
+
+    A subclass gives `backend`, and in `stages` one text for each setting worth a test.
+    """
+
+    backend: ClassVar[type[Backend]]
+    stages: ClassVar[Sequence[str]]
+    shape: ClassVar[tuple[int, int]] = (64, 128)
+    """Of the layers that are compressed, (out, in)."""
+
+    def backends(self) -> list[Backend]:
+        """Return the backend in every setting."""
+        return [self.backend(Stage.parse(text)) for text in self.stages]
+
+    def statistics(self) -> Statistics:
+        """Return the statistics of correlated inputs, one of them silent, another loud."""
+        inputs = self.shape[1]
+        X = gaussian(2 * inputs, inputs // 4) @ gaussian(inputs // 4, inputs, 1)
+        X += 0.3 * gaussian(2 * inputs, inputs, 2)
+        X[:, 3] = 0.0
+        X[:, 5] *= 100.0
+        return Statistics.of(X, self.backend.needs)
+
+    def states(self) -> Iterator[tuple[LayerState, str]]:
+        """Yield layers as earlier stages may leave them, and words for a message.
+
+        One row is zeros, another is wholly pruned, and so are groups of a third.
+        """
+        for dtype in DTYPES:
+            weight = gaussian(*self.shape).to(dtype)
+            weight[1] = 0.0
+            pruned = gaussian(*self.shape, 1) < -0.5
+            pruned[2] = True
+            pruned[3, : self.shape[1] // 2] = True
+            masked = weight.masked_fill(pruned, 0.0)
+            grid = UniformGrid.fit(weight, bits=4, group_size=self.shape[1] // 4)
+            rounded = grid.nearest(weight)
+            yield LayerState(weight), f"{dtype}"
+            yield LayerState(masked, pruned), f"{dtype}, pruned"
+            yield LayerState(rounded, grid=grid), f"{dtype}, quantized"
+            both = LayerState(rounded.masked_fill(pruned, 0.0), pruned, grid, ("a note",))
+            yield both, f"{dtype}, quantized and pruned"
+
+    def results(self) -> Iterator[tuple[Backend, LayerState, LayerState, str]]:
+        """Yield a backend, a layer before, the layer after, and words for a message."""
+        for backend in self.backends():
+            statistics = self.statistics()
+            for before, case in self.states():
+                after = backend.apply(before, statistics, where=case)
+                yield backend, before, after, f"{backend.stage}, {case}"
+
+    def test_the_class_describes_itself(self) -> None:
+        assert self.backend.summary and "\n" not in self.backend.summary
+        for field in dataclasses.fields(self.backend.Options):
+            assert field.metadata["help"], field.name
+        assert self.backend.name == Stage(self.backend.name).method
+
+    def test_a_stage_has_one_canonical_text(self) -> None:
+        for backend in self.backends():
+            again = self.backend(Stage.parse(str(backend.stage)))
+            assert again.options == backend.options, str(backend.stage)
+            assert again.stage == backend.stage
+            json.dumps(backend.resolved)
+
+    def test_the_shape_can_be_treated(self) -> None:
+        for backend in self.backends():
+            assert backend.check_shape(self.shape) is None, f"{backend.stage}: set `shape`"
+
+    def test_every_promise_of_a_layer_is_kept(self) -> None:
+        for backend, before, after, case in self.results():
+            after.check(case)
+            assert after.weight.shape == before.weight.shape, case
+            assert after.weight.dtype == before.weight.dtype, case
+            assert not (before.mask & ~after.mask).any(), f"{case}: a removed weight is back"
+            assert after.notes[: len(before.notes)] == before.notes, f"{case}: a note is lost"
+            off_grid = getattr(backend.options, "off_grid", False)
+            if before.grid is not None and not off_grid:
+                assert after.grid is not None, f"{case}: left the grid"
+
+    def test_a_pruner_removes_and_a_quantizer_rounds(self) -> None:
+        sparser = 0
+        for _, before, after, case in self.results():
+            if self.backend.kind == "quantize":
+                assert after.grid is not None, case
+                assert torch.equal(after.mask, before.mask), f"{case}: the mask has changed"
+            else:
+                assert after.pruned is not None, case
+                sparser += after.sparsity > before.sparsity
+        assert sparser or self.backend.kind == "quantize", "nothing was pruned"
+
+    def test_nothing_is_changed_in_place(self) -> None:
+        for backend in self.backends():
+            statistics = self.statistics()
+            gathered = map_tensors(torch.clone, dict(statistics.results))
+            for before, case in self.states():
+                copy = map_tensors(torch.clone, before)
+                backend.apply(before, statistics)
+                assert same(before, copy), f"{backend.stage}, {case}: the layer was changed"
+                assert same(dict(statistics.results), gathered), f"{backend.stage}, {case}"
+
+    def test_the_same_layer_gives_the_same_result(self) -> None:
+        states = list(itertools.islice(self.states(), 4))
+        for backend in self.backends():
+            for state, case in states:
+                first = backend.apply(state, self.statistics())
+                second = backend.apply(state, self.statistics())
+                assert same(first, second), f"{backend.stage}, {case}"
+
+    def test_a_layer_of_zeros_stays_zeros(self) -> None:
+        zeros = torch.zeros(self.shape)
+        for backend in self.backends():
+            for state in (LayerState(zeros), LayerState(zeros, torch.ones_like(zeros).bool())):
+                after = backend.apply(state, self.statistics())
+                assert not integers(after.weight).any(), f"{backend.stage}"
+                assert state.pruned is None or after.mask.all()
+
+    def test_any_inputs_are_lived_with(self) -> None:
+        """Of one token, of silence, and so loud that products nearly overflow."""
+        weight = gaussian(*self.shape)
+        inputs = self.shape[1]
+        for X in (gaussian(1, inputs), torch.zeros(9, inputs), gaussian(9, inputs) * 1e10):
+            for backend in self.backends():
+                backend.apply(LayerState(weight), Statistics.of(X, backend.needs))
+
+    def test_a_layer_that_no_token_reached_is_treated_by_a_rule_that_needs_none(self) -> None:
+        state = LayerState(gaussian(*self.shape))
+        for backend in self.backends():
+            idle = Statistics.of(torch.zeros(0, self.shape[1]), backend.needs)
+            after = backend.apply(state, idle)
+            if not backend.needs:
+                assert same(after, backend.apply(state)), f"{backend.stage}"
+                continue
+            white = Statistics.of(torch.eye(self.shape[1]), backend.needs)
+            expected = backend.apply(state, white)
+            assert same(after.weight, expected.weight), f"{backend.stage}"
+            note = (
+                f"{backend.stage}: no calibration token reached this layer; "
+                "its inputs were taken as white noise"
+            )
+            assert after.notes == (note, *expected.notes)
+
+    def test_a_backend_is_not_run_without_its_statistics(self) -> None:
+        state = LayerState(gaussian(*self.shape))
+        for backend in self.backends():
+            for statistics in (None, Statistics(5, {})):
+                try:
+                    backend.apply(state, statistics, where="layer 7")
+                except InvariantError as error:
+                    assert backend.needs and "layer 7, stage" in str(error), str(error)
+                else:
+                    assert not backend.needs, f"{backend.stage} ran without what it needs"
+
+    def test_layers_are_chosen_by_name(self) -> None:
+        for text in self.stages:
+            stage = Stage.parse(text)
+            named = dict(stage.options)
+            if stage.value is not None:
+                named[dataclasses.fields(self.backend.Options)[0].name] = stage.value
+            for targets in ("a.b", ("a.b", "re:c.+")):
+                backend = self.backend(Stage(stage.method, **named, targets=targets))
+                assert backend.covers("a.b") and not backend.covers("d")
+                assert backend.covers("cc") is isinstance(targets, tuple)
+                again = self.backend(Stage.parse(str(backend.stage)))
+                assert again.targets == backend.targets and again.stage == backend.stage
 
 
 class CodecContract(ABC):

@@ -1,7 +1,7 @@
-"""What a method is: a name, options, and one of five kinds that say what it maps to what.
+"""The kinds of methods, each a small base class with a name, options and one equation to write.
 
-Each kind is a small base class. A step of a run calls `Method.run`, and the kind calls back the
-one verb of the engine that carries it out, so that nobody asks a method what it is.
+A step of a run calls `Method.run`, and the kind calls back the one verb of the engine that carries
+it out, so that nobody asks a method for its class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.order import Stage
 
 KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
-"""What `Method.kind` may be."""
+"""Values of `Method.kind`."""
 
 
 def option(
@@ -39,27 +39,28 @@ def option(
     """Declare a field of a method's `Options`.
 
     Args:
-        default: Its value when a stage does not give it; `dataclasses.MISSING` makes it required.
-        help: What the option does, in a few words.
-        check: Whether a value of the right type is allowed.
-        allowed: What is allowed, for the error message: "in [0, 1)".
+        default: Value for a stage that leaves it out; `dataclasses.MISSING` makes it required.
+        help: Its effect, in a few words.
+        check: Returns whether a value of the right type is allowed.
+        allowed: The allowed values, for the error message: "in [0, 1)".
     """
     metadata = {"help": help, "check": check, "allowed": allowed}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def _matches(value: Any, annotation: Any) -> bool:
+    """Return whether an option's value is of its type."""
     if isinstance(annotation, types.UnionType):
         return any(_matches(value, member) for member in typing.get_args(annotation))
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
+    return isinstance(value, typing.get_origin(annotation) or annotation)
 
 
 def describe(annotation: Any) -> str:
-    """Return what a value of an option's type is called: "a number or a word"."""
+    """Return the name of an option's type in a message: "a number or a word"."""
     if isinstance(annotation, types.UnionType):
         return " or ".join(describe(member) for member in typing.get_args(annotation))
     names = {
@@ -69,7 +70,7 @@ def describe(annotation: Any) -> str:
         str: "a word",
         tuple: "a list",
     }
-    return names.get(annotation, str(annotation))
+    return names.get(typing.get_origin(annotation) or annotation, str(annotation))
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
@@ -104,54 +105,50 @@ _TARGETS = option(
 
 
 class Method(ABC):
-    """Something a stage can name.
+    """A method that a stage can name.
 
     A subclass is one file. It declares a frozen dataclass `Options`, each field made with
     `option`, whose first field is the main knob. Reading a stage into options, with every error
     a user can make, happens here. The option `targets` is added to every method.
+
+    Args:
+        stage: The stage as the user wrote it.
+
+    Raises:
+        OrderError: If an option is unknown, missing or not allowed.
     """
 
     name: ClassVar[str]
-    """What a stage calls the method."""
+    """Its name in a stage."""
     summary: ClassVar[str]
-    """What the method does, in one line for `optimum-order methods`."""
+    """Its effect, in one line for `optimum-order methods`."""
     kind: ClassVar[str]
-    """One of `KINDS`."""
-    Options: ClassVar[type]
+    """One of `kinds`."""
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    """Values of `kind` that a class of this base may have."""
+    Options: ClassVar[type[Any]]
     """Frozen dataclass of options; the first is the main knob."""
     needs: ClassVar[frozenset[type[Accumulator]]] = frozenset()
     """The statistics of the layers' inputs that the method reads: accumulator classes."""
     joins: ClassVar[bool] = False
-    """Whether several of these, one after the other, may share one walk (schedule "block")."""
+    """Whether neighbors of this class in an order may share one walk (schedule "block")."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         where = f"The method class {cls.__module__}.{cls.__qualname__}"
+        named = "name" in vars(cls)
         kind = getattr(cls, "kind", None)
-        if (kind is not None or "name" in vars(cls)) and kind not in KINDS:
-            raise TypeError(f"{where}: {unknown('kind', str(kind), KINDS)}")
-        for need in cls.needs:
-            if not (inspect.isclass(need) and issubclass(need, Accumulator)):
-                raise TypeError(
-                    f"{where}: 'needs' must be a frozenset of accumulator classes such as "
-                    f"optimum_order.layers.statistics.Gram, got {need!r}."
-                )
-        options = cls.__dict__.get("Options")
-        if options is None:
-            return
-        if not dataclasses.is_dataclass(options):
-            raise TypeError(f"{where}: 'Options' must be a frozen dataclass, got {options!r}.")
-        for field in dataclasses.fields(options):
-            if not {"help", "check", "allowed"} <= set(field.metadata):
-                raise TypeError(f"{where}: the option '{field.name}' must be made with option().")
-        if "targets" not in {field.name for field in dataclasses.fields(options)}:
-            cls.Options = dataclasses.make_dataclass(
-                options.__name__,
-                [("targets", tuple | str | None, _TARGETS)],
-                bases=(options,),
-                frozen=True,
-                namespace={"__module__": options.__module__, "__doc__": options.__doc__},
+        if (named or kind is not None) and kind not in cls.kinds:
+            raise TypeError(f"{where}: {unknown('kind', str(kind), cls.kinds)}")
+        if not isinstance(cls.needs, frozenset) or not all(map(_is_accumulator, cls.needs)):
+            raise TypeError(
+                f"{where}: 'needs' must be a frozenset of accumulator classes such as "
+                f"optimum_order.layers.statistics.Gram, got {cls.needs!r}."
             )
+        if "Options" in vars(cls):
+            cls.Options = _with_targets(cls.Options, where)
+        elif named and not hasattr(cls, "Options"):
+            raise TypeError(f"{where} must declare 'Options', a frozen dataclass.")
 
     def __init__(self, stage: Stage):
         self.options = self.validate(stage, self._read(stage))
@@ -174,6 +171,9 @@ class Method(ABC):
                 )
             if float in (hints[key], *typing.get_args(hints[key])) and isinstance(value, int):
                 values[key] = float(value)
+        patterns = values.get("targets")
+        if isinstance(patterns, tuple) and len(patterns) == 1:
+            values["targets"] = patterns[0]
         for key, field in fields.items():
             if field.default is dataclasses.MISSING and key not in values:
                 meta = field.metadata
@@ -187,7 +187,7 @@ class Method(ABC):
         """Return the options in their one normal form.
 
         Args:
-            stage: What the user wrote, for messages.
+            stage: The stage as the user wrote it, for messages.
             options: An instance of `Options`, each value allowed by itself.
 
         Raises:
@@ -258,6 +258,38 @@ class Method(ABC):
         """
 
 
+def _is_accumulator(need: object) -> bool:
+    return inspect.isclass(need) and issubclass(need, Accumulator)
+
+
+def _with_targets(options: type[Any], where: str) -> type[Any]:
+    """Check a class of options, and return it with the option that every method has.
+
+    Args:
+        options: As an author declared it.
+        where: Names the method's class in the message.
+
+    Raises:
+        TypeError: If it is no frozen dataclass whose fields were made with `option`.
+    """
+    parameters = getattr(options, "__dataclass_params__", None)
+    if not inspect.isclass(options) or parameters is None or not parameters.frozen:
+        raise TypeError(f"{where}: 'Options' must be a frozen dataclass, got {options!r}.")
+    fields = dataclasses.fields(options)  # type: ignore[arg-type]  # checked above
+    for field in fields:
+        if not {"help", "check", "allowed"} <= set(field.metadata):
+            raise TypeError(f"{where}: the option '{field.name}' must be made with option().")
+    if any(field.name == "targets" for field in fields):
+        return options
+    return dataclasses.make_dataclass(
+        options.__name__,
+        [("targets", tuple[str, ...] | str | None, _TARGETS)],
+        bases=(options,),
+        frozen=True,
+        namespace={"__module__": options.__module__, "__doc__": options.__doc__},
+    )
+
+
 class Backend(Method):
     """A method for one layer: the tensors of one layer in, the tensors of one layer out.
 
@@ -266,15 +298,16 @@ class Backend(Method):
     module, a model, a path or a global. `kind` is "prune" or "quantize".
     """
 
+    kinds = ("prune", "quantize")
     joins = True
 
     @abstractmethod
-    def compress(self, state: LayerState, statistics: Statistics | None) -> LayerState:
+    def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
         """Return the layer after the method.
 
         Args:
             state: The layer before; its tensors must not be changed in place.
-            statistics: What the backend `needs`; None only if it needs nothing.
+            statistics: The statistics that the backend `needs`; empty if it needs none.
         """
 
     @torch.no_grad()
@@ -293,15 +326,17 @@ class Backend(Method):
             where: Names the layer in messages.
 
         Raises:
-            InvariantError: If the backend was not given what it needs, or broke a promise.
+            InvariantError: If a statistic that the backend needs is absent, or a promise is broken.
         """
         where = f"{where}, stage '{self.stage}'"
+        if statistics is None:
+            statistics = Statistics(0, {})
         for need in self.needs:
-            if statistics is None or need not in statistics:
+            if need not in statistics:
                 raise InvariantError(
                     f"{where}: the backend needs {need.__name__} and was not given it."
                 )
-        if self.needs and statistics is not None and statistics.tokens == 0:
+        if self.needs and statistics.tokens == 0:
             statistics = statistics.isotropic()
             note = (
                 f"{self.stage}: no calibration token reached this layer; "
@@ -319,7 +354,8 @@ class Backend(Method):
         off_grid = getattr(self.options, "off_grid", False)
         if state.grid is not None and result.grid is None and not off_grid:
             raise InvariantError(
-                f"{where}: the backend dropped the quantization grid, and no 'off_grid' asked it to."
+                f"{where}: the backend dropped the quantization grid, and no 'off_grid' asked for "
+                "that."
             )
         result.check(where)
         return result
@@ -336,6 +372,7 @@ class Allocator(Method):
     """
 
     kind = "allocate"
+    kinds = ("allocate",)
     needs_data = True
     backends: Mapping[Stage, Backend]
     """The candidates, resolved: set by `bind`."""
@@ -387,7 +424,7 @@ class Allocator(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one candidate would do to one group of layers.
+    """The effect of one candidate on one group of layers.
 
     Args:
         layers: Their names.
@@ -406,7 +443,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What remains of one layer.
+    """The rows or columns of one layer that remain.
 
     Args:
         layer: Its name.
@@ -427,6 +464,7 @@ class Reshaper(Method):
     """
 
     kind = "reshape"
+    kinds = ("reshape",)
 
     @abstractmethod
     def cuts(
@@ -435,7 +473,7 @@ class Reshaper(Method):
         states: Mapping[str, LayerState],
         statistics: Mapping[str, Statistics],
     ) -> list[Cut]:
-        """Choose what remains of the layers of one block.
+        """Choose the rows and columns of the layers of one block that remain.
 
         Args:
             block: Its name.
@@ -455,9 +493,10 @@ class Reshaper(Method):
 
 
 class Transform(Method):
-    """A method that rewrites weights and leaves the function of the model as it is, such as a rotation."""
+    """A method that rewrites weights and preserves the model's function, such as a rotation."""
 
     kind = "transform"
+    kinds = ("transform",)
     tolerance: ClassVar[float] = 1e-3
     """Largest change of a logit on a batch, relative to the largest logit, in float32."""
 
@@ -470,9 +509,10 @@ class Transform(Method):
 
 
 class Recovery(Method):
-    """A method that regains accuracy and leaves every mask and grid as it is, such as distillation."""
+    """A method that regains accuracy and preserves masks and codes, such as distillation."""
 
     kind = "recover"
+    kinds = ("recover",)
 
     @abstractmethod
     def recover(
@@ -496,7 +536,7 @@ class Recovery(Method):
 
 
 class Engine(Protocol):
-    """What carries methods out, one verb for each kind."""
+    """The run that carries methods out, one verb for each kind."""
 
     def apply(self, backends: Sequence[Backend]) -> None:
         """Apply backends to every layer that they cover, on one walk."""

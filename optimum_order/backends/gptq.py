@@ -1,19 +1,26 @@
-"""GPTQ: round one column at a time and let the others make up for it (Frantar et al. 2022, arXiv 2210.17323).
+"""GPTQ: round one column at a time and let the columns to come correct for the error.
 
-The grid is fitted once, before the sweep, so a group's scale does not depend on when its columns are visited:
-"static groups", which makes act-order free at inference (no g_idx).
+The grid is fitted once, before the sweep, so a group's scale does not depend on when its columns
+are visited: "static groups", with which act-order is free at inference (no g_idx).
+
+Source: Frantar et al. 2022, arXiv 2210.17323, algorithm 1.
 """
 
 import dataclasses
 
+from torch import Tensor
+
 from optimum_order.backends.base import option
 from optimum_order.backends.obs import Factor, keep_better_rows, remarks, sweep
 from optimum_order.backends.uniform import UniformOptions, UniformQuantizer
-from optimum_order.layers.statistics import Gram
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTQOptions(UniformOptions):
+    """How the sweep runs."""
+
     act_order: bool = option(True, "visit the columns with the largest inputs first")
     damping: float = option(
         0.01,
@@ -30,20 +37,21 @@ class GPTQ(UniformQuantizer):
     summary = "round column by column and correct the columns to come"
     needs = frozenset({Gram})
     Options = GPTQOptions
+    options: GPTQOptions
 
-    def compress(self, state, statistics):
-        weight, pruned = state.weight, state.mask
-        factor = Factor.of(statistics, self.options.damping, act_order=self.options.act_order)
+    def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
+        options = self.options
+        weight = state.weight  # (out, in)
+        pruned = state.mask  # (out, in)
         grid = self.fit(state)
+        factor = Factor.of(statistics, options.damping, act_order=options.act_order)
 
-        def choose(w, d, start):
+        def choose(w: Tensor, d: Tensor, start: int) -> Tensor:
+            """Remove what is removed already: w is (out, k)."""
             return pruned[:, factor.columns[start : start + w.shape[1]]]
 
         swept, _ = sweep(weight, factor.U, grid=grid, choose=choose, order=factor.columns)
-        new, lost = keep_better_rows(
-            swept.to(weight.dtype), grid.nearest(weight), weight, statistics[Gram]
-        )
-        notes = state.notes + remarks(
-            self.stage, self.options.damping, factor.damping, lost, len(weight)
-        )
-        return dataclasses.replace(state, weight=new, grid=grid, notes=notes)
+        rounded = grid.nearest(weight)
+        new, lost = keep_better_rows(swept.to(weight.dtype), rounded, weight, statistics[Gram])
+        notes = remarks(self.stage, options.damping, factor.damping, lost, len(weight))
+        return dataclasses.replace(state, weight=new, grid=grid, notes=state.notes + notes)

@@ -1,13 +1,20 @@
-"""Magnitude pruning: remove the smallest `|W|` (Han et al. 2015, arXiv 1506.02626). Needs no data."""
+"""Magnitude pruning: remove the smallest `|W|`. Needs no data.
+
+Source: Han et al. 2015, arXiv 1506.02626, section 3.
+"""
 
 import dataclasses
 
 from optimum_order.backends.base import option
 from optimum_order.backends.selection import Pruner, PruningOptions, lowest, remove
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class MagnitudeOptions(PruningOptions):
+    """Where weights compete."""
+
     per: str = option(
         "layer",
         "where weights compete",
@@ -22,7 +29,9 @@ class Magnitude(Pruner):
     name = "magnitude"
     summary = "prune the smallest |W|"
     Options = MagnitudeOptions
+    options: MagnitudeOptions
 
-    def compress(self, state, statistics):
-        pruned = lowest(state.weight.abs(), self.options, state.pruned, per=self.options.per)
+    def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
+        score = state.weight.abs()  # (out, in)
+        pruned = lowest(score, self.options, state.pruned, per=self.options.per)
         return remove(state, pruned, off_grid=self.options.off_grid)

@@ -1,16 +1,20 @@
-"""The one sweep behind SparseGPT and GPTQ: optimal brain surgery, a column at a time, all rows at once.
+"""Optimal brain surgery, a column at a time, all rows at once: the sweep of SparseGPT and GPTQ.
 
-With `H = X^T X` and `U` the upper Cholesky factor of `H^-1`, fixing column j of W to a value q makes the error
-`e = (w_j - q) / U_jj`; the best correction of the columns not yet fixed is `-e U_j,>j` (Frantar et al. 2022,
-arXiv 2210.17323, eqs. 2-3 in Cholesky form; Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1). Pruning is
-the case q = 0, quantisation the case q = nearest on the grid, and a pruned weight in quantisation is one whose
-grid is {0}: it may drift while earlier columns are fixed, and its own turn passes that drift on.
+With `H = X^T X` and `U` the upper Cholesky factor of `H^-1`, fixing column j of W to a value q
+makes the error `e = (w_j - q) / U_jj`; the best correction of the columns not yet fixed is
+`-e U_j,>j`. Pruning is the case q = 0, quantization the case q = nearest on the grid, and a pruned
+weight in quantization is one whose grid is {0}: it may drift while earlier columns are fixed, and
+its own turn passes that drift on.
+
+Source: Frantar et al. 2022, arXiv 2210.17323, equations 2-3 in Cholesky form; Frantar & Alistarh
+2023, arXiv 2301.00774, algorithm 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +25,7 @@ from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Stage
 
 BLOCK = 128
-"""Columns whose corrections are applied together to the rest; also where SparseGPT chooses its mask."""
+"""Columns whose corrections are applied together to the rest, and that share a SparseGPT mask."""
 STRIP = 16
 """Columns within a block whose corrections are applied one by one."""
 
@@ -29,27 +33,31 @@ STRIP = 16
 def inverse_factor(
     gram: Tensor, damping: float, order: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """`U`, upper triangular, with `U^T U = (H + damping * mean(diag H) * I)^-1`.
+    """Return `U`, upper triangular, with `U^T U = (H + damping * mean(diag H) * I)^-1`.
 
     Args:
         gram: (in, in) float32.
+        damping: Relative to the mean of the diagonal; multiplied by 10 while the factorization
+            fails.
         order: (in,) in which the rows and columns of H are taken; by default, as they are.
-        damping: Relative to the mean of the diagonal; multiplied by 10 while the factorisation fails.
 
     Returns:
         U (in, in) float32, and the damping that was needed.
+
+    Raises:
+        InvariantError: If no damping gives a factor, because H holds NaN or infinity.
     """
     size = len(gram)
     diagonal = gram.diagonal()
     mean = (diagonal if order is None else diagonal[order]).mean().item() or 1.0
     while True:
-        # From the last column to the first, H = R R^T with R upper triangular, so that U = R^-1: the inverse of H,
-        # which would have to be factored again, is never formed.
+        # From the last column to the first, H = R R^T with R upper triangular, so that U = R^-1:
+        # the inverse of H, which would have to be factored again, is never formed.
         damped = gram.flip(0, 1) if order is None else gram[order.flip(0)][:, order.flip(0)]
         damped.div_(mean)
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # each of these may be the largest thing in memory
+        del damped  # each of these matrices may be the largest tensor in memory
         if not failed:
             lower = lower.flip(0, 1).mul_(mean**0.5)
             upper = _inverse_of_upper(lower)
@@ -63,13 +71,14 @@ def inverse_factor(
 
 
 def _inverse_of_upper(R: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, with the third of the operations that solving for it takes."""
+    """Return the inverse of an upper triangular matrix, in a third of the operations of a solve."""
     size = len(R)
     if size <= 256:
-        return torch.linalg.solve_triangular(
-            R, torch.eye(size, dtype=R.dtype, device=R.device), upper=True
-        )
-    half, inverse = size // 2, torch.zeros_like(R)
+        identity = torch.eye(size, dtype=R.dtype, device=R.device)
+        solution: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
+        return solution
+    half = size // 2
+    inverse = torch.zeros_like(R)
     inverse[:half, :half] = _inverse_of_upper(R[:half, :half])
     inverse[half:, half:] = _inverse_of_upper(R[half:, half:])
     torch.mm(
@@ -82,12 +91,12 @@ def _inverse_of_upper(R: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """What a sweep must know of a layer's inputs.
+    """The factor of a layer's inputs that a sweep needs.
 
     Args:
         U: (in, in) float32, of the Gram matrix in the order of the sweep.
         columns: (in,) the columns of W in the order of the sweep.
-        damping: What was needed.
+        damping: The damping that was needed.
     """
 
     U: Tensor
@@ -96,12 +105,15 @@ class Factor:
 
     @classmethod
     def of(cls, statistics: Statistics, damping: float, *, act_order: bool = False) -> Factor:
-        """The factor for a layer, computed once for all layers that read the same input.
+        """Return the factor for a layer, computed once for all layers that read the same input.
 
         Args:
             statistics: Of the layer's inputs, with their Gram matrix.
             damping: As in `inverse_factor`.
             act_order: Whether the columns with the largest inputs are visited first.
+
+        Raises:
+            InvariantError: As in `inverse_factor`.
         """
 
         def compute() -> Factor:
@@ -112,7 +124,7 @@ class Factor:
             U, needed = inverse_factor(gram, damping, columns if act_order else None)
             return cls(U, columns, needed)
 
-        return statistics.derived((cls, damping, act_order), compute)
+        return cast(Factor, statistics.derived((cls, damping, act_order), compute))
 
 
 def sweep(
@@ -124,48 +136,56 @@ def sweep(
     order: Tensor,
     span: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """Fix every column in turn, correcting those that are still free.
+    """Fix every column in turn, and correct the columns that are still free.
 
     Args:
         weight: (out, in).
         U: (in, in) from `inverse_factor` of the Gram matrix in the order of the sweep.
-        grid: What surviving weights are rounded to; None leaves them as they have become.
-        choose: Called as `choose(w, d, start)` when the sweep reaches a span of columns, with their current
-            values w (out, k), `d` = diag(U) (k,) and the first one's place in the sweep; returns what to remove,
-            (out, k) bool.
+        grid: The grid that surviving weights are rounded to; None leaves them as corrected.
+        choose: Called as `choose(w, d, start)` when the sweep reaches a span of k columns, with
+            their current values w (out, k), `d` = diag(U) (k,) and the place of the first in the
+            sweep; returns the weights to remove, (out, k) bool.
         order: (in,) the columns of W in the order of the sweep.
-        span: How many columns `choose` is asked about at a time, at most BLOCK.
+        span: Columns that `choose` is asked about at a time, at most BLOCK.
 
     Returns:
-        The new weight (out, in) in float32 and what was removed (out, in) bool, in the columns' own order.
+        The new weight (out, in) in float32 and the removed weights (out, in) bool, in the order of
+        the columns of W.
     """
-    rows = weight.float().T[
-        order
-    ]  # (in, out): each column of W is contiguous here; indexing copies
+    # (in, out): each column of W is contiguous here; indexing copies
+    rows = weight.float().T[order]
     removed = torch.zeros_like(rows, dtype=torch.bool)
     inputs = len(rows)
     width = BLOCK // span * span  # no span straddles two blocks
     for start in range(0, inputs, width):
         end = min(start + width, inputs)
-        block, chosen = rows[start:end], removed[start:end]
-        fixed, errors, gone = (torch.empty_like(block) for _ in range(3))
+        block = rows[start:end]  # (k, out)
+        chosen = removed[start:end]  # (k, out)
+        fixed = torch.empty_like(block)
+        errors = torch.empty_like(block)
+        shares = torch.empty_like(block)  # of a weight that is removed: 0 or 1
         diagonal = U.diagonal()[start:end]
-        follow = (
-            U[start:end, start:] / diagonal[:, None]
-        )  # (k, in - start): what an error does to later columns
+        # (k, in - start): the effect of a column's error on the columns after it
+        follow = U[start:end, start:] / diagonal[:, None]
         nearest = None if grid is None else grid.rounder(order[start:end])
         columns = zip(
-            *(each.unbind() for each in (block, fixed, errors, gone, chosen)), strict=True
+            block.unbind(),
+            fixed.unbind(),
+            errors.unbind(),
+            shares.unbind(),
+            chosen.unbind(),
+            strict=True,
         )
         strip = stop = 0
-        for i, (w, q, error, share, mask) in enumerate(columns):
+        for i, (w, q, error, share, mask) in enumerate(columns):  # all (out,)
             if i == stop:  # the next span
                 stop = min(i + span, end - start)
                 chosen[i:stop] = choose(block[i:stop].T, diagonal[i:stop], start + i).T
-                gone[i:stop] = chosen[i:stop]
+                shares[i:stop] = chosen[i:stop]
                 some = bool(chosen[i:stop].any())
             if i == strip:  # the next columns whose corrections are applied one by one
-                first, strip = i, min(i + STRIP, stop)
+                first = i
+                strip = min(i + STRIP, stop)
             if nearest is None:
                 torch.mul(w, share, out=error)
             else:
@@ -191,21 +211,41 @@ def sweep(
 def keep_better_rows(
     swept: Tensor, plain: Tensor, original: Tensor, gram: Tensor
 ) -> tuple[Tensor, int]:
-    """Row by row, the candidate with the smaller output error: the sweep is greedy and can lose on a row.
+    """Return row by row the candidate with the smaller output error.
+
+    The sweep is greedy and can lose on a row.
+
+    Args:
+        swept: (out, in), the candidate of the sweep.
+        plain: (out, in), the candidate without corrections.
+        original: (out, in), the weight before.
+        gram: (in, in), of the layer's inputs.
 
     Returns:
-        The weight (out, in) and how many rows were taken from `plain`.
+        The weight (out, in), and the number of rows taken from `plain`.
     """
-    swept_error, plain_error = swept.float() - original.float(), plain.float() - original.float()
+    swept_error = swept.float() - original.float()
+    plain_error = plain.float() - original.float()
     # a H a^T - b H b^T = (a - b) H (a + b)^T for each row, with one product in place of two
     apart = swept_error - plain_error
     worse = torch.einsum("oi,oi->o", apart @ gram, swept_error + plain_error)
-    fine = worse <= 0  # asked this way round, a correction that overflowed is not kept either
+    fine = worse <= 0  # not `~(worse > 0)`: a correction that overflowed is not taken either
     return torch.where(fine[:, None], swept, plain), int((~fine).sum())
 
 
 def remarks(stage: Stage, asked: float, damping: float, lost: int, rows: int) -> tuple[str, ...]:
-    """What a reader of the manifest should know about a layer that was swept."""
-    raised = [f"{stage}: damping raised from {asked:g} to {damping:g}"] if damping != asked else []
-    plain = [f"{stage}: {lost} of {rows} rows left uncorrected, which was better"] if lost else []
-    return (*raised, *plain)
+    """Return the notes on a layer that was swept.
+
+    Args:
+        stage: The canonical stage.
+        asked: The damping in the stage.
+        damping: The damping that was needed.
+        lost: Number of rows left uncorrected.
+        rows: Number of rows.
+    """
+    notes = []
+    if damping != asked:
+        notes.append(f"{stage}: damping raised from {asked:g} to {damping:g}")
+    if lost:
+        notes.append(f"{stage}: {lost} of {rows} rows left uncorrected, which was better")
+    return tuple(notes)

@@ -3,14 +3,16 @@
 import dataclasses
 
 from optimum_order.backends.uniform import UniformQuantizer
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 
 
 class RTN(UniformQuantizer):
-    """Each weight independently; zero is on every grid, so what is pruned stays so."""
+    """Round each weight by itself; zero is on every grid, so pruned weights stay zero."""
 
     name = "rtn"
     summary = "round every weight to the nearest value of a uniform grid"
 
-    def compress(self, state, statistics):
+    def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
         grid = self.fit(state)
         return dataclasses.replace(state, weight=grid.nearest(state.weight), grid=grid)

@@ -1,7 +1,7 @@
-"""Which weights a pruner removes: the lowest scores of a layer, of each row, or of each N:M group.
+"""The choice of weights that a pruner removes: the lowest scores of a layer, a row or an N:M group.
 
-A weight that an earlier stage removed always ranks lowest, so `sparsity` is what the layer has in the end, not
-what is taken from the survivors.
+A weight that an earlier stage removed always ranks lowest, so `sparsity` is the sparsity that the
+layer has in the end, not the part that is taken from the survivors.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,17 @@ from optimum_order.order import Stage
 _PATTERN = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
 
 
-def _is_pattern(value: str) -> bool:
-    found = _PATTERN.fullmatch(value)
-    return value == "none" or (found is not None and int(found[1]) < int(found[2]))
+def _n_of_m(pattern: str) -> tuple[int, int] | None:
+    """Return (N, M) of "N:M", or None for other text."""
+    match = _PATTERN.fullmatch(pattern)
+    if match is None or int(match[1]) >= int(match[2]):
+        return None
+    return int(match[1]), int(match[2])
 
 
 @dataclasses.dataclass(frozen=True)
 class PruningOptions:
-    """What every pruner can be told; `sparsity` is left at None where `pattern` implies it."""
+    """The options of every pruner; `sparsity` is None where `pattern` implies it."""
 
     sparsity: float | None = option(
         None,
@@ -39,19 +43,19 @@ class PruningOptions:
     pattern: str = option(
         "none",
         "N:M keeps N of every M consecutive inputs",
-        check=_is_pattern,
+        check=lambda v: v == "none" or _n_of_m(v) is not None,
         allowed="'none' or N:M with N < M < 100, such as 2:4",
     )
     off_grid: bool = option(
         False,
-        "let a quantised layer leave its grid, as papers simulate it; such a layer can only be saved dense",
+        "let a quantized layer leave its grid, as papers simulate it; such a layer can only be "
+        "saved dense",
     )
 
     @property
     def keep(self) -> tuple[int, int] | None:
         """(N, M): keep N of M; None where unstructured."""
-        found = _PATTERN.fullmatch(self.pattern)
-        return (int(found[1]), int(found[2])) if found else None
+        return _n_of_m(self.pattern)
 
 
 class Pruner(Backend):
@@ -59,44 +63,58 @@ class Pruner(Backend):
 
     kind = "prune"
     Options = PruningOptions
+    options: PruningOptions
 
     @classmethod
     def validate(cls, stage: Stage, options: PruningOptions) -> PruningOptions:
         if options.keep is None:
             if options.sparsity is None:
                 raise OrderError(
-                    f"Stage '{stage}' must give 'sparsity' in [0, 1), such as '{cls.name}:0.5', or 'pattern', such as "
-                    f"'{cls.name}(pattern=2:4)'."
+                    f"Stage '{stage}' must give 'sparsity' in [0, 1), such as '{cls.name}:0.5', "
+                    f"or 'pattern', such as '{cls.name}(pattern=2:4)'."
                 )
             return options
-        implied = 1 - options.keep[0] / options.keep[1]
+        remain, of = options.keep
+        implied = 1 - remain / of
         if options.sparsity is not None and not math.isclose(options.sparsity, implied):
             raise OrderError(
-                f"Stage '{stage}': 'sparsity' must be {implied:g} or left out, since pattern {options.pattern} keeps "
-                f"{options.keep[0]} of {options.keep[1]}; got {options.sparsity:g}."
+                f"Stage '{stage}': 'sparsity' must be {implied:g} or left out, since pattern "
+                f"{options.pattern} keeps {remain} of {of}; got {options.sparsity:g}."
             )
         return dataclasses.replace(options, sparsity=None)
 
     @property
-    def resolved(self):
-        keep = self.options.keep
-        return super().resolved | ({"sparsity": 1 - keep[0] / keep[1]} if keep else {})
+    def resolved(self) -> dict[str, Any]:
+        values = super().resolved
+        if self.options.keep is not None:
+            remain, of = self.options.keep
+            values["sparsity"] = 1 - remain / of
+        return values
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         keep = self.options.keep
-        if keep and shape[1] % keep[1]:
-            return f"pattern {self.options.pattern} needs a multiple of {keep[1]} inputs, it has {shape[1]}"
-        return None
+        if keep is None or shape[1] % keep[1] == 0:
+            return None
+        return (
+            f"pattern {self.options.pattern} needs a multiple of {keep[1]} inputs, "
+            f"it has {shape[1]}"
+        )
 
 
 def remove(state: LayerState, pruned: Tensor, *, off_grid: bool) -> LayerState:
-    """The state with these weights at +0.0 and all others as they were."""
+    """Return the state with some weights at +0.0 and all others as they were.
+
+    Args:
+        state: The layer before.
+        pruned: (out, in) bool, all weights that are removed by now.
+        off_grid: Whether a quantized layer leaves its grid.
+    """
     state = leave_grid(state) if off_grid else state
     return dataclasses.replace(state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned)
 
 
 def leave_grid(state: LayerState) -> LayerState:
-    """The state without its grid; its notes say so, since such a layer can only be saved dense."""
+    """Return the state without its grid, and a note that such a layer can only be saved dense."""
     if state.grid is None:
         return state
     note = f"left its {state.grid.bits}-bit grid (off_grid): it can only be saved dense"
@@ -104,36 +122,47 @@ def leave_grid(state: LayerState) -> LayerState:
 
 
 def lowest(score: Tensor, options: PruningOptions, before: Tensor | None, *, per: str) -> Tensor:
-    """The mask of the lowest scores.
+    """Return the mask of the lowest scores.
 
     Args:
         score: (out, in), not negative.
         options: How many.
-        before: (out, in) bool, what is already removed; it stays removed and counts.
+        before: (out, in) bool, the weights that are removed already; they stay so and count.
         per: "layer" or "row": where scores compete when there is no pattern.
 
     Returns:
-        (out, in) bool, exactly `floor(sparsity * n)` True among each n that compete, or more where more were
-        removed before. Ties fall to the earlier index.
+        (out, in) bool, exactly `floor(sparsity * n)` True among each n that compete, or more where
+        more were removed before. Ties fall to the earlier index.
     """
     score = score.float() if before is None else score.float().masked_fill(before, -1.0)
-    if options.keep:
-        kept, of = options.keep
-        shape, count = (-1, of), of - kept
+    if options.keep is not None:
+        remain, of = options.keep
+        groups = score.reshape(-1, of)
+        count = of - remain
     else:
-        shape = (1, score.numel()) if per == "layer" else (score.shape[0], score.shape[1])
-        # Guard against 0.29 * 100 = 28.999999999999996.
-        count = math.floor(options.sparsity * shape[1] + 1e-9)
-    mask = smallest(score.reshape(shape), count).view_as(score)
+        assert options.sparsity is not None  # see `Pruner.validate`
+        groups = score.reshape(1, -1) if per == "layer" else score
+        # the addend guards against 0.29 * 100 = 28.999999999999996
+        count = math.floor(options.sparsity * groups.shape[1] + 1e-9)
+    mask = smallest(groups, count).view_as(score)
     return mask if before is None else mask | before
 
 
 def smallest(score: Tensor, count: int) -> Tensor:
-    """The mask of the `count` smallest entries of each row, (n, k) bool; ties fall to the earlier index."""
+    """Return the mask of the smallest entries of each row; ties fall to the earlier index.
+
+    Args:
+        score: (n, k).
+        count: Entries of each row to mark.
+
+    Returns:
+        (n, k) bool.
+    """
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     threshold = score.kthvalue(count, dim=1, keepdim=True).values
-    below, tied = score < threshold, score == threshold
+    below = score < threshold
+    tied = score == threshold
     missing = count - below.sum(1, keepdim=True)
     if torch.equal(missing, tied.sum(1, keepdim=True)):
         return below.logical_or_(tied)

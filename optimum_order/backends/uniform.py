@@ -1,4 +1,4 @@
-"""What round-to-nearest and GPTQ share: the options of a uniform grid, and fitting one to a layer."""
+"""The options of a uniform grid, and fitting the grid to a layer, for round-to-nearest and GPTQ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optimum_order.layers.state import LayerState
 
 
 def group_size_option() -> Any:
-    """The field for how many inputs share a scale, in every method that has one."""
+    """Return the field for the group size, the same in every method that has one."""
     return option(
         "auto",
         "inputs that share a scale",
@@ -22,7 +22,7 @@ def group_size_option() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class UniformOptions:
-    """The grid a quantiser rounds to."""
+    """The grid that a quantizer rounds to."""
 
     bits: int = option(
         dataclasses.MISSING,
@@ -40,7 +40,7 @@ class UniformOptions:
     )
 
     def group_for(self, inputs: int) -> int:
-        """The group size for a layer with this many inputs; -1 is the whole row."""
+        """Return the group size for a layer with this many inputs; -1 is the whole row."""
         if self.group_size == "auto":
             return next((size for size in (128, 64, 32) if inputs % size == 0), -1)
         return int(self.group_size)
@@ -51,17 +51,19 @@ class UniformQuantizer(Backend):
 
     kind = "quantize"
     Options = UniformOptions
+    options: UniformOptions
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
-        size = self.options.group_for(shape[1])
-        if size != -1 and shape[1] % size:
-            fits = [str(d) for d in range(8, shape[1] + 1) if shape[1] % d == 0 and d <= 1024]
-            advice = f"{', '.join(fits)} or -1 do" if fits else "-1 does"
-            return f"group_size {size} does not divide its {shape[1]} inputs; {advice}"
-        return None
+        inputs = shape[1]
+        size = self.options.group_for(inputs)
+        if size == -1 or inputs % size == 0:
+            return None
+        sizes = [str(d) for d in range(8, inputs + 1) if inputs % d == 0 and d <= 1024]
+        advice = f"{', '.join(sizes)} or -1 do" if sizes else "-1 does"
+        return f"group_size {size} does not divide its {inputs} inputs; {advice}"
 
     def fit(self, state: LayerState) -> UniformGrid:
-        """The grid for this layer, its scales already in the dtype they are stored in."""
+        """Return the grid for a layer, its scales in the dtype in which they are stored."""
         options = self.options
         return UniformGrid.fit(
             state.weight,

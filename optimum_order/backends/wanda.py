@@ -1,7 +1,11 @@
-"""Wanda: remove the smallest `|W_ij| * ||X_j||_2` of each row (Sun et al. 2023, arXiv 2306.11695, eq. 1)."""
+"""Wanda: remove the smallest `|W_ij| * ||X_j||_2` of each row.
+
+Source: Sun et al. 2023, arXiv 2306.11695, equation 1 and algorithm 1.
+"""
 
 from optimum_order.backends.selection import Pruner, lowest, remove
-from optimum_order.layers.statistics import SquaredNorms
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import SquaredNorms, Statistics
 
 
 class Wanda(Pruner):
@@ -11,10 +15,8 @@ class Wanda(Pruner):
     summary = "prune the smallest |W| * ||X|| in each row"
     needs = frozenset({SquaredNorms})
 
-    def compress(self, state, statistics):
-        score = state.weight.float().abs() * statistics[SquaredNorms].sqrt()
-        return remove(
-            state,
-            lowest(score, self.options, state.pruned, per="row"),
-            off_grid=self.options.off_grid,
-        )
+    def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
+        norms = statistics[SquaredNorms].sqrt()  # (in,)
+        score = state.weight.float().abs() * norms  # (out, in)
+        pruned = lowest(score, self.options, state.pruned, per="row")
+        return remove(state, pruned, off_grid=self.options.off_grid)

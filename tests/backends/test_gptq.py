@@ -1,27 +1,36 @@
 import pytest
 import torch
 
+from optimum_order.backends.gptq import GPTQ
 from optimum_order.engine.recipe import method
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram
 from optimum_order.order import Stage
+from optimum_order.testing import DTYPES, BackendContract
+
+
+class TestContract(BackendContract):
+    backend = GPTQ
+    stages = (
+        "gptq:4",
+        "gptq(bits=3, group_size=16, symmetric=false)",
+        "gptq(bits=8, act_order=false, clip=none, symmetric=false, damping=0.1)",
+    )
 
 
 def reference(weight, gram, grid, order, pruned):
     """GPTQ in float64 with explicit inverses, a column at a time."""
-    W, free = weight.double().clone(), list(order)
-    H = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(
-        len(gram), dtype=torch.float64
-    )
+    W = weight.double().clone()
+    free = list(order)
+    identity = torch.eye(len(gram), dtype=torch.float64)
+    H = gram.double() + 0.01 * gram.double().diagonal().mean() * identity
     while free:
-        j, inverse = free[0], torch.linalg.inv(H[free][:, free])
-        q = (
-            grid.nearest(W[:, j : j + 1].float(), slice(j, j + 1))[:, 0]
-            .double()
-            .masked_fill(pruned[:, j], 0)
-        )
+        j = free[0]
+        inverse = torch.linalg.inv(H[free][:, free])
+        q = grid.nearest(W[:, j : j + 1].float(), slice(j, j + 1))[:, 0].double()
+        q = q.masked_fill(pruned[:, j], 0)
         W[:, free] -= torch.outer((W[:, j] - q) / inverse[0, 0], inverse[0])
         W[:, j] = q
         free = free[1:]
@@ -34,44 +43,43 @@ def reference(weight, gram, grid, order, pruned):
 def test_is_the_papers_method(inputs, gaussian, row_errors, act_order, sparsity, width, symmetric):
     statistics = inputs("correlated", 4 * width, width)
     before = method(Stage("magnitude", sparsity)).apply(LayerState(gaussian(8, width)))
-    options = {
-        "bits": 3,
-        "group_size": 16,
-        "symmetric": symmetric,
-        "clip": "mse" if symmetric else "none",
-    }
+    clip = "mse" if symmetric else "none"
+    options = {"bits": 3, "group_size": 16, "symmetric": symmetric, "clip": clip}
     state = method(Stage("gptq", **options, act_order=act_order)).apply(before, statistics)
     grid = UniformGrid.fit(before.weight, **options)
     largest = sorted(range(width), key=lambda j: -statistics[Gram][j, j].item())
     order = largest if act_order else range(width)
     expected = reference(before.weight, statistics[Gram], grid, order, before.pruned)
     plain = grid.nearest(before.weight)
-    kept = row_errors(expected, before.weight, statistics) < row_errors(
-        plain, before.weight, statistics
-    )
-    assert kept.float().mean() > 0.5
+    errors = [row_errors(after, before.weight, statistics) for after in (expected, plain)]
+    better = errors[0] < errors[1]
+    assert better.float().mean() > 0.5
     assert torch.equal(grid.scale, state.grid.scale)
-    assert torch.allclose(
-        state.weight.double(), torch.where(kept[:, None], expected, plain.double()), atol=1e-6
-    )
+    expected = torch.where(better[:, None], expected, plain.double())
+    assert torch.allclose(state.weight.double(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_pruned_layer_keeps_its_zeros_and_beats_rounding(
-    inputs, gaussian, row_errors, not_worse, kind, dtype
+def test_a_pruned_layer_stays_zero_where_pruned_and_beats_rounding(
+    inputs, gaussian, row_errors, not_worse, input_kinds
 ):
     """Removed weights drift while earlier columns are fixed; their own turn hands the drift on."""
-    statistics = inputs(kind)
-    before = method(Stage("wanda", 0.5)).apply(LayerState(gaussian(dtype=dtype)), statistics)
-    gptq = method(Stage("gptq", 3)).apply(before, statistics)
-    rtn = method(Stage("rtn", 3)).apply(before)
-    assert torch.equal(gptq.pruned, before.pruned)
-    assert not gptq.weight[before.pruned].any()
-    assert not torch.signbit(gptq.weight[before.pruned]).any()
-    mine, plain = (row_errors(s.weight, before.weight, statistics) for s in (gptq, rtn))
-    assert not_worse(mine, plain, [s.weight - before.weight for s in (gptq, rtn)], statistics)
-    if kind in ("correlated", "low rank"):
-        assert mine.sum() < 0.8 * plain.sum()
+    for kind in input_kinds:
+        for dtype in DTYPES:
+            case = f"{kind}, {dtype}"
+            statistics = inputs(kind)
+            start = LayerState(gaussian(dtype=dtype))
+            before = method(Stage("wanda", 0.5)).apply(start, statistics)
+            gptq = method(Stage("gptq", 3)).apply(before, statistics)
+            rtn = method(Stage("rtn", 3)).apply(before)
+            assert torch.equal(gptq.pruned, before.pruned), case
+            assert not gptq.weight[before.pruned].any(), case
+            assert not torch.signbit(gptq.weight[before.pruned]).any(), case
+            deltas = [state.weight - before.weight for state in (gptq, rtn)]
+            mine = row_errors(gptq.weight, before.weight, statistics)
+            plain = row_errors(rtn.weight, before.weight, statistics)
+            assert not_worse(mine, plain, deltas, statistics), case
+            if kind in ("correlated", "low rank"):
+                assert mine.sum() < 0.8 * plain.sum(), case
 
 
 def test_drift_of_removed_weights_is_passed_on(inputs, gaussian, row_errors):
@@ -86,7 +94,7 @@ def test_drift_of_removed_weights_is_passed_on(inputs, gaussian, row_errors):
 
 
 def test_act_order_starts_with_the_largest_inputs(inputs, gaussian, row_errors):
-    """With one huge input its column is rounded first, so nothing else pushes it off its nearest value."""
+    """The column of one huge input is rounded first: no other pushes it off its nearest value."""
     statistics = inputs("outliers", 256)
     largest = statistics[Gram].diagonal().argmax()
     state = method(Stage("gptq", 2)).apply(LayerState(gaussian()), statistics)

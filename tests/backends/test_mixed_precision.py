@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -28,7 +29,7 @@ def table_of(chosen, sizes, errors, overhead=0):
 
 def outcome(table, passes):
     """The summed error and the average bits of an allocation."""
-    chosen = {layer: stage for each in passes for layer, stage in each.items()}
+    chosen = {layer: stage for walk in passes for layer, stage in walk.items()}
     rows = [row for row in table if row.stage == chosen[row.layers[0]]]
     assert all(chosen[layer] == row.stage for row in rows for layer in row.layers)
     size = sum({row.layers: row.weights for row in table}.values())
@@ -59,9 +60,8 @@ def test_no_other_choice_within_the_budget_is_better(sizes, bits, scale, seed):
     table = table_of(chosen, sizes, errors)
     error, average = outcome(table, chosen.allocate(table))
     assert average <= bits * (1 + 1e-12)
-    assert error == pytest.approx(
-        best(sizes, errors, bits), rel=1e-6, abs=1e-11 * max(map(max, errors))
-    )
+    least = best(sizes, errors, bits)
+    assert error == pytest.approx(least, rel=1e-6, abs=1e-11 * max(map(max, errors)))
 
 
 def test_a_sensitive_layer_gets_the_bits_that_a_dull_one_does_not_need():
@@ -74,9 +74,8 @@ def test_a_sensitive_layer_gets_the_bits_that_a_dull_one_does_not_need():
 
 def test_layers_of_one_group_get_one_width():
     chosen = allocator(3)
-    (only,) = chosen.allocate(
-        table_of(chosen, [10, 20, 30, 40], [[4.0**-w * (g + 1) for w in WIDTHS] for g in range(4)])
-    )
+    errors = [[4.0**-width * (group + 1) for width in WIDTHS] for group in range(4)]
+    (only,) = chosen.allocate(table_of(chosen, [10, 20, 30, 40], errors))
     assert set(only) == {"l0", "l1.q", "l1.k", "l2", "l3.q", "l3.k"}
     assert only["l1.q"] == only["l1.k"]
     assert only["l3.q"] == only["l3.k"]
@@ -89,27 +88,29 @@ def test_first_says_which_layers_come_first():
         chosen = allocator(4.25, first=first)
         return chosen.allocate(table_of(chosen, [10] * 4, errors))
 
-    def widths(found):
-        return [{dict(stage.options)["bits"] for stage in each.values()} for each in found]
+    def widths(walks):
+        return [{dict(stage.options)["bits"] for stage in walk.values()} for walk in walks]
 
-    together, weaker, stronger = passes("together"), passes("weaker"), passes("stronger")
+    together = passes("together")
+    weaker = passes("weaker")
+    stronger = passes("stronger")
     assert widths(together) == [{2, 3, 4, 8}]
     assert widths(weaker) == [{8}, {4}, {3}, {2}]
     assert widths(stronger) == [{2}, {3}, {4}, {8}]
-    for found in (weaker, stronger):
-        names = [name for each in found for name in each]
+    for walks in (weaker, stronger):
+        names = [name for walk in walks for name in walk]
         assert len(names) == len(set(names))
-        assert {name: stage for each in found for name, stage in each.items()} == together[0]
+        assert {name: stage for walk in walks for name, stage in walk.items()} == together[0]
 
 
-@pytest.mark.parametrize("quantiser", ["gptq", "rtn"])
-def test_candidates_are_the_named_quantisers(quantiser):
-    chosen = allocator(4, quantizer=quantiser, group_size=32)
-    assert [str(stage) for stage in chosen.candidates()] == [
-        f"{quantiser}(bits={width}, group_size=32)" for width in WIDTHS
-    ]
-    for stage in chosen.candidates():
-        assert method(stage).name == quantiser
+def test_candidates_are_those_of_the_named_quantizer():
+    for quantizer in ("gptq", "rtn"):
+        chosen = allocator(4, quantizer=quantizer, group_size=32)
+        assert [str(stage) for stage in chosen.candidates()] == [
+            f"{quantizer}(bits={width}, group_size=32)" for width in WIDTHS
+        ]
+        for stage, backend in chosen.backends.items():
+            assert (backend.name, str(backend.stage)) == (quantizer, str(method(stage).stage))
 
 
 def test_fused_is_what_fuse_says():
@@ -117,9 +118,9 @@ def test_fused_is_what_fuse_says():
     assert not allocator(4, fuse=False).fused
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_options_are_refused():
+    rising = "'widths' .* must be a rising list of integers in 2..8"
+    for options, message in [
         (
             {"bits": 1.5},
             r"'bits' \(average bits per weight\) must be a number in \[2, 8\], got 1.5",
@@ -130,25 +131,29 @@ def test_fused_is_what_fuse_says():
             {"bits": 2.5, "widths": (3, 4)},
             "'bits' must be at least the smallest of its widths, 3, got 2.5",
         ),
-        ({"bits": 4, "widths": (4, 3)}, "'widths' .* must be a rising list of integers in 2..8"),
-        ({"bits": 4, "widths": (3, 3)}, "'widths' .* must be a rising list"),
-        ({"bits": 4, "widths": ()}, "'widths' .* must be a rising list"),
-        ({"bits": 4, "widths": (1, 4)}, "'widths' .* must be a rising list"),
-        ({"bits": 4, "widths": (2, 4.0)}, "'widths' .* must be a rising list"),
-        ({"bits": 4, "widths": 4}, "'widths' .* must be a rising list"),
+        ({"bits": 4, "widths": (4, 3)}, rising),
+        ({"bits": 4, "widths": (3, 3)}, rising),
+        ({"bits": 4, "widths": ()}, rising),
+        ({"bits": 4, "widths": (1, 4)}, rising),
+        ({"bits": 4, "widths": (2, 4.0)}, rising),
+        ({"bits": 4, "widths": 4}, rising),
         ({"bits": 4, "quantizer": "wanda"}, "'quantizer' .* must be gptq or rtn, got 'wanda'"),
         ({"bits": 4, "first": "last"}, "'first' .* must be together, weaker or stronger"),
-    ],
-)
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(OrderError, match=message):
-        method(Stage("mixed_precision", **options))
+    ]:
+        with pytest.raises(OrderError, match=message):
+            method(Stage("mixed_precision", **options))
+
+
+def test_a_shape_is_checked_as_the_quantizer_would():
+    chosen = allocator(4, group_size=64)
+    assert chosen.check_shape((8, 128)) is None
+    assert chosen.check_shape((8, 96)).startswith("group_size 64 does not divide its 96 inputs")
 
 
 def test_a_budget_that_nothing_meets_is_refused():
-    """Which a measured width beyond the smallest would make it."""
+    """A measured width above the smallest makes such a budget."""
     chosen = allocator(2)
-    table = [row for row in table_of(chosen, [10], [[1, 1, 1, 1]])]
-    wider = [Measured(row.layers, row.weights, row.stage, row.bits + 1, row.error) for row in table]
+    table = table_of(chosen, [10], [[1, 1, 1, 1]])
+    wider = [dataclasses.replace(row, bits=row.bits + 1) for row in table]
     with pytest.raises(OrderError, match="no choice of widths meets the budget"):
         chosen.allocate(wider)

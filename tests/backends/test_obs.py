@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_order.backends.obs import BLOCK, inverse_factor, keep_better_rows, sweep
+from optimum_order.backends.obs import BLOCK, Factor, inverse_factor, keep_better_rows, sweep
 from optimum_order.engine.recipe import method
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.uniform import UniformGrid
@@ -17,22 +18,22 @@ from optimum_order.order import Stage
 def damped(gram, damping):
     """H + damping * mean(diag H) * I, in float64."""
     gram = gram.double()
-    return gram + damping * (gram.diagonal().mean().item() or 1.0) * torch.eye(
-        len(gram), dtype=torch.float64
-    )
+    mean = gram.diagonal().mean().item() or 1.0
+    return gram + damping * mean * torch.eye(len(gram), dtype=torch.float64)
 
 
 def textbook(weight, H, order, fix):
-    """Optimal brain surgery as the papers derive it, with the inverse of what is left taken anew at every step.
+    """Optimal brain surgery as the papers derive it: every step inverts the rest of H anew.
 
     Args:
         weight: (out, in) float64.
         H: (in, in) float64, damped.
         order: The columns in the order in which they are fixed.
-        fix: Given the current weight (out, in), the columns not yet fixed and their inverse Hessian, the values
-            (out,) to which the first of them is fixed.
+        fix: Given the current weight (out, in), the columns not yet fixed and their inverse
+            Hessian, returns the values (out,) to which the first of them is fixed.
     """
-    weight, free = weight.clone(), list(order)
+    weight = weight.clone()
+    free = list(order)
     while free:
         inverse = torch.linalg.inv(H[free][:, free])
         j = free[0]
@@ -45,55 +46,69 @@ def textbook(weight, H, order, fix):
 
 
 class TestInverseFactor:
-    @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-    @pytest.mark.parametrize("damping", [0.01, 1.0])
-    def test_is_the_upper_factor_of_the_damped_inverse(self, inputs, kind, scale, damping):
-        gram = inputs(kind).gram * scale
-        U, used = inverse_factor(gram, damping)
-        assert used == damping
+    def test_is_the_upper_factor_of_the_damped_inverse(self, inputs, input_kinds):
+        for kind, scale, damping in itertools.product(input_kinds, [1e-12, 1, 1e12], [0.01, 1.0]):
+            case = f"{kind} * {scale}, damping {damping}"
+            gram = inputs(kind)[Gram] * scale
+            U, used = inverse_factor(gram, damping)
+            assert used == damping, case
+            assert torch.equal(U, U.triu()), case
+            assert (U.diagonal() > 0).all(), case
+            inverse = torch.linalg.inv(damped(gram, damping))
+            atol = 1e-4 * inverse.abs().max().item()
+            assert torch.allclose(U.double().T @ U.double(), inverse, rtol=1e-3, atol=atol), case
+
+    def test_a_large_matrix_is_inverted_by_halves(self, inputs):
+        gram = inputs("correlated", 1200, 600)[Gram]
+        U, _ = inverse_factor(gram, 0.01)
         assert torch.equal(U, U.triu())
-        assert (U.diagonal() > 0).all()
-        inverse = torch.linalg.inv(damped(gram, damping))
-        assert torch.allclose(
-            U.double().T @ U.double(), inverse, rtol=1e-3, atol=1e-4 * inverse.abs().max().item()
-        )
+        identity = U.double().T @ U.double() @ damped(gram, 0.01)
+        assert torch.allclose(identity, torch.eye(600, dtype=torch.float64), atol=1e-3)
 
     def test_leaves_the_gram_matrix_as_it_was(self, inputs):
-        gram = inputs().gram
+        gram = inputs()[Gram]
         before = gram.clone()
         inverse_factor(gram, 0.01)
         assert torch.equal(gram, before)
 
+    def test_takes_rows_and_columns_in_another_order(self, inputs):
+        gram = inputs()[Gram]
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(3))
+        U, _ = inverse_factor(gram, 0.01, order)
+        inverse = torch.linalg.inv(damped(gram[order][:, order], 0.01))
+        atol = 1e-4 * inverse.abs().max().item()
+        assert torch.allclose(U.double().T @ U.double(), inverse, rtol=1e-3, atol=atol)
+
     def test_raises_the_damping_step_by_step_until_it_is_enough(self):
-        gram = torch.diag(
-            torch.tensor([1.0, 1.0, 1.0, -0.05])
-        )  # positive definite once 0.07 of the mean is added
+        # positive definite once 0.07 of the mean is added
+        gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05]))
         U, used = inverse_factor(gram, 1e-4)
         assert used == pytest.approx(0.1)
         assert torch.isfinite(U).all()
-        assert torch.allclose(
-            U.double().T @ U.double(), torch.linalg.inv(damped(gram, used)), rtol=1e-4
-        )
+        inverse = torch.linalg.inv(damped(gram, used))
+        assert torch.allclose(U.double().T @ U.double(), inverse, rtol=1e-4)
 
-    def test_gives_up_on_what_is_no_gram_matrix(self):
+    def test_gives_up_on_a_matrix_of_no_numbers(self):
         with pytest.raises(InvariantError, match="size 3 has no Cholesky factor"):
             inverse_factor(torch.full((3, 3), torch.nan), 0.01)
 
 
 class TestSweep:
     @pytest.mark.parametrize("width", [24, BLOCK + 12])
-    @pytest.mark.parametrize("backwards", [False, True])
-    def test_rounding_is_the_textbooks(self, inputs, gaussian, width, backwards):
-        weight, gram = gaussian(8, width), inputs("correlated", 3 * width, width).gram
-        order = (
-            torch.randperm(width, generator=torch.Generator().manual_seed(3))
-            if backwards
-            else torch.arange(width)
-        )
+    @pytest.mark.parametrize("shuffled", [False, True])
+    def test_rounding_is_the_textbooks(self, inputs, gaussian, width, shuffled):
+        weight = gaussian(8, width)
+        gram = inputs("correlated", 3 * width, width)[Gram]
+        order = torch.arange(width)
+        if shuffled:
+            order = torch.randperm(width, generator=torch.Generator().manual_seed(3))
         grid = UniformGrid.fit(weight, bits=3, group_size=4)
         U, _ = inverse_factor(gram[order][:, order], 0.01)
-        keep = lambda w, d, start: torch.zeros_like(w, dtype=torch.bool)  # noqa: E731
-        swept, removed = sweep(weight, U, grid=grid, choose=keep, order=order)
+
+        def choose(w, d, start):
+            return torch.zeros_like(w, dtype=torch.bool)
+
+        swept, removed = sweep(weight, U, grid=grid, choose=choose, order=order)
 
         def nearest(w, free, inverse):
             return grid.nearest(w[:, free[:1]].float(), torch.tensor(free[:1]))[:, 0].double()
@@ -104,17 +119,16 @@ class TestSweep:
         assert not torch.allclose(swept, grid.nearest(weight), atol=1e-2)
 
     @pytest.mark.parametrize("width", [24, BLOCK + 12])
-    def test_pruning_by_a_given_mask_is_the_textbooks(self, inputs, gaussian, width):
-        weight, gram = gaussian(8, width), inputs("correlated", 3 * width, width).gram
+    def test_pruning_by_a_mask_is_the_textbooks(self, inputs, gaussian, width):
+        weight = gaussian(8, width)
+        gram = inputs("correlated", 3 * width, width)[Gram]
         mask = torch.rand(8, width, generator=torch.Generator().manual_seed(4)) < 0.5
         U, _ = inverse_factor(gram, 0.01)
-        swept, removed = sweep(
-            weight,
-            U,
-            grid=None,
-            choose=lambda w, d, i: mask[:, i : i + w.shape[1]],
-            order=torch.arange(width),
-        )
+
+        def choose(w, d, start):
+            return mask[:, start : start + w.shape[1]]
+
+        swept, removed = sweep(weight, U, grid=None, choose=choose, order=torch.arange(width))
 
         def prune(w, free, inverse):
             return w[:, free[0]].masked_fill(mask[:, free[0]], 0.0)
@@ -125,27 +139,24 @@ class TestSweep:
         assert not swept[mask].any()
         assert not torch.signbit(swept[mask]).any()
 
-    @pytest.mark.parametrize("span", [1, 3, 4, 99, BLOCK])
-    def test_asks_about_every_column_once_with_its_place_and_its_factor(
-        self, inputs, gaussian, span
-    ):
+    def test_asks_once_about_every_column_with_its_place_and_its_factor(self, inputs, gaussian):
         width = 198  # a multiple of 3 and of 99
         order = torch.arange(width).flip(0)
-        U, _ = inverse_factor(inputs("independent", 400, width).gram, 0.01)
-        asked = []
-
-        def choose(w, d, start):
-            assert w.shape == (2, len(d))
-            assert torch.equal(d, U.diagonal()[start : start + len(d)])
-            asked.extend(range(start, start + len(d)))
-            return torch.zeros_like(w, dtype=torch.bool)
-
+        U, _ = inverse_factor(inputs("independent", 400, width)[Gram], 0.01)
         weight = gaussian(2, width)
-        swept, _ = sweep(weight, U, grid=None, choose=choose, order=order, span=span)
-        assert asked == list(range(width))
-        assert torch.equal(
-            swept, weight
-        )  # nothing was fixed to another value, so nothing is corrected
+        for span in (1, 3, 4, 99, BLOCK):
+            asked = []
+
+            def choose(w, d, start, asked=asked):
+                assert w.shape == (2, len(d))
+                assert torch.equal(d, U.diagonal()[start : start + len(d)])
+                asked.extend(range(start, start + len(d)))
+                return torch.zeros_like(w, dtype=torch.bool)
+
+            swept, _ = sweep(weight, U, grid=None, choose=choose, order=order, span=span)
+            assert asked == list(range(width)), f"span {span}"
+            # no column was fixed to another value, so none is corrected
+            assert torch.equal(swept, weight), f"span {span}"
 
 
 class TestKeepBetterRows:
@@ -153,74 +164,52 @@ class TestKeepBetterRows:
         original = torch.zeros(3, 2)
         swept = torch.tensor([[1.0, 0.0], [3.0, 0.0], [1.0, 1.0]])
         plain = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.5]])
-        kept, lost = keep_better_rows(swept, plain, original, torch.eye(2))
-        assert torch.equal(kept, torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))
+        taken, lost = keep_better_rows(swept, plain, original, torch.eye(2))
+        assert torch.equal(taken, torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))
         assert lost == 1
 
-    @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-    def test_a_correction_that_overflowed_is_not_kept(self, bad):
-        original, plain = torch.ones(2, 2), torch.zeros(2, 2)
-        swept = torch.tensor([[bad, 1.0], [1.0, 1.0]])
-        kept, lost = keep_better_rows(swept, plain, original, torch.eye(2))
-        assert torch.equal(kept, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
-        assert lost == 1
+    def test_a_correction_that_overflowed_is_not_taken(self):
+        for bad in (torch.inf, torch.nan):
+            swept = torch.tensor([[bad, 1.0], [1.0, 1.0]])
+            plain = torch.zeros(2, 2)
+            taken, lost = keep_better_rows(swept, plain, torch.ones(2, 2), torch.eye(2))
+            assert torch.equal(taken, torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+            assert lost == 1
 
 
-@given(
-    kind=st.sampled_from(
-        ["independent", "correlated", "low rank", "dead columns", "outliers", "one token", "silent"]
-    ),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    bits=st.integers(2, 8),
-    sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
-    symmetric=st.booleans(),
-    act_order=st.booleans(),
-    damping=st.sampled_from([1e-4, 0.01, 1.0]),
-    seed=st.integers(0, 2**31),
-)
+@given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_no_row_is_ever_worse_than_without_correction(
-    inputs,
-    gaussian,
-    row_errors,
-    not_worse,
-    kind,
-    dtype,
-    bits,
-    sparsity,
-    symmetric,
-    act_order,
-    damping,
-    seed,
+    inputs, gaussian, row_errors, not_worse, input_kinds, data
 ):
-    weight, statistics = gaussian(12, 32, seed, dtype), inputs(kind, 48, 32, seed)
-    start = method(Stage("magnitude", sparsity)).apply(LayerState(weight))
-    grid_options = {"bits": bits, "symmetric": symmetric}
-    rtn = method(Stage("rtn", **grid_options)).apply(start)
-    gptq = method(Stage("gptq", **grid_options, act_order=act_order, damping=damping)).apply(
-        start, statistics
-    )
-    for before, plain, swept in [
-        (start, rtn, gptq),
-        (
-            rtn,
-            None,
-            method(Stage("sparsegpt", sparsity=0.6, damping=damping)).apply(rtn, statistics),
-        ),
-        (
-            start,
-            None,
-            method(Stage("sparsegpt", pattern="1:4", damping=damping)).apply(start, statistics),
-        ),
-    ]:
-        uncorrected = (
-            before.weight.masked_fill(swept.pruned, 0.0) if plain is None else plain.weight
-        )
+    seed = data.draw(st.integers(0, 2**31))
+    damping = data.draw(st.sampled_from([1e-4, 0.01, 1.0]))
+    sparsity = data.draw(st.sampled_from([0.0, 0.3, 0.5, 0.9]))
+    bits = data.draw(st.integers(2, 8))
+    symmetric = data.draw(st.booleans())
+    act_order = data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    weight = gaussian(12, 32, seed, dtype)
+    statistics = inputs(data.draw(st.sampled_from(input_kinds)), 48, 32, seed)
+
+    def apply(state, name, **options):
+        return method(Stage(name, **options)).apply(state, statistics)
+
+    def check(before, swept, uncorrected):
         deltas = [swept.weight - before.weight, uncorrected - before.weight]
         mine = row_errors(swept.weight, before.weight, statistics)
-        assert not_worse(
-            mine, row_errors(uncorrected, before.weight, statistics), deltas, statistics
-        )
+        plain = row_errors(uncorrected, before.weight, statistics)
+        assert not_worse(mine, plain, deltas, statistics)
+
+    start = apply(LayerState(weight), "magnitude", sparsity=sparsity)
+    grid = {"bits": bits, "symmetric": symmetric}
+    rtn = apply(start, "rtn", **grid)
+    gptq = apply(start, "gptq", **grid, act_order=act_order, damping=damping)
+    check(start, gptq, rtn.weight)
+    on_grid = apply(rtn, "sparsegpt", sparsity=0.6, damping=damping)
+    check(rtn, on_grid, rtn.weight.masked_fill(on_grid.pruned, 0.0))
+    pattern = apply(start, "sparsegpt", pattern="1:4", damping=damping)
+    check(start, pattern, start.weight.masked_fill(pattern.pruned, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -233,19 +222,33 @@ def test_a_raised_damping_is_noted(gaussian, stage):
     assert any(f"{stage}: damping raised from 1e-12 to " in note for note in state.notes)
 
 
-@pytest.mark.parametrize("stage", [Stage("gptq", 4), Stage("sparsegpt", 0.5)])
-def test_the_damping_that_was_asked_for_needs_no_note(inputs, gaussian, kind, stage):
-    state = method(stage).apply(LayerState(gaussian()), inputs(kind))
-    assert not any("damping" in note for note in state.notes)
+def test_the_damping_that_was_asked_for_needs_no_note(inputs, gaussian, input_kinds):
+    for kind, stage in itertools.product(input_kinds, [Stage("gptq", 4), Stage("sparsegpt", 0.5)]):
+        state = method(stage).apply(LayerState(gaussian()), inputs(kind))
+        assert not any("damping" in note for note in state.notes), f"{stage}, {kind}"
+
+
+def test_layers_that_share_their_inputs_share_the_factor(inputs):
+    statistics = inputs()
+    assert Factor.of(statistics, 0.01) is Factor.of(statistics, 0.01)
+    for other in (Factor.of(statistics, 0.1), Factor.of(statistics, 0.01, act_order=True)):
+        assert other is not Factor.of(statistics, 0.01)
+
+
+def test_act_order_sorts_the_columns_by_their_inputs(inputs):
+    statistics = inputs("outliers")
+    factor = Factor.of(statistics, 0.01, act_order=True)
+    sizes = statistics[Gram].diagonal()[factor.columns]
+    assert (sizes.diff() <= 0).all() and sorted(factor.columns.tolist()) == list(range(32))
 
 
 def test_rows_left_uncorrected_are_counted(inputs, gaussian):
-    statistics, weight = inputs("independent"), gaussian(256)
+    statistics = inputs("independent")
+    weight = gaussian(256)
     state = method(Stage("gptq", 2)).apply(LayerState(weight), statistics)
     rtn = method(Stage("rtn", 2)).apply(LayerState(weight))
-    same = (state.weight == rtn.weight).all(1).sum().item()  # a few come out the same by themselves
+    same = (state.weight == rtn.weight).all(1).sum().item()  # a few are the same by themselves
     (note,) = state.notes
-    lost = int(
-        re.fullmatch(r"gptq:2: (\d+) of 256 rows left uncorrected, which was better", note)[1]
-    )
+    pattern = r"gptq:2: (\d+) of 256 rows left uncorrected, which was better"
+    lost = int(re.fullmatch(pattern, note)[1])
     assert same / 2 < lost <= same < 64
