@@ -87,7 +87,7 @@ def test_no_import_points_up(file):
     [
         "from optimum_order.compressor import JointCompressor",
         "from optimum_order.engine import run",
-        "import optimum_order.cli.export",
+        "import optimum_order.cli.compress",
         "def f():\n    from optimum_order.formats import dense",
         "if TYPE_CHECKING:\n    from optimum_order.compressor import CompressedModel",
     ],

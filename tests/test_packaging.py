@@ -101,8 +101,8 @@ def test_optimum_cli_knows_the_commands(installed, tmp_path):
 
 def check_program(program, folder):
     text = run(*program, "--help", cwd=folder, env=CLEAN)
-    assert all(name in text for name in ("export", "inspect", "verify", "backends"))
-    listed = json.loads(run(*program, "backends", "--json", cwd=folder, env=CLEAN))
+    assert all(name in text for name in ("compress", "inspect", "verify", "methods"))
+    listed = json.loads(run(*program, "methods", "--json", cwd=folder, env=CLEAN))
     assert {"wanda", "gptq"} <= {method["name"] for method in listed["methods"]}
 
 
@@ -160,7 +160,7 @@ def test_registering_the_commands_and_their_help_import_no_torch():
         import sys
         import optimum.commands.register.register_order
         from optimum_order.cli import main
-        for arguments in (["--help"], ["export", "--help"], ["backends", "--help"]):
+        for arguments in (["--help"], ["compress", "--help"], ["methods", "--help"]):
             try:
                 main(arguments)
             except SystemExit as end:
@@ -378,7 +378,7 @@ def test_a_third_party_backend_and_format_are_used_by_their_names(
 ):
     environment = os.environ | {"PYTHONPATH": f"{plugin}{os.pathsep}{ROOT}"}
     program = [sys.executable, "-c", "from optimum_order.cli import main; main()"]
-    listed = json.loads(run(*program, "backends", "--json", env=environment))
+    listed = json.loads(run(*program, "methods", "--json", env=environment))
     (stripes,) = [method for method in listed["methods"] if method["name"] == "stripes"]
     assert stripes["options"][0]["allowed"] == "2 or more"
     assert "plain" in [each["name"] for each in listed["formats"]]
@@ -387,7 +387,7 @@ def test_a_third_party_backend_and_format_are_used_by_their_names(
     small = ["--calibration", text_file, "--calibration-samples", 2, "--sequence-length", 64]
     order = ["--order", "stripes:4 > gptq:4 > stripes:8", "--format", "plain"]
     done = run(
-        *program, "export", tiny_llama_folder, out, *order, *small, "--json", env=environment
+        *program, "compress", tiny_llama_folder, out, *order, *small, "--json", env=environment
     )
     result = json.loads(done)
     assert (result["format"], result["sparsity"]) == ("plain", 0.25)

@@ -156,11 +156,7 @@ def trace(
     spy = _Spy(units, costs, counter)
     for unit in units:
         unit.module.forward = spy.watched(unit, unit.module.forward)
-    experts = [
-        module
-        for module in model.modules()
-        if hf.experts_transposed(module) is not None
-    ]
+    experts = [module for module in model.modules() if hf.experts_transposed(module) is not None]
     for module in experts:
         module.forward = spy.routed(module)
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.items()}

@@ -23,8 +23,7 @@ MOE = {"num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": 64, "n
 CONFIGS = {
     "llama": SHAPE | {"intermediate_size": 128},
     "gpt2": GPT2 | {"eos_token_id": 1},
-    "mixtral": SHAPE
-    | {"num_key_value_heads": 2, "intermediate_size": 32, "num_local_experts": 2},
+    "mixtral": SHAPE | {"num_key_value_heads": 2, "intermediate_size": 32, "num_local_experts": 2},
     "qwen3_moe": SHAPE | MOE | {"num_experts_per_tok": 1, "intermediate_size": 64},
     "llama4_text": SHAPE
     | {"num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 2, "num_experts_per_tok": 1}
