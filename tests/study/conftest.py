@@ -1,11 +1,14 @@
 """Hand-made trials with figures that are known, and small studies of a tiny model."""
 
 import functools
+import itertools
+import json
 import math
 import statistics
 
 import pytest
 
+from optimum_order.study.analysis import summarize
 from optimum_order.study.run import Study
 from optimum_order.study.trials import Trials
 
@@ -14,6 +17,20 @@ from optimum_order.study.trials import Trials
 def make_trials(store_trials, tmp_path):
     """`store_trials` in a folder of the test's own."""
     return functools.partial(store_trials, tmp_path / "trials")
+
+
+@pytest.fixture
+def make_summary(store_trials, tmp_path):
+    """The summary of trials as `store_trials` makes them; it must be JSON."""
+    numbers = itertools.count()
+
+    def make(*arguments, **options):
+        folder = tmp_path / f"summarized-{next(numbers)}"
+        summary = summarize(store_trials(folder, *arguments, **options))
+        assert json.loads(json.dumps(summary, allow_nan=False))
+        return summary
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +75,7 @@ def store_trials():
 
 @pytest.fixture(scope="session")
 def make_study(make_compressor, text_file):
-    """`make_study(folder)`: a study of the tiny model with two calibration windows, four samples."""
+    """`make_study(folder)`: the tiny model, two calibration windows, four samples."""
 
     def make(folder, samples=4, settings=None, **changes) -> Study:
         compressor = make_compressor(**{"calibration_samples": 2} | changes)
