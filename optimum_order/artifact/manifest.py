@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from optimum_order import __version__
 from optimum_order.errors import ArtifactError
 from optimum_order.files import read_json
 
@@ -53,7 +54,7 @@ _LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """The versions that a run depends on."""
-    return {"python": platform.python_version(), KEY: version("optimum-order")} | {
+    return {"python": platform.python_version(), KEY: __version__} | {
         n: version(n) for n in _LIBRARIES
     }
 
