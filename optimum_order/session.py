@@ -15,7 +15,7 @@ from optimum_order.calibration import precision
 from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.data.draws import Draws, spread
 from optimum_order.data.load import inputs, samples_for
-from optimum_order.data.samples import Samples, Windows
+from optimum_order.data.samples import Images, Samples, Windows
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
@@ -157,7 +157,7 @@ class Session:
         if not chosen.needs_reference:
             return chosen()
         reference = self.source.load()
-        reference.to(model.device)
+        reference.to(model.device)  # type: ignore[arg-type]
         return chosen(reference)
 
     def execution(
@@ -280,10 +280,10 @@ class Session:
 
 def describe(samples: Samples) -> dict[str, Any]:
     """Return what a manifest says of calibration samples: never the samples themselves."""
-    size: dict[str, Any]
+    size: dict[str, Any] = {}
     if isinstance(samples, Windows):
         size = {"sequence_length": samples.ids.shape[1], "tokens": samples.tokens}
-    else:
+    elif isinstance(samples, Images):
         size = {"image_shape": list(samples.pixels.shape[1:])}
     origin = {"source": samples.source, "samples": len(samples)}
     return origin | size | {"digest": samples.digest, "note": samples.note}
