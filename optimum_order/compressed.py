@@ -170,9 +170,10 @@ class CompressedModel:
 
         if codec.runs_dense:
             home = self.model.device
-            self.model.to(self._session.device)
+            self.model.to(self._session.device)  # type: ignore[arg-type]
             measurement = measure(self.model)
-            self.model.to(home)  # states and model are compared when they are saved
+            # States and model are compared when they are saved.
+            self.model.to(home)  # type: ignore[arg-type]
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self._save(Path(folder) / "model", format=codec.name)

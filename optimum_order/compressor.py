@@ -120,7 +120,8 @@ class JointCompressor(Session):
             workdir.check(Path(work_dir), resume=resume)
         elif resume or low_memory:
             raise OutputError(f"'{'resume' if resume else 'low_memory'}' needs a 'work_dir'.")
-        if low_memory and not isinstance(self.source, Checkpoint):
+        checkpoint = self.source if isinstance(self.source, Checkpoint) else None
+        if low_memory and checkpoint is None:
             raise ModelError(
                 "A model that is in memory already cannot be compressed with 'low_memory': "
                 "give its folder."
@@ -128,7 +129,7 @@ class JointCompressor(Session):
         plan = self._plan_for(order, stages, work_dir if resume else None, progress=progress)
         # The cheapest errors first, before any weight is read.
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
-        weights = self.source.load_empty() if low_memory else None
+        weights = checkpoint.load_empty() if low_memory and checkpoint else None
         model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
@@ -227,7 +228,7 @@ class JointCompressor(Session):
             schedule=schedule,
             format=format,
             device=self.device,
-            dtype=self.execution(model).dtype,
+            dtype=self.execution(model).matmul_dtype(model),
             before=self.source.bytes,
             drawing=drawing,
         )
@@ -249,7 +250,7 @@ class JointCompressor(Session):
         """
         samples = self.evaluation_samples(source)
         model = self.source.load()
-        model.to(self.device)
+        model.to(self.device)  # type: ignore[arg-type]
         chosen = self.metric(model, metric)
         key = (chosen.name, samples.digest)
         if key not in self.measured:

@@ -147,7 +147,7 @@ class Session:
         if not chosen.needs_reference:
             return chosen()
         reference = self.source.load()
-        reference.to(model.device)
+        reference.to(model.device)  # type: ignore[arg-type]
         return chosen(reference)
 
     def execution(

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from optimum_order import files
+from optimum_order import __version__, files
 from optimum_order.errors import ArtifactError
 
 FILE = "optimum_order.json"
@@ -53,7 +53,7 @@ _LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Return the versions that a run depends on."""
-    ours = {"python": platform.python_version(), KEY: version("optimum-order")}
+    ours = {"python": platform.python_version(), KEY: __version__}
     return ours | {library: version(library) for library in _LIBRARIES}
 
 

@@ -32,8 +32,6 @@ class Streamed:
             from the model while the block is resident. Those of one block at a time are in memory.
     """
 
-    streamed = True
-
     def __init__(
         self, weights: Weights, units: Sequence[Unit], work: WorkDir, activation_limit: int
     ):
