@@ -1,15 +1,22 @@
 # `make demo` and `make test` are all a newcomer needs: each makes .venv by itself, once.
 #
-# TORCH is what pip installs before anything else, so that no other build is pulled in with the dependencies. Where
-# pip finds only CUDA builds of it, say which one to install, with pip's own options if they are needed:
+# TORCH is what pip installs before anything else, so that no other build comes with the
+# dependencies. Where pip finds CUDA builds only, say which build to install, with pip's own options
+# if they are needed:
 #     make test TORCH="torch==2.13.0 --index-url ADDRESS-OF-THE-CPU-BUILDS"
 TORCH ?= torch==2.13.0
 PYTHON ?= $(shell python3.11 -c "import ensurepip, venv" 2>/dev/null && echo python3.11 || echo python3)
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# The documentation is built from the sources alone, so its environment needs no torch: it holds
+# the packages of the extra `docs` and nothing else.
+DOCS := .venv-docs/bin
+DOCS_STAMP := .venv-docs/.installed
+DOCS_EXTRA := import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
+	print(c["options.extras_require"]["docs"])
 
-.PHONY: demo test lint peers clean
+.PHONY: demo test lint format docs peers clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -21,6 +28,13 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 
 # llm-compressor pins other versions of our dependencies, so it has an environment of its own
 peers: $(STAMP) .venv-peers/.installed
@@ -40,5 +54,12 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --editable ".[dev]"
 	touch $@
 
+$(DOCS_STAMP): setup.cfg
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS)/python -m pip install --quiet --upgrade pip
+	$(DOCS)/python -c '$(DOCS_EXTRA)' > .venv-docs/requirements.txt
+	$(DOCS)/python -m pip install --requirement .venv-docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-peers build dist demo-output *.egg-info
+	rm -rf .venv .venv-docs .venv-peers build dist demo-output *.egg-info

@@ -16,7 +16,7 @@ def main() -> None:
     measured = JointCompressor.from_pretrained("tiny-llama").evaluate("builtin")
     print(
         f"tiny-llama  {measured.details['bits_per_byte']:.4f} bits per byte "
-        f"(perplexity {measured.value:.3f} on {measured.tokens:,} tokens in {len(measured.per_sequence)} windows)"
+        f"(perplexity {measured.value:.3f} on {measured.tokens:,} tokens in {len(measured.scores)} windows)"
     )
 
 

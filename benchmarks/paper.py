@@ -25,7 +25,9 @@ from rich.table import Table
 from optimum_order import Order, Stage
 from optimum_order.engine.recipe import canonical, method
 from optimum_order.study.analysis import summarize
-from optimum_order.study.study import TRIALS, Study, Trials, grid, quiet, with_parts
+from optimum_order.study.grid import grid, with_parts
+from optimum_order.study.run import Study, quiet
+from optimum_order.study.trials import TRIALS, Trials
 
 SPARSEGPT = [Stage("sparsegpt")]
 TEXTBOOK = [Stage("rtn", clip="none"), Stage("gptq", clip="none")]

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from optimum_order import JointCompressor, Order, Stage
-from optimum_order.data.load import batch_size, inputs
 from optimum_order.engine.recipe import canonical
 from optimum_order.engine.runner import Runner
 from optimum_order.evaluation.accuracy import Accuracy
@@ -31,7 +30,9 @@ from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
 from optimum_order.search.planner import CONFIDENCE, plan
-from optimum_order.study.study import Study, Trials, grid, quiet
+from optimum_order.study.grid import grid
+from optimum_order.study.run import Study, quiet
+from optimum_order.study.trials import Trials
 
 DRAWS = 3
 PRUNERS, QUANTIZERS = (
@@ -76,7 +77,7 @@ class Setting:
 
         def batches(draw: int, samples: int | None = None) -> list:
             first = draw * self.size
-            return inputs(drawn.take(torch.arange(first, first + (samples or self.size))))
+            return drawn.take(torch.arange(first, first + (samples or self.size))).inputs()
 
         self.runner = Runner(compressor.source, batches, progress=False)
         self.planning = Runner(
@@ -84,7 +85,7 @@ class Setting:
         )
 
     def study(self, folder: Path) -> Study:
-        size = batch_size(self.truth_samples)
+        size = self.truth_samples.batch_size
         return Study(
             self.runner,
             self.metric,
@@ -133,7 +134,7 @@ def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
                     scorer=setting.scorer,
                     calibration_samples=setting.size,
                     confidence=confidence,
-                    batch_size=batch_size(setting.plan_samples),
+                    batch_size=setting.plan_samples.batch_size,
                 )
                 out.write(
                     json.dumps({"index": index, "confidence": confidence, "plan": found.as_dict()})

@@ -9,8 +9,9 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Backend",
+    "Codec",
     "CompressedModel",
-    "Format",
+    "Container",
     "JointCompressor",
     "LayerState",
     "OptimumOrderError",
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
     from optimum_order.compressed import CompressedModel
     from optimum_order.compressor import JointCompressor
     from optimum_order.errors import OptimumOrderError
-    from optimum_order.formats import Format
+    from optimum_order.formats import Codec, Container
     from optimum_order.layers.state import LayerState
     from optimum_order.order import Order, Stage
 
 # Where each public name lives. Nothing is imported before it is asked for: `import optimum_order` stays fast.
 _HOME = {
     "Backend": "backends",
+    "Codec": "formats",
     "CompressedModel": "compressed",
-    "Format": "formats",
+    "Container": "formats",
     "JointCompressor": "compressor",
     "LayerState": "layers.state",
     "OptimumOrderError": "errors",

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import hub, manifest
-from optimum_order.data.load import batch_size
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
@@ -163,17 +162,18 @@ class CompressedModel:
                 "measure that."
             )
         samples = self._session.evaluation_samples(source)
-        codec = formats.choose(self.model, self._pairs(), format, tensors=self._tensors)
+        codec = formats.choose(self._contents(), format)
 
         def measure(model: PreTrainedModel) -> Measurement:
             chosen = self._session.metric(model, metric)
-            return chosen.measure(model, samples, batch_size=batch_size(samples), progress=progress)
+            return chosen.measure(model, samples, batch_size=samples.batch_size, progress=progress)
 
         if codec.runs_dense:
             home = self.model.device
-            self.model.to(self._session.device)
+            self.model.to(self._session.device)  # type: ignore[arg-type]
             measurement = measure(self.model)
-            self.model.to(home)  # states and model are compared when they are saved
+            # States and model are compared when they are saved.
+            self.model.to(home)  # type: ignore[arg-type]
         else:
             with tempfile.TemporaryDirectory() as folder:
                 self._save(Path(folder) / "model", format=codec.name)
@@ -249,21 +249,15 @@ class CompressedModel:
             )
 
     def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
-        pairs = self._pairs()
-        codec = formats.choose(self.model, pairs, format, tensors=self._tensors)
-        return artifact.save(
-            self.model,
-            self._session.source.processor,
-            pairs,
-            self._facts() | {"metrics": self._metrics(codec.runs_dense)},
-            path,
-            format=codec,
-            overwrite=overwrite,
-            tensors=self._tensors,
-        )
+        contents = self._contents()
+        codec = formats.choose(contents, format)
+        facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
+        return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
 
-    def _pairs(self) -> formats.Layers:
-        return formats.Paired(self._targets, self.layers)
+    def _contents(self) -> formats.Contents:
+        layers = formats.Layers(self._targets, self.layers)
+        processor = self._session.source.processor
+        return formats.Contents(self.model, layers, self._tensors, processor)
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
         """Return what was measured, by name, for an artifact only on the values that load from it."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from optimum_order import estimate
 from optimum_order.compressed import CompressedModel, Provenance
-from optimum_order.data.load import batch_size, inputs
 from optimum_order.engine import workdir
 from optimum_order.engine.recipe import Recipe, canonical
 from optimum_order.engine.run import Subject, run
@@ -20,14 +19,14 @@ from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Measurement
-from optimum_order.models.lazy import Overlaid
 from optimum_order.models.source import Checkpoint
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.planner import Plan
-from optimum_order.session import Session, describe
-from optimum_order.study.study import Study, check_folder, quiet
+from optimum_order.session import Session
+from optimum_order.study.run import Study, quiet
+from optimum_order.study.trials import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,8 @@ class JointCompressor(Session):
             workdir.check(Path(work_dir), resume=resume)
         elif resume or low_memory:
             raise OutputError(f"'{'resume' if resume else 'low_memory'}' needs a 'work_dir'.")
-        if low_memory and not isinstance(self.source, Checkpoint):
+        checkpoint = self.source if isinstance(self.source, Checkpoint) else None
+        if low_memory and checkpoint is None:
             raise ModelError(
                 "A model that is in memory already cannot be compressed with 'low_memory': "
                 "give its folder."
@@ -129,14 +129,14 @@ class JointCompressor(Session):
         plan = self._plan_for(order, stages, work_dir if resume else None, progress=progress)
         # The cheapest errors first, before any weight is read.
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
-        weights = self.source.load_empty() if low_memory else None
+        weights = checkpoint.load_empty() if low_memory and checkpoint else None
         model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
         samples = self.draw() if recipe.needs_data else None
         if samples and samples.note:
             logger.warning(samples.note)
-        batches = inputs(samples) if samples else []
+        batches = samples.inputs() if samples else []
         pause = self.pause_for(pause, recipe, batches, low_memory=low_memory)
         execution = self.execution(model, pause, progress=progress)
         base = self.base_model(model, model.state_dict() if weights is None else weights)
@@ -155,12 +155,12 @@ class JointCompressor(Session):
             result = run(subject, recipe, execution, work=work)
             if weights is not None:
                 targets = {target.name: target for unit in units for target in unit.targets}
-                tensors = Overlaid(weights, targets, result.states)
+                tensors = weights.overlaid(targets, result.states)
                 stack.pop_all()  # the states are read from there until the result is closed
         calibration = None
         if samples is not None:
             dtype = str(execution.dtype).removeprefix("torch.")
-            calibration = describe(samples) | {"dtype": dtype}
+            calibration = samples.describe() | {"dtype": dtype}
         provenance = Provenance(
             recipe=recipe,
             pause=pause,
@@ -218,7 +218,7 @@ class JointCompressor(Session):
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
         begin = time.perf_counter()
-        batches = inputs(self.draw()) if recipe.needs_data else []
+        batches = self.draw().inputs() if recipe.needs_data else []
         drawing = time.perf_counter() - begin
         return estimate.estimate(
             model,
@@ -228,7 +228,7 @@ class JointCompressor(Session):
             schedule=schedule,
             format=format,
             device=self.device,
-            dtype=self.execution(model).dtype,
+            dtype=self.execution(model).matmul_dtype(model),
             before=self.source.bytes,
             drawing=drawing,
         )
@@ -250,12 +250,12 @@ class JointCompressor(Session):
         """
         samples = self.evaluation_samples(source)
         model = self.source.load()
-        model.to(self.device)
+        model.to(self.device)  # type: ignore[arg-type]
         chosen = self.metric(model, metric)
         key = (chosen.name, samples.digest)
         if key not in self.measured:
             self.measured[key] = chosen.measure(
-                model, samples, batch_size=batch_size(samples), progress=progress
+                model, samples, batch_size=samples.batch_size, progress=progress
             )
         return self.measured[key]
 
@@ -314,7 +314,7 @@ class JointCompressor(Session):
                 scorer=finer,
                 calibration_samples=self.calibration_samples,
                 draws=draws,
-                batch_size=batch_size(samples),
+                batch_size=samples.batch_size,
                 progress=progress,
             )
 
@@ -335,7 +335,7 @@ class JointCompressor(Session):
         Trials are stored as they finish: a stopped study goes on when it is started again.
 
         Args:
-            orders: Such as `optimum_order.study.study.grid` gives, or any others.
+            orders: Such as `optimum_order.study.grid.grid` gives, or any others.
             folder: Gets trials.sqlite, trials.csv, summary.json, plots and report.html; made if
                 missing.
             draws: Disjoint calibration draws, each of `calibration_samples`; or their numbers, so
@@ -382,7 +382,7 @@ class JointCompressor(Session):
                 self.draw(
                     max(numbers)
                 )  # all in one reading, and an error now if there is too little
-                calibration = describe(self.draw(0)) | {"seed": self.seed}
+                calibration = self.draw(0).describe() | {"seed": self.seed}
                 if note := calibration.pop("note"):
                     logger.warning(note)
             study = Study(
@@ -391,9 +391,7 @@ class JointCompressor(Session):
                 samples,
                 folder,
                 settings={"calibration": calibration},
-                prefix_bytes=int(prefix_limit * 10**9),
-                batch_size=batch_size(samples),
-                progress=progress,
             )
-            study.run(checked, numbers)
+            prefix_bytes = int(prefix_limit * 10**9)
+            study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(study.trials, folder)

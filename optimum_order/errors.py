@@ -10,7 +10,7 @@
     ├── HubError (OSError)             a model on the Hub that cannot be read or written
     └── InvariantError (RuntimeError)  a backend broke a promise; always a bug, never bad input
 
-A message says what was wrong, what is allowed, what was got and what to do.
+A message says what failed, what was given, what is allowed, and what to do.
 """
 
 import difflib
@@ -56,21 +56,50 @@ class InvariantError(OptimumOrderError, RuntimeError):
 
 
 def redacted(text: str, *secrets: str | None) -> str:
-    """The text without these secrets, and without whatever else looks like a token: a server may repeat any header."""
+    """Return a text without secrets, and without what looks like a token.
+
+    Args:
+        text: Any text; a server may repeat any header in its messages.
+        secrets: What must not be shown.
+    """
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
     return re.sub(r"(?i:(?<=bearer ))\S+|\bhf_\w{8,}|\beyJ[\w-]+\.[\w-]+\.[\w-]*", "***", text)
 
 
 def chainable(error: BaseException, *secrets: str | None) -> BaseException | None:
-    """The error, for another to be raised from, or None if a traceback that shows it would show a secret."""
+    """Return an error to raise another from, or None if its traceback would show a secret.
+
+    Args:
+        error: The error.
+        secrets: What must not be shown.
+    """
     shown = "".join(traceback.format_exception(error))
     return error if redacted(shown, *secrets) == shown else None
 
 
 def unknown(what: str, got: str, allowed: Iterable[str]) -> str:
-    """The message for a name that is not among the allowed ones, with the nearest as a suggestion."""
+    """Return the message for a name that is not allowed, with the nearest as a suggestion.
+
+    Args:
+        what: The kind of thing that is named.
+        got: The name.
+        allowed: The names that are allowed.
+    """
     allowed = sorted(allowed)
     near = difflib.get_close_matches(got, allowed, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"Unknown {what} '{got}'.{hint} Allowed: {', '.join(allowed)}."
+
+
+def missing_extra(extra: str, error: ImportError) -> OptimumOrderError:
+    """Return the error for a package that is not installed because it belongs to an extra.
+
+    Args:
+        extra: The extra of optimum-order that brings the package.
+        error: From the import that failed.
+    """
+    return OptimumOrderError(
+        f"The package '{error.name}' is not installed. Install it with "
+        f"pip install 'optimum-order[{extra}]'."
+    )

@@ -1,12 +1,16 @@
 """What is done to a model, in which order: `Stage`, `Order` and the text they are written in.
 
-    order  =  stage ( ">" stage )*
+    order  =  stage ( ">" stage )*          "->", "→" and "+" are read as ">"
     stage  =  method  |  method ":" value  |  method "(" key "=" value ( "," key "=" value )* ")"
-    value  =  number  |  true  |  false  |  word  |  "[" value ( "," value )* "]"
+    value  =  number  |  true  |  false  |  word  |  quoted  |  "[" value ( "," value )* "]"
 
-`wanda:0.5 > gptq(bits=4, group_size=64)` prunes first. The value after the colon is the method's main knob:
-the sparsity of a pruner, the bits of a quantiser, the data type of bitsandbytes. This module knows the syntax
-only; what a method is called and which options it has is for `optimum_order.backends` to say.
+`wanda:0.5 > gptq(bits=4, group_size=64)` prunes first. The value after the colon is the method's
+main
+knob: the sparsity of a pruner, the bits of a quantizer, the data type of bitsandbytes. A word has
+letters, digits and `_ . : / - + * ?`, so that layers are named as they are: `gptq(bits=3,
+targets=[*.q_proj,*.k_proj])`. Text with other characters stands in quotes:
+`targets='re:.*[qk]_proj'`. This module knows the syntax only; the names of methods and their
+options are for `optimum_order.backends` to say.
 """
 
 from __future__ import annotations
@@ -16,15 +20,21 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from optimum_order.errors import OrderError
 
-Value = bool | int | float | str | tuple
+Value = bool | int | float | str | tuple[Any, ...]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
-_WORD = re.compile(r"[A-Za-z0-9_.:/+-]+")
-_MAX_LENGTH, _MAX_DEPTH, _MAX_DIGITS = 20_000, 8, 18
+# "a:b->c" and "a:b+c" are two stages; "a:1e-3" and "a:1e+3" are numbers.
+_WORD = re.compile(r"(?:[A-Za-z0-9_.:/*?]|-(?!>)|\+(?=[0-9]))+")
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_ARROW = re.compile(r">|->|→|\+")
+_MAX_LENGTH = 20_000
+_MAX_DEPTH = 8
+_MAX_DIGITS = 18
 
 
 def _print_value(value: Value) -> str:
@@ -32,11 +42,24 @@ def _print_value(value: Value) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple):
         return "[" + ",".join(map(_print_value, value)) + "]"
-    return repr(value) if isinstance(value, (int, float)) else value
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if _WORD.fullmatch(value):
+        return value
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def _checked(value: object, where: str, depth: int = 0) -> Value:
-    """The value in the one form it has after printing and parsing, or an error."""
+    """Return the value in the one form that it has after printing and parsing.
+
+    Args:
+        value: A value of any type.
+        where: What the error calls it.
+        depth: How many lists it is inside of.
+
+    Raises:
+        OrderError: If the value cannot be printed and parsed back.
+    """
     if isinstance(value, (list, tuple)):
         if depth >= _MAX_DEPTH:
             raise OrderError(f"{where} must have lists nested at most {_MAX_DEPTH} deep.")
@@ -49,12 +72,18 @@ def _checked(value: object, where: str, depth: int = 0) -> Value:
         if not math.isfinite(value):
             raise OrderError(f"{where} must be a finite number, got {value}.")
         return float(value)
-    if isinstance(value, str) and _WORD.fullmatch(value) and _parse_word(value) == value:
+    if isinstance(value, str) and _is_text(value):
         return value
     raise OrderError(
-        f"{where} must be a number, true, false, a word of letters, digits and _ . : / + -, or a list of those, "
-        f"got {value!r}."
+        f"{where} must be a number, true, false, one line of text (no number, at most one kind of "
+        f"quotes) or a list of those, got {value!r}."
     )
+
+
+def _is_text(value: str) -> bool:
+    """Return whether text can be written, bare or in quotes, and stays text when it is read."""
+    quotable = value.isprintable() and not ("'" in value and '"' in value)
+    return quotable and value != "" and _parse_word(value) == value
 
 
 def _parse_word(word: str) -> Value:
@@ -71,11 +100,11 @@ def _parse_word(word: str) -> Value:
 
 @dataclass(frozen=True)
 class Stage:
-    """One method with its options, as written: `Stage("gptq", 4)`, `Stage("gptq", bits=4, group_size=64)`.
+    """One method with its options, as written: `Stage("gptq", 4)`, `Stage("gptq", bits=4)`.
 
     Args:
-        method: The name of a backend.
-        value: The method's main knob, when it is given without its name.
+        method: The name of a method.
+        value: The method's main knob, where its name is left out.
         options: Options by name.
 
     Raises:
@@ -98,20 +127,23 @@ class Stage:
         for key in options:
             if not _NAME.fullmatch(key):
                 raise OrderError(f"Stage '{method}': {key!r} cannot be the name of an option.")
-        object.__setattr__(self, "method", method)
-        object.__setattr__(
-            self,
-            "value",
-            None if value is None else _checked(value, f"Stage '{method}': the value"),
-        )
+        if value is not None:
+            value = _checked(value, f"Stage '{method}': the value")
         pairs = sorted(
-            (k, _checked(v, f"Stage '{method}': option '{k}'")) for k, v in options.items()
+            (key, _checked(option, f"Stage '{method}': option '{key}'"))
+            for key, option in options.items()
         )
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "value", value)
         object.__setattr__(self, "options", tuple(pairs))
 
     @classmethod
     def parse(cls, text: str) -> Stage:
-        """The one stage that `text` spells."""
+        """Read one stage.
+
+        Raises:
+            OrderError: If the text is not one stage.
+        """
         order = Order.parse(text)
         if len(order) != 1:
             raise OrderError(f"Expected one stage, got {len(order)}: {text[:200]!r}.")
@@ -163,7 +195,11 @@ class Order:
 
     @classmethod
     def of(cls, order: Order | Stage | str | Iterable[Stage | str]) -> Order:
-        """An `Order` from any of the ways a user may write one."""
+        """Return an `Order` from any of the ways a user may write one.
+
+        Raises:
+            OrderError: If it cannot be read as one.
+        """
         if isinstance(order, Order):
             return order
         if isinstance(order, str):
@@ -171,7 +207,7 @@ class Order:
         return cls([order] if isinstance(order, Stage) else order)
 
     def permutations(self) -> Iterator[Order]:
-        """Every distinct order of these stages, this one first."""
+        """Yield every distinct order of these stages, this one first."""
         seen = set()
         for stages in itertools.permutations(self.stages):
             if stages not in seen:
@@ -207,18 +243,19 @@ def parse_stages(text: str) -> list[Stage]:
 
 
 class _Parser:
-    """Recursive descent over one line; every failure says where it stood."""
+    """Recursive descent over one line; every failure names its position."""
 
     def __init__(self, text: str):
         if len(text) > _MAX_LENGTH:
             raise OrderError(f"An order is at most {_MAX_LENGTH} characters long, got {len(text)}.")
-        self.text, self.at = text, 0
+        self.text = text
+        self.at = 0
 
     def order(self) -> list[Stage]:
         stages = []
         if self.peek():
             stages.append(self.stage())
-            while self.accept(">"):
+            while self.accept_arrow():
                 stages.append(self.stage())
             if self.peek():
                 self.fail("'>' and another stage, or the end")
@@ -243,17 +280,19 @@ class _Parser:
         return Stage(method, **options)
 
     def value(self, depth: int = 0) -> Value:
-        if self.accept("["):
-            if depth >= _MAX_DEPTH:
-                self.fail(f"lists nested at most {_MAX_DEPTH} deep")
-            items = []
-            if not self.accept("]"):
+        if self.peek() in ("'", '"'):
+            return self.match(_QUOTED, "text that ends with the quote it begins with")[1:-1]
+        if not self.accept("["):
+            return _parse_word(self.match(_WORD, "a value"))
+        if depth >= _MAX_DEPTH:
+            self.fail(f"lists nested at most {_MAX_DEPTH} deep")
+        items: list[Value] = []
+        if not self.accept("]"):
+            items.append(self.value(depth + 1))
+            while self.accept(","):
                 items.append(self.value(depth + 1))
-                while self.accept(","):
-                    items.append(self.value(depth + 1))
-                self.expect("]")
-            return tuple(items)
-        return _parse_word(self.match(_WORD, "a value"))
+            self.expect("]")
+        return tuple(items)
 
     def peek(self) -> str:
         while self.at < len(self.text) and self.text[self.at].isspace():
@@ -266,21 +305,29 @@ class _Parser:
         self.at += 1
         return True
 
+    def accept_arrow(self) -> bool:
+        self.peek()
+        arrow = _ARROW.match(self.text, self.at)
+        if arrow is not None:
+            self.at = arrow.end()
+        return arrow is not None
+
     def expect(self, character: str) -> None:
         if not self.accept(character):
             self.fail(f"'{character}'")
 
-    def match(self, pattern: re.Pattern, what: str) -> str:
+    def match(self, pattern: re.Pattern[str], expected: str) -> str:
         self.peek()
-        found = pattern.match(self.text, self.at)
-        if not found:
-            self.fail(what)
-        self.at = found.end()
-        return found.group()
+        match = pattern.match(self.text, self.at)
+        if match is None:
+            self.fail(expected)
+        self.at = match.end()
+        return match.group()
 
-    def fail(self, expected: str) -> None:
-        got = repr(self.text[self.at : self.at + 20]) if self.at < len(self.text) else "the end"
+    def fail(self, expected: str) -> NoReturn:
+        rest = repr(self.text[self.at : self.at + 20]) if self.at < len(self.text) else "the end"
         raise OrderError(
-            f"Cannot read the order {self.text[:200]!r}: expected {expected} at character {self.at + 1}, got {got}. "
-            "Write it like 'wanda:0.5 > gptq(bits=4, group_size=64)'."
+            f"Cannot read the order {self.text[:200]!r}: expected {expected} at character "
+            f"{self.at + 1}, got {rest}. Write it like 'wanda:0.5 > gptq(bits=4, group_size=64)', "
+            "and put text with other characters in quotes."
         )

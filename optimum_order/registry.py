@@ -1,4 +1,7 @@
-"""Finding plug-ins: our own by walking a folder, other people's by entry point. Swallows no exception."""
+"""Discovery of plug-ins: ours by walking a folder, other packages' by entry point.
+
+An exception that a plug-in raises while it is imported is not hidden.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,42 @@ from typing import Any
 from optimum_order.errors import OptimumOrderError
 
 
-def discover(package: ModuleType, base: type, group: str) -> dict[str, Any]:
-    """Every concrete subclass of `base` in the modules of `package` and in the entry-point group, by its `name`.
+def discover(package: ModuleType, base: type[Any], group: str) -> dict[str, Any]:
+    """Return every plug-in of one kind by its `name`.
+
+    A plug-in is a subclass of `base` that sets `name` in its own body; a class without one is a
+    base of others.
+
+    Args:
+        package: The folder whose modules are searched.
+        base: The class that every plug-in derives from.
+        group: The entry-point group in which other packages declare theirs.
 
     Raises:
-        OptimumOrderError: If an entry point is not a subclass of `base`, or two classes share a name.
+        OptimumOrderError: If an entry point is not a subclass of `base` with a name, or two classes
+            share a name.
     """
-    found: list[type] = []
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        members = vars(import_module(module.name)).values()
-        found += [m for m in members if inspect.isclass(m) and m.__module__ == module.name]
-    found = [
-        cls for cls in found if issubclass(cls, base) and "name" in vars(cls)
-    ]  # a name makes it a plug-in
+    plugins: list[type[Any]] = []
+    for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for member in vars(import_module(info.name)).values():
+            own = inspect.isclass(member) and member.__module__ == info.name
+            if own and issubclass(member, base) and "name" in vars(member):
+                plugins.append(member)
     for point in entry_points(group=group):
-        cls = point.load()
-        if not (inspect.isclass(cls) and issubclass(cls, base)):
+        plugin = point.load()
+        named = isinstance(getattr(plugin, "name", None), str)
+        if not (inspect.isclass(plugin) and issubclass(plugin, base) and named):
             raise OptimumOrderError(
-                f"Entry point '{point.name}' of '{group}' must be a {base.__name__}, got {cls!r}."
+                f"Entry point '{point.name}' of '{group}' must be a {base.__name__} with a 'name', "
+                f"got {plugin!r}."
             )
-        found.append(cls)
+        plugins.append(plugin)
     by_name: dict[str, Any] = {}
-    for cls in found:
-        other = by_name.setdefault(cls.name, cls)
-        if other is not cls:
+    for plugin in plugins:
+        first = by_name.setdefault(plugin.name, plugin)
+        if first is not plugin:
             raise OptimumOrderError(
-                f"Two plug-ins are called '{cls.name}': {other.__module__} and {cls.__module__}. Uninstall one."
+                f"Two plug-ins are called '{plugin.name}': {first.__module__} and "
+                f"{plugin.__module__}. Uninstall one."
             )
     return dict(sorted(by_name.items()))

@@ -13,9 +13,9 @@ from optimum_order import evaluation
 from optimum_order.artifact import manifest
 from optimum_order.calibration import precision
 from optimum_order.calibration.execution import PAUSES, Execution
-from optimum_order.data.draws import Draws, spread
-from optimum_order.data.load import inputs, samples_for
-from optimum_order.data.samples import Samples, Windows
+from optimum_order.data.draws import Draws
+from optimum_order.data.load import load_evaluation, load_samples, reads_images
+from optimum_order.data.samples import Samples
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
@@ -95,14 +95,12 @@ class Session:
         self._draws = Draws(self._load, calibration_samples)
 
     def _load(self, samples: int) -> Samples:
-        return samples_for(
+        return load_samples(
             self.source,
             self.calibration,
-            self.source.processor,
             samples=samples,
             length=self.sequence_length,
             seed=self.seed,
-            purpose="calibration",
         )
 
     def draw(self, number: int = 0, samples: int | None = None) -> Samples:
@@ -127,21 +125,13 @@ class Session:
         Raises:
             DataError: If the source cannot be used.
         """
-        images = self.source.main_input_name == "pixel_values"
-        pool = samples_for(
-            self.source,
-            source,
-            self.source.processor,
-            samples=samples if images else None,
-            length=self.sequence_length,
-            purpose="evaluation",
-        )
-        return spread(pool, samples)
+        length = self.sequence_length
+        return load_evaluation(self.source, source, length=length, samples=samples)
 
     @property
     def usual_samples(self) -> int:
         """The number of samples that orders are compared on by default."""
-        return _IMAGES if self.source.main_input_name == "pixel_values" else _WINDOWS
+        return _IMAGES if reads_images(self.source) else _WINDOWS
 
     def metric(self, model: PreTrainedModel, name: str) -> Metric:
         """Return a metric for a model.
@@ -157,7 +147,7 @@ class Session:
         if not chosen.needs_reference:
             return chosen()
         reference = self.source.load()
-        reference.to(model.device)
+        reference.to(model.device)  # type: ignore[arg-type]
         return chosen(reference)
 
     def execution(
@@ -212,7 +202,7 @@ class Session:
         """
 
         def batches(draw: int, samples: int | None) -> Batches:
-            return inputs(self.draw(draw, samples))
+            return self.draw(draw, samples).inputs()
 
         return Runner(
             self.source,
@@ -260,8 +250,8 @@ class Session:
             values.pop(name, None)
         calibration = None
         if samples is not None:
-            batches = len(inputs(samples))
-            calibration = describe(samples) | {"note": "", "seed": self.seed, "batches": batches}
+            batches = len(samples.inputs())
+            calibration = samples.describe() | {"note": "", "seed": self.seed, "batches": batches}
         return {
             "order": str(recipe.order),
             "schedule": recipe.schedule,
@@ -276,17 +266,6 @@ class Session:
             "threads": torch.get_num_threads(),
             "versions": manifest.versions(),
         }
-
-
-def describe(samples: Samples) -> dict[str, Any]:
-    """Return what a manifest says of calibration samples: never the samples themselves."""
-    size: dict[str, Any]
-    if isinstance(samples, Windows):
-        size = {"sequence_length": samples.ids.shape[1], "tokens": samples.tokens}
-    else:
-        size = {"image_shape": list(samples.pixels.shape[1:])}
-    origin = {"source": samples.source, "samples": len(samples)}
-    return origin | size | {"digest": samples.digest, "note": samples.note}
 
 
 def _device(name: str) -> torch.device:

@@ -80,6 +80,23 @@ def tiny_llama_folder(prose, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_compressor(tiny_llama_folder, text_file):
+    """`make_compressor(calibration_samples=4)`: for `tiny_llama_folder`, windows of 32 tokens."""
+    from optimum_order import JointCompressor
+
+    def make(**changes) -> JointCompressor:
+        options = {
+            "calibration": str(text_file),
+            "calibration_samples": 4,
+            "sequence_length": 32,
+            "device": "cpu",
+        }
+        return JointCompressor.from_pretrained(tiny_llama_folder, **options | changes)
+
+    return make
+
+
 _SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,

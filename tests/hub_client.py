@@ -41,8 +41,9 @@ def check(repo_id, **options):
 
 
 def verify(folder):
+    from optimum_order.artifact import verify as module
 
-    return verify(folder)
+    return module.verify(folder)
 
 
 def compress(model, order, out=None, *, push_to=None, options=None, **settings):

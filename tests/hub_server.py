@@ -368,7 +368,7 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.drop_from is not None and number >= hub.drop_from:
             self.close_connection = True
             self.connection.shutdown(2)
-            return
+            return None
         if hub.answer_with is not None:
             said = json.dumps({"error": f"refused: {dict(self.headers)}"}).encode()
             return self._send(

@@ -15,27 +15,27 @@ from optimum_order.cli import main
 from optimum_order.errors import OutputError
 
 HERE = Path(__file__).parent
-DATA = HERE / "data"
-VERSIONS = [folder.name.removeprefix("artifact-") for folder in sorted(DATA.glob("artifact-*"))]
+FIXTURES = HERE / "fixtures"
+VERSIONS = [folder.name.removeprefix("artifact-") for folder in sorted(FIXTURES.glob("artifact-*"))]
 assert "0.1.0" in VERSIONS
 
 
 @pytest.fixture(scope="module")
 def make():
-    """The module tests/data/make.py: the model, the order and the inputs of those files."""
-    spec = importlib.util.spec_from_file_location("make", DATA / "make.py")
+    """The module tests/fixtures/make.py: the model, the order and the inputs of those files."""
+    spec = importlib.util.spec_from_file_location("make", FIXTURES / "make.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def logits(version):
-    return load_file(DATA / f"logits-{version}.safetensors")["logits"]
+    return load_file(FIXTURES / f"logits-{version}.safetensors")["logits"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_sparse_artifact_computes_the_same_logits(make, version):
-    folder = DATA / f"artifact-{version}" / "sparse"
+    folder = FIXTURES / f"artifact-{version}" / "sparse"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         torch.testing.assert_close(model(make.INPUTS).logits, logits(version))
@@ -43,7 +43,7 @@ def test_a_sparse_artifact_computes_the_same_logits(make, version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_packed_artifact_computes_the_same_logits_without_this_package(version, tmp_path):
-    folder = DATA / f"artifact-{version}" / "compressed-tensors"
+    folder = FIXTURES / f"artifact-{version}" / "compressed-tensors"
     subprocess.run([sys.executable, HERE / "reload_stock.py", tmp_path, folder], check=True)
     torch.testing.assert_close(load_file(tmp_path / "0.safetensors")["outputs"], logits(version))
 
@@ -52,13 +52,13 @@ def test_a_packed_artifact_computes_the_same_logits_without_this_package(version
 def test_artifacts_verify(make, version, capsys):
     for format in make.FORMATS:
         with pytest.raises(SystemExit) as end:
-            main(["verify", str(DATA / f"artifact-{version}" / format)])
+            main(["verify", str(FIXTURES / f"artifact-{version}" / format)])
         assert end.value.code == 0, capsys.readouterr()
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_work_dir_is_refused_in_one_line_and_left_as_it_is(make, version, tmp_path):
-    original = DATA / f"work-dir-{version}"
+    original = FIXTURES / f"work-dir-{version}"
     folder = shutil.copytree(original, tmp_path / "work")
     with pytest.raises(OutputError) as refusal:
         make.compressor().compress(make.ORDER, work_dir=folder, resume=True, progress=False)

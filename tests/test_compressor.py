@@ -467,7 +467,7 @@ def test_the_embedded_classifiers_are_as_good_as_their_recipes_say(classifiers):
         folder = Path(compressor.source._path)
         recipe = json.loads((folder / "recipe.json").read_text())
         found = compressor.evaluate(progress=False)
-        assert found.name == "accuracy" and len(found.per_sequence) == 900
+        assert found.name == "accuracy" and len(found.scores) == 900
         # two images may be a matter of rounding on another processor
         assert found.value > 0.95 and found.value == pytest.approx(
             recipe["accuracy_held_out"], abs=2.5 / 900
@@ -546,7 +546,7 @@ def test_a_classifier_in_memory_with_images_of_the_users_own(make_image_model):
             for stage in compressed.manifest["layers"][name]["stages"]
         )
     measured = compressed.evaluate((images, [0, 1, 2, 3, 4, 5]), progress=False)
-    assert measured.name == "accuracy" and len(measured.per_sequence) == 6
+    assert measured.name == "accuracy" and len(measured.scores) == 6
     with pytest.raises(DataError, match="have no labels"):
         compressed.evaluate(images, progress=False)
     with pytest.raises(DataError, match="Images are a folder"):

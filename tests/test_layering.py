@@ -13,6 +13,7 @@ ROOT = Path(optimum_order.__file__).parent
 # Top floor first.
 FLOORS = [
     "cli",
+    "testing",
     "compressor",
     "compressed",
     "session",
@@ -86,7 +87,7 @@ def test_no_import_points_up(file):
     [
         "from optimum_order.compressor import JointCompressor",
         "from optimum_order.engine import run",
-        "import optimum_order.cli.export",
+        "import optimum_order.cli.compress",
         "def f():\n    from optimum_order.formats import dense",
         "if TYPE_CHECKING:\n    from optimum_order.compressor import CompressedModel",
     ],

@@ -14,8 +14,8 @@ from optimum_order.order import Order, Stage
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True)
 
 
-def is_word(text: str) -> bool:
-    """Whether the text is a value that stays text."""
+def stays_text(text: str) -> bool:
+    """Return whether the text is a value, and not a number or a truth."""
     try:
         return Stage("m", text).value == text
     except OrderError:
@@ -26,7 +26,8 @@ scalars = st.one_of(
     st.booleans(),
     st.integers(-(10**18) + 1, 10**18 - 1),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.from_regex(r"[A-Za-z0-9_.:/+-]{1,20}", fullmatch=True).filter(is_word),
+    st.from_regex(r"[A-Za-z0-9_.:/*?>+-]{1,20}", fullmatch=True).filter(stays_text),
+    st.text(min_size=1, max_size=20).filter(stays_text),
 )
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3).map(tuple), max_leaves=6)
 stages = st.one_of(
@@ -60,7 +61,9 @@ def test_what_is_printed_parses_to_itself(order):
 
 
 @given(
-    st.one_of(st.text(max_size=60), st.text(alphabet="ab01_.:/+-=,>()[] \nenftrue", max_size=60))
+    st.one_of(
+        st.text(max_size=60), st.text(alphabet="ab01_.:/+-=,>→*?'\"()[] \nenftrue", max_size=60)
+    )
 )
 @settings(max_examples=500, deadline=None)
 @example("a:" + "0" * 20 + "9" * 5000)
@@ -108,6 +111,18 @@ def test_any_value_survives_or_is_refused(value):
         ("a:[]", "a:[]"),
         ("a:[[1,b],true]", "a:[[1,b],true]"),
         ("rtn\n>\twanda:1e-3", "rtn > wanda:0.001"),
+        ("wanda:0.5->gptq:4", "wanda:0.5 > gptq:4"),
+        ("wanda:0.5 -> gptq:4", "wanda:0.5 > gptq:4"),
+        ("wanda→gptq:4 → rtn", "wanda > gptq:4 > rtn"),
+        ("wanda:0.5+gptq:4", "wanda:0.5 > gptq:4"),
+        ("wanda(pattern=2:4) + gptq+rtn", "wanda(pattern=2:4) > gptq > rtn"),
+        ("wanda:+1e+3+gptq:+4", "wanda:1000.0 > gptq:4"),
+        ("a:x- > b:1-2", "a:x- > b:1-2"),
+        ("gptq(bits=4, targets=[*.q_proj, *.k_proj])", "gptq(bits=4, targets=[*.q_proj,*.k_proj])"),
+        ("gptq(targets='*.down_pro?')", "gptq(targets=*.down_pro?)"),
+        ('gptq(targets="*.[qk]_proj")', "gptq(targets='*.[qk]_proj')"),
+        (r"gptq(targets='re:a\.(b|c)+, > d')", r"gptq(targets='re:a\.(b|c)+, > d')"),
+        ("""a:"it's" > b:'say "x"'""", """a:"it's" > b:'say "x"'"""),
     ],
 )
 def test_one_canonical_form(text, printed):
@@ -152,6 +167,9 @@ def test_values_are_numbers_truths_words_or_lists(text, value):
         ("wanda(sparsity=0.5, )", 21, "the name of an option"),
         ("a:[1,2", 7, "']'"),
         ("a:" + "[" * 9 + "]" * 9, 12, "lists nested at most 8 deep"),
+        ("a:'b", 3, "text that ends with the quote it begins with"),
+        ("a(b=*.[qk])", 7, "')'"),
+        ("a:b+", 5, "the name of a method"),
         ("wanda;gptq", 6, "'>' and another stage"),
     ],
 )
@@ -192,11 +210,14 @@ def test_an_error_is_one_line_even_if_the_text_is_not():
             lambda: Stage("wanda", sparsity=math.inf),
             "option 'sparsity' must be a finite number, got inf",
         ),
-        (lambda: Stage("wanda", "a b"), "must be a number, true, false, a word"),
-        (lambda: Stage("wanda", "true"), "must be a number, true, false, a word"),
-        (lambda: Stage("wanda", "0.5"), "must be a number, true, false, a word"),
-        (lambda: Stage("wanda", 10**18), "must be a number, true, false, a word"),
-        (lambda: Stage("wanda", {"a": 1}), "must be a number, true, false, a word"),
+        (lambda: Stage("wanda", "true"), "must be a number, true, false, one line of text"),
+        (lambda: Stage("wanda", "0.5"), "must be a number, true, false, one line of text"),
+        (lambda: Stage("wanda", ""), "must be a number, true, false, one line of text"),
+        (lambda: Stage("wanda", "a\nb"), "must be a number, true, false, one line of text"),
+        (lambda: Stage("wanda", "'\""), "must be a number, true, false, one line of text"),
+        (lambda: Order.parse("wanda:'0.5'"), "must be a number, true, false, one line of text"),
+        (lambda: Stage("wanda", 10**18), "must be a number, true, false, one line of text"),
+        (lambda: Stage("wanda", {"a": 1}), "must be a number, true, false, one line of text"),
         (lambda: Stage.parse("a > b"), "Expected one stage, got 2"),
         (lambda: Order.parse("a" * 20_001), "at most 20000 characters long, got 20001"),
         (lambda: Order([Stage("a" * 15_000)] * 2), "at most 20000 characters long, got 30003"),
@@ -251,15 +272,26 @@ def test_of_takes_every_way_an_order_is_written():
 @settings(max_examples=50, deadline=None)
 def test_permutations_are_every_distinct_order_once_and_this_one_first(written):
     order = Order(written)
-    found = [str(each) for each in order.permutations()]
-    assert found[0] == str(order)
-    assert len(found) == len(set(found))
-    assert set(found) == {" > ".join(each) for each in itertools.permutations(written)}
+    orders = [str(permutation) for permutation in order.permutations()]
+    assert orders[0] == str(order)
+    assert len(orders) == len(set(orders))
+    assert set(orders) == {" > ".join(texts) for texts in itertools.permutations(written)}
 
 
 def test_knows_no_torch():
     code = "import sys, optimum_order.order; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_text_of_version_0_1_0_reads_as_before():
+    """Every order of the methods of that version, as its manifests and work dirs hold it."""
+    for text in (
+        "magnitude(scope=global, sparsity=0.5) > rtn(bits=4, group_size=128, symmetric=false)",
+        "wanda(pattern=2:4) > gptq(act_order=true, bits=4, damping=0.01)",
+        "sparsegpt:0.5 > bitsandbytes:nf4",
+        "mixed_precision(bits=4.5, method=gptq, widths=[2,4,8]) > magnitude:1e-05",
+    ):
+        assert str(Order.parse(text)) == text
 
 
 def test_an_order_from_text_is_the_order_it_spells():

@@ -1,6 +1,7 @@
-"""The package as pip installs it: both programs, the data files, what it declares, and other people's plug-ins.
+"""The package as pip installs it: programs, data files, requirements, third-party plug-ins.
 
-Every environment here is thrown away, borrows its dependencies from this one, and downloads nothing.
+Every environment here is thrown away, borrows its dependencies from this environment, and
+downloads nothing.
 """
 
 import ast
@@ -15,7 +16,8 @@ import sysconfig
 import textwrap
 import venv
 import zipfile
-from importlib.metadata import packages_distributions
+from collections.abc import Iterable
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ from optimum_order import backends, formats
 from optimum_order.models.source import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
+CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+"""The variables of this process without PYTHONPATH, which would hide an installed package."""
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 INSTALL = [
     "install",
@@ -48,7 +52,7 @@ def run(*command, **options) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """What a fresh clone holds, so that building writes nothing into the repository and finds no old build there."""
+    """Return a copy of what a fresh clone holds, so that no build touches the repository."""
     folder = tmp_path_factory.mktemp("source")
     for name in ("optimum_order", "optimum"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,13 +67,21 @@ def installed(request, source, tmp_path_factory) -> Path:
     environment = tmp_path_factory.mktemp(request.param)
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # Our dependencies, but none of the .pth files beside them: those would bring in the checkout under test.
+    site = Path(
+        run(
+            python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", env=CLEAN
+        ).strip()
+    )
+    # Our dependencies, but none of the .pth files beside them, which would bring in the checkout.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     editable = ["--editable"] if request.param == "editable" else []
-    run(*PIP, "--python", python, *INSTALL, *editable, source)
+    run(*PIP, "--python", python, *INSTALL, *editable, source, env=CLEAN)
     where = run(
-        python, "-c", "import optimum_order; print(optimum_order.__file__)", cwd=environment
+        python,
+        "-c",
+        "import optimum_order; print(optimum_order.__file__)",
+        cwd=environment,
+        env=CLEAN,
     ).strip()
     assert Path(where).is_relative_to(source if editable else site), (
         "another copy of the package is being tested"
@@ -88,9 +100,9 @@ def test_optimum_cli_knows_the_commands(installed, tmp_path):
 
 
 def check_program(program, folder):
-    text = run(*program, "--help", cwd=folder)
-    assert all(name in text for name in ("export", "inspect", "verify", "backends"))
-    listed = json.loads(run(*program, "backends", "--json", cwd=folder))
+    text = run(*program, "--help", cwd=folder, env=CLEAN)
+    assert all(name in text for name in ("compress", "inspect", "verify", "methods"))
+    listed = json.loads(run(*program, "methods", "--json", cwd=folder, env=CLEAN))
     assert {"wanda", "gptq"} <= {method["name"] for method in listed["methods"]}
 
 
@@ -100,13 +112,14 @@ def test_the_embedded_models_are_installed(installed, tmp_path):
         for folder in (resources.files("optimum_order") / "assets").iterdir():
             print(*(f"{folder.name}/{file.name}" for file in folder.iterdir()))
     """
-    names = set(run(installed / "python", "-c", textwrap.dedent(code), cwd=tmp_path).split())
+    printed = run(installed / "python", "-c", textwrap.dedent(code), cwd=tmp_path, env=CLEAN)
+    files = set(printed.split())
     for model in EMBEDDED:
         reader = "tokenizer.json" if model == "tiny-llama" else "preprocessor_config.json"
         assert {
             f"{model}/{file}"
             for file in ("config.json", "model.safetensors", "recipe.json", reader)
-        } <= names
+        } <= files
 
 
 @pytest.mark.parametrize("model", ["tiny-resnet", "tiny-vit"])
@@ -147,25 +160,30 @@ def test_registering_the_commands_and_their_help_import_no_torch():
         import sys
         import optimum.commands.register.register_order
         from optimum_order.cli import main
-        for arguments in (["--help"], ["export", "--help"], ["backends", "--help"]):
+        for arguments in (["--help"], ["compress", "--help"], ["methods", "--help"]):
             try:
                 main(arguments)
             except SystemExit as end:
                 assert end.code == 0
-        print("heavy:", [name for name in ("torch", "transformers", "datasets", "rich") if name in sys.modules])
+        heavy = ("torch", "transformers", "datasets", "rich")
+        print("heavy:", [name for name in heavy if name in sys.modules])
     """
     assert run(sys.executable, "-c", textwrap.dedent(code)).endswith("heavy: []\n")
 
 
+CORE = {
+    *("accelerate", "bitsandbytes", "evaluate", "optimum", "safetensors", "torch", "transformers"),
+    *("compressed-tensors", "rich", "scipy", "wrapt"),
+}
+"""What `pip install optimum-order` must bring: the seven packages of the stack, then what
+`compress` and `save` import that no package of the core requires."""
+
+
+def test_the_core_is_small():
+    assert set(names(setup()["options"]["install_requires"])) == CORE
+
+
 def test_everything_imported_is_declared():
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    optional = config["options.extras_require"]["vision"]
-    declared = {
-        re.match(r"[A-Za-z0-9_-]+", line).group().lower().replace("_", "-")
-        for line in (config["options"]["install_requires"] + optional).split("\n")
-        if line
-    }
     imported = set()
     for folder in ("optimum_order", "optimum"):
         for file in (ROOT / folder).rglob("*.py"):
@@ -175,13 +193,121 @@ def test_everything_imported_is_declared():
                 elif isinstance(node, ast.ImportFrom):
                     imported.add(node.module.split(".")[0])
     imported -= {*sys.stdlib_module_names, "optimum_order", "optimum"}
+    extras = setup()["options.extras_require"]
+    declared = brought(CORE) | {
+        name for extra in extras if extra != "dev" for name in names(extras[extra])
+    }
     owners = packages_distributions()
+    # a package that is not installed here has the name of its module: `lm_eval`, `gguf`
     missing = {
-        name
-        for name in imported
-        if not {d.lower().replace("_", "-") for d in owners[name]} & declared
+        name for name in imported if not set(map(normal, owners.get(name, [name]))) & declared
     }
     assert missing == set()
+
+
+def test_all_brings_every_extra_that_is_used():
+    extras = setup()["options.extras_require"]
+    assert extras["all"].strip() == "optimum-order[hub,plots,study,vision]"
+    assert set(extras) == {
+        "all",
+        "dev",
+        "docs",
+        "gguf",
+        "hub",
+        "lm-eval",
+        "plots",
+        "study",
+        "vision",
+    }
+    assert "optimum-order[all]" in extras["dev"].split()
+
+
+def setup() -> configparser.ConfigParser:
+    """What setup.cfg says."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return config
+
+
+def normal(name: str) -> str:
+    """A distribution's name in its one normal form."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def names(lines: str | Iterable[str]) -> list[str]:
+    """The names of the distributions that these requirements name."""
+    lines = lines.split("\n") if isinstance(lines, str) else lines
+    return [normal(re.match(r"[A-Za-z0-9._-]+", line).group()) for line in lines if line.strip()]
+
+
+def brought(roots: Iterable[str]) -> set[str]:
+    """What pip installs with some distributions: they, and what they require on every machine."""
+    reached, left = set(), list(roots)
+    while left:
+        name = left.pop()
+        if name not in reached:
+            reached.add(name)
+            left += names(line for line in requires(name) or [] if ";" not in line)
+    return reached
+
+
+EXTRA_MODULES = (
+    "PIL",
+    "datasets",
+    "gguf",
+    "jinja2",
+    "lm_eval",
+    "matplotlib",
+    "pyarrow",
+    "rich",
+    "sklearn",
+)
+"""What `compress` and `save` do without: the extras, and what commands or data sets need."""
+
+
+def test_compress_and_save_need_no_extra(tmp_path):
+    code = f"""
+        import importlib.machinery
+        import sys
+
+        HIDDEN = {EXTRA_MODULES}
+        finder = importlib.machinery.PathFinder
+
+
+        class Hiding:
+            invalidate_caches = finder.invalidate_caches
+            find_distributions = finder.find_distributions
+
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name.split(".")[0] in HIDDEN:
+                    return None
+                return finder.find_spec(name, path, target)
+
+
+        sys.meta_path[sys.meta_path.index(finder)] = Hiding
+
+        from optimum_order import JointCompressor
+
+        text = ["The order of two methods changes the result. " * 40]
+        small = dict(calibration=text, calibration_samples=2, sequence_length=32)
+        compressor = JointCompressor.from_pretrained("tiny-llama", **small)
+        compressed = compressor.compress("wanda:0.5 > gptq:4", progress=False)
+        print(compressed.save_pretrained("out"))
+        print(sorted(set(HIDDEN) & set(sys.modules)))
+    """
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = run(sys.executable, "-c", textwrap.dedent(code), cwd=tmp_path, env=environment)
+    assert printed.split("\n")[-3:-1] == ["compressed-tensors", "[]"]
+
+
+def test_the_package_is_typed(installed):
+    code = """
+        from importlib import resources
+        print((resources.files("optimum_order") / "py.typed").is_file())
+    """
+    printed = run(installed / "python", "-c", textwrap.dedent(code), env=CLEAN)
+    assert printed.strip() == "True"
 
 
 PLUGIN = """
@@ -194,7 +320,7 @@ PLUGIN = """
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        every: int = option(2, "which inputs are removed: each n-th", check=lambda v: v >= 2, allowed="2 or more")
+        every: int = option(2, "prune each n-th", check=lambda v: v >= 2, allowed="2 or more")
 
 
     class Stripes(Backend):
@@ -208,7 +334,8 @@ PLUGIN = """
             pruned[:, :: self.options.every] = True
             if state.pruned is not None:
                 pruned |= state.pruned
-            return dataclasses.replace(state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned)
+            weight = state.weight.masked_fill(pruned, 0.0)
+            return dataclasses.replace(state, weight=weight, pruned=pruned)
 
 
     class Plain(Dense):
@@ -219,7 +346,7 @@ PLUGIN = """
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory) -> Path:
-    """A folder with a third-party package installed into it from another one; to be put on PYTHONPATH."""
+    """Return a folder with a third-party package installed into it, for PYTHONPATH."""
     project, site = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("site")
     (project / "stripes.py").write_text(textwrap.dedent(PLUGIN))
     (project / "pyproject.toml").write_text(
@@ -249,9 +376,9 @@ def plugin(tmp_path_factory) -> Path:
 def test_a_third_party_backend_and_format_are_used_by_their_names(
     plugin, tiny_llama_folder, text_file, tmp_path
 ):
-    environment = os.environ | {"PYTHONPATH": str(plugin)}
+    environment = os.environ | {"PYTHONPATH": f"{plugin}{os.pathsep}{ROOT}"}
     program = [sys.executable, "-c", "from optimum_order.cli import main; main()"]
-    listed = json.loads(run(*program, "backends", "--json", env=environment))
+    listed = json.loads(run(*program, "methods", "--json", env=environment))
     (stripes,) = [method for method in listed["methods"] if method["name"] == "stripes"]
     assert stripes["options"][0]["allowed"] == "2 or more"
     assert "plain" in [each["name"] for each in listed["formats"]]
@@ -260,15 +387,19 @@ def test_a_third_party_backend_and_format_are_used_by_their_names(
     small = ["--calibration", text_file, "--calibration-samples", 2, "--sequence-length", 64]
     order = ["--order", "stripes:4 > gptq:4 > stripes:8", "--format", "plain"]
     done = run(
-        *program, "export", tiny_llama_folder, out, *order, *small, "--json", env=environment
+        *program, "compress", tiny_llama_folder, out, *order, *small, "--json", env=environment
     )
     result = json.loads(done)
     assert (result["format"], result["sparsity"]) == ("plain", 0.25)
     assert run(*program, "verify", out, env=environment)
 
-    code = "import sys, transformers; m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    code += "; print(m.model.layers[1].mlp.up_proj.weight[:, ::4].count_nonzero().item())"
-    assert run(sys.executable, "-c", code, out).strip() == "0"
+    code = """
+        import sys
+        import transformers
+        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        print(model.model.layers[1].mlp.up_proj.weight[:, ::4].count_nonzero().item())
+    """
+    assert run(sys.executable, "-c", textwrap.dedent(code), out).strip() == "0"
 
 
 def test_without_the_package_its_names_are_unknown():

@@ -53,20 +53,21 @@ def test_a_file_in_the_folder_is_enough(site):
         {
             "base": f"{HERE}\nclass Unnamed(Plugin): pass",
             "two": "from registry_folder.base import Unnamed\nclass Two(Unnamed): name = 'two'",
-            "one": "from registry_folder.two import Two\nclass One(Two): name = 'one'\nclass Other: name = 'other'",
+            "one": "from registry_folder.two import Two\nclass One(Two): name = 'one'\n"
+            "class Other: name = 'other'",
         },
     )
-    found = discover(importlib.import_module("registry_folder"), Plugin, GROUP)
-    assert {name: cls.__name__ for name, cls in found.items()} == {"one": "One", "two": "Two"}
-    assert list(found) == sorted(found)
+    plugins = discover(importlib.import_module("registry_folder"), Plugin, GROUP)
+    assert {name: cls.__name__ for name, cls in plugins.items()} == {"one": "One", "two": "Two"}
+    assert list(plugins) == sorted(plugins)
 
 
 def test_an_entry_point_is_enough(site):
     write_package(site, "registry_empty", {})
     write_package(site, "registry_guest", {"guest": f"{HERE}\nclass Guest(Plugin): name = 'guest'"})
     write_entry_point(site, "guest", "registry_guest.guest:Guest")
-    found = discover(importlib.import_module("registry_empty"), Plugin, GROUP)
-    assert {name: cls.__name__ for name, cls in found.items()} == {"guest": "Guest"}
+    plugins = discover(importlib.import_module("registry_empty"), Plugin, GROUP)
+    assert {name: cls.__name__ for name, cls in plugins.items()} == {"guest": "Guest"}
 
 
 def test_an_import_that_fails_is_not_hidden(site):
@@ -84,10 +85,13 @@ def test_an_entry_point_that_cannot_be_loaded_is_not_hidden(site):
 
 def test_an_entry_point_of_the_wrong_kind_is_named(site):
     write_package(site, "registry_empty", {})
-    write_package(site, "registry_wrong", {"wrong": "class Wrong: name = 'wrong'"})
-    write_entry_point(site, "wrong", "registry_wrong.wrong:Wrong")
-    with pytest.raises(OptimumOrderError, match=r"'wrong' of '.*' must be a Plugin, got <class"):
-        discover(importlib.import_module("registry_empty"), Plugin, GROUP)
+    code = f"{HERE}\nclass Wrong: name = 'wrong'\nclass Nameless(Plugin): pass"
+    write_package(site, "registry_wrong", {"wrong": code})
+    for target in ("Wrong", "Nameless"):
+        write_entry_point(site, target, f"registry_wrong.wrong:{target}", f"{GROUP}.{target}")
+        error = f"'{target}' of '.*' must be a Plugin with a 'name', got <class .*{target}"
+        with pytest.raises(OptimumOrderError, match=error):
+            discover(importlib.import_module("registry_empty"), Plugin, f"{GROUP}.{target}")
 
 
 def test_two_of_one_name_are_named(site):
@@ -101,9 +105,9 @@ def test_two_of_one_name_are_named(site):
 
 
 def test_every_backend_of_the_house_is_found():
-    found = backends.available()
-    assert {"magnitude", "wanda", "sparsegpt", "rtn", "gptq", "mixed_precision"} <= set(found)
-    for name, cls in found.items():
+    methods = backends.available()
+    assert {"magnitude", "wanda", "sparsegpt", "rtn", "gptq", "mixed_precision"} <= set(methods)
+    for name, cls in methods.items():
         assert cls.name == name
         assert issubclass(cls, Method)
         assert cls.summary

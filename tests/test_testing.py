@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_order import testing
 from optimum_order.backends.base import option
 from optimum_order.backends.selection import Pruner, PruningOptions, lowest, remove
 from optimum_order.backends.uniform import UniformQuantizer
+from optimum_order.evaluation import Metric, Windows
+from optimum_order.evaluation.perplexity import Perplexity
 from optimum_order.layers.grids.base import ALL
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.statistics import Accumulator, SquaredNorms, Statistics
@@ -99,8 +102,7 @@ class HoldsAll(Broken):
 
 class WrongRounder(Broken):
     def rounder(self, columns):
-        rounder = super().rounder(columns.flip(0))
-        return rounder
+        return super().rounder(columns.flip(0))
 
 
 class ForgetsColumns(Broken):
@@ -335,8 +337,8 @@ class ScalesStatistics(Honest):
         return super().compress(state, statistics)
 
 
-class Random(Honest):
-    name = "random"
+class Unrepeatable(Honest):
+    name = "unrepeatable"
 
     def compress(self, state, statistics):
         score = torch.rand(state.weight.shape)
@@ -411,8 +413,8 @@ def test_an_honest_backend_passes():
         (ForgetsNotes, "every_promise_of_a_layer_is_kept"),
         (WritesInPlace, "nothing_is_changed_in_place"),
         (ScalesStatistics, "nothing_is_changed_in_place"),
-        (Random, "the_same_layer_gives_the_same_result"),
-        (Random, "a_layer_that_no_token_reached_is_treated_by_a_rule_that_needs_none"),
+        (Unrepeatable, "the_same_layer_gives_the_same_result"),
+        (Unrepeatable, "a_layer_that_no_token_reached_is_treated_by_a_rule_that_needs_none"),
         (Lazy, "a_pruner_removes_and_a_quantizer_rounds"),
         (Fragile, "every_promise_of_a_layer_is_kept"),
         (Fragile, "any_inputs_are_lived_with"),
@@ -436,3 +438,169 @@ def test_a_shape_that_cannot_be_treated_is_named():
 def test_statistics_are_those_that_the_backend_needs():
     statistics = suite_with(Honest)().statistics()
     assert isinstance(statistics, Statistics) and list(statistics.results) == [SquaredNorms]
+
+
+# --- metrics ----------------------------------------------------------------------------------
+
+CONFIG = LlamaConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+)
+
+
+class Norm(Metric):
+    """The mean square of the logits."""
+
+    name = "norm"
+    summary = "a metric for tests"
+    higher_is_better = False
+
+    def score(self, model, batch):
+        return model(**batch).logits.float().square().mean((1, 2))
+
+
+class Upside(Norm):
+    higher_is_better = True
+
+
+class Halfway(Norm):
+    """Its value falls where its scores rise."""
+
+    def value(self, mean):
+        return 1 / mean
+
+
+class Twoline(Norm):
+    summary = "one line\nand another"
+
+
+class Neighbors(Norm):
+    """A score depends on the batch."""
+
+    def score(self, model, batch):
+        scores = super().score(model, batch)
+        return scores + scores.mean()
+
+
+class Once(Norm):
+    """Skips the last batch where there are several."""
+
+    def _scores(self, *arguments):
+        scores = super()._scores(*arguments)
+        return scores[:4]
+
+
+class Twice(Norm):
+    """Measures everything again, and the figure is of both."""
+
+    def _scores(self, *arguments):
+        first = super()._scores(*arguments)
+        return torch.cat([first, super()._scores(*arguments)])
+
+
+class Remembering(Norm):
+    """The second figure is another."""
+
+    runs = 0
+
+    def measure(self, *arguments, **options):
+        self.runs += 1
+        return super().measure(*arguments, **options)
+
+    def score(self, model, batch):
+        return super().score(model, batch) * self.runs
+
+
+class Random(Norm):
+    def score(self, model, batch):
+        return super().score(model, batch) * (1 + 1e-3 * torch.rand(()))
+
+
+class Digestless(Norm):
+    """Its digest is that of other samples."""
+
+    def measure(self, model, samples, **options):
+        result = super().measure(model, samples, **options)
+        return dataclasses.replace(result, digest=samples.head(2).digest)
+
+
+class Training(Norm):
+    """Leaves the model in another mode."""
+
+    def measure(self, model, samples, **options):
+        result = super().measure(model, samples, **options)
+        model.train()
+        return result
+
+
+class Changing(Norm):
+    def score(self, model, batch):
+        scores = super().score(model, batch)
+        model.lm_head.weight.mul_(1.5)
+        return scores
+
+
+class Careless(Norm):
+    """Turns NaN into a number."""
+
+    def score(self, model, batch):
+        return super().score(model, batch).nan_to_num()
+
+
+class Details(Norm):
+    """A figure that JSON cannot hold."""
+
+    def details(self, mean, samples):
+        return {"all": float("inf")}
+
+
+def contract(metric_class):
+    class Contract(testing.MetricContract):
+        def metric(self):
+            return metric_class()
+
+        def model(self):
+            torch.manual_seed(0)
+            return LlamaForCausalLM(CONFIG)
+
+        def samples(self):
+            ids = torch.randint(0, 50, (5, 6), generator=torch.Generator().manual_seed(0))
+            return Windows(ids, "made up")
+
+    return Contract
+
+
+def test_a_good_metric_passes():
+    assert failures(contract(Norm)) == set()
+
+
+def test_a_metric_that_breaks_a_promise_fails():
+    for metric, test in [
+        (Upside, "a_worse_model_has_a_lower_performance"),
+        (Halfway, "a_worse_model_has_a_lower_performance"),
+        (Twoline, "the_class_says_what_it_is"),
+        (Neighbors, "a_score_does_not_depend_on_other_samples"),
+        (Neighbors, "the_batch_size_does_not_matter"),
+        (Once, "the_value_is_that_of_the_mean_score"),
+        (Twice, "the_value_is_that_of_the_mean_score"),
+        (Remembering, "a_measurement_is_deterministic"),
+        (Random, "a_measurement_is_deterministic"),
+        (Digestless, "a_measurement_says_what_was_measured_on_what"),
+        (Details, "a_measurement_says_what_was_measured_on_what"),
+        (Training, "the_model_is_left_unchanged"),
+        (Changing, "the_model_is_left_unchanged"),
+        (Careless, "a_model_that_computes_no_numbers_has_no_figure"),
+    ]:
+        assert test in failures(contract(metric)), metric.__name__
+
+
+def test_a_hook_that_is_missing_is_an_error():
+    class Incomplete(testing.MetricContract):
+        def metric(self):
+            return Perplexity()
+
+    with pytest.raises(TypeError, match="model"):
+        Incomplete()

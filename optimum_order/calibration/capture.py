@@ -106,6 +106,19 @@ class Patches:
             yield patches.transpose(1, 2).flatten(0, 1)
 
 
+def _same_layout(factor: Tensor, whole: Tensor) -> bool:
+    """Return whether a factor that begins where a weight does is all of it, in this orientation.
+
+    A part of a weight, or all experts of one parameter at once, meets an input of its own.
+    """
+    batch = zip(factor.shape[:-2], factor.stride()[:-2], strict=True)
+    return (
+        factor.shape[-2:] == whole.shape
+        and factor.stride()[-2:] == whole.stride()
+        and all(size == 1 or stride == 0 for size, stride in batch)
+    )
+
+
 def _pair(value: _Sizes) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
@@ -172,9 +185,10 @@ class Watched:
         x, weight = pair
         target = self._by_address.get(weight.data_ptr())
         if target is not None:
-            return [Read(target, x)]
+            whole = target.view if function is functional.linear else target.view.T
+            return [Read(target, x)] if _same_layout(weight, whole) else []
         target = self._by_address.get(x.data_ptr()) if function in _LEFT else None
-        if target is not None and x.shape == target.view.shape and weight.ndim > 1:
+        if target is not None and _same_layout(x, target.view) and weight.ndim > 1:
             return [Read(target, weight.transpose(-1, -2))]
         return []
 
@@ -233,7 +247,7 @@ class Capture(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         self._last.clear()  # held only so that an address cannot be reused while it is compared
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _see(self, read: Read) -> None:
         name = read.target.name

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from optimum_order.calibration import precision
+from optimum_order.layers.state import LayerState
 from optimum_order.models.units import Unit
 
 PAUSES = ("block", "group")
@@ -20,10 +22,13 @@ PAUSES = ("block", "group")
 class Residency(Protocol):
     """Which weights are in memory, and where activations wait."""
 
-    streamed: bool
-    """Whether the model is empty but for the block that is resident."""
-    device: torch.device | None
-    """Where blocks are resident, if the model itself does not tell."""
+    @property
+    def states(self) -> MutableMapping[str, LayerState] | None:
+        """The states of all layers, if the model is empty but for the block that is resident."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where blocks are resident, if the model itself does not tell."""
 
     def resident(self, unit: Unit | None) -> contextlib.AbstractContextManager[None]:
         """Hold a block's weights in memory while the context is active.
@@ -42,7 +47,7 @@ class Residency(Protocol):
 class InMemory:
     """All weights and activations are in memory, all the time."""
 
-    streamed = False
+    states = None
     device = None
 
     def resident(self, unit: Unit | None) -> contextlib.AbstractContextManager[None]:
@@ -78,7 +83,12 @@ class Execution:
     residency: Residency = field(default_factory=InMemory)
     progress: bool = False
 
-    def matmul_dtype(self, model: nn.Module) -> torch.dtype:
+    @property
+    def streams(self) -> bool:
+        """Whether the model is empty but for the block that is resident."""
+        return self.residency.states is not None
+
+    def matmul_dtype(self, model: PreTrainedModel) -> torch.dtype:
         """Return the dtype that calibration multiplies in for a model."""
         if self.dtype is not None:
             return self.dtype

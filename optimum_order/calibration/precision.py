@@ -45,7 +45,8 @@ def has_units(device: torch.device) -> bool:
     """Whether a processor multiplies bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # nothing public says so
+    # Nothing public says so.
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def forwards(

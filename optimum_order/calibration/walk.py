@@ -14,15 +14,16 @@ product with a layer's weight: the layer is changed right there, and one forward
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -35,6 +36,7 @@ from optimum_order.calibration.execution import Execution
 from optimum_order.data.samples import placed
 from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layers.statistics import Accumulator, Statistics
+from optimum_order.models import hf
 from optimum_order.models.units import Target, Unit
 
 _PROBES = 2
@@ -205,7 +207,7 @@ def walk(
     needs: Collection[type[Accumulator]],
     execution: Execution,
     wanted: Collection[str] | None = None,
-) -> Iterator[Visit]:
+) -> Generator[Visit, None, None]:
     """Pause at every wanted block, or at its layers, in the order in which the model runs them.
 
     Close the generator where the loop may be left early: `with closing(walk(...)) as visits`.
@@ -237,7 +239,7 @@ def walk(
     missing = set(remaining if wanted is None else wanted)
     with (
         torch.inference_mode(),
-        eager_experts(model),
+        hf.eager_experts(model),
         _headless(model, units),
         _paused(units, forwards) as originals,
     ):
@@ -346,7 +348,8 @@ class _Walker:
                     first = output
                 del output
         _refuse_unseen(unit, [t for t in unit.targets if t.name not in capture.leaders])
-        arrivals = [forward.arrival for forward in self.forwards[:_PROBES]]
+        waiting = [forward.arrival for forward in self.forwards[:_PROBES]]
+        arrivals = [arrival for arrival in waiting if isinstance(arrival, _AtBlock)]
 
         def probe() -> Tensor:
             with self.multiplying():
@@ -460,8 +463,16 @@ def _next_layers(waiting: Sequence[_Forward], unit: Unit) -> dict[_Forward, _AtP
 
 
 def _refuse_unseen(unit: Unit, unseen: Collection[Target]) -> None:
-    """Check that every layer was multiplied with an input, but for idle experts."""
-    names = [target.name for target in unseen if target.expert is None]
+    """Check that every layer was multiplied with an input, but for idle experts.
+
+    A token is always routed to some expert: all of them at once cannot be idle.
+    """
+    idle = collections.Counter(target.parameter_name for target in unseen)
+    names = [
+        target.name
+        for target in unseen
+        if target.expert is None or idle[target.parameter_name] == len(target.parameter)
+    ]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ModelError(
@@ -507,10 +518,11 @@ def _paused(
     finally:
         for unit in units:
             # A forward of the instance, such as a hook of accelerate, is there again afterwards.
-            if own[unit.name] is None:
+            forward_before = own[unit.name]
+            if forward_before is None:
                 del unit.module.forward
             else:
-                unit.module.forward = own[unit.name]
+                unit.module.forward = forward_before
         for forward in forwards:
             forward.stop()
         torch.set_num_threads(torch.get_num_threads())  # what new threads begin with again
@@ -572,18 +584,3 @@ def _headless(model: PreTrainedModel, units: Sequence[Unit]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Run fused experts one at a time, as their authors wrote them, so that inputs can be seen."""
-    modules = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")]
-    configs = {id(module.config): module.config for module in modules}
-    before = [(config, config._experts_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation

@@ -1,70 +1,77 @@
-"""The command line: `optimum-order`, and the same commands as `optimum-cli order`. One command is one file here."""
+"""The command line: `optimum-order`, and the same commands as `optimum-cli order`.
+
+One command is one file here, or an entry point of `optimum_order.commands`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo, RootOptimumCLICommand
 
 from optimum_order import __version__
-from optimum_order.cli.backends import BackendsCommand
-from optimum_order.cli.export import ExportCommand
-from optimum_order.cli.inspect import InspectCommand
-from optimum_order.cli.plan import PlanCommand
-from optimum_order.cli.push import PushCommand
-from optimum_order.cli.study import StudyCommand
-from optimum_order.cli.verify import VerifyCommand
+from optimum_order.cli.base import Command
+from optimum_order.registry import discover
 
-SUMMARY = "Prune and quantise a Hugging Face model, in the order that hurts it least."
-
-COMMANDS = (
-    CommandInfo("export", "compress a model and save it", ExportCommand),
-    CommandInfo(
-        "study", "run many orders of a model and report what the order is worth", StudyCommand
-    ),
-    CommandInfo("plan", "find the order of some stages that hurts a model least", PlanCommand),
-    CommandInfo("inspect", "show what was done to a saved model, and what it cost", InspectCommand),
-    CommandInfo("verify", "check that a saved model is what it says it is", VerifyCommand),
-    CommandInfo("push", "upload a saved model to the Hub, with a model card", PushCommand),
-    CommandInfo(
-        "backends",
-        "list the compression methods with their options, and the formats",
-        BackendsCommand,
-    ),
+SUMMARY = "Prune and quantize a Hugging Face model, in the order that hurts the model least."
+EPILOG = (
+    "'optimum-order COMMAND --help' explains a command; begin with 'optimum-order compress --help'."
 )
 
 
-class OrderCommand(BaseOptimumCLICommand):
+@functools.cache
+def available() -> dict[str, type[Command]]:
+    """Return every command by name."""
+    return discover(sys.modules[__name__], Command, "optimum_order.commands")
+
+
+class OrderCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no types
     """`optimum-cli order`; without a command it prints its help."""
 
     COMMAND = CommandInfo("order", SUMMARY)
-    SUBCOMMANDS = COMMANDS
+
+    def __init__(self, *args: Any, from_defaults_factory: bool = False, **options: Any) -> None:
+        super().__init__(*args, from_defaults_factory=from_defaults_factory, **options)
+        if not from_defaults_factory:
+            _register(self)
 
     @staticmethod
-    def parse_args(parser):
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        """Describe the group of commands."""
         parser.description = SUMMARY
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The program `optimum-order`.
+    """Run the program `optimum-order`.
 
     Args:
-        argv: Its arguments; None for those of this process.
+        argv: The arguments; None takes those of this process.
 
     Raises:
         SystemExit: With the exit code, once a command has run.
     """
-    root = RootOptimumCLICommand("optimum-order")
-    root.parser.description = SUMMARY
-    root.parser.epilog = "'optimum-order COMMAND --help' explains a command; begin with 'optimum-order export --help'."
-    root.parser.add_argument("--version", action="version", version=f"optimum-order {__version__}")
-    for command in COMMANDS:
-        root.register_subcommand(command)
-    given = list(sys.argv[1:] if argv is None else argv)
-    args = root.parser.parse_args(given, argparse.Namespace(argv=given))
+    program = RootOptimumCLICommand("optimum-order")
+    parser = program.parser
+    parser.description = SUMMARY
+    parser.epilog = EPILOG
+    parser.add_argument("--version", action="version", version=f"optimum-order {__version__}")
+    _register(program)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words, argparse.Namespace(argv=words))
     if "func" not in args:
-        root.parser.print_help()
+        parser.print_help()
         return
     args.func(args).run()
+
+
+def _register(group: BaseOptimumCLICommand) -> None:
+    """Add every command to a group; aliases work and are in no help."""
+    for command in available().values():
+        group.register_subcommand(CommandInfo(command.name, command.summary, command))
+        parsers = group.subparsers.choices
+        parsers.update(dict.fromkeys(command.aliases, parsers[command.name]))
+    group.subparsers.metavar = "COMMAND"

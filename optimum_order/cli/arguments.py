@@ -1,40 +1,72 @@
-"""Arguments that several commands share, and what they make of them."""
+"""Arguments that several commands share, and the objects they describe."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimum_order.compressor import JointCompressor
 
 SOURCE = (
-    "a .txt, .jsonl or .parquet file, or for a model that reads images a folder of them, with a subfolder for each "
-    "class; a Hub dataset as id[:config][:split][:column]; or 'builtin' (no network: Python's own documentation, or "
-    "scikit-learn's digits)"
+    "a .txt, .jsonl or .parquet file, or for a model that reads images a folder of them, with a "
+    "subfolder for each class; a dataset of the Hub as id[:config][:split][:column]; or 'builtin' "
+    "(no network: Python's own documentation, or scikit-learn's digits)"
 )
 
 
 def model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """MODEL, and which revision of it."""
+    """Add MODEL and its revision.
+
+    Args:
+        parser: The parser of the command.
+        required: Whether MODEL must be given.
+    """
     parser.add_argument(
         "model",
         metavar="MODEL",
         nargs=None if required else "?",
-        help="a folder, a Hub id, or one of the small models that come with us: tiny-llama, tiny-resnet, tiny-vit",
+        help="a folder, a Hub id, or one of the small models that come with optimum-order: "
+        "tiny-llama, tiny-resnet, tiny-vit",
     )
     parser.add_argument("--revision", help="of MODEL on the Hub: branch, tag or commit")
 
 
+def saved_model(parser: argparse.ArgumentParser) -> None:
+    """Add PATH, a saved model, and its revision."""
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="a folder that 'optimum-order compress' wrote, or the id of such a model on the Hub: "
+        "namespace/name",
+    )
+    parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
+
+
+def stages(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:
+    """Add the stages to order.
+
+    Args:
+        parser: The parser of the command.
+        help: The meaning of the stages for the command.
+        required: Whether they must be given.
+    """
+    parser.add_argument(
+        "--stages",
+        required=required,
+        help=f'{help}, separated by commas, such as "wanda:0.5, gptq:4"',
+    )
+
+
 def calibration(parser: argparse.ArgumentParser) -> None:
-    """What the methods that look at a layer's inputs are shown."""
+    """Add the calibration data."""
     parser.add_argument(
         "--calibration",
         metavar="SRC",
-        help=f"data for the methods that look at a layer's inputs: {SOURCE}; default: builtin for our small "
-        "models, otherwise required by every method but magnitude, rtn and bitsandbytes",
+        help=f"data for the methods that look at a layer's inputs: {SOURCE}; default: builtin for "
+        "our small models, otherwise required by every method but magnitude, rtn and bitsandbytes",
     )
     parser.add_argument(
         "--calibration-samples",
@@ -61,23 +93,53 @@ def calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration-dtype",
         metavar="DTYPE",
         default="auto",
-        help="what calibration multiplies matrices in: auto (default) takes bfloat16 for a float32 model where the "
-        "processor has units for it, which is faster; or float32, bfloat16",
+        help="precision of calibration's matrix products: auto (default) takes bfloat16 for a "
+        "float32 model where the processor has units for it, which is faster; or float32, bfloat16",
     )
 
 
 def metric(parser: argparse.ArgumentParser) -> None:
-    """The performance M."""
+    """Add the performance M."""
     parser.add_argument(
         "--metric",
         default="auto",
-        help="what to measure: perplexity, accuracy or fidelity; auto (default) takes perplexity for a language "
+        help="perplexity, accuracy or fidelity; auto (default) takes perplexity for a language "
         "model, accuracy for an image classifier",
     )
 
 
+def measuring(parser: argparse.ArgumentParser, *, draws: int, draws_help: str) -> None:
+    """Add the data and the draws that orders are compared on.
+
+    Args:
+        parser: The parser of the command.
+        draws: The default number of calibration draws.
+        draws_help: The use of the draws.
+    """
+    parser.add_argument(
+        "--evaluate",
+        metavar="SRC",
+        default="builtin",
+        help="data to measure on, as for --calibration (default %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluation-samples",
+        metavar="N",
+        type=int,
+        help="how many windows from all over that text (default 64), or images (default 1000)",
+    )
+    metric(parser)
+    parser.add_argument(
+        "--draws",
+        metavar="N",
+        type=int,
+        default=draws,
+        help=f"calibration draws that share no sample (default %(default)s): {draws_help}",
+    )
+
+
 def loading(parser: argparse.ArgumentParser) -> None:
-    """How the model is loaded, and which of its layers are compressed."""
+    """Add the device and dtype of the model, and the layers to compress."""
     parser.add_argument(
         "--device",
         default="auto",
@@ -92,8 +154,8 @@ def loading(parser: argparse.ArgumentParser) -> None:
         "--targets",
         metavar="PATTERN",
         nargs="+",
-        help="compress only these layers: a shell pattern on the full name such as '*.q_proj', or 're:' and a "
-        "regular expression; by default every layer inside the model's blocks",
+        help="compress only these layers: a shell pattern on the full name such as '*.q_proj', or "
+        "'re:' and a regular expression; by default every layer inside the model's blocks",
     )
     parser.add_argument(
         "--ignore",
@@ -103,8 +165,18 @@ def loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def upload(parser: argparse.ArgumentParser) -> None:
+    """Add the options of an upload to the Hub."""
+    parser.add_argument(
+        "--private", action="store_true", help="make the repository private, if it is new"
+    )
+    parser.add_argument(
+        "--create-pr", action="store_true", help="open a pull request in place of committing"
+    )
+
+
 def compressor(args: argparse.Namespace) -> JointCompressor:
-    """The compressor that the arguments of `model`, `calibration` and `loading` describe.
+    """Return the compressor that the arguments of `model`, `calibration` and `loading` describe.
 
     Raises:
         OptimumOrderError: If there is no such model, or it cannot be compressed.
@@ -126,13 +198,23 @@ def compressor(args: argparse.Namespace) -> JointCompressor:
     )
 
 
-def hush_libraries() -> None:
-    """Keep the libraries' own progress bars and advice off the screen, unless their users asked to see them."""
+def measurement(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `measuring` as `plan` and `study` of a compressor take them."""
+    return {
+        "metric": args.metric,
+        "evaluation": args.evaluate,
+        "evaluation_samples": args.evaluation_samples,
+        "draws": args.draws,
+    }
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and advice off the screen, unless a user wants them."""
     import transformers
 
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        logging.getLogger("bitsandbytes").setLevel(
-            logging.ERROR
-        )  # recommends optional kernels on every CPU
+        library: Any = transformers.utils.logging
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+        # recommends optional kernels on every CPU
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

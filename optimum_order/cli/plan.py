@@ -1,4 +1,4 @@
-"""`optimum-order plan`: which order of some stages is best for a model, and how sure that is."""
+"""`optimum-order plan`: the best order of some stages for a model, and how certain it is."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from typing import Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.cli.tables import arrows, console
 from optimum_order.order import parse_stages
 
-DESCRIPTION = """\
+
+class PlanCommand(Command):
+    """Prints the recommended order, its expected gain, and the cost of the answer."""
+
+    name = "plan"
+    summary = "find the order of some stages that hurts a model least"
+    description = """\
 Rank every order of two to five stages for MODEL, without saving anything.
 """
-
-EPILOG = """\
+    epilog = """\
 strategies:
-  auto     every order on a few layers, each with a small calibration draw of its own, then on more, until one is
-           surely ahead; whole models on a few samples where layers alone do not say
-  measure  every order in full, with --draws calibration draws; an order is only called decisively better with two
-           or more, unless no stage looks at calibration data
-  pih      weaker first, stronger later, by what each stage costs alone
+  auto     every order on a few layers, each with a small calibration draw of its own, then on more,
+           until one is surely ahead; whole models on a few samples where layers alone do not say
+  measure  every order in full, with --draws calibration draws; an order is only called decisively
+           better with two or more, unless no stage looks at calibration data
+  pih      weaker first, stronger later, by the loss of each stage alone
   proxy    by the layers' output errors on inputs of the original model
 
 examples:
@@ -28,66 +34,29 @@ examples:
       --calibration my-text.txt --evaluate my-held-out-text.txt --json
 """
 
-
-class PlanCommand(Command):
-    """Prints the recommended order, what is expected of it, and what it cost to know."""
-
-    @staticmethod
-    def parse_args(parser):
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.description = DESCRIPTION
-        parser.epilog = EPILOG
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         arguments.model(parser)
-        parser.add_argument(
-            "--stages",
-            required=True,
-            help='what to order, separated by commas, such as "wanda:0.5, gptq:4"',
-        )
+        arguments.stages(parser, "the stages to order", required=True)
         parser.add_argument(
             "--strategy", default="auto", help="auto (default), measure, pih or proxy: see below"
         )
         arguments.calibration(parser)
-        parser.add_argument(
-            "--evaluate",
-            metavar="SRC",
-            default="builtin",
-            help=f"what orders are scored on: {arguments.SOURCE}; default: builtin",
-        )
-        parser.add_argument(
-            "--evaluation-samples",
-            metavar="N",
-            type=int,
-            help="how many windows from all over that text, or images (default: 64 or 1000); auto uses few of them",
-        )
-        arguments.metric(parser)
-        parser.add_argument(
-            "--draws",
-            metavar="N",
-            type=int,
-            default=1,
-            help="how many disjoint calibration draws 'measure' runs (default %(default)s, whose interval then covers "
-            "samples only)",
+        arguments.measuring(
+            parser,
+            draws=1,
+            draws_help="'measure' runs them all; with one, its interval covers samples only",
         )
         arguments.loading(parser)
-        parser.add_argument(
-            "--json", action="store_true", help="print one JSON object on stdout and nothing else"
-        )
 
     def work(self) -> dict[str, Any]:
-        arguments.hush_libraries()
+        arguments.quiet_libraries()
         stages = parse_stages(self.args.stages)
-        found = arguments.compressor(self.args).plan(
-            stages,
-            self.args.strategy,
-            metric=self.args.metric,
-            evaluation=self.args.evaluate,
-            evaluation_samples=self.args.evaluation_samples,
-            draws=self.args.draws,
-        )
-        return found.as_dict()
+        compressor = arguments.compressor(self.args)
+        plan = compressor.plan(stages, self.args.strategy, **arguments.measurement(self.args))
+        return plan.as_dict()
 
     def show(self, result: dict[str, Any]) -> None:
-        from rich.console import Console
         from rich.table import Table
 
         table = Table()
@@ -95,18 +64,15 @@ class PlanCommand(Command):
         table.add_column(result["scored_by"], justify="right")
         for row in result["ranking"]:
             score = "not measured" if row["score"] is None else f"{row['score']:.4g}"
-            table.add_row(row["order"].replace(" > ", " → "), score)
-        console = Console(markup=False, highlight=False)
-        console.print(table)
-        unit = "log-perplexity" if result["metric"] == "perplexity" else result["metric"]
-        if result["difference"]:
-            gap = result["difference"]
-            console.print(
-                f"{unit} gained over the next: {gap['mean']:+.4f}, "
-                f"{gap['confidence']:.0%} interval over {gap['over']} {gap['low']:+.4f} to {gap['high']:+.4f}"
+            table.add_row(arrows(row["order"]), score)
+        screen = console()
+        screen.print(table)
+        if gap := result["difference"]:
+            unit = "log-perplexity" if result["metric"] == "perplexity" else result["metric"]
+            screen.print(
+                f"{unit} gained over the next: {gap['mean']:+.4f}, {gap['confidence']:.0%} "
+                f"interval over {gap['over']} {gap['low']:+.4f} to {gap['high']:+.4f}"
             )
-        console.print(
-            f"{'Decisive' if result['decisive'] else 'Not decisive'}: {result['reason']}",
-            soft_wrap=True,
-        )
-        console.print(f"It took {result['cost']['seconds']:.1f} seconds.")
+        verdict = "Decisive" if result["decisive"] else "Not decisive"
+        screen.print(f"{verdict}: {result['reason']}", soft_wrap=True)
+        screen.print(f"It took {result['cost']['seconds']:.1f} seconds.")

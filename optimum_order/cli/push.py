@@ -1,42 +1,39 @@
-"""`optimum-order push`: a saved model to the Hub, in one commit."""
+"""`optimum-order push`: upload a saved model to the Hub, in one commit."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
+from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
 
 
 class PushCommand(Command):
-    """Checks the folder, then uploads it with a model card; nothing is there unless all of it is."""
+    """Checks the folder, then uploads all of it with a model card, or nothing."""
 
-    @staticmethod
-    def parse_args(parser):
-        parser.description = (
-            "Upload a saved model to the Hugging Face Hub in one commit, with a model card, after checking that it is "
-            "what its manifest says. Log in with 'hf auth login' or set HF_TOKEN. A README.md, LICENSE or NOTICE in "
-            "the folder is pushed with it; without a README.md the card is made from the manifest."
-        )
+    name = "push"
+    summary = "upload a saved model to the Hub, with a model card"
+    description = """\
+Upload a saved model to the Hugging Face Hub in one commit, with a model card, after checking that
+it is what its manifest says. Log in with 'hf auth login' or set HF_TOKEN. A README.md, LICENSE or
+NOTICE in the folder is pushed with it; without a README.md the card is made from the manifest.
+"""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
-            "folder", metavar="FOLDER", help="a folder that 'optimum-order export' wrote"
+            "folder", metavar="FOLDER", help="a folder that 'optimum-order compress' wrote"
         )
         parser.add_argument(
             "repo_id", metavar="ID", help="namespace/name on the Hub; made if there is none"
         )
-        parser.add_argument(
-            "--private", action="store_true", help="make the new repository private"
-        )
+        arguments.upload(parser)
         parser.add_argument(
             "--revision", metavar="BRANCH", help="commit to this branch, made if there is none"
         )
         parser.add_argument(
-            "--create-pr", action="store_true", help="open a pull request in place of committing"
-        )
-        parser.add_argument(
             "--message", metavar="TEXT", help="of the commit (default: the order and the format)"
-        )
-        parser.add_argument(
-            "--json", action="store_true", help="print one JSON object on stdout and nothing else"
         )
 
     def work(self) -> dict[str, Any]:

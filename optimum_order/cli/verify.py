@@ -1,28 +1,32 @@
-"""`optimum-order verify`: whether a saved model is still, bit for bit, what its manifest says."""
+"""`optimum-order verify`: compare a saved model with its manifest, bit by bit."""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
-from optimum_order.artifact.verify import verify
-from optimum_order.cli.base import PATH, Command, printable
+from optimum_order.cli import arguments
+from optimum_order.cli.base import Command, printable
 
 
 class VerifyCommand(Command):
-    """Exit code 0 if everything agrees, 1 if anything differs."""
+    """Exits with 0 if everything agrees, with 1 if anything differs."""
 
-    @staticmethod
-    def parse_args(parser):
-        parser.description = (
-            "Check a saved model against its manifest: the digest of every file, the order wherever it is written, and "
-            "that every layer decodes to the values that were measured, with its bits, groups, zeros and N:M pattern. "
-            "Exit code 0 if all agrees, 1 if anything differs."
-        )
-        parser.add_argument("path", metavar="PATH", help=PATH)
-        parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
+    name = "verify"
+    summary = "check that a saved model is what its manifest says"
+    description = """\
+Check a saved model against its manifest: the digest of every file, the order wherever it is
+written, and that every layer decodes to the values that were measured, with its bits, groups, zeros
+and N:M pattern. Exit code 0 if all agrees, 1 if anything differs.
+"""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        arguments.saved_model(parser)
 
     def work(self) -> dict[str, Any]:
         from optimum_order.artifact import hub
+        from optimum_order.artifact.verify import verify
 
         folder = hub.locate(self.args.path, revision=self.args.revision)
         return {"path": self.args.path, "problems": verify(folder)}

@@ -1,21 +1,18 @@
-"""Samples of the kind that a model reads: windows of text, or images."""
+"""Loading samples of the kind that a model reads: windows of text, or images."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from optimum_order.data import images
-from optimum_order.data import text as data
-from optimum_order.data.samples import Images, Samples
-
-_TOKENS_PER_BATCH = 2048
-"""More are no faster, but take more memory, of which pieces over 32 MB are new to the process each time."""
-_PIXELS_PER_BATCH = 2**22
-_IMAGES_PER_BATCH = 64
+from optimum_order.data import images, text
+from optimum_order.data.draws import spread
+from optimum_order.data.samples import Purpose, Samples
 
 
 class Reader(Protocol):
-    """A model, or what is known about one that has not been loaded."""
+    """A model with its processor, loaded or not."""
+
+    processor: Any
 
     @property
     def config(self) -> Any: ...
@@ -24,50 +21,58 @@ class Reader(Protocol):
     def main_input_name(self) -> str: ...
 
 
-def samples_for(
+def load_samples(
     reader: Reader,
     source: Any,
-    processor: Any,
     *,
     samples: int | None,
     length: int,
     seed: int = 0,
-    purpose: data.Purpose = "calibration",
-    draw: int = 0,
+    purpose: Purpose = "calibration",
 ) -> Samples:
-    """Images for a model whose main input is "pixel_values", windows of text for any other.
+    """Return images for a model whose main input is "pixel_values", else windows of text.
 
     Args:
-        reader: The model, or where it comes from.
-        source, processor, samples, seed, purpose, draw: As `data.load` and `images.load` take them.
+        reader: The model, or its checkpoint.
+        source: Text or images, as `text.load` and `images.load` take them.
+        samples: Samples to take; None takes all.
         length: Tokens in a window of text.
+        seed: The permutation that a calibration draws from.
+        purpose: The part of the source to read, and the way text is cut.
 
     Raises:
-        DataError: If the source cannot be read, or has too little.
+        DataError: If the source cannot be read, or is too short.
     """
-    if reader.main_input_name == "pixel_values":
-        options: dict[str, Any] = {
-            "samples": samples,
-            "seed": seed,
-            "purpose": purpose,
-            "draw": draw,
-        }
-        return images.load(source, processor, reader.config, **options)
-    return data.load(
-        source, processor, samples=samples, length=length, seed=seed, purpose=purpose, draw=draw
-    )
+    processor = reader.processor
+    if reads_images(reader):
+        return images.load(
+            source, processor, reader.config, samples=samples, seed=seed, purpose=purpose
+        )
+    return text.load(source, processor, samples=samples, length=length, seed=seed, purpose=purpose)
 
 
-def batch_size(samples: Samples) -> int:
-    """How many samples are run at a time, so that a batch of any kind takes some tens of megabytes."""
-    if isinstance(samples, Images):
-        return max(1, min(_IMAGES_PER_BATCH, _PIXELS_PER_BATCH // samples.pixels[0].numel()))
-    return max(1, _TOKENS_PER_BATCH // samples.ids.shape[1])
+def load_evaluation(
+    reader: Reader, source: Any, *, length: int, samples: int | None = None
+) -> Samples:
+    """Return the samples to measure a model on: all of a source, or some from all over it.
+
+    Images are decoded only where they are taken: a source of images lies in a fixed permutation,
+    so that its first images are from all over it. Text is read whole.
+
+    Args:
+        reader: The model, or its checkpoint.
+        source: As in `load_samples`.
+        length: Tokens in a window of text.
+        samples: Samples to take; None takes all.
+
+    Raises:
+        DataError: If the source cannot be read, or is too short.
+    """
+    first = samples if reads_images(reader) else None
+    pool = load_samples(reader, source, samples=first, length=length, purpose="evaluation")
+    return spread(pool, samples)
 
 
-def inputs(samples: Samples) -> list[dict[str, Any]]:
-    """All batches of samples as a walk takes them: the arguments of a forward, without labels."""
-    batches = samples.batches(batch_size(samples))
-    return [
-        {name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches
-    ]
+def reads_images(reader: Reader) -> bool:
+    """Return whether a model's main input is an image."""
+    return reader.main_input_name == "pixel_values"

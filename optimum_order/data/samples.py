@@ -1,4 +1,4 @@
-"""What a model is calibrated or measured on: windows of tokens, or images."""
+"""Samples that a model is calibrated or measured on: windows of tokens, or images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,44 +15,95 @@ from transformers import PreTrainedModel
 
 from optimum_order.errors import DataError
 
+Purpose = Literal["calibration", "evaluation"]
+"""The use of a source: many sources have one part for calibration and another for evaluation."""
+
+_LABELS = "labels"
+_TOKENS_PER_BATCH = 2048
+"""A larger batch is no faster and takes more memory: glibc maps every piece over 32 MB anew."""
+_PIXELS_PER_BATCH = 2**22
+_IMAGES_PER_BATCH = 64
+
 
 class Samples(ABC):
-    """A number of inputs that a model reads one by one, all of one shape."""
+    """Inputs of one model, all of one shape, each of which the model reads on its own.
+
+    A subclass gives its `tensors`; batches, digest and description follow from them.
+    """
 
     source: str
-    """Where they came from, as the user gave it; of a local path only its last part."""
+    """The source as the user named it; only the last part of a local path."""
     note: str
-    """What a user should know about them, or ""."""
+    """A remark for the user, or ""."""
     unit: ClassVar[str]
-    """What one of them is called."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
+    """The word for one sample."""
 
     @property
     @abstractmethod
-    def digest(self) -> str:
-        """sha256 of all that a model reads. This goes into a manifest, the data itself never does."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The arguments of a forward over all samples, (samples, ...), and "labels" if known."""
 
+    @property
     @abstractmethod
-    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """In order, a forward's arguments for at most `batch_size` samples each, and their "labels" if known."""
+    def batch_size(self) -> int:
+        """The number of samples whose activations take some tens of megabytes."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> dict[str, Any]:
+        """The size of the samples, as a manifest states it."""
 
     @abstractmethod
     def take(self, index: Tensor) -> Samples:
-        """Those of an index (k,) int64, in its order."""
+        """Return the samples of an index.
 
-    def head(self, count: int) -> Samples:
-        """The first `count` of them, or all there are."""
-        return self if count >= len(self) else self.take(torch.arange(count))
+        Args:
+            index: (k,) int64, in the order of the result.
+        """
 
     @abstractmethod
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse a model that cannot read these.
+        """Refuse a model that cannot read the samples.
 
         Raises:
-            DataError: Saying what it can read.
+            DataError: If the model reads another kind, length, or range of inputs.
         """
+
+    @property
+    def tokens(self) -> int | None:
+        """The number of tokens in all samples together; None for images."""
+        return None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of everything a model reads. The manifest holds the digest, never the data."""
+        digest = hashlib.sha256()
+        for tensor in self.tensors.values():
+            array = tensor.numpy().astype("<f4" if tensor.is_floating_point() else "<i8")
+            digest.update(f"{'x'.join(map(str, array.shape))}:".encode() + array.tobytes())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield `tensors` in slices of at most `batch_size` samples, in order."""
+        for start in range(0, len(self), batch_size):
+            stop = start + batch_size
+            yield {name: tensor[start:stop] for name, tensor in self.tensors.items()}
+
+    def inputs(self) -> list[dict[str, Tensor]]:
+        """Return all batches as a walk reads them: the arguments of a forward, without labels."""
+        return [without_labels(batch) for batch in self.batches(self.batch_size)]
+
+    def head(self, count: int) -> Samples:
+        """Return the first `count` samples, or all if there are fewer."""
+        return self if count >= len(self) else self.take(torch.arange(count))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the entry of a manifest: source, sizes and digest, and no data."""
+        about_size = {"source": self.source, "samples": len(self), **self.sizes}
+        return about_size | {"digest": self.digest, "note": self.note}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +112,11 @@ class Windows(Samples):
 
     Args:
         ids: (samples, length) int64.
-        source: Where the text came from, as the user gave it; of a local path only the file's name.
-        bytes: UTF-8 bytes of the text that the predicted tokens spell, which are all but the first of each window;
-            None where it is not known.
+        source: The source as the user named it; only the file name of a local path.
+        bytes: UTF-8 bytes that the predicted tokens spell, which are all but the first of each
+            window; None if not known.
         dropped: Tokens of the text that are in no window.
-        note: What a user should know about them, or "".
+        note: A remark for the user, or "".
     """
 
     ids: Tensor
@@ -75,56 +126,54 @@ class Windows(Samples):
     note: str = ""
     unit = "window"
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"input_ids": self.ids}
+
+    @property
+    def batch_size(self) -> int:
+        return max(1, _TOKENS_PER_BATCH // self.ids.shape[1])
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are in all windows together."""
         return self.ids.numel()
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """sha256 of the ids and their shape."""
-        return _digest(self.ids.numpy().astype("<i8"))
-
-    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        for ids in self.ids.split(batch_size):
-            yield {"input_ids": ids}
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"sequence_length": self.ids.shape[1], "tokens": self.tokens}
 
     def take(self, index: Tensor) -> Windows:
         return replace(self, ids=self.ids[index], bytes=None)
 
     def check(self, model: PreTrainedModel) -> None:
-        if model.main_input_name != "input_ids":
-            raise DataError(
-                f"{type(model).__name__} reads '{model.main_input_name}', got {self.source}, which is text."
-            )
+        _check_input(model, "input_ids", f"{self.source}, which is text")
+        name = type(model).__name__
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         length = self.ids.shape[1]
         if longest is not None and length > longest:
             raise DataError(
-                f"{type(model).__name__} reads at most {longest} tokens at once, got windows of {length}. Use a "
+                f"{name} reads at most {longest} tokens at once, got windows of {length}. Use a "
                 f"sequence length of at most {longest}."
             )
         embedding: Any = model.get_input_embeddings()
-        known, largest = embedding.weight.shape[0], int(self.ids.max())
-        if largest >= known:
+        vocabulary = embedding.weight.shape[0]
+        largest = int(self.ids.max())
+        if largest >= vocabulary:
             raise DataError(
-                f"{type(model).__name__} knows tokens 0 to {known - 1}, got token {largest} from {self.source}. Use "
-                "the tokenizer that belongs to the model."
+                f"{name} knows tokens 0 to {vocabulary - 1}, got token {largest} from "
+                f"{self.source}. Use the tokenizer that belongs to the model."
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Images(Samples):
-    """Images as a model reads them, resized and normalised.
+    """Images as a model reads them, resized and normalized.
 
     Args:
         pixels: (samples, channels, height, width) float32.
-        source: Where they came from, as the user gave it; of a local path only the folder's name.
+        source: The source as the user named it; only the folder name of a local path.
         labels: (samples,) int64 class numbers of the model, or None.
-        note: What a user should know about them, or "".
+        note: A remark for the user, or "".
     """
 
     pixels: Tensor
@@ -133,52 +182,57 @@ class Images(Samples):
     note: str = ""
     unit = "image"
 
-    def __len__(self) -> int:
-        return len(self.pixels)
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        labels = {} if self.labels is None else {_LABELS: self.labels}
+        return {"pixel_values": self.pixels, **labels}
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """sha256 of the pixels, the labels and their shapes."""
-        labels = [] if self.labels is None else [self.labels.numpy().astype("<i8")]
-        return _digest(self.pixels.numpy().astype("<f4"), *labels)
+    @property
+    def batch_size(self) -> int:
+        return max(1, min(_IMAGES_PER_BATCH, _PIXELS_PER_BATCH // self.pixels[0].numel()))
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(self), batch_size):
-            batch = {"pixel_values": self.pixels[start : start + batch_size]}
-            if self.labels is not None:
-                batch["labels"] = self.labels[start : start + batch_size]
-            yield batch
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"image_shape": list(self.pixels.shape[1:])}
 
     def take(self, index: Tensor) -> Images:
-        return replace(
-            self,
-            pixels=self.pixels[index],
-            labels=None if self.labels is None else self.labels[index],
-        )
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, pixels=self.pixels[index], labels=labels)
 
     def check(self, model: PreTrainedModel) -> None:
-        if model.main_input_name != "pixel_values":
-            raise DataError(
-                f"{type(model).__name__} reads '{model.main_input_name}', got {self.source}, which are images."
-            )
+        _check_input(model, "pixel_values", f"{self.source}, which are images")
         channels = getattr(model.config, "num_channels", None)
         if channels not in (None, self.pixels.shape[1]):
             raise DataError(
-                f"{type(model).__name__} reads images of {channels} channels, got {self.pixels.shape[1]} from "
-                f"{self.source}. Use the image processor that belongs to the model."
+                f"{type(model).__name__} reads images of {channels} channels, got "
+                f"{self.pixels.shape[1]} from {self.source}. Use the image processor that belongs "
+                "to the model."
             )
 
 
+def without_labels(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the arguments of a forward alone: with labels a model would compute a loss."""
+    return {name: tensor for name, tensor in batch.items() if name != _LABELS}
+
+
 def placed(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch on the model's device, and its pixels in the model's dtype, to which not every model casts them."""
+    """Return a batch on the model's device, with pixels in the model's dtype.
+
+    Not every model casts its pixels.
+
+    Args:
+        batch: The arguments of a forward.
+        model: The model that is to read them.
+    """
     return {
-        k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype)
-        for k, v in batch.items()
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in batch.items()
     }
 
 
-def _digest(*arrays: Any) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{'x'.join(map(str, array.shape))}:".encode() + array.tobytes())
-    return digest.hexdigest()
+def _check_input(model: PreTrainedModel, name: str, samples: str) -> None:
+    if model.main_input_name != name:
+        raise DataError(
+            f"{type(model).__name__} reads '{model.main_input_name}', got {samples}. Give data of "
+            "the kind that the model reads."
+        )

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,7 @@ from optimum_order.layers.error import relative_error
 from optimum_order.layers.packed import Packed, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Gram, Statistics
-from optimum_order.models.lazy import trim
+from optimum_order.models.memory import trim
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
 
@@ -67,7 +67,7 @@ class Passes:
         self.execution = execution
         self.work = work
         self.bar = bar
-        self.shares = shares and not execution.residency.streamed
+        self.shares = shares and not execution.streams
         self.home = torch.device(execution.residency.device or subject.model.device)
         """Where the model and its states are."""
         self._numbers = itertools.count()
@@ -98,7 +98,7 @@ class Passes:
         units = self._restore(passage, units)
         # A sweep's matrices are the largest there are, and what the forwards before them freed is
         # of other sizes.
-        tight = self.execution.residency.streamed or Gram in needs
+        tight = self.execution.streams or Gram in needs
         with contextlib.closing(self._visits(units, needs)) as visits:
             for visit in visits:
                 if tight:
@@ -118,7 +118,7 @@ class Passes:
 
     def _visits(
         self, units: Sequence[Unit], needs: Collection[type[Accumulator]]
-    ) -> Iterator[Visit]:
+    ) -> Generator[Visit, None, None]:
         """Pause at some blocks; without a forward where nothing is needed of it."""
         if needs and units:
             with contextlib.closing(self._walk(units, needs, self.execution)) as visits:
@@ -130,7 +130,7 @@ class Passes:
 
     def _walk(
         self, units: Sequence[Unit], needs: Collection[type[Accumulator]], execution: Execution
-    ) -> Iterator[Visit]:
+    ) -> Generator[Visit, None, None]:
         return walk(
             self.subject.model,
             self.subject.units,
@@ -280,7 +280,7 @@ class Passes:
             self.result.records.update(records)
             packed: dict[str, Packed] = stored["states"]
             self._masked -= {name for name, state in packed.items() if state.weight is not None}
-            if self.execution.residency.streamed:
+            if self.execution.streams:
                 continue
             for target in unit.targets:
                 state = packed[target.name].state(target.read())
@@ -305,7 +305,7 @@ class Passes:
 
     def _keep(self, passage: Passage, unit: Unit, kind: str, value: Any) -> None:
         passage.save(unit.name, kind, value)
-        if self.execution.residency.streamed and self.work is not None:
+        if self.execution.streams and self.work is not None:
             self.work.wait()  # memory matters more than time
 
 

@@ -118,7 +118,13 @@ class Recipe:
     def describe(self) -> list[dict[str, Any]]:
         """Return every stage with all of its options, for the manifest."""
         return [
-            {"stage": str(m.stage), "method": m.name, "options": m.resolved} for m in self.methods
+            {
+                "stage": str(method.stage),
+                "method": method.name,
+                "summary": method.summary,
+                "options": method.resolved,
+            }
+            for method in self.methods
         ]
 
     def check(self, units: Sequence[Unit], *, calibrated: bool) -> None:

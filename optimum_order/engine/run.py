@@ -117,8 +117,8 @@ def run(
 def _begin(subject: Subject, recipe: Recipe, execution: Execution, start: Result | None) -> Result:
     stages = recipe.order.stages
     targets = [target for unit in subject.units for target in unit.targets]
-    if execution.residency.streamed:
-        states = execution.residency.states
+    states = execution.residency.states
+    if states is not None:
         return Result(states, {target.name: [] for target in targets}, stages)
     refuse_infinite(subject.model.named_parameters())
     if start is None:

@@ -151,7 +151,7 @@ class Runner:
         self.source = source
         self.prefixes = prefixes
         self.model = source.load()
-        self.model.to(execution.device or "cpu")
+        self.model.to(execution.device or "cpu")  # type: ignore[arg-type]
         self.dtype = precision.choose(dtype, self.model.dtype, self.model.device)
         self.execution = replace(execution, device=None, dtype=self.dtype)
         self.units = find_units(self.model, targets, ignore)

@@ -78,7 +78,8 @@ def load(file: Path, device: str = "cpu") -> Any:
 
         def read(key: str) -> Tensor:
             # A copy is in memory that torch allocated, not in a map of the file.
-            return tensors[key].to(device, copy=True)
+            tensor: Tensor = tensors[key].to(device, copy=True)
+            return tensor
 
         return _restore(json.loads(metadata[_KEY]), read, _classes())
     except (

@@ -78,7 +78,9 @@ class WorkDir:
         for unfinished in self.folder.glob(files.PARTIAL):  # of a process that was killed
             unfinished.unlink()
         if has_progress(self.folder):
-            _compare(read_fingerprint(self.folder), fingerprint, self.folder)
+            before = read_fingerprint(self.folder)
+            _refuse_other_version(before, fingerprint, self.folder)
+            _compare(before, fingerprint, self.folder)
         else:
             with files.atomic(self.folder / _FINGERPRINT) as partial:
                 partial.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
@@ -157,8 +159,8 @@ class WorkDir:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> OutputError:
-        system = isinstance(error, OSError) and error.errno
-        reason = os.strerror(error.errno) if system else str(error)
+        number = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(number) if number else str(error)
         hint = ""
         if has_progress(self.folder):
             hint = (
@@ -372,15 +374,26 @@ def _locked(folder: Path) -> sqlite3.Connection:
         ) from error
 
 
-def _compare(before: Any, now: Any, folder: Path, field: str = "") -> None:
-    """Refuse the first field in which two fingerprints differ."""
-    if field == "versions.optimum_order" and before != now:
+def _refuse_other_version(before: Any, now: Any, folder: Path) -> None:
+    """Refuse a work dir of another version of this package, whatever else differs."""
+    theirs = _version(before)
+    ours = _version(now)
+    if theirs != ours:
         raise OutputError(
-            f"'{folder}' is a work dir of optimum-order {before}, which version {now} cannot "
+            f"'{folder}' is a work dir of optimum-order {theirs}, which version {ours} cannot "
             "resume: finish it with that version, remove the folder, or give another."
         )
+
+
+def _version(fingerprint: Any) -> Any:
+    versions = fingerprint.get("versions") if isinstance(fingerprint, dict) else None
+    return versions.get("optimum_order") if isinstance(versions, dict) else None
+
+
+def _compare(before: Any, now: Any, folder: Path, field: str = "") -> None:
+    """Refuse the first field in which two fingerprints differ."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({**before, **now}, key=lambda key: key != "versions"):
+        for key in {**before, **now}:
             _compare(before.get(key), now.get(key), folder, f"{field}.{key}" if field else key)
     elif before != now:
         raise OutputError(

@@ -12,13 +12,11 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_order import formats
 from optimum_order.artifact import manifest
 from optimum_order.estimate.trace import Counter, size_of
-from optimum_order.formats import safetensors as checkpoint
-from optimum_order.formats.base import blocks
+from optimum_order.formats.layout import blocks
 from optimum_order.layers.grids.bitsandbytes import (
     NESTED_BLOCKSIZE,
     BlockGrid,
@@ -27,6 +25,7 @@ from optimum_order.layers.grids.bitsandbytes import (
 )
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.source import Checkpoint, InMemory
 from optimum_order.models.units import Target
 
@@ -105,19 +104,19 @@ def stored(
         (id(sample), target.view.shape): _grown(sample, *target.view.shape)
         for target, sample in layers.values()
     }
-    pairs = {
-        name: (target, grown[id(sample), target.view.shape])
-        for name, (target, sample) in layers.items()
+    targets = {name: target for name, (target, _) in layers.items()}
+    states = {
+        name: grown[id(sample), target.view.shape] for name, (target, sample) in layers.items()
     }
+    contents = formats.Contents(model, formats.Layers(targets, states))
     encoded: dict[tuple, tuple[dict[str, Tensor], bool]] = {}
     replaced: dict[str, dict[str, Tensor]] = {}
     exact = True
     with Counter():  # answers what formats ask of numbers that are not there
-        chosen = formats.choose(model, pairs, format)
-        layout = formats.Layout.of(model)
+        chosen = formats.choose(contents, format)
         for name, (target, sample) in layers.items():
             rows, inputs = target.view.shape
-            for piece in layout.pieces(name, target) if chosen.encodes(pairs[name][1]) else ():
+            for piece in contents.layout.pieces(target) if chosen.encodes(states[name]) else ():
                 whole = piece.rows == (inputs if target.transposed else rows)
                 like = id(sample), rows if whole else piece.rows, inputs
                 if like not in encoded:
@@ -129,11 +128,9 @@ def stored(
                 )
     header = {manifest.KEY: order, "format": "pt"}
     files: list[dict[str, Tensor]] = [{}]
-    dense = checkpoint._dense(model)
+    dense = hf.tensors_to_save(model)
     for block in blocks(dense):
-        for key, tensor in revert_weight_conversion(
-            model, {name: dense[name] for name in block}
-        ).items():
+        for key, tensor in hf.to_checkpoint(model, {name: dense[name] for name in block}).items():
             tensors = replaced.get(key, {key: tensor})
             if files[-1] and size_of((files[-1], tensors)) > convert_file_size_to_int(SHARD):
                 files.append({})
@@ -175,7 +172,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _encoded(
-    format: formats.Format, sample: LayerState, grown: LayerState
+    format: formats.Codec, sample: LayerState, grown: LayerState
 ) -> tuple[dict[str, Tensor], bool]:
     """The tensors that stand for a layer, and whether their sizes are the same whatever its numbers are."""
     grid = grown.grid

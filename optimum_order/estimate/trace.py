@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import PRODUCTS
+from optimum_order.models import hf
 from optimum_order.models.units import Target, Unit
 
 _ATEN = torch.ops.aten
@@ -155,11 +156,7 @@ def trace(
     spy = _Spy(units, costs, counter)
     for unit in units:
         unit.module.forward = spy.watched(unit, unit.module.forward)
-    experts = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "is_transposed", None), bool)
-    ]
+    experts = [module for module in model.modules() if hf.experts_transposed(module) is not None]
     for module in experts:
         module.forward = spy.routed(module)
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.items()}

@@ -1,4 +1,4 @@
-"""How good a model is. One metric is one file here, or a class in the entry-point group `optimum_order.metrics`."""
+"""Metrics of a model. One metric is one file here, or an entry point of `optimum_order.metrics`."""
 
 import functools
 import sys
@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from optimum_order.data.samples import Images, Samples, Windows
 from optimum_order.errors import ModelError, unknown
-from optimum_order.evaluation.accuracy import classifies_images
 from optimum_order.evaluation.base import Measurement, Metric
 from optimum_order.registry import discover
 
@@ -16,30 +15,30 @@ __all__ = ["Images", "Measurement", "Metric", "Samples", "Windows", "available",
 
 @functools.cache
 def available() -> dict[str, type[Metric]]:
-    """Every metric by name."""
+    """Return every metric by name."""
     return discover(sys.modules[__name__], Metric, "optimum_order.metrics")
 
 
 def choose(model: PreTrainedModel, name: str = "auto") -> type[Metric]:
-    """The metric to measure a model by.
+    """Return the metric to measure a model by.
 
     Args:
         model: The model.
-        name: A metric, or "auto" for the usual one of its kind: perplexity of a causal language model, accuracy of an
-            image classifier.
+        name: A metric, or "auto" for the usual one of the model's kind.
 
     Raises:
-        ModelError: If there is no such metric, or none is usual for the model.
+        ModelError: If there is no such metric, or not exactly one is usual for the model.
     """
-    if name != "auto":
-        if name not in available():
-            raise ModelError(unknown("metric", name, ["auto", *available()]))
-        return available()[name]
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        return available()["perplexity"]
-    if classifies_images(model):
-        return available()["accuracy"]
-    raise ModelError(
-        f"No metric is the usual one for {type(model).__name__}: perplexity is for causal language models, accuracy "
-        f"for image classifiers. Name one as 'metric' (--metric): {', '.join(available())}."
-    )
+    metrics = available()
+    if name == "auto":
+        usual = [metric for metric in metrics.values() if metric.is_usual(model)]
+        if len(usual) == 1:
+            return usual[0]
+        problem = "Several metrics are" if usual else "No metric is"
+        raise ModelError(
+            f"{problem} the usual one for {type(model).__name__}. Name one as 'metric' (--metric): "
+            f"{', '.join(metric.name for metric in usual or metrics.values())}."
+        )
+    if name not in metrics:
+        raise ModelError(unknown("metric", name, ["auto", *metrics]))
+    return metrics[name]

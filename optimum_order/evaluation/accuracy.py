@@ -1,4 +1,4 @@
-"""Accuracy: the fraction of images that an image classifier puts into the class they belong to."""
+"""Accuracy: the fraction of images that an image classifier puts into their true class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from optimum_order.data.samples import Images, Samples
+from optimum_order.data.samples import Images, Samples, without_labels
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation.base import Metric
 
@@ -21,42 +21,48 @@ class Accuracy(Metric):
     summary = "fraction of images whose most likely class is the true one, for image classifiers"
     higher_is_better = True
 
+    @classmethod
+    def is_usual(cls, model: PreTrainedModel) -> bool:
+        """Return whether transformers, or the model's own code, lists an image classifier."""
+        classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+        names = {
+            name for entry in classes for name in ((entry,) if isinstance(entry, str) else entry)
+        }
+        declared = getattr(model.config, "auto_map", None) or {}
+        return "AutoModelForImageClassification" in declared or any(
+            base.__name__ in names for base in type(model).__mro__
+        )
+
     def check(self, model: PreTrainedModel, samples: Samples) -> None:
-        if not classifies_images(model):
+        name = type(model).__name__
+        if not self.is_usual(model):
             raise ModelError(
-                f"Accuracy is for image classifiers, such as ViTForImageClassification; {type(model).__name__} has no "
-                "head that gives an image's class. Load the checkpoint as one, or leave the evaluation out."
+                f"Accuracy is for image classifiers, such as ViTForImageClassification; {name} has "
+                "no head that gives an image's class. Load the checkpoint as one, or leave the "
+                "evaluation out."
             )
         if not isinstance(samples, Images):
             raise DataError(
-                f"Accuracy is measured on images, got {samples.source}, which are {samples.unit}s."
+                f"Accuracy is measured on images, got {samples.source}, which are {samples.unit}s. "
+                "Give images with labels."
             )
         super().check(model, samples)
         if samples.labels is None:
             raise DataError(
-                f"The images of {samples.source} have no labels, and accuracy needs them. Give a folder with one "
-                "subfolder for each class, a dataset with a column of labels, or (pixels, labels)."
+                f"The images of {samples.source} have no labels, and accuracy needs them. Give a "
+                "folder with one subfolder for each class, a dataset with a column of labels, or "
+                "(pixels, labels)."
             )
-        classes = model.config.num_labels
+        classes = model.config.num_labels or 0
         wrong = samples.labels[(samples.labels < 0) | (samples.labels >= classes)]
         if len(wrong):
             raise DataError(
-                f"{type(model).__name__} knows classes 0 to {classes - 1}, got label {int(wrong[0])} from "
+                f"{name} knows classes 0 to {classes - 1}, got label {int(wrong[0])} from "
                 f"{samples.source}. Use the labels that the model was trained with."
             )
 
     def score(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits = model(**inputs).logits.float()
+        logits: Tensor = model(**without_labels(batch)).logits.float()
         right = (logits.argmax(-1) == batch["labels"]).float()
-        return right.masked_fill(
-            ~logits.isfinite().all(-1), torch.nan
-        )  # the largest of broken logits says nothing
-
-
-def classifies_images(model: PreTrainedModel) -> bool:
-    """Whether transformers lists the model, or the model's own code declares it, as an image classifier."""
-    known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    names = {name for value in known for name in ((value,) if isinstance(value, str) else value)}
-    declared = "AutoModelForImageClassification" in (getattr(model.config, "auto_map", None) or {})
-    return declared or any(cls.__name__ in names for cls in type(model).__mro__)
+        # the largest of broken logits says nothing
+        return right.masked_fill(~logits.isfinite().all(-1), torch.nan)

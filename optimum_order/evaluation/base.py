@@ -1,4 +1,4 @@
-"""What a metric is: a name, a score for every sequence of a batch, and what those scores come to."""
+"""The contract of a metric: a name, a score for every sample, and a figure for the mean."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from optimum_order.data.samples import Samples, Windows, placed
+from optimum_order.data.samples import Samples, placed
 from optimum_order.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a metric found.
+    """The result of one metric on one model.
 
     Args:
         name: The metric's name.
-        value: The figure it is known by.
-        standard_error: Of the mean of `per_sequence`; None where there is only one sequence.
-        per_sequence: Each sample's score, in their order. They are kept so that two models measured on the same
-            samples can be compared pair by pair.
+        value: The figure of the metric.
+        standard_error: Standard error of the mean of `scores`; None for a single sample.
+        scores: The score of each sample, in order, so that two models measured on the same samples
+            can be compared pair by pair.
         higher_is_better: Whether a better model has higher scores.
-        source: What it was measured on.
-        digest: Digest of what it was measured on.
-        tokens: How many tokens the model read; None for images.
+        source: The source of the samples.
+        digest: The digest of the samples.
+        tokens: Tokens that the model read; None for images.
         details: Further figures by name.
     """
 
     name: str
     value: float
     standard_error: float | None
-    per_sequence: tuple[float, ...] = field(repr=False)
+    scores: tuple[float, ...] = field(repr=False)
     higher_is_better: bool
     source: str
     digest: str
@@ -46,8 +46,8 @@ class Measurement:
 
     @property
     def performances(self) -> Tensor:
-        """M of each sample, higher is better: (samples,) float64. Minus log-perplexity for language."""
-        scores = torch.tensor(self.per_sequence, dtype=torch.float64)
+        """M of each sample, higher is better: (samples,) float64. Minus log-perplexity for text."""
+        scores = torch.tensor(self.scores, dtype=torch.float64)
         return scores if self.higher_is_better else -scores
 
     @property
@@ -56,13 +56,13 @@ class Measurement:
         return self.performances.mean().item()
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the single sequences' scores, ready for JSON."""
+        """Return all but the scores of single samples, ready for JSON."""
         return {
             "name": self.name,
             "value": self.value,
             "standard_error_of_mean_score": self.standard_error,
             **self.details,
-            "samples": len(self.per_sequence),
+            "samples": len(self.scores),
             **({} if self.tokens is None else {"tokens": self.tokens}),
             "source": self.source,
             "digest": self.digest,
@@ -72,55 +72,69 @@ class Measurement:
 class Metric(ABC):
     """One way to measure a model. A subclass is one file.
 
-    It says in `score` what one sequence is worth and in `value` what the mean of that is called; running the model,
-    progress, and what is done about a broken model are here.
+    A subclass gives the score of one sample in `score`, and the figure for the mean score in
+    `value`. Running the model, progress, and errors about a broken model are handled here.
+
+    Args:
+        reference: The model before compression, in evaluation mode; only where `needs_reference`.
+
+    Raises:
+        ModelError: If the reference is needed and missing.
     """
 
     name: ClassVar[str]
-    """What a user calls it."""
+    """The name a user types."""
     summary: ClassVar[str]
-    """What it is, in one line."""
+    """The metric in one line."""
     higher_is_better: ClassVar[bool]
     """Whether a better model has a higher value."""
     needs_reference: ClassVar[bool] = False
-    """Whether it compares with the model before compression."""
+    """Whether the metric compares with the model before compression."""
 
-    def __init__(self, reference: PreTrainedModel | None = None):
-        """
-        Args:
-            reference: The model before compression, in evaluation mode; only where `needs_reference`.
-
-        Raises:
-            ModelError: If it is needed and missing.
-        """
+    def __init__(self, reference: PreTrainedModel | None = None) -> None:
         if self.needs_reference and reference is None:
             raise ModelError(
-                f"The metric '{self.name}' compares with the original model: give it as 'reference'."
+                f"The metric '{self.name}' compares with the original model: give it as "
+                "'reference'."
             )
         self.reference = reference
 
+    @classmethod
+    def is_usual(cls, model: PreTrainedModel) -> bool:
+        """Return whether `metric="auto"` means this metric for a model."""
+        return False
+
     @abstractmethod
     def score(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-        """Each sample's score, on a scale on which scores may be averaged.
+        """Return each sample's score, on a scale on which scores may be averaged.
 
         Args:
-            model: In evaluation mode, on the device of the batch.
-            batch: From `Samples.batches`: the arguments of the forward, and "labels" if they are known.
+            model: The model, in evaluation mode, on the device of the batch.
+            batch: From `Samples.batches`: the arguments of the forward, and "labels" if known.
 
         Returns:
             (b,) floats.
         """
 
     def value(self, mean: float) -> float:
-        """The figure the metric is known by, from the mean score."""
+        """Return the figure of the metric for a mean score."""
         return mean
 
     def details(self, mean: float, samples: Samples) -> dict[str, float]:
-        """Further figures by name."""
+        """Return further figures by name.
+
+        Args:
+            mean: The mean score.
+            samples: The samples that were measured.
+        """
         return {}
 
     def check(self, model: PreTrainedModel, samples: Samples) -> None:
-        """Refuse a model that this metric says nothing about, or samples that the model cannot read.
+        """Refuse a model that the metric cannot measure, or samples that the model cannot read.
+
+        Args:
+            model: The model to measure.
+            samples: The samples to measure on.
 
         Raises:
             ModelError: If the model is of the wrong kind.
@@ -139,8 +153,8 @@ class Metric(ABC):
         """Run the model over the samples, on its own device.
 
         Args:
-            model: It is left in the mode (training or evaluation) it was in.
-            samples: What to run it on.
+            model: The model; its mode (training or evaluation) is restored.
+            samples: The samples to measure on.
             batch_size: Samples at a time; changes the result by no more than rounding.
             progress: Whether to show a bar on stderr.
 
@@ -150,38 +164,45 @@ class Metric(ABC):
         """
         self.check(model, samples)
         training = model.training
-        scores: list[float] = []
-        model.eval()
+        model.train(False)
         try:
-            with (
-                torch.inference_mode(),
-                tqdm(
-                    total=len(samples), desc=self.name, unit=samples.unit, disable=not progress
-                ) as bar,
-            ):
-                for batch in samples.batches(batch_size):
-                    found = self.score(model, placed(batch, model)).double().cpu()
-                    if not found.isfinite().all():
-                        at = len(scores) + int((~found.isfinite()).nonzero()[0])
-                        raise ModelError(
-                            f"The {self.name} of {samples.unit} {at + 1} of {len(samples)} is not finite: the model "
-                            "computes NaN or infinity. Use a milder compression, or float32 in place of float16."
-                        )
-                    scores += found.tolist()
-                    bar.update(len(found))
+            scores = self._scores(model, samples, batch_size, progress)
         finally:
             model.train(training)
-        per_sequence = torch.tensor(scores, dtype=torch.float64)
-        mean = per_sequence.mean().item()
-        error = per_sequence.std().item() / math.sqrt(len(scores)) if len(scores) > 1 else None
+        mean = scores.mean().item()
+        count = len(scores)
         return Measurement(
             name=self.name,
             value=self.value(mean),
-            standard_error=error,
-            per_sequence=tuple(scores),
+            standard_error=scores.std().item() / math.sqrt(count) if count > 1 else None,
+            scores=tuple(scores.tolist()),
             higher_is_better=self.higher_is_better,
             source=samples.source,
             digest=samples.digest,
-            tokens=samples.tokens if isinstance(samples, Windows) else None,
+            tokens=samples.tokens,
             details=self.details(mean, samples),
         )
+
+    @torch.inference_mode()
+    def _scores(
+        self, model: PreTrainedModel, samples: Samples, batch_size: int, progress: bool
+    ) -> Tensor:
+        """Return the score of each sample, (samples,) float64."""
+        scores: list[Tensor] = []
+        count = 0
+        with tqdm(
+            total=len(samples), desc=self.name, unit=samples.unit, disable=not progress
+        ) as bar:
+            for batch in samples.batches(batch_size):
+                part = self.score(model, placed(batch, model)).double().cpu()
+                if not part.isfinite().all():
+                    number = count + int((~part.isfinite()).nonzero()[0]) + 1
+                    raise ModelError(
+                        f"The {self.name} of {samples.unit} {number} of {len(samples)} is not "
+                        "finite: the model computes NaN or infinity. Use a milder compression, or "
+                        "float32 in place of float16."
+                    )
+                scores.append(part)
+                count += len(part)
+                bar.update(len(part))
+        return torch.cat(scores)

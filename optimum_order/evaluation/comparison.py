@@ -1,24 +1,29 @@
-"""Is one model better than another? Both are measured on the same samples and compared pair by pair.
+"""Comparison of two models, measured on the same samples, pair by pair.
 
-**Over samples.** The percentile bootstrap of the mean difference. On its own it is too narrow for few samples, so its
-percentiles are moved out to where they would give Student's t interval if the data were normal (the "expanded
-percentile" interval of Hesterberg 2015, The American Statistician 69(4), section 5.3): Phi(-sqrt(n / (n-1)) t).
+**Over samples.** The percentile bootstrap of the mean difference. Alone, this interval is too
+narrow for few samples, so its percentiles are moved out to where they would give Student's t
+interval for normal data (the "expanded percentile" interval of Hesterberg 2015, The American
+Statistician 69(4), section 5.3): Phi(-sqrt(n / (n-1)) t).
 
-**Over draws and samples together.** A compression that calibrates differs from one calibration draw to the next, so
-the difference y_ij of draw i on sample j has two sources of noise that cross, and their interaction:
+**Over draws and samples together.** A compression that calibrates differs from one calibration draw
+to the next, so the difference y_ij of draw i on sample j has two sources of noise that cross, and
+their interaction:
 
     y_ij = mu + draw_i + sample_j + e_ij,      i = 1..a,  j = 1..b
     Var(mean of y) = s_draw^2 / a + s_sample^2 / b + s_e^2 / (ab)
 
-The mean squares of the two-way layout without replication estimate (s_draw^2 / a + s_e^2 / (ab)) by MS_draw / (ab)
-and s_sample^2 / b by (MS_sample - MS_e) / (ab), set to 0 where that is negative. The half-width is
+The mean squares of the two-way layout without replication estimate s_draw^2 / a + s_e^2 / (ab) as
+MS_draw / (ab), and s_sample^2 / b as (MS_sample - MS_e) / (ab), set to 0 where that is negative.
+The half-width is
 
     h^2 = t_{a-1}^2 MS_draw / (ab) + t_{b-1}^2 max(MS_sample - MS_e, 0) / (ab)
 
-with a quantile of Student's t for each part, as in Banerjee 1960 (Sankhya 22, 357-358), whose interval for a sum of
-independent mean squares never covers less than it says. It is exact where either part is all there is. The usual
-single t, with Satterthwaite's degrees of freedom for the whole variance, takes these from a mean square that has only
-a - 1 of its own: in simulations at 95 % it covered as little as 92 % with 3 draws and 87 % with 2, this 95 % or more.
+with a quantile of Student's t for each part, as in Banerjee 1960 (Sankhya 22, 357-358), whose
+interval for a sum of independent mean squares never covers less than stated. The interval is exact
+where one of the two parts is zero. The usual single t, with Satterthwaite's degrees of freedom for
+the whole variance, takes these from a mean square that has only a - 1 of its own: in simulations at
+95 %, that interval covered as little as 92 % with 3 draws and 87 % with 2, and this one 95 % or
+more.
 """
 
 from __future__ import annotations
@@ -34,19 +39,20 @@ from torch import Tensor
 from optimum_order.errors import DataError
 from optimum_order.evaluation.base import Measurement
 
-_AT_ONCE = 2**22  # random indices in memory
+_AT_ONCE = 2**22
+"""Random indices in memory."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference in M and its confidence interval; positive where the first of two models is better.
+    """A mean difference in M and its confidence interval; positive where the first model is better.
 
     Args:
-        mean: Of the differences.
+        mean: Mean of the differences.
         low: Lower end of the interval.
-        high: Upper end.
-        over: What the interval tells about: other "samples", or other "draws and samples".
-        confidence: How often such an interval holds the true mean.
+        high: Upper end of the interval.
+        over: The noise that the interval covers: other "samples", or other "draws and samples".
+        confidence: The fraction of such intervals that hold the true mean.
     """
 
     mean: float
@@ -57,28 +63,32 @@ class Difference:
 
     @property
     def decisive(self) -> bool:
-        """Whether the interval excludes 0, so that the sign is known."""
+        """Whether the interval excludes 0, so that the sign is certain."""
         return self.low > 0 or self.high < 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return the fields and the verdict, ready for JSON."""
         return asdict(self) | {"decisive": self.decisive}
 
 
 def paired_differences(after: Measurement, before: Measurement) -> Tensor:
-    """M(after) - M(before) of each sample: (samples,) float64.
+    """Return M(after) - M(before) of each sample: (samples,) float64.
+
+    Args:
+        after: The measurement of one model.
+        before: The measurement of the other.
 
     Raises:
-        DataError: If they are of different metrics, or not of the same samples.
+        DataError: If the metrics or the samples of the two differ.
     """
     if after.name != before.name:
         raise DataError(
             f"Only one metric can be compared at a time, got '{after.name}' and '{before.name}'."
         )
-    if after.digest != before.digest or len(after.per_sequence) != len(before.per_sequence):
+    if after.digest != before.digest or len(after.scores) != len(before.scores):
+        both = [f"{len(m.scores)} of {m.source} ({m.digest[:12]})" for m in (after, before)]
         raise DataError(
-            f"Two models are compared on the same samples, got {len(after.per_sequence)} of {after.source} "
-            f"({after.digest[:12]}) and {len(before.per_sequence)} of {before.source} ({before.digest[:12]}). Measure "
+            f"Two models are compared on the same samples, got {both[0]} and {both[1]}. Measure "
             "both on the same ones."
         )
     return after.performances - before.performances
@@ -92,17 +102,20 @@ def paired_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """The mean of M(after) - M(before) over the samples both were measured on.
+    """Return the mean of M(after) - M(before) over samples, with its interval.
 
     Args:
-        after: Of one model.
-        before: Of the other.
+        after: The measurement of one model.
+        before: The measurement of the other, on the same samples.
         resamples: Bootstrap samples.
-        confidence: Between 0 and 1.
-        seed: Of the resampling.
+        confidence: The confidence of the interval, between 0 and 1.
+        seed: The seed of the resampling.
 
     Raises:
         DataError: If the two cannot be compared, or there is only one sample.
+
+    Source:
+        Hesterberg 2015, section 5.3: the expanded percentile interval.
     """
     return _over_samples(paired_differences(after, before), resamples, confidence, seed)
 
@@ -110,18 +123,22 @@ def paired_bootstrap(
 def difference_over_draws(
     differences: Tensor, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> Difference:
-    """The mean difference over calibration draws and samples together.
+    """Return the mean difference over calibration draws and samples together, with its interval.
 
-    With one draw there is nothing to learn about draws: then this is the paired bootstrap over samples, and says so.
+    One draw says nothing about others: the result is then the paired bootstrap over samples, and
+    says so in `over`.
 
     Args:
         differences: (draws, samples), such as rows of `paired_differences`.
-        resamples: Bootstrap samples, where there is one draw.
-        confidence: Between 0 and 1.
-        seed: Of the resampling.
+        resamples: Bootstrap samples, used for a single draw only.
+        confidence: The confidence of the interval, between 0 and 1.
+        seed: The seed of the resampling.
 
     Raises:
         DataError: If there are fewer than two samples, or a difference is not finite.
+
+    Source:
+        Banerjee 1960, applied to the mean squares of a two-way layout: see the top of this file.
     """
     if differences.ndim != 2 or 0 in differences.shape:
         raise DataError(
@@ -131,16 +148,18 @@ def difference_over_draws(
         return _over_samples(differences[0], resamples, confidence, seed)
     y = _checked(differences, confidence)
     draws, samples = y.shape
-    mean, by_draw, by_sample = y.mean(), y.mean(1, keepdim=True), y.mean(0, keepdim=True)
-    ms_draw = samples * (by_draw - mean).square().sum() / (draws - 1)
-    ms_sample = draws * (by_sample - mean).square().sum() / (samples - 1)
-    ms_error = (y - by_draw - by_sample + mean).square().sum() / ((draws - 1) * (samples - 1))
+    mean = y.mean()
+    draw_means = y.mean(1, keepdim=True)
+    sample_means = y.mean(0, keepdim=True)
+    errors = y - draw_means - sample_means + mean
+    ms_draw = samples * (draw_means - mean).square().sum() / (draws - 1)
+    ms_sample = draws * (sample_means - mean).square().sum() / (samples - 1)
+    ms_error = errors.square().sum() / ((draws - 1) * (samples - 1))
     t_draw, t_sample = (stdtrit(n - 1, (1 + confidence) / 2) for n in (draws, samples))
     squared = (t_draw**2 * ms_draw + t_sample**2 * (ms_sample - ms_error).clamp(min=0)) / y.numel()
     half = squared.sqrt().item()
-    return Difference(
-        mean.item(), mean.item() - half, mean.item() + half, "draws and samples", confidence
-    )
+    center = mean.item()
+    return Difference(center, center - half, center + half, "draws and samples", confidence)
 
 
 def _over_samples(differences: Tensor, resamples: int, confidence: float, seed: int) -> Difference:
@@ -154,26 +173,28 @@ def _checked(differences: Tensor, confidence: float) -> Tensor:
     if not 0 < confidence < 1:
         raise DataError(f"The confidence must be between 0 and 1, got {confidence}.")
     if differences.shape[-1] < 2:
-        raise DataError("An interval needs at least two samples, got one. Measure on more.")
+        raise DataError("An interval needs at least two samples, got one. Measure on more samples.")
     if not differences.isfinite().all():
         raise DataError(
-            "A difference between two models is not finite: one of their scores is not."
+            "A difference between two models is not finite, because a score is not. Leave that "
+            "model out."
         )
     return differences.double()
 
 
-def bootstrap_means(values: Tensor, *, resamples: int, seed: int) -> np.ndarray:
-    """Each row's mean over bootstrap samples, the same ones for every row.
+def bootstrap_means(values: Tensor, *, resamples: int, seed: int) -> np.ndarray[Any, Any]:
+    """Return each row's mean over bootstrap samples, the same samples for every row.
 
     Args:
         values: (rows, samples).
         resamples: Bootstrap samples.
-        seed: Of the resampling.
+        seed: The seed of the resampling.
 
     Returns:
         (rows, resamples) float64.
     """
-    rows, (_, count) = values.double().numpy(), values.shape
+    rows = values.double().numpy()
+    count = values.shape[1]
     generator = np.random.default_rng(seed)
     step = max(1, _AT_ONCE // (count * len(rows)))
     parts = []
@@ -184,7 +205,12 @@ def bootstrap_means(values: Tensor, *, resamples: int, seed: int) -> np.ndarray:
 
 
 def percentiles(count: int, confidence: float) -> tuple[float, float]:
-    """Between which fractions of its bootstrap distribution the mean of `count` samples lies."""
+    """Return the two fractions of the bootstrap distribution that bound the interval of a mean.
+
+    Args:
+        count: The number of samples.
+        confidence: The confidence of the interval, between 0 and 1.
+    """
     t = stdtrit(count - 1, (1 + confidence) / 2)
     low = float(ndtr(-math.sqrt(count / (count - 1)) * t))
     return low, 1 - low

@@ -15,21 +15,24 @@ if TYPE_CHECKING:
 
 
 def to_evaluate(metric: Metric | type[Metric]) -> evaluate.Metric:
-    """A module of the `evaluate` library, made here and not fetched from anywhere.
+    """Return a metric as a module of the `evaluate` library, made in memory and not downloaded.
 
         to_evaluate(Perplexity).compute(predictions=ids, model=model)
         to_evaluate(Fidelity).compute(predictions=pixels, model=model, reference=original)
         to_evaluate(Accuracy).compute(predictions=pixels, references=labels, model=model)
 
-    Its predictions are what a model reads: token ids, one list of one length for each sequence, or images as
-    (channels, height, width); its references are the images' class numbers, or left out. It takes what
-    `Metric.measure` takes by name, and the `reference` model too where it was made from a class, and returns
-    `Measurement.as_dict()`.
+    Predictions are the inputs of a model: token ids, one list of one length for each sequence, or
+    images as (channels, height, width). References are the class numbers of images, or left out.
+    `compute` takes the arguments of `Metric.measure` by name, and `reference` as well where the
+    metric is a class, and returns `Measurement.as_dict()`.
+
+    Args:
+        metric: A metric, or a class that `compute` makes one of.
     """
-    import datasets  # both take seconds to import
+    import datasets
     import evaluate
 
-    class Module(evaluate.Metric):
+    class Module(evaluate.Metric):  # type: ignore[misc]  # the library has no types
         def _info(self) -> evaluate.MetricInfo:
             row, label = datasets.Sequence(datasets.Value("float32")), datasets.Value("int64")
             kinds = (
@@ -44,34 +47,36 @@ def to_evaluate(metric: Metric | type[Metric]) -> evaluate.Metric:
         def add_batch(
             self, *, predictions: Any = None, references: Any = None, **options: Any
         ) -> None:
-            """Add a batch of what a model reads, and of its labels if they are known."""
+            """Add a batch of inputs, and of their labels if known."""
             if references is None and predictions is not None:
                 references = [None] * len(predictions)
             super().add_batch(predictions=predictions, references=references, **options)
 
         def _compute(
-            self, predictions: list, references: list[int | None], **options: Any
+            self, predictions: list[Any], references: list[int | None], **options: Any
         ) -> dict[str, Any]:
-            made = metric(options.pop("reference", None)) if isinstance(metric, type) else metric
-            return made.measure(samples=_samples(predictions, references), **options).as_dict()
+            instance = metric
+            if isinstance(metric, type):
+                instance = metric(options.pop("reference", None))
+            return instance.measure(samples=_samples(predictions, references), **options).as_dict()
 
     return Module(config_name=metric.name, keep_in_memory=True)
 
 
-def _samples(predictions: list, references: list[int | None]) -> Samples:
-    labelled = [label is not None for label in references]
-    if any(labelled) and not all(labelled):
+def _samples(predictions: list[Any], references: list[int | None]) -> Samples:
+    labeled = [label is not None for label in references]
+    if any(labeled) and not all(labeled):
         raise DataError(
-            f"References must be given for all samples or for none, got {sum(labelled)} of them."
+            f"References must be given for all samples or for none, got {sum(labeled)} of them."
         )
     try:
         inputs = torch.tensor(predictions)
     except ValueError as error:
         raise DataError(f"Predictions must all be of one shape: {error}.") from None
     if inputs.ndim == 2:
-        if any(labelled):
+        if any(labeled):
             raise DataError(
-                "References are the class numbers of images; token ids have none, so leave them out."
+                "References are the class numbers of images; token ids have none. Leave them out."
             )
         return Windows(inputs, "ids in memory")
-    return Images(inputs, "pixels in memory", torch.tensor(references) if any(labelled) else None)
+    return Images(inputs, "pixels in memory", torch.tensor(references) if any(labeled) else None)

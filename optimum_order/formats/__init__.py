@@ -1,84 +1,136 @@
-"""Formats on disk. One format is one file here, or a class in the entry-point group `optimum_order.formats`."""
+"""Formats on disk. A format is one file here, or a class in an entry-point group.
+
+A codec, in the group `optimum_order.formats`, holds one layer; its container, in the group
+`optimum_order.containers`, holds a folder.
+"""
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from optimum_order.errors import FormatError, unknown
-from optimum_order.formats.base import Format, Layers, Layout, Paired, Piece, outline
+from optimum_order.errors import ArtifactError, FormatError, unknown
+from optimum_order.formats.base import (
+    Codec,
+    Container,
+    Contents,
+    Layers,
+    Size,
+    Written,
+    outline,
+)
+from optimum_order.formats.layout import Layout, Piece
 from optimum_order.layers.state import LayerState
-from optimum_order.models.units import Target
 from optimum_order.registry import discover
 
-__all__ = ["Format", "Layers", "Layout", "Paired", "Piece", "available", "choose"]
+__all__ = [
+    "Codec",
+    "Container",
+    "Contents",
+    "Layers",
+    "Layout",
+    "Piece",
+    "Size",
+    "Written",
+    "available",
+    "choose",
+    "container",
+    "containers",
+    "outline",
+]
 
 
 @functools.cache
-def available() -> dict[str, type[Format]]:
-    """Every format by name."""
-    return discover(sys.modules[__name__], Format, "optimum_order.formats")
+def available() -> dict[str, type[Codec]]:
+    """Return every codec by the name of its format."""
+    return discover(sys.modules[__name__], Codec, "optimum_order.formats")
 
 
-def _refusals(formats: dict[str, Format], layout: Layout, layers: Layers) -> dict[str, str | None]:
-    """Why each format cannot hold this model exactly, as a sentence, or None if it can; each layer is read once."""
-    refusals: dict[str, str | None] = {}
-    encoded: dict[str, dict[str, tuple[Target, LayerState]]] = {key: {} for key in formats}
-    for name, (target, state) in layers.items():
-        for key in [key for key in formats if key not in refusals]:
-            if reason := formats[key].why_not(target, state):
-                refusals[key] = f"Layer '{name}': {reason}."
-            elif formats[key].encodes(state):
-                encoded[key][name] = target, outline(state)
-    return {
-        key: refusals.get(key) or formats[key].why_not_model(layout, encoded[key])
-        for key in formats
-    }
+@functools.cache
+def containers() -> dict[str, type[Container]]:
+    """Return every container by name."""
+    return discover(sys.modules[__name__], Container, "optimum_order.containers")
 
 
-def choose(
-    model: PreTrainedModel,
-    layers: Layers,
-    name: str = "auto",
-    *,
-    tensors: Mapping[str, Tensor] | None = None,
-) -> Format:
-    """The format to save a model in.
-
-    Args:
-        model: The model, its weights dense.
-        layers: Every layer that was compressed, by name; read one after the other.
-        name: A format, or "auto" for the one of the fewest bytes, counted after encoding, among those that hold
-            every layer exactly and that stock transformers loads with nothing else installed.
-        tensors: What is in the model, by name, if it is empty.
+def container(format: str) -> Container:
+    """Return the container of a format.
 
     Raises:
-        FormatError: If there is no such format or it cannot hold a layer.
+        ArtifactError: If the format or its container is not installed.
     """
-    formats = {key: cls() for key, cls in available().items()}
-    if name != "auto" and name not in formats:
-        raise FormatError(unknown("format", name, ["auto", *formats]))
-    layout = Layout.of(model, tensors)
-    if name != "auto":
-        reason = _refusals({name: formats[name]}, layout, layers)[name]
-        if reason is None:
-            return formats[name]
-        fitting = [
-            key for key, other in _refusals(formats, layout, layers).items() if other is None
-        ]
-        raise FormatError(
-            f"Format '{name}' cannot hold this model. {reason} {', '.join(fitting)} can; choose '{fitting[0]}' or "
-            "'auto'."
+    codec = available().get(format)
+    if codec is None:
+        raise ArtifactError(
+            f"It is stored as '{format}', which is no format that is installed. Installed: "
+            f"{', '.join(available())}."
         )
-    refusals = _refusals(
-        {key: format for key, format in formats.items() if format.stock}, layout, layers
-    )
-    sizes = {key: 0 for key, reason in refusals.items() if reason is None}
-    if list(sizes) == ["dense"]:
-        return formats["dense"]
-    for _, state in layers.values():
-        for key in sizes:
-            sizes[key] += sum(tensor.nbytes for tensor in formats[key].encode(state).values())
-    return formats[min(sizes, key=lambda key: (sizes[key], key != "dense"))]
+    if codec.container not in containers():
+        raise ArtifactError(
+            f"Format '{format}' needs the container '{codec.container}', which is not installed."
+        )
+    return containers()[codec.container]()
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Why a codec cannot hold a model, or None if it can, and the bytes of all layers."""
+
+    refusal: str | None
+    bytes: int = 0
+
+
+def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
+    """Return how each codec fits, reading each layer once."""
+    open_ = {codec.name: codec for codec in codecs}
+    fits: dict[str, _Fit] = {}
+    encoded: dict[str, dict[str, LayerState]] = {name: {} for name in open_}
+    sizes = dict.fromkeys(open_, 0)
+    for layer, target, state in contents.layers:
+        outlined = outline(state)
+        for name, codec in list(open_.items()):
+            if not codec.encodes(state):
+                sizes[name] += state.weight.nbytes
+                continue
+            reason = codec.why_not(target, state)
+            if reason is None and not state.weight.is_meta:
+                reason = codec.why_not_values(state)
+            if reason is not None:
+                fits[name] = _Fit(f"Layer '{layer}': {reason}.")
+                del open_[name]
+                continue
+            encoded[name][layer] = outlined
+            sizes[name] += codec.size(state).bytes
+    for name, codec in open_.items():
+        layers = Layers(contents.layers.targets, encoded[name])
+        fits[name] = _Fit(codec.why_not_model(contents.layout, layers), sizes[name])
+    return fits
+
+
+def choose(contents: Contents, name: str = "auto") -> Codec:
+    """Return the codec to save a model with.
+
+    Args:
+        contents: The model and its layers, or outlines of them: then nothing is compressed yet, and
+            what shapes and grids rule out is refused in time.
+        name: A format, or "auto" for the one of the fewest bytes among those that hold every layer
+            exactly and that stock transformers loads with nothing else installed.
+
+    Raises:
+        FormatError: If the format does not exist or cannot hold a layer.
+    """
+    codecs = {key: codec() for key, codec in available().items()}
+    if name == "auto":
+        fits = _fits([codec for codec in codecs.values() if codec.stock], contents)
+        fitting = [key for key, fit in fits.items() if fit.refusal is None]
+        return codecs[min(fitting, key=lambda key: (fits[key].bytes, key != "dense"))]
+    if name not in codecs:
+        raise FormatError(unknown("format", name, ["auto", *codecs]))
+    refusal = _fits([codecs[name]], contents)[name].refusal
+    if refusal is not None:
+        fits = _fits(codecs.values(), contents)
+        fitting = [key for key in codecs if fits[key].refusal is None]
+        raise FormatError(
+            f"Format '{name}' cannot hold this model. {refusal} {', '.join(fitting)} can; "
+            f"choose '{fitting[0]}' or 'auto'."
+        )
+    return codecs[name]

@@ -1,278 +1,315 @@
-"""What a format on disk is: which layers it holds exactly, their tensors there and back, and its config.json entry."""
+"""The contracts of a format: a codec turns one layer into tensors, a container stores a folder."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
+from optimum_order.errors import FormatError
+from optimum_order.formats.layout import Layout
+from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.tree import map_tensors
 from optimum_order.models.units import Target
 
-Layers = Mapping[str, tuple[Target, LayerState]]
-"""Every layer that was compressed, by name."""
+_Grid = TypeVar("_Grid", bound=Grid)
 
-
-class Paired(Layers):
-    """Layers whose states are read when they are asked for, and not kept.
-
-    Args:
-        targets: Each layer by name.
-        states: Its state by name.
-    """
-
-    def __init__(self, targets: Mapping[str, Target], states: Mapping[str, LayerState]):
-        self._targets, self._states = targets, states
-
-    def __getitem__(self, name: str) -> tuple[Target, LayerState]:
-        return self._targets[name], self._states[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._states)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-
-def outline(state: LayerState) -> LayerState:
-    """A state without values: shapes, dtypes and what its grid is, in tensors on the meta device."""
-    return _outline(state)
-
-
-def _outline(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return torch.empty_like(value, device="meta")
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value, **{f.name: _outline(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
-    return value
+Config = dict[str, Any]
+"""A JSON object, such as the `quantization_config` of a config.json."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows of one parameter, or of one expert in it, as they lie in one tensor of a checkpoint.
+class Layers:
+    """Compressed layers by name.
 
     Args:
-        key: The name of the stored tensor.
-        at: Where they begin in it, seen as by `as_matrix`.
-        start: Where they begin in the parameter's own matrix.
-        rows: How many there are.
-        whole: Whether the stored tensor is a matrix that holds these rows and nothing else.
+        targets: The targets of these layers, and possibly of others.
+        states: The states of these layers. A mapping may read a state when it is asked for.
     """
 
-    key: str
-    at: int
-    start: int
-    rows: int
-    whole: bool
+    targets: Mapping[str, Target]
+    states: Mapping[str, LayerState]
+
+    def __iter__(self) -> Iterator[tuple[str, Target, LayerState]]:
+        """Read one layer after the other: name, target and state."""
+        for name in self.states:
+            yield name, self.targets[name], self.states[name]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where stock `save_pretrained` puts the parameters of a model.
-
-    transformers keeps old checkpoints readable: it renames parameters on the way to disk, and takes fused ones
-    apart, such as the experts of a Mixtral, which become `block_sparse_moe.experts.0.w1.weight` and so on.
+class Contents:
+    """What a folder is written from.
 
     Args:
-        model: The model; it may be empty.
-        tensors: What is in it, by name.
-        converted: Stored tensors named `*.weight` that are not simply one parameter under a possibly different name.
+        model: The compressed model. The model holds the weights of the states, or is empty.
+        layers: Every layer that was compressed.
+        tensors: The tensors of the model by name, if the model is empty.
+        processor: Tokenizer or image processor, or None.
     """
 
     model: PreTrainedModel
-    tensors: Mapping[str, Tensor]
-    converted: frozenset[str] = frozenset()
-    _pieces: Mapping[tuple[str, int], tuple[Piece, ...]] = field(default_factory=dict)
+    layers: Layers
+    tensors: Mapping[str, Tensor] | None = None
+    processor: Any = None
 
-    @classmethod
-    def of(cls, model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None) -> Layout:
-        """Ask transformers, one block at a time, by sending numbered rows through its own conversion."""
-        state = model.state_dict()
-        pieces: dict[tuple[str, int], list[Piece]] = {}
-        converted: set[str] = set()
-        for block in blocks(state):
-            numbered, owners, first = {}, [], 0
-            for key in block:
-                tensor = state[key]
-                rows = _rows(tensor.shape)
-                ids = torch.arange(first, first + rows.numel(), dtype=torch.int32)
-                numbered[key] = ids.view(list(rows) + [1] * (tensor.ndim - len(rows))).expand(
-                    tensor.shape
-                )
-                owners.append((first, key, tensor.shape))
-                first += rows.numel()
-            for key, ids in revert_weight_conversion(model, numbered).items():
-                found = _runs(key, ids, owners)
-                for owner, slot, piece in found:
-                    pieces.setdefault((owner, slot), []).append(piece)
-                renamed = any(ids is tensor for tensor in numbered.values())
-                if key.endswith(".weight") and not renamed:
-                    converted.add(key)
-        ordered = {
-            at: tuple(sorted(found, key=lambda piece: piece.start)) for at, found in pieces.items()
-        }
-        return cls(model, state if tensors is None else tensors, frozenset(converted), ordered)
-
-    def pieces(self, name: str, target: Target) -> tuple[Piece, ...]:
-        """Where a layer's matrix lies, first row to last; empty if it is not stored as whole rows."""
-        found = self._pieces.get((target.parameter_name, target.expert or 0), ())
-        if sum(piece.rows for piece in found) != _rows(target.parameter.shape)[-1]:
-            return ()
-        return found if target.rows is None else tuple(_cut(found, target.rows))
+    @cached_property
+    def layout(self) -> Layout:
+        """Where checkpoints of this architecture store the layers."""
+        return Layout.of(self.model, self.tensors)
 
 
-def blocks(names: Iterable[str]) -> list[list[str]]:
-    """A model's tensors by block, others alone: what transformers fuses or takes apart is in one of these."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        block = re.match(r"(.*?\.\d+)\.", name)
-        found.setdefault(block[1] if block else name, []).append(name)
-    return list(found.values())
+@dataclass(frozen=True)
+class Size:
+    """The size of an encoded layer.
+
+    Args:
+        bytes: Bytes of all tensors together.
+        exact: Whether that is the size whatever the weights are; otherwise no layer takes more.
+    """
+
+    bytes: int
+    exact: bool = True
 
 
-def as_matrix(tensor: Tensor) -> Tensor:
-    """A stored tensor as the matrix whose rows are a layer's: (..., in), and for a convolution (out, in * kh * kw)."""
-    return tensor.flatten(1) if tensor.ndim == 4 else tensor.reshape(-1, tensor.shape[-1])
+def outline(state: LayerState) -> LayerState:
+    """Return a state without values: shapes, dtypes and grid, in tensors on the meta device."""
+    return map_tensors(lambda tensor: torch.empty_like(tensor, device="meta"), state)
 
 
-def _rows(shape: torch.Size) -> torch.Size:
-    """The dimensions of a tensor that count its rows: of a convolution the first, of others all but the last."""
-    return shape[:1] if len(shape) in (1, 4) else shape[:-1]
+class Codec(ABC):
+    """One way to hold a compressed layer in tensors.
 
+    A subclass is one file in this folder, or a class in the entry-point group
+    `optimum_order.formats`. `decode(encode(state), scheme(state))` returns the weight and the grid
+    bit for bit; it returns `pruned` as well if the codec stores masks, otherwise `pruned` is None.
 
-def _cut(pieces: Iterable[Piece], rows: range) -> Iterator[Piece]:
-    """What of these pieces lies in some rows of their parameter, which are counted from the first of them."""
-    for piece in pieces:
-        first, last = max(piece.start, rows.start), min(piece.start + piece.rows, rows.stop)
-        if first < last:
-            yield Piece(
-                piece.key,
-                piece.at + first - piece.start,
-                first - rows.start,
-                last - first,
-                whole=False,
-            )
-
-
-def _runs(key: str, ids: Tensor, owners: list) -> list[tuple[str, int, Piece]]:
-    """Which parameters' rows a stored tensor consists of: (parameter, slot of its first dimension, piece)."""
-    if ids.ndim < 2 or not ids.numel():
-        return []
-    column, row = as_matrix(ids)[:, 0], ids.shape[len(_rows(ids.shape)) :]
-    starts = [0, *(torch.nonzero(column.diff() != 1).flatten() + 1).tolist(), len(column)]
-    found = []
-    for begin, end in itertools.pairwise(starts):
-        at = begin
-        while at < end:
-            value = int(column[at])
-            first, owner, shape = next(o for o in reversed(owners) if o[0] <= value)
-            if len(shape) < 2 or shape[len(_rows(shape)) :] != row:
-                break  # transposed: these are no rows
-            slot, start = divmod(value - first, _rows(shape)[-1])
-            rows = min(end - at, _rows(shape)[-1] - start)
-            whole = ids.ndim == 2 and rows == len(column)
-            found.append((owner, slot, Piece(key, at, start, rows, whole)))
-            at += rows
-    return found
-
-
-class Format(ABC):
-    """One way to hold compressed layers on disk that stock transformers reads.
-
-    A subclass is one file. `decode(encode(state), scheme(state))` gives back the weight and the grid bit for bit, and
-    `pruned` if the format stores masks, as "sparse" does; otherwise it is None, whatever was pruned. A layer that the
-    format does not encode is stored dense beside those it does.
+    `why_not`, `why_not_model` and `size` look at shapes, dtypes and kinds of grid alone, so they
+    can be asked about an `outline` before anything is compressed. `why_not_values` is for the rare
+    reason that depends on weights.
     """
 
     name: ClassVar[str]
-    """What `--format` calls it, and the `quant_method` that config.json gives."""
+    """Name after `--format`, and the `quant_method` in config.json."""
     summary: ClassVar[str]
-    """What it is, in one line."""
-    tensors: ClassVar[tuple[str, ...]]
-    """The local names a layer's tensors may have."""
+    """One line for lists of formats."""
+    container: ClassVar[str] = "safetensors"
+    """Name of the container that holds the tensors."""
+    tensors: ClassVar[tuple[str, ...]] = ("weight",)
+    """Local names that the tensors of a layer may have."""
     runs_dense: ClassVar[bool] = True
-    """Whether transformers computes with the decoded weights, so that a dense model measures what will load."""
+    """Whether transformers computes with decoded weights, as the model in memory does."""
     stock: ClassVar[bool] = True
     """Whether stock transformers loads it with nothing else installed; "auto" takes no other."""
     packages: ClassVar[tuple[str, ...]] = ()
-    """What must be installed to load it, besides torch and transformers."""
+    """Packages that loading needs besides torch and transformers."""
     import_first: ClassVar[str | None] = None
-    """The module, if any, that has to be imported before transformers can load it."""
+    """Module to import before transformers can load it."""
+
+    # One layer
 
     @abstractmethod
     def why_not(self, target: Target, state: LayerState) -> str | None:
-        """Why this layer cannot be held exactly, as the end of a sentence, or None if it can."""
-
-    @abstractmethod
-    def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
-        """Why the layers that it encodes cannot be held together in this model, as a sentence, or None if they can.
+        """Return why this codec cannot hold a layer exactly, or None if it can.
 
         Args:
-            layout: Of the model.
-            layers: Those that it encodes, their states without values: see `outline`.
+            target: Where the layer is in the model.
+            state: The layer or its outline; one that this codec encodes.
+
+        Returns:
+            The end of a sentence: "it has 5 bits, ...".
         """
 
+    def why_not_values(self, state: LayerState) -> str | None:
+        """Return why the values of a layer cannot be held exactly, as `why_not` does.
+
+        Args:
+            state: A layer with values, which `why_not` does not refuse.
+        """
+        return None
+
     def encodes(self, state: LayerState) -> bool:
-        """Whether this layer is stored as other tensors than its plain weight."""
+        """Return whether the layer is stored as other tensors than its plain weight."""
         return state.grid is not None
+
+    def size(self, state: LayerState) -> Size:
+        """Return the size of an encoded layer from its shapes alone.
+
+        By default an outline is encoded, which works where `encode` asks for no value.
+
+        Args:
+            state: The layer or its outline; one that this codec encodes.
+        """
+        encoded = self.encode(outline(state))
+        return Size(sum(tensor.nbytes for tensor in encoded.values()))
 
     @abstractmethod
     def scheme(self, state: LayerState) -> dict[str, Any]:
-        """What config.json has to say about an encoded layer before its tensors can be read."""
+        """Return what must be known of an encoded layer before its tensors can be decoded.
+
+        Returns:
+            A JSON object. `scheme_in` finds it in config.json.
+        """
 
     @abstractmethod
     def encode(self, state: LayerState) -> dict[str, Tensor]:
-        """The tensors that stand for a layer, by local name: "weight", "weight_packed", "weight_scale" and so on."""
+        """Return the tensors of a layer by local name, such as "weight_packed".
+
+        Args:
+            state: A layer that `encodes` and that no `why_not` refuses.
+        """
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
-        """The layer again.
-
-        Raises:
-            ArtifactError: If the tensors do not fit together; they come from a file nobody has checked.
-        """
-
-    @abstractmethod
-    def quantization_config(self, layout: Layout, layers: Layers) -> dict[str, Any] | None:
-        """What goes under that name into config.json, with no key that is not the format's own.
+        """Return the layer.
 
         Args:
-            layout: Of the model.
-            layers: As in `why_not_model`.
+            tensors: Tensors by local name, from a file that nobody has checked.
+            scheme: From `scheme_in`.
+
+        Raises:
+            ArtifactError: If the tensors do not fit together.
+        """
+
+    # A whole model, and its config.json
+
+    def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
+        """Return why these layers cannot be held together in this model, or None if they can.
+
+        Args:
+            layout: Layout of the model.
+            layers: The layers that this codec encodes, as outlines.
+
+        Returns:
+            A sentence.
+        """
+        return None
+
+    def quantization_config(self, layout: Layout, layers: Layers) -> Config | None:
+        """Return the `quantization_config` of config.json, with no key that loaders do not know.
+
+        Args:
+            layout: Layout of the model.
+            layers: The layers that this codec encodes, as outlines.
+        """
+        return None
+
+    def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+        """Return what a config.json says about one encoded layer, as `scheme` does.
+
+        Args:
+            config: The config.json, which nobody has checked.
+            names: The names of the layer, in the model and in the checkpoint.
+
+        Raises:
+            ArtifactError: If the config.json says nothing about the layer.
+        """
+        return {}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `Container.write` has written of the layers.
+
+    Args:
+        stored: Where the layers are that are not simply stored as `<name>.weight`, ready for JSON:
+            the rows `[key, first, count]` of a layer, and whether they are its columns.
+        bytes: Bytes of all layers together.
+    """
+
+    stored: dict[str, Any]
+    bytes: int
+
+
+class Container(ABC):
+    """One way to hold a model in the files of a folder.
+
+    A subclass is one file in this folder, or a class in the entry-point group
+    `optimum_order.containers`. A codec names its container. Whatever a container reads comes from
+    files that nobody has checked: what does not fit together is an ArtifactError.
+    """
+
+    name: ClassVar[str]
+    """Name that codecs refer to."""
+    patterns: ClassVar[tuple[str, ...]]
+    """Shell patterns of the names of its weight files."""
+
+    @abstractmethod
+    def write(
+        self,
+        contents: Contents,
+        codec: Codec,
+        folder: Path,
+        *,
+        header: Mapping[str, str],
+        max_shard_size: str = "5GB",
+    ) -> Written:
+        """Write everything but the processor; loaders find the model in the folder alone.
+
+        Args:
+            contents: The model and its layers; states are asked for block by block.
+            codec: From `formats.choose`.
+            folder: The folder; a config.json and weights in it are replaced.
+            header: Metadata that every weight file repeats.
+            max_shard_size: Most bytes of one weight file, as `save_pretrained` takes it.
+
+        Raises:
+            InvariantError: If the model does not hold the weights that the layers have.
         """
 
     @abstractmethod
-    def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-        """What a config.json says about the encoded layer known by these names, in the model and in the checkpoint.
+    def read(
+        self, folder: Path, layers: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[str, LayerState]]:
+        """Decode the layers of a folder, one after the other.
+
+        Args:
+            folder: The folder.
+            layers: The layers to read, each with its entry in `Written.stored` or None. By default
+                every matrix, by its name in the checkpoint.
 
         Raises:
-            ArtifactError: If it says nothing.
+            ArtifactError: If a file is missing or damaged, or a layer cannot be decoded.
         """
 
+    @abstractmethod
+    def plain(self, folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+        """Return the tensors that are stored as they are, and the names of the encoded weights.
 
-def quantized(layers: Layers) -> dict[str, tuple[Target, LayerState]]:
-    """Those layers that lie on a grid."""
-    return {
-        name: (target, state) for name, (target, state) in layers.items() if state.grid is not None
-    }
+        Raises:
+            ArtifactError: If a file is missing or damaged.
+        """
+
+    @abstractmethod
+    def header(self, file: Path) -> dict[str, str]:
+        """Return the metadata of one weight file.
+
+        Raises:
+            ArtifactError: If the file cannot be read.
+        """
+
+    def files(self, folder: Path) -> list[Path]:
+        """Return the weight files of a folder, in order of their names."""
+        return sorted({file for pattern in self.patterns for file in folder.glob(pattern)})
 
 
-def patched(model: nn.Module, method: str) -> str | None:
-    """The module, if any, that transformers swaps for another of a different layout when it loads this format."""
-    for name, module in model.named_modules():
-        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
-        if patch is not None and method in cast(list, patch["quantization_methods"]):
-            return f"'{name}' ({type(module).__name__})"
-    return None
+def grid_of(state: LayerState, kind: type[_Grid]) -> _Grid:
+    """Return the grid of a layer.
+
+    Args:
+        state: The layer.
+        kind: The class that the grid must have.
+
+    Raises:
+        FormatError: If the layer has no grid of this kind.
+    """
+    if not isinstance(state.grid, kind):
+        raise FormatError(f"A {kind.__name__} is needed, got {type(state.grid).__name__}.")
+    return state.grid

@@ -1,7 +1,8 @@
-"""Teaches stock transformers to load `sparse` checkpoints: importing this module registers them there.
+"""Teaches stock transformers to load `sparse` checkpoints: importing this module registers them.
 
-`import optimum_order` has it imported as soon as transformers can load models. What is loaded is an ordinary dense
-model, which knows nothing of how it was stored: it can be run, trained, saved and compressed like any other.
+`import optimum_order` imports it as soon as transformers can load models. What is loaded is an
+ordinary dense model, which knows nothing of how it was stored: it can be run, trained, saved and
+compressed like any other.
 """
 
 from __future__ import annotations
@@ -13,36 +14,33 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_order.errors import ArtifactError
+from optimum_order.models import hf
 
 METHOD = "sparse"
 
 
-@register_quantization_config(METHOD)
-class SparseConfig(QuantizationConfigMixin):
+@hf.register_quantization_config(METHOD)
+class SparseConfig(hf.QuantizationConfigMixin):
     """The `quantization_config` of a config.json; every layer describes itself."""
 
-    dequantize = True  # transformers then forgets after loading that there was a quantisation
+    dequantize = True  # transformers then forgets after loading that the model was quantized
 
     def __init__(self, quant_method: str = METHOD):
         self.quant_method: Any = quant_method
 
 
-class Decode(ConversionOps):
-    """Turns the bytes of layers into their weights; what else comes along is passed on as it is.
+class Decode(hf.ConversionOps):
+    """Turns the bytes of layers into their weights, and passes other tensors on as they are.
 
     Args:
-        fit: Whether the weight becomes a parameter as it is, not part of one that transformers puts together.
+        fit: Whether the weight becomes a parameter as it is, not part of one that transformers puts
+            together.
     """
 
     dtype: torch.dtype | None = None
-    """What the weight is to be loaded in."""
+    """The dtype in which to load the weight."""
 
     def __init__(self, fit: bool):
         self.fit = fit
@@ -68,36 +66,35 @@ class Decode(ConversionOps):
         weight = decode_weight(tensor.cpu())
         if self.fit:
             parameter = model.get_parameter(name)
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), hf.Conv1D):
                 weight = weight.T.contiguous()
             if weight.shape != parameter.flatten(1).shape:
                 raise ArtifactError(
-                    f"'{name}' is {tuple(parameter.shape)}, its stored weight {tuple(weight.shape)}."
+                    f"'{name}' is {tuple(parameter.shape)}, its stored weight "
+                    f"{tuple(weight.shape)}."
                 )
             weight = weight.view(parameter.shape)
         return weight.to(tensor.device, self.dtype)
 
 
-@register_quantizer(METHOD)
-class SparseQuantizer(HfQuantizer):
+@hf.register_quantizer(METHOD)
+class SparseQuantizer(hf.HfQuantizer):
     """Puts `Decode` before everything that transformers does to a tensor of a checkpoint."""
 
-    requires_calibration = (
-        True  # there is nothing here that could compress a model while it is loaded
-    )
+    requires_calibration = True  # nothing here could compress a model while it is loaded
 
     def update_weight_conversions(self, weight_conversions: Iterable[Any], *args: Any) -> list[Any]:
-        self._ours = []
-        for conversion in weight_conversions:
-            ours = conversion
-            if isinstance(conversion, WeightConverter):
-                ours = copy.deepcopy(conversion)
+        self._pairs = []
+        for theirs in weight_conversions:
+            ours = theirs
+            if isinstance(theirs, hf.WeightConverter):
+                ours = copy.deepcopy(theirs)
                 ours.operations = [Decode(fit=False), *ours.operations]
-            self._ours.append((ours, conversion))
-        # A tensor goes to the first converter that knows its name; this one is for those that no other does.
-        return [ours for ours, _ in self._ours] + [
-            WeightConverter("weight", "weight", [Decode(fit=True)])
-        ]
+            self._pairs.append((ours, theirs))
+        # A tensor goes to the first converter that knows its name; the last is for those that no
+        # other knows.
+        rest = hf.WeightConverter("weight", "weight", [Decode(fit=True)])
+        return [ours for ours, _ in self._pairs] + [rest]
 
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
@@ -105,18 +102,21 @@ class SparseQuantizer(HfQuantizer):
         for operation in getattr(converter, "operations", ()):
             if isinstance(operation, Decode):
                 operation.dtype = dtype
-        return super().get_new_dtype(converter, param, dtype)
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # By these the model is saved again, with nothing of ours to be undone. Some versions of transformers (5.24)
-        # have forgotten by now which they used.
-        model._weight_conversions = [theirs for ours, theirs in self._ours if ours.was_used()]
+        # The model is saved again by these, with nothing of ours to be undone. Some versions of
+        # transformers (5.24) have forgotten by now which ones they used.
+        used = [theirs for ours, theirs in self._pairs if ours.was_used()]
+        hf.remember_conversions(model, used)
         return model
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not hasattr(HfQuantizer, "get_new_dtype"):
+        if not hasattr(hf.HfQuantizer, "get_new_dtype"):
             raise ImportError(
-                f"'{METHOD}' needs transformers 5.21 or newer to load, got {transformers.__version__}."
+                f"'{METHOD}' needs transformers 5.21 or newer to load, got "
+                f"{transformers.__version__}."
             )
 
     def is_serializable(self) -> bool:

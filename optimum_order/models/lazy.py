@@ -1,19 +1,17 @@
-"""Weights read when they are needed: a model stands empty, and is filled from its files a block at a time.
+"""Weights that are read when they are needed: a model on the meta device, filled a block at a time.
 
-What transformers does to a checkpoint on loading, it does here: `planned` has it decide everything, names, dtypes,
-fused experts and ties, on tensors that have a shape and no values. The values follow when somebody asks for them.
-Files are read, not mapped: a map that may be written to counts as memory, whether or not it is used.
+`planned` has transformers decide what it decides when it loads a checkpoint (names, dtypes, fused
+experts, ties) on tensors without values. The values follow when `Weights` is asked for them. Files
+are read, not mapped: a map that may be written to counts as memory, whether or not it is used.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
-import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -21,41 +19,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
-from transformers.modeling_utils import str_to_torch_dtype
 
 from optimum_order.errors import ModelError
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.units import Target, Unit
 
 logger = logging.getLogger(__name__)
 
-_M_MMAP_THRESHOLD = -3
-"""In glibc's malloc.h."""
 _NUMBERS = 2**24
-"""Numbers compared at a time, to see whether two stored tensors are one."""
+"""Numbers compared at a time, to see whether two stored tensors are equal."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Stored tensors of which transformers makes one tensor of the model or, if it takes them apart, several.
+    """Stored tensors that transformers makes into one tensor of the model, or into several.
 
     Args:
-        keys: The stored names, each with the pattern that the converter knows it by.
-        converter: What makes them into the model's; None where they only have another name.
+        keys: The stored names, each with the pattern by which the converter knows it.
+        converter: The conversion, or None where the tensors are only renamed.
         name: The tensor of the model, or the first of them.
-        dtype: What the stored tensors are cast to.
-        names: All tensors of the model that come of it.
+        dtype: The dtype that the stored tensors are cast to.
+        names: All tensors of the model that are made of the stored tensors.
     """
 
     keys: tuple[tuple[str, str], ...]
-    converter: WeightConverter | None
+    converter: hf.WeightConverter | None
     name: str
     dtype: torch.dtype
     names: tuple[str, ...]
@@ -70,7 +59,11 @@ class Plan:
     """The open file of each stored tensor."""
 
     def read(self, source: Source, model: PreTrainedModel) -> dict[str, Tensor]:
-        """What comes of it, by name in the model, on the CPU.
+        """Return the tensors that a source makes, by name in the model, on the CPU.
+
+        Args:
+            source: One of `sources`.
+            model: The model.
 
         Raises:
             ModelError: If a file cannot be read.
@@ -78,25 +71,42 @@ class Plan:
         return _convert(source, model, self.load)
 
     def load(self, key: str, dtype: torch.dtype) -> Tensor:
+        """Return one stored tensor.
+
+        Args:
+            key: The stored name.
+            dtype: The dtype to cast the tensor to.
+
+        Raises:
+            ModelError: If the file cannot be read.
+        """
         try:
-            return self.files[key].get_tensor(key).to(dtype)
+            return cast(Tensor, self.files[key].get_tensor(key).to(dtype))
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"The weight '{key}' cannot be read: {error}. Get the checkpoint again."
             ) from error
 
     def empty(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The same without values."""
+        """Return one stored tensor without values.
+
+        Args:
+            key: The stored name.
+            dtype: The dtype of the result; by default the stored one.
+
+        Raises:
+            ModelError: If torch has no such dtype.
+        """
         stored = self.files[key].get_slice(key)
-        if stored.get_dtype() not in str_to_torch_dtype:
+        own = hf.stored_dtype(stored.get_dtype())
+        if own is None:
             raise ModelError(
                 f"The weight '{key}' is of type {stored.get_dtype()}, which torch does not have."
             )
-        given = str_to_torch_dtype[stored.get_dtype()]
-        return torch.empty(stored.get_shape(), dtype=dtype or given, device="meta")
+        return torch.empty(stored.get_shape(), dtype=dtype or own, device="meta")
 
     def equal(self, one: Source, other: Source) -> bool:
-        """Whether two stored tensors are the same in the model, a few rows at a time."""
+        """Return whether two stored tensors are the same in the model, some rows at a time."""
         first, second = (
             self.files[source.keys[0][0]].get_slice(source.keys[0][0]) for source in (one, other)
         )
@@ -110,119 +120,97 @@ class Plan:
         )
 
 
-def _convert(source: Source, model: PreTrainedModel, load: Any) -> dict[str, Tensor]:
+def _convert(
+    source: Source, model: PreTrainedModel, load: Callable[[str, torch.dtype], Tensor]
+) -> dict[str, Tensor]:
     if source.converter is None:
         return {source.name: load(source.keys[0][0], source.dtype)}
-    converter = copy.deepcopy(source.converter)
-    for key, pattern in source.keys:
-        converter.add_tensor(source.name, key, pattern, cast(Any, partial(load, key, source.dtype)))
-    found = converter.convert(source.name, model=model, config=model.config)
-    return {name: made[0] if isinstance(made, list) else made for name, made in found.items()}
+    tensors = ((key, pattern, partial(load, key, source.dtype)) for key, pattern in source.keys)
+    return hf.convert(source.converter, source.name, tensors, model)
 
 
 @contextmanager
 def planned() -> Iterator[Plan]:
-    """While active, `from_pretrained` makes a model of which every stored tensor is on the meta device.
+    """Have `from_pretrained` leave every stored tensor on the meta device, while active.
 
-    Everything else about the model is as it would be: its class, dtypes, ties, generation config, and the buffers that
-    no checkpoint holds. Not for two threads at once.
+    Everything else about the model is as usual: its class, dtypes, ties, generation config, and the
+    buffers that no checkpoint holds. Not for two threads at once.
 
     Raises:
-        ModelError: From within `from_pretrained`, if the checkpoint is one of which the values could not follow.
+        ModelError: From within `from_pretrained`, if the weights of the checkpoint cannot be read
+            a block at a time.
     """
-    plan, original = Plan(), PreTrainedModel._load_pretrained_model
+    plan = Plan()
 
-    def load(
-        model: Any,
-        state_dict: Any,
-        checkpoint_files: Any,
-        load_config: Any,
-        *others: Any,
-        **more: Any,
-    ) -> Any:
-        if plan.files or others or more:
+    def load(model: PreTrainedModel, files: Sequence[str], config: Any, adapter: bool) -> Any:
+        if plan.files or adapter:
             raise ModelError(
                 "Adapters cannot be loaded with low_memory. Merge them into the model first."
             )
         if model.is_remote_code():
             raise ModelError(
-                f"{type(model).__name__} comes with code of its own, which low_memory cannot follow."
+                f"{type(model).__name__} comes with code of its own, which low_memory cannot "
+                "follow."
             )
-        return _plan(plan, model, checkpoint_files, load_config), None
+        return _plan(plan, model, files, config)
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign]
-    try:
+    with hf.weight_loader(load):
         yield plan
-    finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
 
 
-def _plan(plan: Plan, model: PreTrainedModel, files: Sequence[str] | None, config: Any) -> Any:
-    """Have transformers load the checkpoint without values, and note which of it makes what."""
-    for file in files or []:
+def _plan(plan: Plan, model: PreTrainedModel, files: Sequence[str], config: Any) -> Any:
+    """Have transformers load without values, and note which stored tensor makes what."""
+    for file in files:
         try:
-            opened = safe_open(file, framework="pt", backend="pread")
+            opened = cast(Any, safe_open(file, framework="pt", backend="pread"))
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"'{file}' cannot be read: {error}. Get the checkpoint again."
             ) from error
         plan.files |= dict.fromkeys(opened.keys(), opened)
-    sources = _sources(plan, model, copy.deepcopy(config.weight_mapping or []))
-    stored = {key: plan.empty(key) for key in plan.files}
-    info, _ = convert_and_load_state_dict_in_model(
-        model, stored, dataclasses.replace(config, device_map={"": "meta"}), None
-    )
+    sources = _sources(plan, model, hf.CheckpointNames(model, config))
+    info = hf.load_without_values(model, {key: plan.empty(key) for key in plan.files}, config)
     if info.mismatched_keys or info.conversion_errors:
         return info  # transformers says what is wrong
     state = model.state_dict()
     for source in sources:
-        source = dataclasses.replace(source, dtype=state[source.name].dtype)
+        source = replace(source, dtype=state[source.name].dtype)
         made = _convert(source, model, plan.empty)
-        plan.sources.append(
-            dataclasses.replace(source, names=tuple(name for name in made if name in state))
-        )
+        plan.sources.append(replace(source, names=tuple(name for name in made if name in state)))
     if {name for source in plan.sources for name in source.names} != set(state) - info.missing_keys:
         raise ModelError(
-            f"How transformers loads a checkpoint of {type(model).__name__} cannot be followed a block at a time: load "
-            "it without low_memory."
+            f"How transformers loads a checkpoint of {type(model).__name__} cannot be followed a "
+            "block at a time: load it without low_memory."
         )
     _tie(plan, model, info)
     return info
 
 
-def _sources(plan: Plan, model: PreTrainedModel, mapping: Sequence[Any]) -> list[Source]:
-    """The stored tensors by what they become, as `convert_and_load_state_dict_in_model` goes through them."""
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {
-        pattern: converter for converter in converters for pattern in converter.source_patterns
-    }
-    prefix, state = model.base_model_prefix, model.state_dict()
-    found: dict[str, Source] = {}
-    for key in sorted(plan.files, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(
-                key, [], [], base_model_prefix=prefix, meta_state_dict=state
-            )
-        if name not in state:
-            continue  # transformers leaves it out too, and says so
-        converter = by_pattern.get(pattern)
-        source = found.setdefault(
+def _sources(plan: Plan, model: PreTrainedModel, names: hf.CheckpointNames) -> list[Source]:
+    """Group the stored tensors by the tensor they become, in the order of loading."""
+    state = model.state_dict()
+    sources: dict[str, Source] = {}
+    for key in hf.sorted_keys(plan.files):
+        destination = names.destination(key)
+        if destination is None:
+            continue  # transformers leaves the tensor out too, and says so
+        name, pattern, converter = destination
+        source = sources.setdefault(
             name, Source((), copy.deepcopy(converter), name, state[name].dtype, ())
         )
         if source.converter is not None or not source.keys:
-            found[name] = dataclasses.replace(source, keys=(*source.keys, (key, pattern or key)))
-    return list(found.values())
+            sources[name] = replace(source, keys=(*source.keys, (key, pattern)))
+    return list(sources.values())
 
 
 def _tie(plan: Plan, model: PreTrainedModel, info: Any) -> None:
-    """Of two weights that are to be one and are both stored, keep one if they are equal, and both if they are not.
+    """Of two weights that are to be one and are both stored, keep one if equal, and both if not.
 
-    That is what transformers does, but it has to look at their values.
+    transformers does the same, but it has to look at the values.
     """
     by_name = {name: source for source in plan.sources for name in source.names}
-    for target, source in list(model.all_tied_weights_keys.items()):
+    ties = hf.ties(model)
+    for target, source in list(ties.items()):
         if target in by_name and source in by_name:
             if plan.equal(by_name[target], by_name[source]):
                 info.missing_keys.add(target)
@@ -233,20 +221,21 @@ def _tie(plan: Plan, model: PreTrainedModel, info: Any) -> None:
                     target,
                     source,
                 )
-                model.all_tied_weights_keys.pop(target)
+                ties.pop(target)
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by their names in the model: its `state_dict()`, each read when it is asked for.
+    """The tensors of a checkpoint by their names in the model: its `state_dict()`, read on demand.
 
-    The `model` that comes with it has every buffer, and parameters on the meta device. `materialise` fills parameters
-    with what the checkpoint holds, `release` empties them again. They stay the same objects, so that targets, units and
-    ties remain what they are; whatever was written into them is lost.
+    The `model` that comes with the weights has every buffer, and parameters on the meta device.
+    `materialize` fills parameters with the values of the checkpoint, `release` empties them again.
+    Parameters stay the same objects, so that targets, units and ties remain valid; values written
+    into them are lost.
 
     Args:
-        model: What `from_pretrained` made inside `planned`.
-        plan: What it noted.
-        device: Where buffers are, and parameters when they are there.
+        model: The model that `from_pretrained` made inside `planned`.
+        plan: The plan that `planned` made.
+        device: The device of buffers, and of parameters when they are filled.
 
     Attributes:
         model: The model, in evaluation mode.
@@ -257,6 +246,8 @@ class Weights(Mapping[str, Tensor]):
         self.model = model
         self.device = torch.device(device)
         self._plan = plan
+        self._layers: dict[str, list[Target]] = {}
+        self._states: Mapping[str, LayerState] = {}
         self._names = list(model.state_dict())
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         by_name = {name: (source, name) for source in plan.sources for name in source.names}
@@ -266,34 +257,56 @@ class Weights(Mapping[str, Tensor]):
             if name in self._parameters
         }
         tied = {
-            name: loaded[id(each)] for name, each in self._parameters.items() if id(each) in loaded
+            name: loaded[id(parameter)]
+            for name, parameter in self._parameters.items()
+            if id(parameter) in loaded
         }
         self._stored: dict[str, tuple[Source, str]] = by_name | tied
-        """For each tensor that the checkpoint holds, what it comes of and what it is called there."""
+        """For each tensor that the checkpoint holds: its source, and its name there."""
         for name in self._names:
             if name in self._stored and name not in self._parameters:
                 _set_buffer(model, name, self[name])
         for name, buffer in model.named_buffers():
             _set_buffer(model, name, buffer.to(self.device))
-        for name in set(self._parameters) - set(
-            self._stored
-        ):  # which transformers has made by itself
+        for name in set(self._parameters) - set(self._stored):  # transformers made these itself
             _swap(self._parameters[name], self._parameters[name].detach().to(self.device))
 
+    def overlaid(
+        self, targets: Mapping[str, Target], states: Mapping[str, LayerState]
+    ) -> Mapping[str, Tensor]:
+        """Return the same tensors with the weights of compressed layers in them.
+
+        Args:
+            targets: Every layer that was compressed, by name.
+            states: The state of each of those layers. States are read in the order of the model:
+                those of one block, then those of the next.
+        """
+        overlaid = copy.copy(self)
+        overlaid._states = states
+        overlaid._layers = {}
+        for target in targets.values():
+            overlaid._layers.setdefault(target.parameter_name, []).append(target)
+        return overlaid
+
     def __getitem__(self, name: str) -> Tensor:
-        """One tensor as the checkpoint has it, on the CPU, for the caller to keep.
+        """Return one tensor on the CPU, for the caller to keep.
 
         Raises:
             KeyError: If the model has none of that name.
             ModelError: If its file cannot be read.
         """
-        if name not in self._stored:
-            if name not in self._names:
-                raise KeyError(name)
-            return self.model.state_dict()[name].cpu()
-        source, stored = self._stored[name]
-        with torch.inference_mode(False), torch.no_grad():
-            return self._checked(stored, self._plan.read(source, self.model)[stored])
+        layers = self._layers.get(name)
+        if layers is None:
+            return self._read(name)
+        parameter = layers[0].parameter
+        tensor = (
+            torch.empty(parameter.shape, dtype=parameter.dtype)
+            if layers[0].whole
+            else self._read(name)
+        )
+        for layer in layers:
+            layer.matrix_of(tensor).copy_(self._states[layer.name].weight)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -302,14 +315,17 @@ class Weights(Mapping[str, Tensor]):
         return len(self._names)
 
     def within(self, module: str) -> list[str]:
-        """The names of the parameters in a module."""
+        """Return the names of the parameters in a module."""
         return [name for name in self._parameters if name.startswith(f"{module}.")]
 
     def outside(self, units: Iterable[Unit]) -> list[str]:
-        """The names of the parameters in no unit, without those that only the output head has, which no walk reaches.
+        """Return the names of the parameters in no unit.
+
+        Parameters that only the output head has are left out: no walk reaches the head.
 
         Raises:
-            ModelError: If a unit shares one with another, or with what is outside: it could not be emptied.
+            ModelError: If a unit shares a parameter with another, or with the rest of the model:
+                the unit could not be emptied.
         """
         units = list(units)
         places: dict[int, set[str | None]] = {}
@@ -318,32 +334,33 @@ class Weights(Mapping[str, Tensor]):
             places.setdefault(id(parameter), set()).add(owner.get(name))
             if len(places[id(parameter)]) > 1:
                 raise ModelError(
-                    f"'{name}' is shared between blocks, or with what is outside them: drop low_memory."
+                    f"'{name}' is shared between blocks, or with what is outside them: drop "
+                    "low_memory."
                 )
-        head = self.model.get_output_embeddings()
+        head: nn.Module | None = cast(Any, self.model).get_output_embeddings()
         if head is None or any(unit.module is head for unit in units):
             return [name for name in self._parameters if name not in owner]
         alone = {id(parameter) for parameter in head.parameters()}
         alone -= {
-            id(p)
+            id(parameter)
             for module in self.model.modules()
             if module is not head
-            for p in module._parameters.values()
+            for parameter in module._parameters.values()
         }
         return [
             name
-            for name, each in self._parameters.items()
-            if name not in owner and id(each) not in alone
+            for name, parameter in self._parameters.items()
+            if name not in owner and id(parameter) not in alone
         ]
 
-    def materialise(self, names: Iterable[str]) -> None:
-        """Fill parameters with the checkpoint's values, if they are empty. Buffers always are there.
+    def materialize(self, names: Iterable[str]) -> None:
+        """Fill parameters with the checkpoint's values, if they are empty; buffers always are.
 
         Raises:
             ModelError: If a file cannot be read.
         """
         wanted: dict[int, tuple[Source, list[str]]] = {}
-        for name in self._emptied(names):
+        for name in self._fillable(names):
             if self._parameters[name].is_meta:
                 source, stored = self._stored[name]
                 wanted.setdefault(id(source), (source, []))[1].append(stored)
@@ -351,104 +368,55 @@ class Weights(Mapping[str, Tensor]):
             for source, stored_names in wanted.values():
                 made = self._plan.read(source, self.model)
                 for stored in set(stored_names):
-                    _swap(
-                        self._parameters[stored],
-                        self._checked(stored, made[stored]).to(self.device),
-                    )
+                    tensor = self._checked(stored, made[stored])
+                    _swap(self._parameters[stored], tensor.to(self.device))
 
     def release(self, names: Iterable[str]) -> None:
         """Empty parameters; nothing may hold a view of them."""
         with torch.inference_mode(False), torch.no_grad():
-            for name in self._emptied(names):
-                if not self._parameters[name].is_meta:
-                    _swap(
-                        self._parameters[name],
-                        torch.empty_like(self._parameters[name], device="meta"),
-                    )
+            for name in self._fillable(names):
+                parameter = self._parameters[name]
+                if not parameter.is_meta:
+                    _swap(parameter, torch.empty_like(parameter, device="meta"))
 
-    def _emptied(self, names: Iterable[str]) -> list[str]:
-        """Those of these that are parameters, and in the checkpoint."""
+    def _fillable(self, names: Iterable[str]) -> list[str]:
+        """Return the names that are parameters, and in the checkpoint."""
         return [name for name in names if name in self._stored and name in self._parameters]
 
+    def _read(self, name: str) -> Tensor:
+        """Return one tensor as the checkpoint has it."""
+        if name not in self._stored:
+            if name not in self._names:
+                raise KeyError(name)
+            return cast(Tensor, self.model.state_dict()[name]).cpu()
+        source, stored = self._stored[name]
+        with torch.inference_mode(False), torch.no_grad():
+            return self._checked(stored, self._plan.read(source, self.model)[stored])
+
     def _checked(self, name: str, tensor: Tensor) -> Tensor:
-        expected = self.model.get_parameter_or_buffer(name)
+        expected = cast(Tensor, self.model.get_parameter_or_buffer(name))
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise ModelError(
-                f"'{name}' was read as {tensor.dtype} {tuple(tensor.shape)}, the model has {expected.dtype} "
-                f"{tuple(expected.shape)}: the checkpoint was changed meanwhile."
+                f"'{name}' was read as {tensor.dtype} {tuple(tensor.shape)}, the model has "
+                f"{expected.dtype} {tuple(expected.shape)}: the checkpoint was changed meanwhile."
             )
         return tensor
 
 
-def give_memory_back() -> None:
-    """Have the C library give memory back to the system as it is freed, in this process from now on.
-
-    glibc keeps blocks below 32 MB for later, in holes into which what comes next does not fit: a run whose tensors come
-    and go block by block then grows with their number, though none of them is kept.
-    """
-    with suppress(AttributeError):  # other C libraries have no such setting
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
-
-
-def trim() -> None:
-    """Have the C library give back what was freed: it keeps pieces of megabytes, in gaps where nothing else fits."""
-    with suppress(OSError, AttributeError):  # only glibc does that, and can be asked not to
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def embedding_parameters(model: PreTrainedModel) -> set[int]:
-    """The `id` of each parameter of the input embeddings, which only the beginning of a forward needs."""
+    """Return the `id` of each parameter of the input embeddings, which begin a forward."""
     embedding = None
-    with suppress(NotImplementedError):  # what models of images say
+    with suppress(NotImplementedError):  # raised by models of images
         embedding = model.get_input_embeddings()
     return set() if embedding is None else {id(parameter) for parameter in embedding.parameters()}
 
 
 def _swap(parameter: nn.Parameter, tensor: Tensor) -> None:
-    """Give a parameter other values, on another device, and leave it the object that it is."""
-    torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    """Give a parameter other values, on another device; it remains the same object."""
+    values = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    cast(Any, torch.utils).swap_tensors(parameter, values)
 
 
 def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
     module, _, own = name.rpartition(".")
     model.get_submodule(module)._buffers[own] = tensor
-
-
-class Overlaid(Mapping[str, Tensor]):
-    """The tensors of a model with the weights of its compressed layers in them, each put together when it is asked for.
-
-    Args:
-        tensors: What the model had before, such as `Weights`.
-        targets: Every layer that was compressed, by name.
-        states: What became of them, read as they are needed: those of one block, then those of another.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        targets: Mapping[str, Target],
-        states: Mapping[str, LayerState],
-    ):
-        self._tensors, self._states = tensors, states
-        self._targets: dict[str, list[Target]] = {}
-        for target in targets.values():
-            self._targets.setdefault(target.parameter_name, []).append(target)
-
-    def __getitem__(self, name: str) -> Tensor:
-        targets = self._targets.get(name)
-        if targets is None:
-            return self._tensors[name]
-        whole, parameter = targets[0].whole, targets[0].parameter
-        tensor = (
-            torch.empty(parameter.shape, dtype=parameter.dtype) if whole else self._tensors[name]
-        )
-        for target in targets:
-            there = dataclasses.replace(target, parameter=nn.Parameter(tensor, requires_grad=False))
-            there.write(self._states[target.name].weight)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)

@@ -1,9 +1,10 @@
 """Which parameters of a model are compressed, and each of them seen as a matrix (out, in).
 
-A model is a sequence of units: the blocks of its outermost `nn.ModuleList`s, and any layer outside them that the
-user asked for by name. A unit's targets are the `nn.Linear`s, GPT-2 `Conv1D`s, single experts of fused 3-D expert
-parameters and `nn.Conv2d`s inside it, a grouped convolution being one target for each of its groups. Embeddings,
-stems, the output head, norms and routers are left alone by default.
+A model is a sequence of units: the blocks of its outermost `nn.ModuleList`s, and any layer outside
+the blocks that the user asked for by name. The targets of a unit are the `nn.Linear`s, GPT-2
+`Conv1D`s, single experts of fused 3-D expert parameters and `nn.Conv2d`s inside it; a grouped
+convolution is one target for each of its groups. Embeddings, stems, the output head, norms and
+routers are left alone by default.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from optimum_order.errors import ModelError
+from optimum_order.models import hf
 
 logger = logging.getLogger(__name__)
 
@@ -29,50 +30,74 @@ _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to compress.
+    """One layer to compress: an attribute of a module, or a part of it.
+
+    The parameter is looked up at each use, so a target also sees a parameter that was put in place
+    of another.
 
     Args:
-        name: `model.layers.0.self_attn.q_proj`; an expert is `model.layers.0.mlp.experts.down_proj.3`, a group of a
-            convolution `encoder.stages.0.layers.1.convolution.weight.3`.
+        name: `model.layers.0.self_attn.q_proj`; an expert is
+            `model.layers.0.mlp.experts.down_proj.3`, a group of a convolution
+            `encoder.stages.0.layers.1.convolution.weight.3`.
         kind: "linear", "conv1d", "conv2d" or "expert".
-        parameter: The tensor that holds the weight: (out, in), (in, out) for a Conv1D, (experts, out, in) or
-            (experts, in, out) for experts, (out, in, kh, kw) for a convolution.
+        module: The module that has the parameter.
+        attribute: The name of the parameter in the module. The parameter is (out, in), (in, out)
+            for a Conv1D, (experts, out, in) or (experts, in, out) for experts, (out, in, kh, kw)
+            for a convolution.
         transposed: Whether the parameter stores (in, out).
-        expert: Which slice of the parameter, or None if it is all of it.
-        rows: Which filters of the parameter a group of a convolution has, or None if it has all.
+        expert: The index of the expert, or None if the parameter is not one of experts.
+        rows: The filters of a group of a convolution, or None for all filters.
     """
 
     name: str
     kind: str
-    parameter: nn.Parameter
+    module: nn.Module
+    attribute: str = "weight"
     transposed: bool = False
     expert: int | None = None
     rows: range | None = None
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that the module has now."""
+        return cast(nn.Parameter, getattr(self.module, self.attribute))
+
+    @property
     def whole(self) -> bool:
-        """Whether the layer is all that its parameter holds."""
+        """Whether the layer is all of its parameter."""
         return self.expert is None and self.rows is None
 
     @property
     def parameter_name(self) -> str:
-        """What the parameter is called in the model."""
-        return f"{self.name}.weight" if self.whole else self.name.rpartition(".")[0]
+        """The name of the parameter in the model."""
+        return f"{self.name}.{self.attribute}" if self.whole else self.name.rpartition(".")[0]
 
     @property
     def view(self) -> Tensor:
-        """The weight as (out, in), or (out, in * kh * kw) for a convolution, sharing memory with the model."""
-        tensor = self.parameter.data if self.expert is None else self.parameter.data[self.expert]
+        """The weight as (out, in), or (out, in * kh * kw), in the memory of the model."""
+        return self.matrix_of(self.parameter.data)
+
+    def matrix_of(self, tensor: Tensor) -> Tensor:
+        """Return the part of a tensor that is this layer's, sharing memory with the tensor.
+
+        Args:
+            tensor: A tensor of the shape of the parameter.
+
+        Returns:
+            The weight as (out, in), or (out, in * kh * kw) for a convolution.
+        """
+        if self.expert is not None:
+            tensor = tensor[self.expert]
         if self.rows is not None:
             tensor = tensor[self.rows.start : self.rows.stop]
         return tensor.T if self.transposed else tensor.view(len(tensor), -1)
 
     def read(self) -> Tensor:
-        """A contiguous copy of the weight, (out, in)."""
+        """Return a contiguous copy of the weight, (out, in)."""
         return self.view.clone(memory_format=torch.contiguous_format)
 
     def shared(self) -> Tensor:
-        """The weight (out, in) in the model's own memory if it lies there row by row, else a copy."""
+        """Return the weight (out, in) in the model's memory if it lies row by row, else a copy."""
         view = self.view
         return view if view.is_contiguous() else self.read()
 
@@ -83,7 +108,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Unit:
-    """A block that runs as a whole between two points of calibration, with its targets in definition order."""
+    """A block that runs as a whole between two points of calibration.
+
+    Args:
+        name: The name of the module in the model.
+        module: The module.
+        targets: The layers to compress in it, in definition order.
+    """
 
     name: str
     module: nn.Module
@@ -93,19 +124,21 @@ class Unit:
 def find_units(
     model: nn.Module, targets: Iterable[str] | None = None, ignore: Iterable[str] | None = None
 ) -> list[Unit]:
-    """The units of a model, in definition order.
+    """Return the units of a model, in definition order.
 
     Args:
         model: Any transformers model, its weights dense.
-        targets: Patterns of the layers to compress: a shell pattern on the full name (`*.q_proj`), or a regular
-            expression after `re:`. By default every layer inside the blocks that is not a router.
-        ignore: Patterns of layers to leave alone, which win.
+        targets: Patterns of the layers to compress: a shell pattern on the full name (`*.q_proj`),
+            or a regular expression after `re:`. By default every layer inside the blocks that is
+            not a router.
+        ignore: Patterns of layers to leave alone; a layer that matches both is left alone.
 
     Raises:
-        ModelError: If nothing is left to compress, a pattern matches nothing or cannot be read, or a target is tied
-            to another weight.
+        ModelError: If nothing is left to compress, a pattern matches nothing or cannot be read, or
+            a target is tied to another weight.
     """
-    targets, ignore = list(targets or []), list(ignore or [])
+    targets = list(targets or [])
+    ignore = list(ignore or [])
     layers = find_targets(model)
     blocks = _blocks(model)
 
@@ -113,21 +146,23 @@ def find_units(
         return any(name.startswith(f"{block}.") for block in blocks)
 
     for pattern in [*targets, *ignore]:
-        if not any(_matches(target.name, [pattern]) for target in layers):
+        if not any(matches(layer.name, [pattern]) for layer in layers):
+            names = ", ".join(repr(layer.name) for layer in layers[:3])
             raise ModelError(
-                f"The pattern '{pattern}' matches no layer of {type(model).__name__}. Its layers are called, for "
-                f"example, {', '.join(repr(t.name) for t in layers[:3]) or 'nothing that can be compressed'}."
+                f"The pattern '{pattern}' matches no layer of {type(model).__name__}. Its layers "
+                f"are called, for example, {names or 'nothing that can be compressed'}."
             )
     chosen = []
-    for target in layers:
-        router = not _ROUTERS.isdisjoint(target.name.split("."))
-        wanted = _matches(target.name, targets) if targets else inside(target.name) and not router
-        if wanted and not _matches(target.name, ignore):
-            chosen.append(target)
+    for layer in layers:
+        router = not _ROUTERS.isdisjoint(layer.name.split("."))
+        wanted = matches(layer.name, targets) if targets else inside(layer.name) and not router
+        if wanted and not matches(layer.name, ignore):
+            chosen.append(layer)
     if not chosen:
         raise ModelError(
-            f"{type(model).__name__} has no layer to compress. What can be compressed are nn.Linear, nn.Conv2d, GPT-2 "
-            f"Conv1D and fused expert weights inside the model's blocks; it has {len(blocks)} blocks"
+            f"{type(model).__name__} has no layer to compress. What can be compressed are "
+            "nn.Linear, nn.Conv2d, GPT-2 Conv1D and fused expert weights inside the model's "
+            f"blocks; it has {len(blocks)} blocks"
             + (
                 f", and targets={targets}, ignore={ignore} leave none."
                 if targets or ignore
@@ -135,33 +170,81 @@ def find_units(
             )
         )
     _refuse_tied(model, chosen)
-    _warn_of_dense(model, {id(target.parameter) for target in layers}, inside)
+    _warn_of_dense(model, {id(layer.parameter) for layer in layers}, inside)
     units = []
     for name, module in blocks.items():
-        within = tuple(target for target in chosen if target.name.startswith(f"{name}."))
+        within = tuple(layer for layer in chosen if layer.name.startswith(f"{name}."))
         if within:
             units.append(Unit(name, module, within))
     outside: dict[str, list[Target]] = {}
-    for target in chosen:
-        if not inside(target.name):
+    for layer in chosen:
+        if not inside(layer.name):
             # the groups of one convolution run together
-            outside.setdefault(
-                target.name.rsplit(".", 0 if target.rows is None else 2)[0], []
-            ).append(target)
+            name = layer.name if layer.rows is None else layer.name.rsplit(".", 2)[0]
+            outside.setdefault(name, []).append(layer)
     return units + [
-        Unit(name, model.get_submodule(name), tuple(found)) for name, found in outside.items()
+        Unit(name, model.get_submodule(name), tuple(group)) for name, group in outside.items()
     ]
 
 
 def find_targets(model: nn.Module) -> list[Target]:
-    """Every layer of a model that could be compressed, in definition order."""
-    return [
-        target for name, module in model.named_modules() for target in _targets_of(name, module)
-    ]
+    """Return every layer of a model that could be compressed, in definition order."""
+    return [target for name, module in model.named_modules() for target in targets_of(name, module)]
+
+
+def targets_of(name: str, module: nn.Module) -> list[Target]:
+    """Return the layers that one module holds itself, without those of its children.
+
+    Args:
+        name: The name of the module in the model.
+        module: Any module.
+    """
+    if isinstance(module, nn.Linear):
+        return [Target(name, "linear", module)]
+    if isinstance(module, hf.Conv1D):
+        return [Target(name, "conv1d", module, transposed=True)]
+    if isinstance(module, nn.Conv2d) and _is_plain(module) and not _is_depthwise(module):
+        if module.groups == 1:
+            return [Target(name, "conv2d", module)]
+        size = module.out_channels // module.groups
+        return [
+            Target(f"{name}.weight.{i}", "conv2d", module, rows=range(i * size, (i + 1) * size))
+            for i in range(module.groups)
+        ]
+    transposed = hf.experts_transposed(module)
+    if transposed is None:
+        return []
+    experts = []
+    for attribute in _EXPERTS:
+        parameter = getattr(module, attribute, None)
+        if isinstance(parameter, nn.Parameter) and parameter.dim() == 3:
+            experts += [
+                Target(f"{name}.{attribute}.{i}", "expert", module, attribute, transposed, i)
+                for i in range(len(parameter))
+            ]
+    return experts
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a layer is meant by one of several patterns.
+
+    Args:
+        name: The full name of the layer.
+        patterns: Shell patterns, or regular expressions after `re:`.
+
+    Raises:
+        ModelError: If a pattern is not a regular expression after `re:`.
+    """
+    return any(
+        _regex(pattern).fullmatch(name)
+        if pattern.startswith("re:")
+        else fnmatch.fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
 
 
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The elements of the outermost ModuleLists that hold anything to compress."""
+    """Return the elements of the outermost ModuleLists that hold anything to compress."""
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(
@@ -169,13 +252,13 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
         ):
             for index, element in enumerate(module):
                 for block_name, block in _unwrapped(f"{name}.{index}", element):
-                    if any(_targets_of(n, m) for n, m in block.named_modules()):
+                    if any(targets_of(*named) for named in block.named_modules()):
                         blocks[block_name] = block
     return blocks
 
 
 def _unwrapped(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A block, or the blocks in it where it is only a wrapper around a Sequential, as the stages of a ResNet are."""
+    """Yield a block, or the blocks in it where it only wraps a Sequential, as in a ResNet."""
     children = list(module.named_children())
     inner, child = children[0] if len(children) == 1 else ("", None)
     if isinstance(child, nn.Sequential) and all(
@@ -186,34 +269,8 @@ def _unwrapped(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def _targets_of(name: str, module: nn.Module) -> list[Target]:
-    if isinstance(module, nn.Linear):
-        return [Target(name, "linear", cast(nn.Parameter, module.weight))]
-    if isinstance(module, Conv1D):
-        return [Target(name, "conv1d", cast(nn.Parameter, module.weight), transposed=True)]
-    if isinstance(module, nn.Conv2d) and _is_plain(module) and not _is_depthwise(module):
-        parameter, size = cast(nn.Parameter, module.weight), module.out_channels // module.groups
-        if module.groups == 1:
-            return [Target(name, "conv2d", parameter)]
-        return [
-            Target(f"{name}.weight.{i}", "conv2d", parameter, rows=range(i * size, (i + 1) * size))
-            for i in range(module.groups)
-        ]
-    found = []
-    # transformers' own mark on every module of fused experts, and how their matrices lie
-    if isinstance(transposed := getattr(module, "is_transposed", None), bool):
-        for parameter_name in _EXPERTS:
-            parameter = getattr(module, parameter_name, None)
-            if isinstance(parameter, nn.Parameter) and parameter.dim() == 3:
-                found += [
-                    Target(f"{name}.{parameter_name}.{i}", "expert", parameter, transposed, i)
-                    for i in range(len(parameter))
-                ]
-    return found
-
-
 def _is_plain(module: nn.Conv2d) -> bool:
-    # Subclasses may do something to the weight first, such as standardise it: zeros would not stay zeros.
+    # Subclasses may change the weight before its use (standardize it): zeros would not stay.
     return type(module).forward is nn.Conv2d.forward
 
 
@@ -222,14 +279,15 @@ def _is_depthwise(module: nn.Conv2d) -> bool:
 
 
 def _warn_of_dense(model: nn.Module, understood: set[int], inside: Callable[[str], bool]) -> None:
-    """Name the weights inside the blocks that stay dense because of what they are."""
+    """Log the weights inside the blocks that stay dense because of their kind."""
     convolutions = [
         (name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and inside(name)
     ]
     depthwise = {f"{name}.weight": name for name, module in convolutions if _is_depthwise(module)}
     if depthwise:
         logger.warning(
-            "%d depthwise convolutions, such as '%s', stay dense: each of their filters reads a single channel.",
+            "%d depthwise convolutions, such as '%s', stay dense: each of their filters reads a "
+            "single channel.",
             len(depthwise),
             next(iter(depthwise.values())),
         )
@@ -247,16 +305,7 @@ def _warn_of_dense(model: nn.Module, understood: set[int], inside: Callable[[str
             )
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(
-        _regex(pattern).fullmatch(name)
-        if pattern.startswith("re:")
-        else fnmatch.fnmatchcase(name, pattern)
-        for pattern in patterns
-    )
-
-
-def _regex(pattern: str) -> re.Pattern:
+def _regex(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern[3:])
     except re.error as error:
@@ -273,6 +322,6 @@ def _refuse_tied(model: nn.Module, chosen: list[Target]) -> None:
         sharing = names.get(id(target.parameter), [])
         if len(sharing) > 1:
             raise ModelError(
-                f"'{target.name}' shares its weight with {', '.join(sharing[:3])}: compressing one would change the "
-                "other. Leave it out with 'ignore', or untie the weights first."
+                f"'{target.name}' shares its weight with {', '.join(sharing[:3])}: compressing one "
+                "would change the other. Leave it out with 'ignore', or untie the weights first."
             )

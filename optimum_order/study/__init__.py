@@ -1,1 +1,1 @@
-"""Which order? Measuring what an order is worth."""
+"""A study: many orders of one model, measured one by one and written down."""

@@ -1,4 +1,4 @@
-"""What a study leaves to read: trials.csv, summary.json, plots, and one report.html that needs nothing else."""
+"""What a study leaves to read: trials.csv, summary.json, plots, and one report.html."""
 
 from __future__ import annotations
 
@@ -6,41 +6,47 @@ import base64
 import csv
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from optimum_order import files
 from optimum_order.errors import OutputError
-from optimum_order.files import size
 from optimum_order.study import plots
 from optimum_order.study.analysis import summarize
-from optimum_order.study.plots import name_of, signed
-from optimum_order.study.study import Trials
+from optimum_order.study.plots import arrows, group_name, signed
+from optimum_order.study.trials import Trials
 
-CSV, SUMMARY, PLOTS, REPORT = "trials.csv", "summary.json", "plots", "report.html"
+CSV = "trials.csv"
+SUMMARY = "summary.json"
+PLOTS = "plots"
+REPORT = "report.html"
 
 _FEW = 5
 """Decisive pairs below which nothing is said about a rule."""
 
+Summary = Mapping[str, Any]
+Findings = Iterator[tuple[str, str]]
+
 
 def write(trials: Trials, folder: str | Path) -> dict[str, Any]:
-    """Write the report of a study, finished or not; what an earlier one left is replaced.
+    """Write the report of a study, finished or not, over an earlier report.
 
     Args:
-        trials: Of the study.
+        trials: The trials of the study.
         folder: Gets trials.csv, summary.json, plots/*.png and report.html.
 
     Returns:
-        What is in summary.json.
+        The contents of summary.json.
 
     Raises:
         OutputError: If the folder cannot be written.
     """
     folder = Path(folder)
-    summary = json.loads(json.dumps(summarize(trials), allow_nan=False))
+    text = json.dumps(summarize(trials), indent=1, allow_nan=False) + "\n"
+    summary: dict[str, Any] = json.loads(text)
     pictures = plots.draw(summary)
     page = render(summary, pictures)
     try:
@@ -50,30 +56,26 @@ def write(trials: Trials, folder: str | Path) -> dict[str, Any]:
         for picture in pictures:
             (folder / PLOTS / f"{picture.name}.png").write_bytes(picture.png)
         _write_csv(trials, folder / CSV)
-        _replace(folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        _replace(folder / REPORT, page)
+        for name, content in ((SUMMARY, text), (REPORT, page)):
+            with files.atomic(folder / name) as partial:
+                partial.write_text(content, encoding="utf-8")
     except OSError as error:
         raise OutputError(
-            f"The report cannot be written to '{folder}': {error.strerror or error}. Make room there or choose another "
-            "folder; the trials are kept, and 'optimum-order study --report-only' writes it from them."
+            f"The report cannot be written to '{folder}': {error.strerror or error}. Make room "
+            "there or choose another folder; the trials are kept, and 'optimum-order study "
+            "--report-only' writes it from them."
         ) from error
     return summary
 
 
-def _replace(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
-
-
 def _write_csv(trials: Trials, file: Path) -> None:
-    """One row for each trial, all that is a single number or text."""
-    found = [_flat(order, draw, row) for (order, draw), row in trials.rows("trials").items()]
-    columns = dict.fromkeys(key for row in found for key in row)
-    with file.open("w", encoding="utf-8", newline="") as opened:
-        writer = csv.DictWriter(opened, list(columns))
+    """Write one row for each trial, with everything that is a single number or text."""
+    rows = [_flat(order, draw, row) for (order, draw), row in trials.rows("trials").items()]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(columns))
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(rows)
 
 
 def _flat(order: str, draw: int, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,92 +94,106 @@ def _flat(order: str, draw: int, row: Mapping[str, Any]) -> dict[str, Any]:
         "measure_cpu_seconds": row.get("measure_cpu_seconds"),
         "mean_layer_error": sum(errors) / len(errors) if errors else None,
         "error": row.get("error"),
-        **{f"bytes_{name}": count for name, count in (row.get("bytes") or {}).items()},
+        **{f"bytes_{name}": size for name, size in (row.get("bytes") or {}).items()},
     }
 
 
-# --- in words --------------------------------------------------------------------------------------------------------
+# --- in words --------------------------------------------------------------------------------
 
 
-def findings(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Questions and what the numbers answer, in plain language."""
+def findings(summary: Summary) -> list[tuple[str, str]]:
+    """Return questions and the answers of the numbers, in plain language.
+
+    Args:
+        summary: From `analysis.summarize`.
+    """
     answers = (_matters, _hypothesis, _combining, _origin, _independence, _rankings)
-    return [found for answer in answers for found in answer(summary)]
+    return [finding for answer in answers for finding in answer(summary)]
 
 
-def _matters(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found = summary["all"]
-    if not found["pairs"]:
+def _matters(summary: Summary) -> Findings:
+    figures = summary["all"]
+    if not figures["pairs"]:
         return
+    question = "Does the order matter?"
     scale = functools.partial(_scaled, summary)
-    rules = found["rules"]
     text = (
-        f"In {_count(found['pairs'], 'pair')} the two orders differ by {scale(found['mean_absolute_advantage'])} on "
-        f"average, at most by {scale(found['largest_advantage'])}. "
+        f"In {_count(figures['pairs'], 'pair')} the two orders differ by "
+        f"{scale(figures['mean_absolute_advantage'])} on average, at most by "
+        f"{scale(figures['largest_advantage'])}. "
     )
-    if not found["decisive"]:
+    if not figures["decisive"]:
         yield (
-            "Does the order matter?",
-            text + "In none of them does the interval exclude 0: no difference is shown.",
+            question,
+            f"{text}In none of them does the interval exclude 0: no difference is shown.",
         )
         return
-    text += f"The interval excludes 0 in {found['decisive']}. "
-    both = all(pair["prunes_and_quantizes"] for pair in summary["pairs"])
-    if both:
-        first = found["decisive"] - found["quantize_first"]
-        text += f"Of these, pruning first is better in {first} and quantising first in {found['quantize_first']}. "
-        regret = rules["prune_first"]["regret"]
-        text += f"Who always prunes first loses {scale(regret)} on average against always choosing the better order."
-    yield "Does the order matter?", text
+    text += f"The interval excludes 0 in {figures['decisive']}. "
+    if all(pair["prunes_and_quantizes"] for pair in summary["pairs"]):
+        prune_first = figures["decisive"] - figures["quantize_first"]
+        regret = scale(figures["rules"]["prune_first"]["regret"])
+        text += (
+            f"Of these, pruning first is better in {prune_first} and quantizing first in "
+            f"{figures['quantize_first']}. Who always prunes first loses {regret} on average "
+            "against always choosing the better order."
+        )
+    yield question, text
 
 
-def _hypothesis(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found = summary["all"]
-    rule, rho = found["rules"]["weaker_first"], found["spearman"]
+def _hypothesis(summary: Summary) -> Findings:
+    figures = summary["all"]
+    rule = figures["rules"]["weaker_first"]
+    rho = figures["spearman"]
     if not rule["pairs"]:
         return
-    right, low, high = rule["right"], rho["low"], rho["high"]
-    rises, falls = low is not None and low > 0, high is not None and high < 0
-    if rule["decisive"] < _FEW:
-        verdict = (
-            f"These numbers cannot say, with {rule['decisive']} of {rule['pairs']} pairs decisive."
-        )
-    elif right >= 0.8 and rises:
-        verdict = "Yes, here it does."
-    elif right <= 0.5 or falls:
-        verdict = "No, here it does not."
-    else:
-        verdict = "Only in part."
-    text = f"{verdict} The Progressive Intensity Hypothesis says to apply the weaker method first. "
+    text = f"{_verdict(rule, rho)} The Progressive Intensity Hypothesis says to apply the weaker "
+    text += "method first. "
     if rule["decisive"] >= _FEW:
-        text += (
-            f"That is the better order in {_percent(right)} of {rule['decisive']} decisive pairs"
-        )
-        other = found["rules"]["prune_first"]["right"]
-        text += f" (pruning first: {_percent(other)})" if other is not None else ""
+        text += f"That is the better order in {_percent(rule['right'])} of {rule['decisive']} "
+        text += "decisive pairs"
+        prune_first = figures["rules"]["prune_first"]["right"]
+        text += "" if prune_first is None else f" (pruning first: {_percent(prune_first)})"
         text += f", and it loses {_scaled(summary, rule['regret'])} on average. "
     if rho["rho"] is not None:
-        text += f"The rank correlation of quantising first's advantage with how much stronger pruning is: {_rho(rho)}."
+        text += (
+            "The rank correlation of quantizing first's advantage with how much stronger pruning "
+            f"is: {_rho(rho)}."
+        )
     yield "Is it better to apply the weaker method first?", text
 
 
-def _combining(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _verdict(rule: Mapping[str, Any], rho: Mapping[str, Any]) -> str:
+    rises = rho["low"] is not None and rho["low"] > 0
+    falls = rho["high"] is not None and rho["high"] < 0
+    if rule["decisive"] < _FEW:
+        return (
+            f"These numbers cannot say, with {rule['decisive']} of {rule['pairs']} pairs decisive."
+        )
+    if rule["right"] >= 0.8 and rises:
+        return "Yes, here it does."
+    if rule["right"] <= 0.5 or falls:
+        return "No, here it does not."
+    return "Only in part."
+
+
+def _combining(summary: Summary) -> Findings:
     sentences = []
     names = {"stock": "In formats that stock transformers loads", "any": "With the 'sparse' format"}
     for family, name in names.items():
-        found = summary["combining"][family]
-        if not found["comparable"] or (family == "any" and found == summary["combining"]["stock"]):
+        figures = summary["combining"][family]
+        repeated = family == "any" and figures == summary["combining"]["stock"]
+        if not figures["comparable"] or repeated:
             continue
         text = (
-            f"{name}, {found['decisively_better']} of {found['comparable']} models that were pruned and quantised are "
-            f"surely better than one of the same size that was only pruned or only quantised, and "
-            f"{found['decisively_worse']} surely worse"
+            f"{name}, {figures['decisively_better']} of {figures['comparable']} models that were "
+            "pruned and quantized are surely better than one of the same size that was only "
+            f"pruned or only quantized, and {figures['decisively_worse']} surely worse"
         )
-        best = found["best"]
-        if best["gain"]["low"] > 0:
-            gain = best["gain"]
+        best = figures["best"]
+        gain = best["gain"]
+        if gain["low"] > 0:
             text += (
-                f"; the most is gained by {_arrows(best['order'])} at {size(best['bytes'])}: "
+                f"; the most is gained by {arrows(best['order'])} at {files.size(best['bytes'])}: "
                 f"{_scaled(summary, gain['mean'])} [{_interval(summary, gain)}]"
             )
         sentences.append(text + ".")
@@ -185,56 +201,60 @@ def _combining(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Does combining pay at equal bytes?", " ".join(sentences)
 
 
-def _origin(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found = summary["all"]
-    split, rule = found["split"], found["rules"]["layer_errors"]
+def _origin(summary: Summary) -> Findings:
+    split = summary["all"]["split"]
+    rule = summary["all"]["rules"]["layer_errors"]
     if not split["pairs"] or split["owner_share"] is None:
         return
     text = (
-        f"Of the advantage in the output errors of layers, {_percent(split['owner_share'])} comes from weights that "
-        "one order prunes and the other does not, the rest from interference in weights with the same owner."
+        f"Of the advantage in the output errors of layers, {_percent(split['owner_share'])} comes "
+        "from weights that one order prunes and the other does not, the rest from interference in "
+        "weights with the same owner."
     )
     if rule["decisive"] >= _FEW:
         text += (
-            f" The order with less error in its layers is the better one in {_percent(rule['right'])} of "
-            f"{rule['decisive']} decisive pairs."
+            " The order with less error in its layers is the better one in "
+            f"{_percent(rule['right'])} of {rule['decisive']} decisive pairs."
         )
     yield "Where does the difference come from?", text
 
 
-def _independence(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    found = summary["correlation"]
-    if found:
+def _independence(summary: Summary) -> Findings:
+    figures = summary["correlation"]
+    if figures:
         mean, lowest, highest = (
-            _number(found[key], "+.3f") for key in ("mean", "lowest", "highest")
+            _number(figures[key], "+.3f") for key in ("mean", "lowest", "highest")
         )
         yield (
             "Are the errors of different blocks independent?",
-            f"They are {found['verdict']}: the errors of two blocks correlate by {mean} on average "
-            f"over {found['orders']} orders (from {lowest} to {highest}). If all {found['units']} errors were of one "
-            f"size, their sum would have {found['inflation']:.2f} times the squared size that independent ones give. "
-            "This was seen on one batch of calibration inputs, with the blocks compressed one at a time.",
+            f"They are {figures['verdict']}: the errors of two blocks correlate by {mean} on "
+            f"average over {figures['orders']} orders (from {lowest} to {highest}). If all "
+            f"{figures['units']} errors were of one size, their sum would have "
+            f"{figures['inflation']:.2f} times the squared size that independent ones give. "
+            "This was seen on one batch of calibration inputs, with the blocks compressed one at "
+            "a time.",
         )
 
 
-def _rankings(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _rankings(summary: Summary) -> Findings:
     for group in summary["rankings"]:
         best, *others = group["ranking"]
-        worse = sum(each["difference"]["high"] < 0 for each in others)
-        loss = _scaled(summary, -others[-1]["difference"]["mean"])
+        worse = sum(entry["difference"]["high"] < 0 for entry in others)
+        last = others[-1]
         yield (
             f"In which order {', '.join(group['stages'])}?",
-            f"{_arrows(best['order'])} did best of {len(group['ranking'])} orders; {worse} of the others are surely "
-            f"worse. The last, {_arrows(others[-1]['order'])}, loses {loss}.",
+            f"{arrows(best['order'])} did best of {len(group['ranking'])} orders; {worse} of the "
+            f"others are surely worse. The last, {arrows(last['order'])}, loses "
+            f"{_scaled(summary, -last['difference']['mean'])}.",
         )
 
 
-def table(summary: Mapping[str, Any], *, short: bool = False) -> list[tuple[str, ...]]:
-    """A row for each pair of methods and one for all, below a row of headings.
+def table(summary: Summary, *, short: bool = False) -> list[tuple[str, ...]]:
+    """Return headings, a row for each pair of methods, and a row for all.
 
     Args:
         summary: From `analysis.summarize`.
-        short: Whether to leave out what a rule loses, the rule that needs both orders, and intervals.
+        short: Whether to leave out regrets, intervals, and the rule that needs both orders.
     """
     rules = {
         "prune first": "prune_first",
@@ -247,7 +267,7 @@ def table(summary: Mapping[str, Any], *, short: bool = False) -> list[tuple[str,
     for group in [*summary["methods"], summary["all"]] if summary["methods"] else []:
         rows.append(
             (
-                name_of(group) if "methods" in group else "all",
+                group_name(group) if "methods" in group else "all",
                 str(group["pairs"]),
                 str(group["decisive"]),
                 _size(summary, group["mean_absolute_advantage"]),
@@ -258,61 +278,61 @@ def table(summary: Mapping[str, Any], *, short: bool = False) -> list[tuple[str,
     return rows
 
 
-def _rule(summary: Mapping[str, Any], found: Mapping[str, Any], short: bool) -> str:
-    """How often a rule is right, and what it loses."""
-    lost = "" if short or found["regret"] is None else f", {_size(summary, found['regret'])}"
-    return _percent(found["right"]) + lost
+def _rule(summary: Summary, rule: Mapping[str, Any], short: bool) -> str:
+    """Return how often a rule is right, and its regret."""
+    lost = "" if short or rule["regret"] is None else f", {_size(summary, rule['regret'])}"
+    return _percent(rule["right"]) + lost
 
 
-def _size(summary: Mapping[str, Any], value: float) -> str:
+def _size(summary: Summary, value: float) -> str:
     return f"{summary['measure']['factor'] * value:.2g}"
 
 
-def _scaled(summary: Mapping[str, Any], value: float) -> str:
-    """A size of a difference in M: 0.012 in log-perplexity."""
-    return summary["measure"]["say"].format(_size(summary, value))
+def _scaled(summary: Summary, value: float) -> str:
+    """Return the size of a difference in M: 0.012 in log-perplexity."""
+    words: str = summary["measure"]["say"]
+    return words.format(_size(summary, value))
 
 
-def _interval(summary: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _interval(summary: Summary, difference: Mapping[str, Any]) -> str:
     factor = summary["measure"]["factor"]
-    return f"{signed(factor * found['low'])}, {signed(factor * found['high'])}"
+    return f"{signed(factor * difference['low'])}, {signed(factor * difference['high'])}"
 
 
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form).replace("-", "−")
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}".replace("%", " %")
 
 
-def _rho(found: Mapping[str, Any]) -> str:
-    if found["rho"] is None:
+def _rho(correlation: Mapping[str, Any]) -> str:
+    if correlation["rho"] is None:
         return "–"
-    interval = "" if found["low"] is None else f" [{signed(found['low'])}, {signed(found['high'])}]"
-    return signed(found["rho"]) + interval
+    low = correlation["low"]
+    interval = "" if low is None else f" [{signed(low)}, {signed(correlation['high'])}]"
+    return signed(correlation["rho"]) + interval
 
 
-def _arrows(order: str) -> str:
-    return order.replace(" > ", " → ")
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
+# --- the page --------------------------------------------------------------------------------
 
 _SECTIONS = {
     "intensity": (
         "Advantage against intensity",
-        "A(Q → P) against x = C*P − C*Q, how much stronger pruning is than quantising. The hypothesis says that pairs "
-        "lie in the shaded quarters and rise to the right. A filled point is decisive, a line its interval, and of a "
-        "triangle x is only known to lie beyond it. The scale of A is logarithmic away from 0 where sizes differ much.",
+        "A(Q → P) against x = C*P − C*Q, how much stronger pruning is than quantizing. The "
+        "hypothesis says that pairs lie in the shaded quarters and rise to the right. A filled "
+        "point is decisive, a line its interval, and of a triangle x is only known to lie beyond "
+        "it. The scale of A is logarithmic away from 0 where sizes differ much.",
     ),
     "map": (
         "The advantage of every pair",
-        "Orange: quantising first is better. Violet: pruning first is. In brackets: the interval includes 0.",
+        "Orange: quantizing first is better. Violet: pruning first is. In brackets: the interval "
+        "includes 0.",
     ),
     "bytes": (
         "Quality against bytes",
@@ -320,21 +340,26 @@ _SECTIONS = {
     ),
     "split": (
         "Owner changes and interference",
-        "How much of the advantage in the layers' output errors comes from weights that one order prunes and the other "
-        "does not, and how much from all others. To the right: quantising first has less error. The whole sums, over "
-        "layers, errors relative to the layer's output.",
+        "How much of the advantage in the layers' output errors comes from weights that one order "
+        "prunes and the other does not, and how much from all others. To the right: quantizing "
+        "first has less error. The whole sums, over layers, errors relative to the layer's output.",
     ),
     "correlation": ("Are the blocks' errors independent?", ""),
     "ranking": (
         "Three stages or more",
-        "What each order loses against the best, with its interval. The best was chosen by the same numbers, so that "
-        "its lead is a little too large.",
+        "What each order loses against the best, with its interval. The best was chosen by the "
+        "same numbers, so that its lead is a little too large.",
     ),
 }
 
 
-def render(summary: Mapping[str, Any], pictures: Sequence[plots.Picture]) -> str:
-    """The page, all of it in one text: pictures are inside, and nothing is loaded from anywhere."""
+def render(summary: Summary, pictures: Sequence[plots.Picture]) -> str:
+    """Return the page as one text: pictures are inside, and nothing is loaded from elsewhere.
+
+    Args:
+        summary: From `analysis.summarize`.
+        pictures: From `plots.draw`.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("optimum_order.study", "."),
         autoescape=True,
@@ -343,19 +368,17 @@ def render(summary: Mapping[str, Any], pictures: Sequence[plots.Picture]) -> str
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "arrows": _arrows,
+        "arrows": arrows,
         "count": _count,
         "interval": functools.partial(_interval, summary),
-        "name": name_of,
         "number": _number,
         "percent": _percent,
-        "rho": _rho,
         "scaled": lambda value: signed(summary["measure"]["factor"] * value),
-        "size": size,
+        "size": files.size,
     }
     sections = [
-        (*about, [picture for picture in pictures if picture.section == key])
-        for key, about in _SECTIONS.items()
+        (title, text, [picture for picture in pictures if picture.section == key])
+        for key, (title, text) in _SECTIONS.items()
     ]
     return environment.get_template("report.html").render(
         summary=summary,

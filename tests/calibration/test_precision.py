@@ -1,13 +1,16 @@
+"""Calibration may multiply in bfloat16; sums stay float32, and the rest of the model sees no difference."""
+
 import copy
+from contextlib import closing
 
 import pytest
 import torch
 
 from optimum_order.calibration import precision
-from optimum_order.calibration.accumulate import Accumulator
-from optimum_order.calibration.walk import walk
+from optimum_order.calibration.accumulate import Accumulation
+from optimum_order.calibration.execution import PAUSES
 from optimum_order.errors import DataError
-from optimum_order.layers.statistics import Gram
+from optimum_order.layers.statistics import Gram, SquaredNorms
 from optimum_order.models.units import find_units
 
 CPU = torch.device("cpu")
@@ -48,78 +51,70 @@ def test_the_precision_of_others_is_left_as_it_was():
 
 def test_sums_stay_float32():
     """A bfloat16 sum of so many ones would stop at 256."""
-    accumulator = Accumulator(4, gram=True, device=CPU, dtype=torch.bfloat16)
+    sums = Accumulation(4, {Gram}, CPU, dtype=torch.bfloat16)
     for _ in range(3):
-        accumulator.add(torch.ones(1000, 4))
-    assert torch.equal(accumulator.result().gram, torch.full((4, 4), 3000.0))
+        sums.add(torch.ones(1000, 4))
+    assert torch.equal(sums.result()[Gram], torch.full((4, 4), 3000.0))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "bert"])
-def test_statistics_are_those_of_float32_to_a_percent(make_model, batches, architecture):
+def test_statistics_are_those_of_float32_to_two_percent(make_model, batches, collect, architecture):
     model = make_model(architecture)
     units = find_units(model)
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        found[dtype] = {}
-        walk(
-            model,
-            units,
-            batches,
-            lambda at, d=dtype: found[d].update(at.statistics),
-            gram=True,
-            dtype=dtype,
+    for pause in PAUSES:
+        exact, rounded = (
+            collect(model, units, batches, pause=pause, dtype=dtype).statistics
+            for dtype in (torch.float32, torch.bfloat16)
         )
-    exact, fast = found.values()
-    assert any(not torch.equal(fast[name].gram, exact[name].gram) for name in exact)
-    for name, known in exact.items():
-        if (
-            known.tokens and known.tokens == fast[name].tokens
-        ):  # a router may send a token elsewhere
-            apart = (fast[name].gram - known[Gram]).norm() / known[Gram].norm()
-            assert apart < 0.02, name
-            assert fast[name].gram.dtype == torch.float32
+        assert any(not torch.equal(rounded[name][Gram], exact[name][Gram]) for name in exact)
+        for name, statistics in exact.items():
+            # A router may send a token elsewhere.
+            if statistics.tokens and statistics.tokens == rounded[name].tokens:
+                gram = statistics[Gram]
+                apart = (rounded[name][Gram] - gram).norm() / gram.norm()
+                assert apart < 0.02, (pause, name)
+                assert rounded[name][Gram].dtype == torch.float32
 
 
 @pytest.mark.parametrize("architecture", ["vit", "resnet"])
-def test_the_rest_of_a_model_gets_what_it_always_does(
-    make_image_model, image_batches, architecture
+def test_the_rest_of_a_model_gets_its_own_dtype(
+    make_image_model, image_batches, run_walk, architecture
 ):
-    """What is left of the forward behind a block runs as ever, on the dtype that it expects."""
+    """The rest of the forward behind a block runs as ever."""
     model = make_image_model(architecture)
-    outputs = []
     units = find_units(model)
-    walk(
-        model,
-        units,
-        image_batches,
-        lambda at: outputs.append(at.outputs()),
-        gram=True,
-        dtype=torch.bfloat16,
-    )
-    assert all(torch.isfinite(output).all() for output in outputs)
+    for pause in PAUSES:
+        options = {"pause": pause, "dtype": torch.bfloat16}
+        with closing(run_walk(model, units, image_batches, **options)) as visits:
+            for visit in visits:
+                if pause == "block":
+                    assert torch.isfinite(visit.outputs()).all()
+                for statistics in visit.statistics.values():
+                    assert torch.isfinite(statistics[SquaredNorms]).all()
 
 
-def test_weights_that_a_visit_changes_are_cast_anew(make_model, batches):
+def test_changed_weights_are_cast_anew(make_model, batches, collect, run_walk, halve):
+    options = {"needs": [SquaredNorms], "dtype": torch.bfloat16}
     model = make_model("llama")
     changed = copy.deepcopy(model)
     for unit in find_units(changed):
         for target in unit.targets:
             target.write(target.read() * 0.5)
-    last = {}
+    with closing(run_walk(changed, find_units(changed), batches, **options)) as visits:
+        expected = {visit.unit.name: visit.outputs() for visit in visits}
+    with closing(run_walk(model, find_units(model), batches, **options)) as visits:
+        for visit in visits:
+            visit.outputs()
+            halve(visit)
+            assert torch.equal(visit.outputs(), expected[visit.unit.name])
 
-    def halve(at):
-        for target in at.unit.targets:
-            target.write(target.read() * 0.5)
-        last[at.unit.name] = at.outputs()
 
-    walk(model, find_units(model), batches, halve, gram=False, dtype=torch.bfloat16)
-    expected = {}
-    walk(
-        changed,
-        find_units(changed),
-        batches,
-        lambda at: expected.update({at.unit.name: at.outputs()}),
-        gram=False,
-        dtype=torch.bfloat16,
-    )
-    assert all(torch.equal(last[name], expected[name]) for name in expected)
+def test_changed_weights_are_cast_anew_at_layers_too(make_model, batches, collect, halve):
+    """A walk over a model that was changed before sees the same bits."""
+    options = {"pause": "group", "dtype": torch.bfloat16}
+    model = make_model("llama")
+    walked = collect(model, find_units(model), batches, halve, **options)
+    expected = collect(model, find_units(model), batches, **options)
+    assert walked.layers == expected.layers
+    for name, statistics in expected.statistics.items():
+        assert torch.equal(walked.statistics[name][Gram], statistics[Gram]), name

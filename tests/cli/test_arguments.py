@@ -1,4 +1,4 @@
-"""Arguments that commands share: that they reach the compressor, and mean there what they mean in Python."""
+"""Arguments that commands share reach the compressor, and mean the same as in Python."""
 
 import argparse
 import inspect
@@ -10,7 +10,7 @@ import transformers
 from optimum_order import JointCompressor
 from optimum_order.cli import arguments
 
-GIVEN = {
+OPTIONS = {
     "--revision": ("main", "revision"),
     "--calibration": ("builtin", "calibration"),
     "--calibration-samples": ("7", "calibration_samples"),
@@ -34,37 +34,51 @@ def parser():
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `from_pretrained` was asked for."""
-    found = {}
-    monkeypatch.setattr(
-        JointCompressor, "from_pretrained", lambda name, **options: found.update(options, name=name)
-    )
-    return found
+    """The arguments of `from_pretrained`."""
+    record = {}
+
+    def from_pretrained(name, **options):
+        record.update(options, name=name)
+
+    monkeypatch.setattr(JointCompressor, "from_pretrained", from_pretrained)
+    return record
 
 
-def test_what_is_not_given_is_what_python_takes(parser, asked):
+def test_defaults_are_those_of_python(parser, asked):
     arguments.compressor(parser.parse_args(["tiny-llama"]))
     signature = inspect.signature(inspect.unwrap(JointCompressor.__init__)).parameters
-    known = [name for name in asked if name in signature and name != "calibration"]
-    assert {"calibration_samples", "sequence_length", "seed", "calibration_dtype", "device"} <= set(
-        known
-    )
-    assert {name: asked[name] for name in known} == {
-        name: signature[name].default for name in known
+    defaults = {
+        name: value for name, value in asked.items() if name in signature and name != "calibration"
     }
+    assert {"calibration_samples", "sequence_length", "seed", "calibration_dtype"} <= set(defaults)
+    assert defaults == {name: signature[name].default for name in defaults}
 
 
-def test_all_that_is_given_arrives(parser, asked):
-    given = [word for flag, (value, _) in GIVEN.items() for word in (flag, value)]
-    arguments.compressor(parser.parse_args(["tiny-llama", *given]))
+def test_every_option_arrives(parser, asked):
+    words = [word for flag, (value, _) in OPTIONS.items() for word in (flag, value)]
+    arguments.compressor(parser.parse_args(["tiny-llama", *words]))
     assert asked.pop("name") == "tiny-llama"
-    assert set(asked) == {name for _, name in GIVEN.values()}, "nothing else is asked for"
-    for value, name in GIVEN.values():
+    assert set(asked) == {name for _, name in OPTIONS.values()}, "nothing else is asked for"
+    for value, name in OPTIONS.values():
         arrived = asked[name]
-        assert ([str(each) for each in arrived] if isinstance(arrived, list) else str(arrived)) in (
-            value,
-            [value],
-        )
+        if isinstance(arrived, list):
+            (arrived,) = arrived
+        assert str(arrived) == value
+
+
+def test_measuring_arrives_as_plan_and_study_take_it():
+    parser = argparse.ArgumentParser()
+    arguments.measuring(parser, draws=3, draws_help="why")
+    words = ["--evaluate", "text.txt", "--evaluation-samples", "9", "--metric", "fidelity"]
+    options = arguments.measurement(parser.parse_args(words))
+    assert options == {
+        "evaluation": "text.txt",
+        "evaluation_samples": 9,
+        "metric": "fidelity",
+        "draws": 3,
+    }
+    for function in (JointCompressor.plan, JointCompressor.study):
+        assert set(options) <= set(inspect.signature(function).parameters)
 
 
 def test_a_command_may_do_without_a_model():
@@ -74,20 +88,18 @@ def test_a_command_may_do_without_a_model():
 
 
 def test_libraries_are_silent_unless_their_user_asked(monkeypatch):
-    before, level = (
-        transformers.utils.logging.get_verbosity(),
-        logging.getLogger("bitsandbytes").level,
-    )
+    verbosity = transformers.utils.logging.get_verbosity()
+    level = logging.getLogger("bitsandbytes").level
     try:
         transformers.utils.logging.set_verbosity_info()
         monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
-        arguments.hush_libraries()
+        arguments.quiet_libraries()
         assert transformers.utils.logging.get_verbosity() == logging.INFO
         monkeypatch.delenv("TRANSFORMERS_VERBOSITY")
-        arguments.hush_libraries()
+        arguments.quiet_libraries()
         assert transformers.utils.logging.get_verbosity() == logging.ERROR
         assert not transformers.utils.logging.is_progress_bar_enabled()
     finally:
-        transformers.utils.logging.set_verbosity(before)
+        transformers.utils.logging.set_verbosity(verbosity)
         transformers.utils.logging.enable_progress_bar()
         logging.getLogger("bitsandbytes").setLevel(level)

@@ -1,3 +1,5 @@
+"""How results, errors and signals become output and an exit code."""
+
 import argparse
 import json
 import os
@@ -7,7 +9,7 @@ import time
 
 import pytest
 
-from optimum_order.cli.base import Command, size
+from optimum_order.cli.base import Command, printable
 from optimum_order.errors import ModelError, OrderError, OutputError
 
 
@@ -39,16 +41,17 @@ def failing(error):
     return command(work)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OrderError("no such order"), OutputError("the disk is full"), ModelError("NaN\n in w")],
-)
-def test_our_errors_become_one_line_and_exit_code_2(error, capsys):
-    with pytest.raises(SystemExit) as end:
-        failing(error).run()
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and out == ""
-    assert err == f"optimum-order: error: {' '.join(str(error).splitlines())}\n"
+def test_our_errors_become_one_line_and_exit_code_2(capsys):
+    for error in (
+        OrderError("no such order"),
+        OutputError("the disk is full"),
+        ModelError("NaN\n in w"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            failing(error).run()
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and out == ""
+        assert err == f"optimum-order: error: {' '.join(str(error).splitlines())}\n"
 
 
 def test_an_interruption_is_no_traceback(capsys):
@@ -58,7 +61,7 @@ def test_an_interruption_is_no_traceback(capsys):
     assert capsys.readouterr() == ("", "optimum-order: interrupted\n")
 
 
-def test_a_termination_is_none_either(capsys):
+def test_a_termination_is_no_traceback_either(capsys):
     before = signal.getsignal(signal.SIGTERM)
 
     def work():
@@ -72,13 +75,13 @@ def test_a_termination_is_none_either(capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ModelError("no")])
-def test_advice_stands_before_the_last_line(error, capsys):
-    failed = failing(error)
-    failed.advice = lambda: "try again"
-    with pytest.raises(SystemExit):
-        failed.run()
-    assert capsys.readouterr().err.splitlines()[0] == "optimum-order: try again"
+def test_advice_stands_before_the_last_line(capsys):
+    for error in (KeyboardInterrupt(), ModelError("no")):
+        failed = failing(error)
+        failed.advice = lambda: "try again"
+        with pytest.raises(SystemExit):
+            failed.run()
+        assert capsys.readouterr().err.splitlines()[0] == "optimum-order: try again"
 
 
 def test_a_bug_is_not_hidden():
@@ -107,9 +110,23 @@ def test_without_json_the_result_is_shown(capsys):
     assert capsys.readouterr().out == "shown: {'answer': 42}\n"
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (11_720_000, "11.7 MB"), (5_000_000_000_000, "5e+03 GB")],
-)
-def test_sizes_are_in_units_people_read(count, text):
-    assert size(count) == text
+def test_control_characters_are_not_printed():
+    assert printable("a\x1b[2Jb\nc é") == "a?[2Jb?c é"
+
+
+def test_the_parser_has_the_texts_of_the_class_and_json():
+    class Example(Command):
+        description = "two\nlines"
+        epilog = "below"
+        json_help = "all of it"
+
+        @classmethod
+        def add_arguments(cls, parser):
+            parser.add_argument("path")
+
+    parser = argparse.ArgumentParser()
+    Example.parse_args(parser)
+    text = parser.format_help()
+    assert "\ntwo\nlines\n" in text and text.endswith("\nbelow\n") and "all of it" in text
+    args = parser.parse_args(["here", "--json"])
+    assert (args.path, args.json) == ("here", True)

@@ -1,4 +1,4 @@
-"""`optimum-order plan` as its users run it."""
+"""`optimum-order plan` prints the order, its gain and the cost."""
 
 import json
 
@@ -15,33 +15,28 @@ def arguments(tiny_llama_folder, text_file):
 
 
 def test_json_is_one_object_with_all_that_is_promised(program, arguments):
-    found = program(*arguments, "--stages", "wanda:0.5, gptq(bits=4, group_size=32)", "--json")
-    assert found.code == 0
-    plan = json.loads(found.out)
-    assert (
-        Order.parse(plan["order"])
-        in Order.parse("wanda:0.5 > gptq(bits=4, group_size=32)").permutations()
-    )
+    done = program(*arguments, "--stages", "wanda:0.5, gptq(bits=4, group_size=32)", "--json")
+    assert done.code == 0
+    plan = json.loads(done.out)
+    orders = Order.parse("wanda:0.5 > gptq(bits=4, group_size=32)").permutations()
+    assert Order.parse(plan["order"]) in orders
     assert {"ranking", "difference", "decisive", "reason", "cost"} <= set(plan)
 
 
-def test_people_are_told_the_order_the_gain_and_the_cost(program, arguments):
-    found = program(*arguments, "--stages", "magnitude:0.6, rtn:2")
-    assert found.code == 0 and " → " in found.out
-    assert "log-perplexity gained over the next" in found.out and "seconds" in found.out
+def test_people_see_the_order_the_gain_and_the_cost(program, arguments):
+    done = program(*arguments, "--stages", "magnitude:0.6, rtn:2")
+    assert done.code == 0 and " → " in done.out
+    assert "log-perplexity gained over the next" in done.out and "seconds" in done.out
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_stages_that_cannot_be_planned_are_one_line_and_exit_code_2(program, arguments):
+    for options, message in [
         (["--stages", "wanda:0.5"], "2 to 5 stages, got 1"),
         (["--stages", ", ".join(f"magnitude:0.{i}" for i in range(1, 7))], "got 6"),
         (["--stages", "wanda:0.5 gptq:4"], "',' and another stage"),
         (["--stages", "wanda:0.5, gptq:4", "--strategy", "autoo"], "Did you mean 'auto'"),
         (["--stages", "wanda:0.5, gptq:4", "--metric", "accuracy"], "image classifiers"),
-    ],
-)
-def test_what_cannot_be_planned_is_one_line_and_exit_code_2(program, arguments, options, message):
-    found = program(*arguments, *options)
-    assert found.code == 2 and not found.out
-    assert message in found.err.splitlines()[-1]
+    ]:
+        done = program(*arguments, *options)
+        assert done.code == 2 and not done.out
+        assert message in done.err.splitlines()[-1]

@@ -1,18 +1,18 @@
-import json
+"""`optimum-order push` uploads all of a saved model, or says in one line why it did not."""
 
-import pytest
+import json
 
 from optimum_order.artifact import manifest
 
 
 def test_a_folder_is_pushed_and_its_address_printed(hub, saved):
     done = hub.call("program", "push", str(saved), "me/model", "--private", "--message", "mine")
-    (made,) = hub.server.repositories["me/model"].commits[1:]
+    (commit,) = hub.server.repositories["me/model"].commits[1:]
     assert done == {
         "code": 0,
-        "out": f"{saved} is at {hub.server.url}/me/model/commit/{made.oid}\n",
+        "out": f"{saved} is at {hub.server.url}/me/model/commit/{commit.oid}\n",
     }
-    assert hub.server.repositories["me/model"].private and made.message == "mine"
+    assert hub.server.repositories["me/model"].private and commit.message == "mine"
 
 
 def test_branch_and_pull_request(hub, saved):
@@ -29,26 +29,26 @@ def test_branch_and_pull_request(hub, saved):
     assert manifest.FILE not in hub.server.files("me/model")
 
 
-def test_what_cannot_be_pushed_is_one_line(program, saved, copied, tmp_path):
-    for arguments, said in [
+def test_a_folder_that_cannot_be_pushed_is_one_line(program, saved, copied, tmp_path):
+    for arguments, message in [
         ((saved, "me/a b"), "no id on the Hub"),
         ((tmp_path / "nowhere", "me/model"), "no folder"),
         ((saved, "me/model"), "offline mode is enabled"),
     ]:
         done = program("push", *arguments)
-        assert done.code == 2 and done.out == "" and said in done.err and done.err.count("\n") == 1
+        assert done.code == 2 and done.out == ""
+        assert message in done.err and done.err.count("\n") == 1
     (copied / "extra.py").write_text("not ours")
     done = program("push", copied, "me/model")
     assert done.code == 2 and "extra.py is in the folder" in done.err
 
 
-@pytest.mark.parametrize("status", [401, 500])
-def test_a_hub_that_refuses_is_exit_code_2(hub, saved, status):
-    hub.server.answer_with = status
-    before = hub.log.read_text()
-    done = hub.call("program", "push", str(saved), "me/model")
-    assert done == {"code": 2, "out": ""}
-    said = hub.log.read_text()[len(before) :]
-    assert (
-        f"optimum-order: error: The Hub answered {status}" in said and hub.tokens["me"] not in said
-    )
+def test_a_hub_that_refuses_is_exit_code_2(hub, saved):
+    for status in (401, 500):
+        hub.server.answer_with = status
+        before = len(hub.log.read_text())
+        done = hub.call("program", "push", str(saved), "me/model")
+        assert done == {"code": 2, "out": ""}
+        log = hub.log.read_text()[before:]
+        assert f"optimum-order: error: The Hub answered {status}" in log
+        assert hub.tokens["me"] not in log

@@ -1,3 +1,5 @@
+"""`optimum-order study` runs a grid or a file of orders, reports, and refuses bad input early."""
+
 import inspect
 import json
 import sqlite3
@@ -7,22 +9,14 @@ import pytest
 from optimum_order import JointCompressor
 from optimum_order.cli.study import GRID, StudyCommand, read_orders
 from optimum_order.errors import OrderError
-from optimum_order.study.study import TRIALS, Trials
+from optimum_order.study.trials import TRIALS, Trials
 
 
 @pytest.fixture
 def arguments(tiny_llama_folder, text_file, tmp_path):
     """A study of a few seconds in `out`; later arguments win over earlier ones."""
-    small = [
-        "--calibration-samples",
-        2,
-        "--sequence-length",
-        32,
-        "--evaluation-samples",
-        4,
-        "--draws",
-        2,
-    ]
+    small = ["--calibration-samples", 2, "--sequence-length", 32]
+    small += ["--evaluation-samples", 4, "--draws", 2]
     data = ["--calibration", text_file, "--evaluate", text_file, "--device", "cpu"]
     return ["study", tiny_llama_folder, *small, *data, "-o", tmp_path / "out"]
 
@@ -56,40 +50,28 @@ def test_a_grid_is_run_and_reported(program, arguments, studied, tmp_path):
     assert result["report"] == str(tmp_path / "out" / "report.html")
     assert result["summary"] == json.loads((tmp_path / "out" / "summary.json").read_text())
     expected = json.loads((studied / "summary.json").read_text())
-    for summary in (
-        result["summary"],
-        expected,
-    ):  # as the Python interface does it, but for how long it took
+    # the summary is that of the Python interface, but for the seconds
+    for summary in (result["summary"], expected):
         for entry in summary["orders"]:
             del entry["seconds"], entry["cpu_seconds"]
-    pairs = lambda summary: {tuple(pair["orders"]): pair for pair in summary["pairs"]}  # noqa: E731
-    assert pairs(result["summary"]) == pairs(expected)
+        summary["pairs"] = {tuple(pair["orders"]): pair for pair in summary["pairs"]}
+    assert result["summary"]["pairs"] == expected["pairs"]
     assert result["summary"]["settings"] == expected["settings"]
-    assert (
-        done.err.count("100%") >= 1
-        and "Loading weights" not in done.err
-        and "Writing" not in done.err
-    )
+    assert done.err.count("100%") >= 1
+    assert "Loading weights" not in done.err and "Writing" not in done.err
 
 
-def test_people_see_a_table_and_where_the_report_is(program, studied, tmp_path):
-    done = program("study", "--report-only", "-o", studied)
+def test_a_report_alone_runs_nothing_and_is_shown(program, studied, tiny_llama_folder):
+    (studied / "report.html").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        for target in ("engine.run.run", "models.source.Checkpoint.load"):
+            patch.setattr(f"optimum_order.{target}", lambda *a, **k: pytest.fail("it ran"))
+        done = program("study", tiny_llama_folder, "--report-only", "-o", studied)
     assert done.code == 0 and done.err == ""
+    assert (studied / "report.html").is_file()
     assert "wanda × rtn" in done.out and "Does the order matter?" in done.out
     assert done.out.rstrip().endswith(f"Report: {studied / 'report.html'}")
     assert max(map(len, done.out.split("Does the order")[0].splitlines())) <= 80
-
-
-def test_a_report_alone_runs_nothing(program, studied, tiny_llama_folder, monkeypatch):
-    monkeypatch.setattr(
-        "optimum_order.engine.run.run", lambda *a, **k: pytest.fail("a stage was run")
-    )
-    monkeypatch.setattr(
-        "optimum_order.models.source.Checkpoint.load", lambda *a: pytest.fail("a model was loaded")
-    )
-    (studied / "report.html").unlink()
-    assert program("study", tiny_llama_folder, "--report-only", "-o", studied).code == 0
-    assert (studied / "report.html").is_file()
     done = program("study", "other-model", "--report-only", "-o", studied)
     assert done.code == 2 and f"study of '{tiny_llama_folder.name}'" in done.err
 
@@ -106,84 +88,71 @@ def test_orders_of_a_file_are_run_in_place_of_the_grid(program, arguments, tmp_p
     assert "did best of 2 orders" in done.out
 
 
-def chosen(program, monkeypatch, *arguments) -> list[str]:
+def planned(program, monkeypatch, *arguments) -> list[str]:
     """The orders that a command would run."""
-    seen = []
-    monkeypatch.setattr(StudyCommand, "run", lambda self: seen.append(self._orders()))
+    record = []
+    monkeypatch.setattr(StudyCommand, "run", lambda self: record.append(self._orders()))
     assert program("study", "model", "-o", "out", *arguments).code == 0
-    return [str(order) for order in seen[0]]
+    return [str(order) for order in record[0]]
 
 
 def test_without_options_the_grid_has_54_pairs(program, monkeypatch):
-    orders = chosen(program, monkeypatch)
+    orders = planned(program, monkeypatch)
     assert len(orders) == 2 * 54 + 15 and "wanda:0.65 > gptq:2" in orders
-    given = [part for name, value in GRID.items() for part in (f"--{name}", value)]
-    assert chosen(program, monkeypatch, *given) == orders
+    words = [part for name, value in GRID.items() for part in (f"--{name}", value)]
+    assert planned(program, monkeypatch, *words) == orders
 
 
-def test_one_option_of_the_grid_leaves_the_others_as_they_are(program, monkeypatch):
-    orders = chosen(program, monkeypatch, "--quantizers", "gptq(group_size=16), rtn")
+def test_one_option_of_the_grid_leaves_the_defaults_of_the_others(program, monkeypatch):
+    orders = planned(program, monkeypatch, "--quantizers", "gptq(group_size=16), rtn")
     assert "wanda:0.5 > gptq(bits=2, group_size=16)" in orders and "sparsegpt:0.3 > rtn:4" in orders
 
 
 def test_a_file_and_a_grid_together(program, monkeypatch, tmp_path):
     (tmp_path / "orders.txt").write_text("wanda:0.5 > rtn:4 > wanda:0.7\n")
-    both = chosen(program, monkeypatch, *GRID_OPTIONS, "--orders", tmp_path / "orders.txt")
+    options = [*GRID_OPTIONS, "--orders", tmp_path / "orders.txt"]
+    both = planned(program, monkeypatch, *options)
     assert both[-1] == "wanda:0.5 > rtn:4 > wanda:0.7" and len(both) == 3 + 4 + 1
-    simulated = chosen(
-        program, monkeypatch, *GRID_OPTIONS, "--orders", tmp_path / "orders.txt", "--simulate"
-    )
+    simulated = planned(program, monkeypatch, *options, "--simulate")
     assert all(("wanda" in order) == ("off_grid=true" in order) for order in simulated)
     assert simulated[-1].count("off_grid=true") == 2
 
 
-BAD = {
-    "one pair": (
-        ["--pruners", "wanda", "--sparsities", "0.5", "--quantizers", "rtn", "--bits", "4"],
-        "1 pairs",
-    ),
-    "bits that are none": (
-        ["--bits", "2,three"],
-        "--bits takes whole numbers with commas between them, such as 2,3,4",
-    ),
-    "half bits": (["--bits", "2.5,3"], "got '2.5,3'"),
-    "too many bits": (["--bits", "4,9"], "in 2..8, got 9"),
-    "sparsities that are none": (["--sparsities", "0.3;0.5"], "--sparsities takes numbers"),
-    "a sparsity of 1": (["--sparsities", "0.3,1"], "in [0, 1), got 1"),
-    "no sparsity": (["--sparsities", ""], "--sparsities takes numbers"),
-    "a sparsity that is no number": (["--sparsities", "nan,0.5"], "finite"),
-    "an unknown pruner": (["--pruners", "wandaa"], "Did you mean 'wanda'?"),
-    "a pruner with its sparsity": (["--pruners", "wanda:0.5"], "without its sparsity"),
-    "an order for a pruner": (["--pruners", "wanda > gptq"], "',' and another stage"),
-    "an orders file that is missing": (
-        ["--orders", "missing.txt"],
-        "'missing.txt' cannot be read: No such file",
-    ),
-    "another metric's model": (["--metric", "accuracy"], "Accuracy is for image classifiers"),
-    "an unknown metric": (["--metric", "perplexty"], "Did you mean 'perplexity'?"),
-    "more draws than there is text": (["--draws", "5000"], "and 5000 are needed"),
-    "no draw": (["--draws", "0"], "a draw or more"),
-    "one sample": (["--evaluation-samples", "1"], "two samples or more"),
-    "no calibration data": (["--calibration", "missing.txt"], "missing.txt"),
-    "no evaluation data": (["--evaluate", "missing.txt"], "missing.txt"),
-    "a limit below 0": (["--prefix-limit", "-1"], "0 GB or more"),
-    "a group size that does not divide": (["--quantizers", "rtn(group_size=48)"], "8, 16, 32, 64"),
-}
+ONE_PAIR = ["--pruners", "wanda", "--sparsities", "0.5", "--quantizers", "rtn", "--bits", "4"]
+WHOLE = "--bits takes whole numbers with commas between them, such as 2,3,4"
+BAD = [
+    (ONE_PAIR, "1 pairs"),
+    (["--bits", "2,three"], WHOLE),
+    (["--bits", "2.5,3"], "got '2.5,3'"),
+    (["--bits", "4,9"], "in 2..8, got 9"),
+    (["--sparsities", "0.3;0.5"], "--sparsities takes numbers"),
+    (["--sparsities", "0.3,1"], "in [0, 1), got 1"),
+    (["--sparsities", ""], "--sparsities takes numbers"),
+    (["--sparsities", "nan,0.5"], "finite"),
+    (["--pruners", "wandaa"], "Did you mean 'wanda'?"),
+    (["--pruners", "wanda:0.5"], "without its sparsity"),
+    (["--pruners", "wanda > gptq"], "',' and another stage"),
+    (["--orders", "missing.txt"], "'missing.txt' cannot be read: No such file"),
+    (["--metric", "accuracy"], "Accuracy is for image classifiers"),
+    (["--metric", "perplexty"], "Did you mean 'perplexity'?"),
+    (["--draws", "5000"], "and 5000 are needed"),
+    (["--draws", "0"], "a draw or more"),
+    (["--evaluation-samples", "1"], "two samples or more"),
+    (["--calibration", "missing.txt"], "missing.txt"),
+    (["--evaluate", "missing.txt"], "missing.txt"),
+    (["--prefix-limit", "-1"], "0 GB or more"),
+    (["--quantizers", "rtn(group_size=48)"], "8, 16, 32, 64"),
+]
 
 
-@pytest.mark.parametrize(("extra", "says"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_line_and_stores_nothing(
-    program, arguments, tmp_path, monkeypatch, extra, says
-):
-    monkeypatch.setattr("optimum_order.study.study.Study.run", lambda *a: pytest.fail("it was run"))
-    done = program(*arguments, *extra)
-    assert done.code == 2 and done.out == ""
-    assert (
-        done.err.startswith("optimum-order: error: ")
-        and says in done.err
-        and done.err.count("\n") == 1
-    )
-    assert not (tmp_path / "out" / TRIALS).exists()
+def test_bad_input_is_one_line_and_stores_nothing(program, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_order.study.run.Study.run", lambda *a: pytest.fail("it ran"))
+    for options, message in BAD:
+        done = program(*arguments, *options)
+        assert done.code == 2 and done.out == "", options
+        assert done.err.startswith("optimum-order: error: ") and message in done.err
+        assert done.err.count("\n") == 1
+        assert not (tmp_path / "out" / TRIALS).exists()
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_model_is_read(program, tmp_path):
@@ -204,27 +173,22 @@ def test_other_settings_are_refused_and_named(program, arguments, studied):
         before = db.execute("SELECT * FROM trials").fetchall()
     arguments[arguments.index("-o") + 1] = studied
     done = program(*arguments, *GRID_OPTIONS, "--seed", 5)
-    assert (
-        done.code == 2
-        and "'calibration.seed' is 0 there and 5 now (calibration.digest differ" in done.err
-    )
+    difference = "'calibration.seed' is 0 there and 5 now (calibration.digest differ"
+    assert done.code == 2 and difference in done.err
     with sqlite3.connect(studied / TRIALS) as db:
         assert db.execute("SELECT * FROM trials").fetchall() == before
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
+def test_a_bad_line_is_named(tmp_path):
+    for text, message in [
         ("wanda:0.5 > rtn:4\n# fine\nwanda:0.5 >\n", "Line 3 of"),
         ("wandaa:0.5", "Line 1 of .*Did you mean 'wanda'"),
         ("# nothing\n\n", "has no order"),
         ("", "has no order"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, text, says):
-    (tmp_path / "orders.txt").write_text(text)
-    with pytest.raises(OrderError, match=says):
-        read_orders(tmp_path / "orders.txt")
+    ]:
+        (tmp_path / "orders.txt").write_text(text)
+        with pytest.raises(OrderError, match=message):
+            read_orders(tmp_path / "orders.txt")
 
 
 def test_a_file_that_is_no_text_or_endless(tmp_path):
@@ -244,15 +208,13 @@ def test_orders_are_canonical_and_a_byte_order_mark_is_no_order(tmp_path):
 
 
 def test_the_defaults_are_those_of_the_api(program, monkeypatch):
-    seen = []
-    monkeypatch.setattr(StudyCommand, "run", lambda self: seen.append(vars(self.args)))
+    parsed = []
+    monkeypatch.setattr(StudyCommand, "run", lambda self: parsed.append(vars(self.args)))
     program("study", "model", "-o", "out")
-    (given,) = seen
+    (options,) = parsed
     for function in (JointCompressor.from_pretrained, JointCompressor.study):
         parameters = inspect.signature(function).parameters
-        for name in set(parameters) & set(given) - {"model", "orders"}:
-            assert given[name] == parameters[name].default, name
-    assert (
-        given["evaluate"]
-        == inspect.signature(JointCompressor.study).parameters["evaluation"].default
-    )
+        for name in set(parameters) & set(options) - {"model", "orders"}:
+            assert options[name] == parameters[name].default, name
+    study = inspect.signature(JointCompressor.study).parameters
+    assert options["evaluate"] == study["evaluation"].default

@@ -1,3 +1,5 @@
+"""`optimum-order verify` names every difference between a saved model and its manifest."""
+
 import json
 
 from optimum_order.artifact import manifest
@@ -9,7 +11,7 @@ def test_an_untouched_folder_is_good(program, saved):
     assert str(saved) in done.out
 
 
-def test_a_changed_byte_is_found_and_named(program, copied):
+def test_a_changed_byte_is_named(program, copied):
     file = copied / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -34,11 +36,11 @@ def test_a_folder_without_a_manifest_is_not_an_artifact(program, tmp_path):
     assert missing.code == 2 and missing.out == "" and "no folder" in missing.err
 
 
-def test_a_manifest_that_was_edited_is_found(program, copied):
+def test_an_edited_manifest_is_a_difference(program, copied):
     file = copied / manifest.FILE
-    stated = json.loads(file.read_text())
-    stated["order"] = "gptq:4 > wanda:0.5"
-    file.write_text(json.dumps(stated))
+    facts = json.loads(file.read_text())
+    facts["order"] = "gptq:4 > wanda:0.5"
+    file.write_text(json.dumps(facts))
     done = program("verify", copied)
     assert done.code == 1 and manifest.FILE in done.out
 

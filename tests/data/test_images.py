@@ -1,7 +1,6 @@
-"""Sources of images, the classes they are of, and draws; nothing of an image leaks into what a user sees."""
+"""Sources of images, their classes, and the images that are taken."""
 
 import io
-import subprocess
 import sys
 
 import numpy as np
@@ -10,10 +9,11 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil
 
-from optimum_order.data.images import digits, load
+from optimum_order.data.builtin import digits
+from optimum_order.data.images import load
 from optimum_order.errors import DataError
 
-COLOURS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
+COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +34,19 @@ def ten():
     return ViTConfig(num_labels=10)
 
 
-def paint(colour, size=(6, 5)) -> Image.Image:
-    return Image.new("RGB", size, colour)
+def paint(color, size=(6, 5)) -> Image.Image:
+    return Image.new("RGB", size, color)
 
 
 @pytest.fixture
 def classes(tmp_path):
-    """A folder of four images of each of three colours, one of them a level down, and things that are no images."""
-    folder = tmp_path / "colours"
-    for name, colour in COLOURS.items():
+    """A folder of four images of each of three colors, one a level down, and of other files."""
+    folder = tmp_path / "colors"
+    for name, color in COLORS.items():
         (folder / name / "more").mkdir(parents=True)
         for index in range(3):
-            paint(colour).save(folder / name / f"{index}.png")
-        paint(colour).save(folder / name / "more" / "3.JPG")
+            paint(color).save(folder / name / f"{index}.png")
+        paint(color).save(folder / name / "more" / "3.JPG")
     (folder / "notes.txt").write_text("not an image")
     (folder / ".hidden").mkdir()
     paint("white").save(folder / ".hidden" / "white.png")
@@ -57,9 +57,9 @@ def everything(source, processor, config, **options):
     return load(source, processor, config, **{"samples": None, "purpose": "evaluation"} | options)
 
 
-def colours(images):
-    """The names of the pure colours that these are."""
-    names = {value: name for name, value in COLOURS.items()}
+def colors(images):
+    """The names of the pure colors that these are."""
+    names = {value: name for name, value in COLORS.items()}
     return [
         names[tuple(255 * round(value) for value in mean)]
         for mean in images.pixels.mean((2, 3)).tolist()
@@ -71,34 +71,36 @@ class TestFolders:
         images = everything(classes, processor, config)
         assert images.pixels.shape == (12, 3, 4, 4) and images.pixels.dtype == torch.float32
         assert images.labels.dtype == torch.int64
-        assert images.labels.tolist() == [config.label2id[name] for name in colours(images)]
-        assert images.source == "colours", "the folder it lies in is nobody's business"
+        assert images.labels.tolist() == [config.label2id[name] for name in colors(images)]
+        assert images.source == "colors", "the path to the folder stays private"
 
     def test_other_names_are_the_models_classes_in_order(self, classes, processor):
         images = everything(classes, processor, ViTConfig(num_labels=3))
-        assert images.labels.tolist() == [sorted(COLOURS).index(name) for name in colours(images)]
+        assert images.labels.tolist() == [sorted(COLORS).index(name) for name in colors(images)]
 
     def test_an_empty_class_counts(self, classes, processor):
         (classes / "amber").mkdir()
         images = everything(classes, processor, ViTConfig(num_labels=4))
         assert sorted(set(images.labels.tolist())) == [1, 2, 3]
 
-    @pytest.mark.parametrize("known", [["blue", "lime", "violet"], ["a", "b"], ["blue", "lime"]])
-    def test_classes_that_the_model_does_not_have(self, classes, processor, known):
-        config = ViTConfig(
-            id2label=dict(enumerate(known)), label2id={name: i for i, name in enumerate(known)}
-        )
-        match = rf"colours has 3 classes, of which .*'red'.* not among the model's {len(known)} \('{known[0]}'"
-        with pytest.raises(DataError, match=match):
-            everything(classes, processor, config)
+    def test_classes_that_the_model_does_not_have(self, classes, processor):
+        for names in (["blue", "lime", "violet"], ["a", "b"], ["blue", "lime"]):
+            numbers = {name: number for number, name in enumerate(names)}
+            config = ViTConfig(id2label=dict(enumerate(names)), label2id=numbers)
+            message = (
+                "colors has 3 classes, of which .*'red'.* not among the model's "
+                rf"{len(names)} \('{names[0]}'"
+            )
+            with pytest.raises(DataError, match=message):
+                everything(classes, processor, config)
 
     def test_a_flat_folder_has_no_labels(self, classes, processor, config):
         images = everything(classes / "red" / "more", processor, config)
-        assert images.labels is None and colours(images) == ["red"] and images.source == "more"
+        assert images.labels is None and colors(images) == ["red"] and images.source == "more"
 
     def test_both_kinds_at_once(self, classes, processor, config):
         paint("red").save(classes / "loose.png")
-        with pytest.raises(DataError, match="'colours' holds images beside subfolders of images"):
+        with pytest.raises(DataError, match="'colors' holds images beside subfolders of images"):
             everything(classes, processor, config)
 
     def test_the_first_few_are_of_all_classes(self, classes, processor, config):
@@ -107,59 +109,51 @@ class TestFolders:
         assert len(set(whole.head(6).labels.tolist())) == 3
         few = everything(
             classes, processor, config, samples=6, seed=2
-        )  # the seed is for calibration
-        assert torch.equal(few.pixels, whole.pixels[:6]) and torch.equal(
-            few.labels, whole.labels[:6]
-        )
+        )  # only calibration has seeds
+        assert torch.equal(few.pixels, whole.pixels[:6])
+        assert torch.equal(few.labels, whole.labels[:6])
 
-    @pytest.mark.parametrize("damage", [b"", b"nothing at all", "cut"])
-    def test_a_damaged_image_is_named(self, classes, processor, config, damage):
+    def test_a_damaged_image_is_named(self, classes, processor, config):
         file = classes / "red" / "1.png"
-        file.write_bytes(file.read_bytes()[:50] if damage == "cut" else damage)
-        with pytest.raises(
-            DataError, match=r"'red/1\.png' in 'colours' is no image that can be read"
-        ) as caught:
-            everything(classes, processor, config)
-        assert str(classes.parent) not in str(caught.value)
+        image = file.read_bytes()
+        for damaged in (b"", b"nothing at all", image[:50]):
+            file.write_bytes(damaged)
+            message = r"'red/1\.png' in 'colors' is no image that can be read"
+            with pytest.raises(DataError, match=message) as error:
+                everything(classes, processor, config)
+            assert str(classes.parent) not in str(error.value)
 
     def test_a_file(self, classes, processor, config):
         with pytest.raises(DataError, match=r"'0\.png' is a file\. Give the folder"):
             everything(classes / "red" / "0.png", processor, config)
 
-    def test_what_is_not_there(self, tmp_path, processor, config):
+    def test_a_source_that_does_not_exist(self, tmp_path, processor, config):
         with pytest.raises(DataError, match="does not exist"):
             everything(tmp_path / "nowhere", processor, config)
-        with pytest.raises(
-            DataError, match=r"'nobody/nothing' is no file here.*or give a folder of images"
-        ):
+        message = r"'nobody/nothing' is no file here.*or give a folder of images"
+        with pytest.raises(DataError, match=message):
             everything("nobody/nothing", processor, config)
 
-    def test_only_what_is_drawn_is_read(self, classes, processor, config):
+    def test_only_the_drawn_images_are_read(self, classes, processor, config):
         drawn = load(classes, processor, config, samples=1, seed=0)
-        for file in classes.rglob("*.*"):  # all the others are broken now
-            if (
-                file.suffix in (".png", ".JPG")
-                and Image.open(file).getpixel((0, 0)) != COLOURS[colours(drawn)[0]]
-            ):
+        color = COLORS[colors(drawn)[0]]
+        images = [file for file in classes.rglob("*.*") if file.suffix in (".png", ".JPG")]
+        for file in images:
+            if Image.open(file).getpixel((0, 0)) != color:
                 file.write_bytes(b"")
         assert torch.equal(load(classes, processor, config, samples=1, seed=0).pixels, drawn.pixels)
 
 
 class TestPictures:
-    @pytest.mark.parametrize(
-        ("image", "mean"),
-        [
+    def test_every_mode_becomes_what_the_model_reads(self, tmp_path, processor, config):
+        for image, mean in [
             (Image.new("RGBA", (5, 5), (0, 255, 0, 10)), [0, 1, 0]),
             (Image.new("L", (5, 5), 255), [1, 1, 1]),
             (Image.new("1", (5, 5), 1), [1, 1, 1]),
             (paint("red").quantize(4), [1, 0, 0]),
-        ],
-    )
-    def test_every_kind_becomes_what_the_model_reads(
-        self, tmp_path, processor, config, image, mean
-    ):
-        image.save(tmp_path / "a.png")
-        assert everything(tmp_path, processor, config).pixels.mean((0, 2, 3)).tolist() == mean
+        ]:
+            image.save(tmp_path / "a.png")
+            assert everything(tmp_path, processor, config).pixels.mean((0, 2, 3)).tolist() == mean
 
     def test_a_camera_that_was_turned(self, tmp_path, processor, config):
         exif = Image.Exif()
@@ -168,32 +162,28 @@ class TestPictures:
         picture.paste(Image.new("RGB", (4, 8), "blue"), (0, 0))
         picture.save(tmp_path / "a.png", exif=exif)
         (pixels,) = everything(tmp_path, processor, config).pixels
-        assert (
-            pixels[2, 0].mean() == 1 and pixels[0, -1].mean() == 1
-        )  # blue on the left is blue above
+        # blue on the left is blue above
+        assert pixels[2, 0].mean() == 1 and pixels[0, -1].mean() == 1
 
     def test_a_model_of_one_channel(self, ten):
-        grey = ViTImageProcessorPil(
-            size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5]
-        )
+        size = {"height": 8, "width": 8}
+        gray = ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5])
         config = ViTConfig(num_labels=10, num_channels=1)
-        images = everything("builtin", grey, config, samples=5)
+        images = everything("builtin", gray, config, samples=5)
         assert images.pixels.shape == (5, 1, 8, 8)
-        assert torch.allclose(
-            images.pixels[:, 0], torch.tensor(digits("evaluation")[0][:5]) / 127.5 - 1, atol=1e-6
-        )
+        expected = torch.tensor(digits("evaluation")[0][:5]) / 127.5 - 1
+        assert torch.allclose(images.pixels[:, 0], expected, atol=1e-6)
 
     def test_no_processor(self, classes, config):
-        for nothing in (None, object()):
-            with pytest.raises(
-                DataError, match="images of colours need an image processor, and there is none"
-            ):
-                everything(classes, nothing, config)
+        for processor in (None, object()):
+            message = "images of colors need an image processor, and there is none"
+            with pytest.raises(DataError, match=message):
+                everything(classes, processor, config)
 
     def test_a_processor_that_holds_one(self, classes, processor, config):
         holder = type("Holder", (), {"image_processor": processor})()
-        found, expected = (everything(classes, each, config) for each in (holder, processor))
-        assert found.digest == expected.digest
+        images = everything(classes, holder, config)
+        assert images.digest == everything(classes, processor, config).digest
 
     def test_images_of_several_sizes_are_an_error(self, classes, config):
         free = ViTImageProcessorPil(do_resize=False)
@@ -203,39 +193,32 @@ class TestPictures:
 
     def test_more_than_memory_is_refused_before_it_is_read(self, config):
         huge = ViTImageProcessorPil(size={"height": 512, "width": 512}, do_normalize=False)
-        many = [paint("red")] * 20_000
-        with pytest.raises(
-            DataError,
-            match=r"20000 images of images in memory take 59 GiB .* at 3x512x512\. Name few",
-        ):
-            everything(many, huge, config)
+        message = r"20000 images of images in memory take 59 GiB .* at 3x512x512\. Name few"
+        with pytest.raises(DataError, match=message):
+            everything([paint("red")] * 20_000, huge, config)
 
 
 class TestMemory:
     def test_pil_images_and_arrays(self, processor, config):
-        given = [paint("red"), np.full((5, 7, 3), 255, np.uint8), np.zeros((5, 7), np.uint8)]
-        images = everything(given, processor, config)
+        pictures = [paint("red"), np.full((5, 7, 3), 255, np.uint8), np.zeros((5, 7), np.uint8)]
+        images = everything(pictures, processor, config)
         assert images.pixels.mean((2, 3)).tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
         assert images.labels is None and images.source == "images in memory"
-        assert everything((given, [2, 0, 1]), processor, config).labels.tolist() == [2, 0, 1]
-        whole = np.stack([np.asarray(paint(colour)) for colour in COLOURS])
-        assert colours(everything(whole, processor, config)) == list(COLOURS)
+        assert everything((pictures, [2, 0, 1]), processor, config).labels.tolist() == [2, 0, 1]
+        whole = np.stack([np.asarray(paint(color)) for color in COLORS])
+        assert colors(everything(whole, processor, config)) == list(COLORS)
 
-    @pytest.mark.parametrize(
-        "image",
-        [
+    def test_an_image_of_another_kind(self, processor, config):
+        message = r"Image 2 must be a PIL image or a uint8 array \(h, w\) or \(h, w, 3\)"
+        for image in [
             np.zeros((4, 4), np.float32),
             np.zeros((4, 4, 2), np.uint8),
             np.zeros(4, np.uint8),
             "red",
             None,
-        ],
-    )
-    def test_what_is_no_image(self, processor, config, image):
-        with pytest.raises(
-            DataError, match=r"Image 2 must be a PIL image or a uint8 array \(h, w\) or \(h, w, 3\)"
-        ):
-            everything([paint("red"), image], processor, config)
+        ]:
+            with pytest.raises(DataError, match=message):
+                everything([paint("red"), image], processor, config)
 
     def test_pixels_are_taken_as_they_are(self, config):
         pixels = torch.randn(6, 3, 5, 5)
@@ -248,28 +231,31 @@ class TestMemory:
             (index,) = [i for i in range(6) if torch.equal(pixels[i], image)]
             assert label == labels[index]
 
-    @pytest.mark.parametrize(
-        "pixels", [torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4)]
-    )
-    def test_pixels_of_another_kind(self, config, pixels):
-        with pytest.raises(
-            DataError, match=r"Pixels must be floats \(n, channels, height, width\)"
-        ):
-            everything(pixels, None, config)
+    def test_pixels_of_another_kind(self, config):
+        message = r"Pixels must be floats \(n, channels, height, width\)"
+        for pixels in (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4)):
+            with pytest.raises(DataError, match=message):
+                everything(pixels, None, config)
 
-    @pytest.mark.parametrize(
-        "labels", [[0], [0, 1, 2], [0.0, 1.0], [True, False], "ab", ["red", "blue"], [[0, 1]]]
-    )
-    def test_labels_that_are_none(self, config, labels):
-        with pytest.raises(DataError, match="The labels of 2 images must be as many integers"):
-            everything((torch.zeros(2, 3, 4, 4), labels), None, config)
-
-    @pytest.mark.parametrize("source", [None, 3, {"image": 1}, (torch.zeros(1, 3, 4, 4), [0], 1)])
-    def test_other_things(self, processor, config, source):
-        with pytest.raises(
-            DataError, match=f"Images are a folder, .*, got {type(source).__name__}"
+    def test_labels_that_are_no_class_numbers(self, config):
+        message = "The labels of 2 images must be as many integers"
+        for labels in (
+            [0],
+            [0, 1, 2],
+            [0.0, 1.0],
+            [True, False],
+            "ab",
+            ["red", "blue"],
+            [[0, 1]],
         ):
-            everything(source, processor, config)
+            with pytest.raises(DataError, match=message):
+                everything((torch.zeros(2, 3, 4, 4), labels), None, config)
+
+    def test_other_things(self, processor, config):
+        for source in (None, 3, {"image": 1}, (torch.zeros(1, 3, 4, 4), [0], 1)):
+            message = f"Images are a folder, .*, got {type(source).__name__}"
+            with pytest.raises(DataError, match=message):
+                everything(source, processor, config)
 
     def test_none_at_all(self, processor, config):
         with pytest.raises(DataError, match="images in memory has no images"):
@@ -278,57 +264,36 @@ class TestMemory:
             everything(torch.zeros(0, 3, 4, 4), processor, config)
 
 
-class TestDraws:
-    def test_draws_of_one_seed_are_disjoint_and_cover_all(self):
-        pixels = torch.arange(30.0).view(30, 1, 1, 1)
-        config = ViTConfig(num_channels=1)
-        draws = [
-            load(pixels, None, config, samples=10, seed=1, draw=draw).pixels.flatten()
-            for draw in range(3)
-        ]
-        assert sorted(torch.cat(draws).tolist()) == list(range(30))
-        assert draws[0].tolist() != list(range(10))
-        again = load(pixels, None, config, samples=10, seed=1).pixels.flatten()
-        other = load(pixels, None, config, samples=10, seed=2).pixels.flatten()
-        assert torch.equal(again, draws[0]) and not torch.equal(other, draws[0])
-        with pytest.raises(
-            DataError, match="has 30 images, enough for 3 disjoint draws of 10; asked for draw 3"
-        ):
-            load(pixels, None, config, samples=10, draw=3)
+class TestChoice:
+    """Pixels that are told apart by their value."""
 
-    def test_an_evaluation_of_ones_own_images_keeps_their_order(self):
-        pixels = torch.arange(30.0).view(30, 1, 1, 1)
-        found = everything(pixels, None, ViTConfig(), samples=4, seed=9)
-        assert found.pixels.flatten().tolist() == [0, 1, 2, 3]
+    pixels = torch.arange(30.0).view(30, 1, 1, 1)
+    config = ViTConfig(num_channels=1)
+
+    def values(self, **options):
+        options = {"samples": None} | options
+        return load(self.pixels, None, self.config, **options).pixels.flatten().tolist()
+
+    def test_more_images_of_a_seed_begin_with_fewer(self):
+        """Draws are blocks of one permutation, which covers all images."""
+        whole = self.values(seed=1)
+        assert sorted(whole) == list(range(30)) and whole != list(range(30))
+        assert self.values(seed=1, samples=10) == whole[:10]
+        assert self.values(seed=2) != whole
+
+    def test_an_evaluation_of_images_in_memory_keeps_their_order(self):
+        assert self.values(samples=4, seed=9, purpose="evaluation") == [0, 1, 2, 3]
 
     def test_fewer_than_asked_for(self):
-        found = load(torch.zeros(5, 1, 1, 1), None, ViTConfig(), samples=9)
-        assert len(found) == 5 and found.note == "pixels in memory has 5 images, 9 were asked for"
+        images = load(self.pixels[:5], None, self.config, samples=9)
+        assert len(images) == 5 and images.note == "pixels in memory has 5 images, 9 were asked for"
 
-    @pytest.mark.parametrize("bad", [{"samples": 0}, {"samples": 1, "draw": -1}])
-    def test_settings(self, config, bad):
-        with pytest.raises(DataError, match="samples of 1 or more and a draw of 0 or more"):
-            load(torch.zeros(5, 1, 1, 1), None, config, **bad)
+    def test_settings(self):
+        with pytest.raises(DataError, match="samples of 1 or more, got samples=0"):
+            self.values(samples=0)
 
 
 class TestBuiltin:
-    def test_the_two_parts_are_all_digits_and_share_none(self):
-        (train, held_out), labels = zip(digits("calibration"), digits("evaluation"), strict=True)
-        assert (
-            train.shape == (897, 8, 8) and held_out.shape == (900, 8, 8) and train.dtype == np.uint8
-        )
-        assert {image.tobytes() for image in train}.isdisjoint(
-            image.tobytes() for image in held_out
-        )
-        assert all(np.bincount(part, minlength=10).min() > 70 for part in labels)
-        assert (train.min(), train.max()) == (0, 255)
-
-    def test_the_split_never_changes(self):
-        """What is shipped was trained on one part; it must not be measured on it."""
-        images, labels = digits("evaluation")
-        assert labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
-        assert int(images.astype(np.int64).sum()) == 4_481_599
-
     def test_purposes(self, processor, ten):
         calibration = load("builtin", processor, ten, samples=None)
         evaluation = everything("builtin", processor, ten)
@@ -344,26 +309,16 @@ class TestBuiltin:
         with pytest.raises(DataError, match="digits, for a model of 10 classes; this one has 3"):
             everything("builtin", processor, config)
 
-    @pytest.mark.parametrize(
-        ("missing", "says"),
-        [("sklearn", "scikit-learn, which is not installed"), ("PIL", "library Pillow")],
-    )
-    def test_a_library_that_is_missing(self, missing, says):
-        code = f"""
-import sys
-sys.modules[{missing!r}] = None
-from optimum_order.data.images import load
-from optimum_order.errors import DataError
-from transformers import ViTConfig
-try:
-    load("builtin", None, ViTConfig(num_labels=10), samples=1)
-except DataError as error:
-    print(error)
-"""
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        assert says in done.stdout and "pip install 'optimum-order[vision]'" in done.stdout
+    def test_a_library_that_is_missing(self, ten, monkeypatch):
+        for library, message in [
+            ("sklearn.datasets", "scikit-learn, which is not installed"),
+            ("PIL", "library Pillow, which is not installed"),
+        ]:
+            with monkeypatch.context() as patch:
+                patch.setitem(sys.modules, library, None)
+                with pytest.raises(DataError, match=message) as error:
+                    load("builtin", None, ten, samples=1)
+            assert "pip install 'optimum-order[vision]'" in str(error.value)
 
 
 class TestDatasets:
@@ -382,9 +337,9 @@ class TestDatasets:
         made.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
     @staticmethod
-    def encoded(colour):
+    def encoded(color):
         file = io.BytesIO()
-        paint(colour).save(file, "png")
+        paint(color).save(file, "png")
         return {"bytes": file.getvalue(), "path": None}
 
     @pytest.fixture
@@ -395,8 +350,8 @@ class TestDatasets:
         label = datasets.ClassLabel(names=["red", "blue", "lime"])
         for split, repeats in (("train", 2), ("test", 1)):
             columns = {
-                "image": [self.encoded(c) for c in COLOURS] * repeats,
-                "label": list(COLOURS) * repeats,
+                "image": [self.encoded(c) for c in COLORS] * repeats,
+                "label": list(COLORS) * repeats,
             }
             self.write(tmp_path / "data", split, columns, image=datasets.Image(), label=label)
         return tmp_path / "data"
@@ -406,7 +361,7 @@ class TestDatasets:
         calibration = load(str(folder), processor, config, samples=None)
         assert (len(evaluation), len(calibration)) == (3, 6) and evaluation.source == "data"
         for images in (evaluation, calibration):
-            assert images.labels.tolist() == [config.label2id[name] for name in colours(images)]
+            assert images.labels.tolist() == [config.label2id[name] for name in colors(images)]
         assert everything(f"{folder}::train[:4]", processor, config).source == "data::train[:4]"
         assert len(everything(f"{folder}::train[:4]", processor, config)) == 4
 
@@ -422,16 +377,19 @@ class TestDatasets:
         pictures = {"front": datasets.Image(), "back": datasets.Image()}
         others = {"labels": datasets.Value("int64"), "name": datasets.Value("string")}
         self.write(tmp_path / "two", "test", columns, **pictures, **others)
-        found = everything(f"{tmp_path / 'two'}:::back", processor, config)
-        assert colours(found) == ["blue"] and found.labels.tolist() == [1]
-        match = r"'two' has no column 'image' of images\. Its columns of images are: front, back; others: labels, name"
-        with pytest.raises(DataError, match=match):
+        images = everything(f"{tmp_path / 'two'}:::back", processor, config)
+        assert colors(images) == ["blue"] and images.labels.tolist() == [1]
+        message = (
+            r"'two' has several columns of images\. Its columns of images are: front, back; "
+            "others: labels, name"
+        )
+        with pytest.raises(DataError, match=message):
             everything(tmp_path / "two", processor, config)
 
-    def test_labels_that_are_kept_back(self, tmp_path, processor, config):
+    def test_labels_that_are_withheld(self, tmp_path, processor, config):
         import datasets
 
-        columns = {"image": [self.encoded(c) for c in COLOURS], "label": [-1, -1, -1]}
+        columns = {"image": [self.encoded(c) for c in COLORS], "label": [-1, -1, -1]}
         label = datasets.ClassLabel(names=["red", "blue", "lime"])
         self.write(tmp_path / "hidden", "test", columns, image=datasets.Image(), label=label)
         assert everything(tmp_path / "hidden", processor, config).labels is None

@@ -191,13 +191,13 @@ def test_reset_gives_the_original_back(make_runner, compressor):
 def test_draws_are_disjoint_and_read_once(make_compressor, monkeypatch):
     from optimum_order import compressor as module
 
-    reads, read = [], module.samples_for
+    reads, read = [], module.load_samples
     monkeypatch.setattr(
-        module, "samples_for", lambda *a, **k: reads.append(k["samples"]) or read(*a, **k)
+        module, "load_samples", lambda *a, **k: reads.append(k["samples"]) or read(*a, **k)
     )
     found = make_compressor()
     runner = found._runner(progress=False)
-    found._draw(2)
+    found._draws.take(2)
     rows = [
         {tuple(row) for batch in runner.batches(draw) for row in batch["input_ids"].tolist()}
         for draw in (0, 1, 2)
@@ -208,14 +208,14 @@ def test_draws_are_disjoint_and_read_once(make_compressor, monkeypatch):
     assert few == whole[:2]
     assert reads == [12], "the source is read once for all draws"
     for draw in (0, 1, 2):  # the same as those that are drawn one by one
-        single = found._calibration(draw=draw)
-        assert {tuple(row) for row in single.ids.tolist()} == rows[draw]
+        single = found._calibration(samples=4 * (draw + 1))
+        assert {tuple(row) for row in single.ids[-4:].tolist()} == rows[draw]
 
 
 def test_too_few_windows_for_the_draws(make_compressor):
     found = make_compressor(calibration_samples=300)
     with pytest.raises(DataError, match=r"enough for \d disjoint draws of 300, and 9 are needed"):
-        found._draw(8)
+        found._draws.take(8)
 
 
 def test_without_calibration_only_methods_that_need_none_are_run(make_compressor):

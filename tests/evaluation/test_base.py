@@ -1,4 +1,4 @@
-"""What every metric gets from the base: checks, modes, progress, batches."""
+"""What every metric gets from the base: checks, modes, progress, batches; each sample read once."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation import Metric, Windows, available
 from optimum_order.evaluation.perplexity import Perplexity
+from optimum_order.testing import MetricContract
 
 
 class FirstToken(Metric):
@@ -15,10 +16,12 @@ class FirstToken(Metric):
     name = "first_token"
     summary = "a metric for tests"
     higher_is_better = True
+    batches = ()
 
     def score(self, model, batch):
         ids = batch["input_ids"]
         self.mode = (model.training, torch.is_inference_mode_enabled(), ids.device)
+        self.batches = (*self.batches, len(ids))
         return ids[:, 0].float()
 
 
@@ -40,51 +43,105 @@ def windows():
     return Windows(torch.tensor([[1, 0, 0], [2, 0, 0], [6, 0, 0]]), "made up")
 
 
+class Norm(Metric):
+    """The mean square of the logits, for the contract."""
+
+    name = "norm"
+    summary = "a metric for tests"
+    higher_is_better = False
+
+    def score(self, model, batch):
+        return model(**batch).logits.float().square().mean((1, 2))
+
+
+class TestContract(MetricContract):
+    def metric(self):
+        return Norm()
+
+    def model(self):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+        return LlamaForCausalLM(config)
+
+    def samples(self):
+        ids = torch.randint(0, 50, (5, 6), generator=torch.Generator().manual_seed(0))
+        return Windows(ids, "made up")
+
+
 def test_metrics_are_found_by_name():
     assert available()["perplexity"] is Perplexity
-    for name, metric in available().items():
-        assert metric.name == name and metric.summary and isinstance(metric.higher_is_better, bool)
+    assert {name: metric.name for name, metric in available().items()} == {
+        name: name for name in ("accuracy", "fidelity", "perplexity")
+    }
 
 
 def test_mean_and_standard_error(model, windows):
-    found = FirstToken().measure(model, windows, progress=False)
-    assert found.value == 3 and found.per_sequence == (1, 2, 6)
-    assert found.standard_error == pytest.approx((7 / 3) ** 0.5)  # sample variance 7, three windows
-    assert found.tokens == 9 and found.source == "made up" and found.digest == windows.digest
+    result = FirstToken().measure(model, windows, progress=False)
+    assert result.value == 3 and result.scores == (1, 2, 6)
+    # the sample variance of three windows is 7
+    assert result.standard_error == pytest.approx((7 / 3) ** 0.5)
+    assert (result.tokens, result.source, result.digest) == (9, "made up", windows.digest)
+    assert result.performance == result.value and result.performances.tolist() == [1, 2, 6]
+
+
+def test_every_sample_is_read_once_for_a_measurement(model, windows):
+    metric = FirstToken()
+    metric.measure(model, windows, batch_size=2, progress=False)
+    assert metric.batches == (2, 1)
+
+
+def test_the_forwards_of_a_language_model_are_counted(tiny_llama_folder, monkeypatch):
+    """A model is run once for each batch, whatever figures come of it."""
+    llama = LlamaForCausalLM.from_pretrained(tiny_llama_folder)
+    sizes = []
+    forward = llama.forward
+    monkeypatch.setattr(
+        llama,
+        "forward",
+        lambda input_ids, **o: sizes.append(len(input_ids)) or forward(input_ids, **o),
+    )
+    Perplexity().measure(
+        llama, Windows(torch.arange(40).view(5, 8), ""), batch_size=2, progress=False
+    )
+    assert sizes == [2, 2, 1]
 
 
 def test_one_window_has_no_standard_error(model, windows):
-    found = FirstToken().measure(model, Windows(windows.ids[:1], "made up"), progress=False)
-    assert found.value == 1 and found.standard_error is None
+    result = FirstToken().measure(model, Windows(windows.ids[:1], "made up"), progress=False)
+    assert result.value == 1 and result.standard_error is None
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_model_runs_in_evaluation_mode_and_is_left_as_it_was(model, windows, training):
-    model.train(training)
-    metric = FirstToken()
-    metric.measure(model, windows, progress=False)
-    assert metric.mode == (False, True, torch.device("cpu"))
-    assert model.training is training
+def test_the_model_runs_in_evaluation_mode_and_is_left_as_before(model, windows):
+    for training in (True, False):
+        model.train(training)
+        metric = FirstToken()
+        metric.measure(model, windows, progress=False)
+        assert metric.mode == (False, True, torch.device("cpu"))
+        assert model.training is training
 
 
-def test_the_mode_is_restored_after_a_failure(model, windows):
+def test_the_first_window_that_is_not_finite_is_named_and_the_mode_restored(model, windows):
     class Broken(FirstToken):
+        bad = (1, 2, 6)
+
         def score(self, model, batch):
-            return torch.full((len(batch["input_ids"]),), torch.nan)
+            scores = super().score(model, batch)
+            return scores.masked_fill(torch.isin(scores, torch.tensor(self.bad)), torch.inf)
 
     model.train()
-    with pytest.raises(ModelError, match="first_token of window 1 of 3 is not finite"):
-        Broken().measure(model, windows, progress=False)
-    assert model.training
-
-
-def test_the_window_that_is_not_finite_is_named(model, windows):
-    class Broken(FirstToken):
-        def score(self, model, batch):
-            return torch.where(batch["input_ids"][:, 0] == 6, torch.inf, 0.0)
-
-    with pytest.raises(ModelError, match="window 3 of 3"):
-        Broken().measure(model, windows, batch_size=2, progress=False)
+    metric = Broken()
+    for bad, number in ((metric.bad, 1), ((2.0, 6.0), 2), ((6.0,), 3)):
+        metric.bad = bad
+        message = f"first_token of window {number} of 3 is not finite"
+        with pytest.raises(ModelError, match=message):
+            metric.measure(model, windows, batch_size=2, progress=False)
+        assert model.training
 
 
 def test_progress_is_on_stderr_and_only_if_asked_for(model, windows, capfd):
@@ -95,13 +152,8 @@ def test_progress_is_on_stderr_and_only_if_asked_for(model, windows, capfd):
     assert out == "" and "first_token" in err and "3/3" in err
 
 
-def test_windows_longer_than_the_model_reads(model):
+def test_samples_that_the_model_cannot_read_are_refused_before_it_runs(model):
+    metric = FirstToken()
     with pytest.raises(DataError, match="at most 8 tokens at once, got windows of 9"):
-        FirstToken().measure(
-            model, Windows(torch.zeros(1, 9, dtype=torch.long), "made up"), progress=False
-        )
-
-
-def test_tokens_that_the_model_does_not_know(model):
-    with pytest.raises(DataError, match="knows tokens 0 to 49, got token 50 from made up"):
-        FirstToken().measure(model, Windows(torch.tensor([[0, 50]]), "made up"), progress=False)
+        metric.measure(model, Windows(torch.zeros(1, 9, dtype=torch.long), "x"), progress=False)
+    assert metric.batches == ()

@@ -20,6 +20,7 @@ from transformers import (
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation import Images, Windows, available, fidelity
 from optimum_order.evaluation.fidelity import Fidelity
+from optimum_order.testing import MetricContract
 
 BERT = {
     "vocab_size": 64,
@@ -43,18 +44,22 @@ def vit(**changes):
     return ViTForImageClassification(ViTConfig(**settings)).eval()
 
 
-def disturbed(model, by=0.1):
+def disturbed(model, scale=0.1):
     """A copy with other weights."""
-    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += by * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(
+                parameter.dtype
+            )
     return other
 
 
 def counted(model):
-    """The sizes of the batches that the model is run on, as they come."""
-    sizes, forward = [], model.forward
+    """The sizes of the batches that the model is run on, in order."""
+    sizes = []
+    forward = model.forward
 
     def count(*args, **inputs):
         sizes.append(len(next(iter(inputs.values()))))
@@ -92,57 +97,69 @@ def test_it_is_found_by_name():
     assert available()["fidelity"] is Fidelity
 
 
-@pytest.mark.parametrize("kind", ["causal", "masked", "classifier of text", "classifier of images"])
-def test_it_is_the_mean_kl_divergence_from_the_original(kind, make_model, windows, images):
+class TestContract(MetricContract):
+    @pytest.fixture(autouse=True)
+    def original(self, model, windows):
+        self._original = model
+        self._windows = windows
+
+    def metric(self):
+        return Fidelity(self._original)
+
+    def model(self):
+        return disturbed(self._original, 0.02)
+
+    def samples(self):
+        return self._windows
+
+
+def test_the_mean_kl_divergence_from_the_original(make_model, windows, images):
     torch.manual_seed(0)
-    original = {
-        "causal": lambda: make_model("llama"),
-        "masked": lambda: BertForMaskedLM(BertConfig(**BERT)).eval(),
-        "classifier of text": lambda: BertForSequenceClassification(
-            BertConfig(**BERT, num_labels=3)
-        ).eval(),
-        "classifier of images": vit,
-    }[kind]()
-    samples = images if "images" in kind else windows
-    other = disturbed(original)
-    inputs = {"pixel_values": images.pixels} if samples is images else {"input_ids": windows.ids}
-    with torch.no_grad():
-        p, q = (m(**inputs).logits.double().log_softmax(-1) for m in (original, other))
-    positions = 12 if p.ndim == 3 else 1
-    expected = [
-        functional.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / positions
-        for i in range(5)
-    ]
-    found = measure(original, other, samples, batch_size=2)
-    assert min(expected) > 1e-5
-    assert found.per_sequence == pytest.approx(
-        expected, rel=1e-3, abs=1e-9
-    )  # of float32 logits of other batches
-    assert found.value == pytest.approx(sum(expected) / 5, rel=1e-3)
-    assert found.performance == -found.value and not found.higher_is_better
-    backwards = measure(other, original, samples, batch_size=2)
-    assert backwards.value != pytest.approx(
-        found.value, rel=1e-3
-    )  # it is KL(original || model), not the reverse
+    for original, samples in [
+        (make_model("llama"), windows),
+        (BertForMaskedLM(BertConfig(**BERT)).eval(), windows),
+        (BertForSequenceClassification(BertConfig(**BERT, num_labels=3)).eval(), windows),
+        (vit(), images),
+    ]:
+        other = disturbed(original)
+        if samples is images:
+            inputs = {"pixel_values": images.pixels}
+        else:
+            inputs = {"input_ids": windows.ids}
+        with torch.no_grad():
+            p, q = (m(**inputs).logits.double().log_softmax(-1) for m in (original, other))
+        positions = 12 if p.ndim == 3 else 1
+        expected = [
+            functional.kl_div(q[i], p[i], log_target=True, reduction="sum").item() / positions
+            for i in range(5)
+        ]
+        result = measure(original, other, samples, batch_size=2)
+        assert min(expected) > 1e-5
+        # of float32 logits of other batches
+        assert result.scores == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        assert result.value == pytest.approx(sum(expected) / 5, rel=1e-3)
+        assert result.performance == -result.value and not result.higher_is_better
+        reverse = measure(other, original, samples, batch_size=2)
+        assert reverse.value != pytest.approx(result.value, rel=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_is_exactly_like_itself(model, windows, images, dtype):
-    model.to(dtype)
-    metric = Fidelity(model)
-    for _ in range(2):  # the second time against the kept logits
-        assert metric.measure(model, windows, batch_size=2, progress=False).per_sequence == (0,) * 5
+def test_a_model_is_exactly_like_itself(make_model, windows, images):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model("llama").to(dtype)
+        metric = Fidelity(model)
+        for _ in range(2):  # the second time against the cached logits
+            result = metric.measure(model, windows, batch_size=2, progress=False)
+            assert result.scores == (0,) * 5
     original = vit()
-    assert measure(original, copy.deepcopy(original), images).per_sequence == (0,) * 5
+    assert measure(original, copy.deepcopy(original), images).scores == (0,) * 5
 
 
 def test_labels_do_not_matter(images):
     original = vit()
     other = disturbed(original)
-    with_labels, without = (
-        measure(original, other, s) for s in (images, Images(images.pixels, "made up"))
-    )
-    assert with_labels.per_sequence == without.per_sequence
+    unlabeled = Images(images.pixels, "made up")
+    scores = [measure(original, other, samples).scores for samples in (images, unlabeled)]
+    assert scores[0] == scores[1]
 
 
 def test_a_small_difference_is_not_lost_in_rounding():
@@ -152,7 +169,7 @@ def test_a_small_difference_is_not_lost_in_rounding():
     probabilities = p.double().softmax(-1)
     change = (q - p).double()
     variance = (probabilities * change.square()).sum(-1) - (probabilities * change).sum(-1).square()
-    # to second order, KL is half the variance of the change of the logits; float32 would have lost 1e-9 in 1e-7
+    # to second order, KL is half the variance of the change of the logits: 1e-9, lost in float32
     assert fidelity._divergence(p, q).item() == pytest.approx(variance.mean().item() / 2, rel=1e-3)
 
 
@@ -160,21 +177,21 @@ def test_logits_of_any_size():
     p, q = torch.tensor([[3e4, 0.0, -3e4]]), torch.tensor([[0.0, 3e4, -3e4]])
     assert fidelity._divergence(p, q).item() == 3e4
     ruled_out = torch.tensor([[0.0, 0.0, -math.inf]])
-    assert fidelity._divergence(
-        ruled_out, torch.tensor([[1.0, 0.0, -math.inf]])
-    ).item() == pytest.approx(math.log1p(math.e) - math.log(2) - 0.5)
+    divergence = fidelity._divergence(ruled_out, torch.tensor([[1.0, 0.0, -math.inf]]))
+    assert divergence.item() == pytest.approx(math.log1p(math.e) - math.log(2) - 0.5)
     assert fidelity._divergence(torch.zeros(1, 3), ruled_out).item() == math.inf
 
 
 def test_slices_add_up(model, windows, monkeypatch):
     other = disturbed(model)
-    expected = measure(model, other, windows).per_sequence
+    expected = measure(model, other, windows).scores
     monkeypatch.setattr(fidelity, "_SLICE", 64 * 5)  # 12 positions as 5, 5 and 2
-    assert measure(model, other, windows).per_sequence == pytest.approx(expected, rel=1e-12)
+    assert measure(model, other, windows).scores == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_original_is_run_once(model, windows):
-    others, runs = [disturbed(model, by) for by in (0.1, 0.2)], counted(model)
+    others = [disturbed(model, scale) for scale in (0.1, 0.2)]
+    runs = counted(model)
     metric = Fidelity(model)
     first = [metric.measure(other, windows, batch_size=2, progress=False).value for other in others]
     assert runs == [2, 2, 1]
@@ -182,22 +199,24 @@ def test_the_original_is_run_once(model, windows):
     assert first == again and first[0] < first[1]
 
 
-def test_kept_logits_are_of_the_very_same_batch(model, windows):
-    other, metric = disturbed(model), Fidelity(model)
+def test_cached_logits_are_of_the_very_same_batch(model, windows):
+    other = disturbed(model)
+    metric = Fidelity(model)
     metric.measure(other, windows, progress=False)
     changed = Windows(windows.ids.clone(), "made up")
     changed.ids[0, 0] = (changed.ids[0, 0] + 1) % 64
-    expected = measure(model, other, changed).per_sequence
-    assert metric.measure(other, changed, progress=False).per_sequence == expected
+    expected = measure(model, other, changed).scores
+    assert metric.measure(other, changed, progress=False).scores == expected
 
 
-def test_no_more_is_kept_than_allowed(model, windows):
-    other, runs = disturbed(model), counted(model)
+def test_no_more_is_cached_than_allowed(model, windows):
+    other = disturbed(model)
+    runs = counted(model)
     one_batch = 2 * 12 * 64 * 4
     metric = Fidelity(model, cache_bytes=2 * one_batch - 1)
     expected = metric.measure(other, windows, batch_size=2, progress=False).value
     assert runs == [2, 2, 1]
-    # the first batch and the last, half as large, are kept
+    # the first batch and the last, half as large, are cached
     assert metric.measure(other, windows, batch_size=2, progress=False).value == expected
     assert runs == [2, 2, 1, 2]
 
@@ -227,10 +246,10 @@ def test_a_model_with_one_output(images):
         measure(vit(num_labels=1), vit(num_labels=1), images)
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-def test_outputs_that_are_no_distribution(images, problem):
-    with pytest.raises(ModelError, match=problem):
-        measure(vit(problem_type=problem), vit(), images)
+def test_outputs_that_are_no_distribution(images):
+    for problem in ("regression", "multi_label_classification"):
+        with pytest.raises(ModelError, match=problem):
+            measure(vit(problem_type=problem), vit(), images)
 
 
 def test_two_inputs(windows):

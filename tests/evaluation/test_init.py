@@ -1,4 +1,4 @@
-"""Which metric a model is measured by."""
+"""The metric that a model is measured by."""
 
 import pytest
 from transformers import (
@@ -31,22 +31,32 @@ def test_a_metric_by_name(make_image_model):
 
 
 def test_no_usual_metric():
-    small = {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
-    bert = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    for model in (
-        T5ForConditionalGeneration(T5Config(**small)),
-        BertModel(BertConfig(**bert, vocab_size=50)),
-    ):
-        with pytest.raises(
-            ModelError,
-            match=f"No metric is the usual one for {type(model).__name__}.*accuracy, .*fid",
-        ):
+    t5 = T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, vocab_size=50)
+    bert = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    for model in (T5ForConditionalGeneration(t5), BertModel(bert)):
+        name = type(model).__name__
+        message = f"No metric is the usual one for {name}. Name one .*accuracy, .*fidelity"
+        with pytest.raises(ModelError, match=message):
             choose(model)
+
+
+def test_a_metric_says_itself_for_which_models_it_is_usual(monkeypatch):
+    """So that a metric of another package can be; two that are usual for a model are ambiguous."""
+    model = BertModel(
+        BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    metrics = available()
+    monkeypatch.setattr(metrics["fidelity"], "is_usual", lambda model: True)
+    assert choose(model) is metrics["fidelity"]
+    monkeypatch.setattr(metrics["accuracy"], "is_usual", lambda model: True)
+    with pytest.raises(ModelError, match=r"Several metrics are the usual one .*: accuracy, fidel"):
+        choose(model)
 
 
 def test_a_classifier_with_code_of_its_own():

@@ -145,12 +145,12 @@ def test_a_local_path_is_not_given_away(tiny_llama_folder):
     assert open_checkpoint(tiny_llama_folder).id == tiny_llama_folder.name
 
 
-def test_quantised_checkpoints_are_refused(copy):
+def test_quantized_checkpoints_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with pytest.raises(ModelError, match=r"already quantised \(gptq\)"):
+    with pytest.raises(ModelError, match=r"already quantized \(gptq\)"):
         open_checkpoint(copy)
 
 

@@ -97,40 +97,65 @@ def linear_input(model, target, x):
     return module(x) - bias
 
 
-@pytest.mark.parametrize("architecture", EXPECTED)
-def test_every_block_and_layer_by_name_and_shape(make_model, architecture):
-    blocks, count, layers = EXPECTED[architecture]
-    units = find_units(make_model(architecture))
-    assert [unit.name for unit in units] == [f"{blocks}.{i}" for i in range(count)]
-    for unit in units:
-        found = {target.name: tuple(target.view.shape) for target in unit.targets}
-        assert found == {f"{unit.name}.{name}": shape for name, shape in layers.items()}
+def test_every_block_and_layer_by_name_and_shape(make_model):
+    for architecture, (blocks, count, layers) in EXPECTED.items():
+        units = find_units(make_model(architecture))
+        assert [unit.name for unit in units] == [f"{blocks}.{i}" for i in range(count)]
+        for unit in units:
+            shapes = {target.name: tuple(target.view.shape) for target in unit.targets}
+            assert shapes == {f"{unit.name}.{name}": shape for name, shape in layers.items()}
 
 
-@pytest.mark.parametrize("architecture", EXPECTED)
-def test_the_view_is_what_multiplies_an_input(make_model, architecture):
-    model = make_model(architecture)
-    for target in find_units(model)[0].targets:
-        x = torch.randn(5, target.view.shape[1], generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            assert torch.allclose(linear_input(model, target, x), x @ target.view.T, atol=1e-5)
+@torch.no_grad()
+def test_the_view_is_what_multiplies_an_input(make_model):
+    for architecture in EXPECTED:
+        model = make_model(architecture)
+        for target in find_units(model)[0].targets:
+            x = torch.randn(5, target.view.shape[1], generator=torch.Generator().manual_seed(0))
+            product = linear_input(model, target, x)
+            assert torch.allclose(product, x @ target.view.T, atol=1e-5), target.name
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
-def test_what_is_written_is_what_the_model_has_and_nothing_else_changes(make_model, architecture):
-    model = make_model(architecture)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for target in find_units(model)[0].targets:
-        weight = target.read()
-        assert weight.is_contiguous()
-        assert torch.equal(weight, target.view)
-        assert weight.data_ptr() != target.view.data_ptr()
-        new = torch.randn_like(weight)
-        target.write(new)
-        assert torch.equal(target.read(), new)
-        assert torch.equal(target.view, new)
-        target.write(weight)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_what_is_written_is_what_the_model_has_and_nothing_else_changes(
+    make_model, make_image_model
+):
+    models = [make_model(name) for name in ("llama", "gpt2", "mixtral", "gpt_oss")]
+    for model in [*models, make_image_model("regnet")]:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for target in find_units(model)[0].targets:
+            weight = target.read()
+            assert weight.is_contiguous()
+            assert torch.equal(weight, target.view)
+            assert weight.data_ptr() != target.view.data_ptr()
+            new = torch.randn_like(weight)
+            target.write(new)
+            assert torch.equal(target.read(), new)
+            assert torch.equal(target.view, new)
+            target.write(weight)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_target_sees_a_parameter_that_was_put_in_place_of_another(make_model):
+    model = make_model("gpt2")
+    target = find_units(model)[0].targets[0]
+    module = model.transformer.h[0].attn.c_attn
+    assert target.parameter is module.weight and target.parameter_name in model.state_dict()
+    module.weight = nn.Parameter(torch.randn(32, 48))
+    assert target.parameter is module.weight and target.view.shape == (48, 32)
+    target.write(torch.zeros(48, 32))
+    assert not module.weight.any()
+
+
+def test_a_target_finds_its_part_in_any_tensor_of_the_parameters_shape(make_model):
+    """In the tensor's own memory: a checkpoint is read and written so, one layer at a time."""
+    for architecture in ("gpt2", "gpt_oss", "llama"):
+        model = make_model(architecture)
+        for target in find_units(model)[1].targets:
+            tensor = target.parameter.detach().clone()
+            assert torch.equal(target.matrix_of(tensor), target.view)
+            target.matrix_of(tensor).zero_()
+            zeros = (tensor == 0).sum()
+            assert zeros == target.view.numel() and target.view.all()
 
 
 def test_an_expert_is_one_slice(make_model):
@@ -149,16 +174,16 @@ def test_an_expert_is_one_slice(make_model):
 
 
 def stage(index, depth, first):
-    """The layers of a stage of 3 x 3 convolutions, 8 or 16 wide, with a shortcut in its first block."""
+    """Return the layers of a stage of 3 x 3 convolutions, with a shortcut in its first block."""
     width = 8 * (index + 1)
-    found = {}
+    shapes = {}
     for block in range(depth):
         name = f"resnet.encoder.stages.{index}.layers.{block}"
         if block == 0 and first != width:
-            found[f"{name}.shortcut.convolution"] = (width, first)
-        found[f"{name}.layer.0.convolution"] = (width, 9 * (width if block else first))
-        found[f"{name}.layer.1.convolution"] = (width, 9 * width)
-    return found
+            shapes[f"{name}.shortcut.convolution"] = (width, first)
+        shapes[f"{name}.layer.0.convolution"] = (width, 9 * (width if block else first))
+        shapes[f"{name}.layer.1.convolution"] = (width, 9 * width)
+    return shapes
 
 
 class TestConvolutions:
@@ -167,8 +192,10 @@ class TestConvolutions:
         assert [unit.name for unit in units] == [
             f"resnet.encoder.stages.{block}" for block in ("0.layers.0", "1.layers.0", "1.layers.1")
         ]
-        found = {target.name: tuple(target.view.shape) for unit in units for target in unit.targets}
-        assert found == stage(0, 1, 8) | stage(1, 2, 8)  # neither the stem nor the classifier
+        shapes = {
+            target.name: tuple(target.view.shape) for unit in units for target in unit.targets
+        }
+        assert shapes == stage(0, 1, 8) | stage(1, 2, 8)  # neither the stem nor the classifier
         assert {target.kind for unit in units for target in unit.targets} == {"conv2d"}
 
     @pytest.mark.parametrize("architecture", ["vit", "deit"])
@@ -213,8 +240,8 @@ class TestConvolutions:
         assert weight.is_contiguous() and torch.equal(weight, before[8:12].flatten(1))
         grouped[2].write(torch.zeros(4, 36))
         assert not parameter[8:12].any()
-        kept = [*range(8), *range(12, 16)]
-        assert torch.equal(parameter[kept], before[kept])
+        others = [*range(8), *range(12, 16)]
+        assert torch.equal(parameter[others], before[others])
 
     def test_groups_outside_the_blocks_are_one_unit(self):
         model = nn.ModuleDict(
@@ -223,21 +250,10 @@ class TestConvolutions:
         (unit,) = find_units(model, targets=["stem.*"])
         assert unit.module is model["stem"] and names([unit]) == ["stem.weight.0", "stem.weight.1"]
 
-    def test_what_is_written_is_what_the_model_has_and_nothing_else_changes(self, make_image_model):
-        model = make_image_model("regnet")
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        for target in (target for unit in find_units(model) for target in unit.targets):
-            weight = target.read()
-            new = torch.randn_like(weight)
-            target.write(new)
-            assert torch.equal(target.read(), new)
-            target.write(weight)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
     def test_depthwise_convolutions_stay_dense_and_one_line_says_so(self, make_image_model, caplog):
-        found = names(find_units(make_image_model("convnext")))
-        assert not any("dwconv" in name for name in found) and any(
-            "downsampling_layer" in name for name in found
+        layers = names(find_units(make_image_model("convnext")))
+        assert not any("dwconv" in name for name in layers) and any(
+            "downsampling_layer" in name for name in layers
         )
         (line,) = caplog.messages
         assert line.startswith(
@@ -299,35 +315,24 @@ class TestChoosing:
         assert names(both) == ["model.layers.1.self_attn.q_proj"]
 
     def test_single_experts_can_be_chosen(self, make_model):
-        found = names(find_units(make_model("mixtral"), targets=["*.experts.*.3"]))
-        assert found == fnmatch.filter(names(find_units(make_model("mixtral"))), "*.experts.*.3")
-        assert len(found) == 4
+        layers = names(find_units(make_model("mixtral"), targets=["*.experts.*.3"]))
+        assert layers == fnmatch.filter(names(find_units(make_model("mixtral"))), "*.experts.*.3")
+        assert len(layers) == 4
 
-    @pytest.mark.parametrize(
-        "architecture", ["llama", "mixtral", "qwen3_moe", "gpt_oss", "opt", "gpt2", "gemma"]
-    )
-    def test_heads_embeddings_and_routers_are_left_alone(self, make_model, architecture):
-        model = make_model(architecture)
-        chosen = {id(target.parameter) for unit in find_units(model) for target in unit.targets}
-        assert id(model.get_output_embeddings().weight) not in chosen
-        assert id(model.get_input_embeddings().weight) not in chosen
-        left = {
-            name.removesuffix(".weight").rsplit(".", 1)[-1]
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and id(parameter) not in chosen
-        }
-        assert left <= {
-            "lm_head",
-            "embed_tokens",
-            "embed_positions",
-            "wte",
-            "wpe",
-            "gate",
-            "router",
-        } | {
-            "gate_up_proj_bias",
-            "down_proj_bias",
-        }
+    def test_heads_embeddings_and_routers_are_left_alone(self, make_model):
+        spared = {"lm_head", "embed_tokens", "embed_positions", "wte", "wpe", "gate", "router"}
+        spared |= {"gate_up_proj_bias", "down_proj_bias"}
+        for architecture in ("llama", "mixtral", "qwen3_moe", "gpt_oss", "opt", "gpt2", "gemma"):
+            model = make_model(architecture)
+            chosen = {id(target.parameter) for unit in find_units(model) for target in unit.targets}
+            assert id(model.get_output_embeddings().weight) not in chosen
+            assert id(model.get_input_embeddings().weight) not in chosen
+            left = {
+                name.removesuffix(".weight").rsplit(".", 1)[-1]
+                for name, parameter in model.named_parameters()
+                if parameter.ndim > 1 and id(parameter) not in chosen
+            }
+            assert left <= spared, architecture
 
     def test_a_linear_router_is_left_alone_unless_asked_for(self):
         class Block(nn.Module):

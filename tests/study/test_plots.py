@@ -1,4 +1,4 @@
-"""Pictures of a study: that what stands in them are its numbers, where they belong."""
+"""Pictures of a study: their numbers are those of the summary, where they belong."""
 
 import io
 import random
@@ -15,8 +15,8 @@ def pair(first, second, mean, decisive):
     return {"first": first, "second": second, "advantage": {"mean": mean, "decisive": decisive}}
 
 
-def mapped(pairs, rows, columns, factor=1.0):
-    """The axes of a map."""
+def draw_map(pairs, rows, columns, factor=1.0):
+    """Return the axes of a map."""
     figure = Figure()
     ax = figure.subplots()
     summary = {"measure": {"factor": factor, "difference": "log-perplexity"}}
@@ -24,58 +24,76 @@ def mapped(pairs, rows, columns, factor=1.0):
     return ax
 
 
-def test_each_cell_of_a_map_has_its_own_number_in_brackets_unless_it_is_decisive():
-    rows, columns = ["wanda:0.3", "wanda:0.5"], ["rtn:2", "rtn:4"]
+def test_each_cell_of_a_map_has_its_number_in_brackets_unless_it_is_decisive():
+    rows = ["wanda:0.3", "wanda:0.5"]
+    columns = ["rtn:2", "rtn:4"]
     pairs = [pair("wanda:0.5", "rtn:2", -0.25, True), pair("wanda:0.3", "rtn:4", 0.012, False)]
-    ax = mapped(pairs, rows, columns, factor=100.0)
-    assert {text.get_position(): text.get_text() for text in ax.texts} == {
-        (0, 1): "−25",
-        (1, 0): "(+1.2)",
-    }
-    shown = ax.images[0].get_array().filled(np.nan)
-    assert (
-        shown[1, 0] == -25
-        and shown[0, 1] == pytest.approx(1.2)
-        and np.isnan(shown[0, 0])
-        and np.isnan(shown[1, 1])
-    )
+    ax = draw_map(pairs, rows, columns, factor=100.0)
+    texts = {text.get_position(): text.get_text() for text in ax.texts}
+    assert texts == {(0, 1): "−25", (1, 0): "(+1.2)"}
+    colors = ax.images[0].get_array().filled(np.nan)
+    assert colors[1, 0] == -25
+    assert colors[0, 1] == pytest.approx(1.2)
+    assert np.isnan(colors[[0, 1], [0, 1]]).all()
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0.3", "0.5"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("rtn", "wanda")
 
 
-def test_both_signs_are_as_far_from_the_middle_of_the_colours():
-    ax = mapped([pair("wanda:0.3", "rtn:4", 0.5, True)], ["wanda:0.3"], ["rtn:4"])
+def test_both_signs_are_as_far_from_the_middle_of_the_colors():
+    ax = draw_map([pair("wanda:0.3", "rtn:4", 0.5, True)], ["wanda:0.3"], ["rtn:4"])
     assert ax.images[0].get_clim() == (-0.5, 0.5)
 
 
-def test_a_map_with_many_cells_has_colours_only_and_no_crowd_of_labels():
-    rows, columns = [f"wanda:{0.01 * i:.2f}" for i in range(1, 41)], ["rtn:4"]
-    ax = mapped([pair(row, "rtn:4", 0.1, True) for row in rows], rows, columns)
+def test_a_map_with_many_cells_has_colors_only_and_no_crowd_of_labels():
+    rows = [f"wanda:{0.01 * i:.2f}" for i in range(1, 41)]
+    ax = draw_map([pair(row, "rtn:4", 0.1, True) for row in rows], rows, ["rtn:4"])
     assert not ax.texts
     labels = [tick.get_text() for tick in ax.get_yticklabels()]
-    assert len(labels) == 40 and 0 < sum(map(bool, labels)) <= 12
+    assert len(labels) == 40
+    assert 0 < sum(map(bool, labels)) <= 12
 
 
 def test_a_scale_is_logarithmic_only_where_sizes_differ_much():
-    assert plots._wide([0.1, -0.2, 0.3, 0.0]) is None
-    assert 0.001 <= plots._wide([0.001, -0.002, 0.002, 4.0]) <= 0.002
+    assert plots._linear_part([0.1, -0.2, 0.3, 0.0]) is None
+    assert 0.001 <= plots._linear_part([0.001, -0.002, 0.002, 4.0]) <= 0.002
 
 
 def test_numbers_are_signed_and_ordered_as_people_do():
-    assert [plots.signed(value) for value in (0.0123, -0.5, 0.0, -12.3)] == [
-        "+0.012",
-        "−0.5",
-        "0",
-        "−12",
-    ]
+    numbers = [plots.signed(value) for value in (0.0123, -0.5, 0.0, -12.3)]
+    assert numbers == ["+0.012", "−0.5", "0", "−12"]
     names = ["wanda:0.5", "wanda:0.65", "rtn:16", "rtn:8", "wanda:0.05"]
     random.Random(0).shuffle(names)
-    wanted = ["rtn:8", "rtn:16", "wanda:0.05", "wanda:0.5", "wanda:0.65"]
-    assert sorted(names, key=plots._natural) == wanted
+    expected = ["rtn:8", "rtn:16", "wanda:0.05", "wanda:0.5", "wanda:0.65"]
+    assert sorted(names, key=plots._natural) == expected
+
+
+def test_long_lists_are_cut_into_similar_parts():
+    parts = plots._parts(list(range(40)), 18)
+    assert [(name, len(items)) for name, items in parts] == [
+        (", part 1", 12),
+        (", part 2", 14),
+        (", part 3", 14),
+    ]
+    assert plots._parts([1, 2], 18) == [("", [1, 2])]
+    assert plots._parts([], 18) == []
+
+
+def test_models_are_of_the_kind_that_their_stages_make_them():
+    alone = {"wanda:0.5": "prune", "rtn:4": "quantize"}
+
+    def kind(*stages, kind="joint"):
+        return plots._kind({"kind": kind, "stages": stages}, alone)
+
+    assert kind("wanda:0.5", kind="prune") == "only pruned"
+    assert kind("rtn:4", "rtn:3", kind="quantize") == "only quantized"
+    assert kind("wanda:0.5", "rtn:4") == "pruned first"
+    assert kind("rtn:4", "wanda:0.5") == "quantized first"
+    assert kind("rtn:4", "wanda:0.5", "rtn:3") == "both, in turns"
 
 
 def test_a_picture_is_a_png_that_is_the_same_every_time():
     drawn = [plots._png(2.0, lambda figure, ax: ax.plot([0, 1], [0, 1])) for _ in range(2)]
     assert drawn[0] == drawn[1]
     with Image.open(io.BytesIO(drawn[0])) as image:
-        assert image.format == "PNG" and "Software" not in image.info
+        assert image.format == "PNG"
+        assert "Software" not in image.info

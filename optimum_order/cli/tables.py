@@ -1,0 +1,51 @@
+"""Text for people: the console, and the rows that several commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from optimum_order.files import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    """Return a console that prints text unchanged, for text from elsewhere is no markup."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False)
+
+
+def arrows(order: str) -> str:
+    """Return an order with arrows for its '>'."""
+    return order.replace(" > ", " → ")
+
+
+def metric_values(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Return the figures before and after of the metrics of a manifest, by name."""
+    return {
+        name: {when: measured and measured["value"] for when, measured in both.items()}
+        for name, both in metrics.items()
+    }
+
+
+def outcome_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows that say what a compression changed: figures, bytes, bits and sparsity.
+
+    Args:
+        manifest: A manifest, with its metrics as `metric_values`.
+    """
+    rows = []
+    for name, values in manifest["metrics"].items():
+        before = "not measured" if values["before"] is None else f"{values['before']:.4g}"
+        rows.append((name, f"{before} → {values['after']:.4g}"))
+    bytes_ = manifest["bytes"]
+    before = size(bytes_["before"]) if bytes_["before"] else "unknown"
+    return [
+        *rows,
+        ("weights on disk", f"{before} → {size(bytes_['after'])}"),
+        ("bits per compressed weight", f"{bytes_['per_weight_bits']:.2f}"),
+        ("sparsity", f"{manifest['sparsity']:.1%}"),
+    ]

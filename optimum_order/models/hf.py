@@ -1,0 +1,367 @@
+"""Every private or unstable API of transformers in use here, each behind a name of our own.
+
+`tests/models/test_hf.py` has a test of each name, and says in which version of transformers the
+behavior was seen. When a new version breaks this package, that file says which name needs work.
+
+`transformers.modeling_utils` is imported inside functions only: its import runs our hook for
+loading sparse checkpoints, which needs this module whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import hub
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "CheckpointNames",
+    "Conv1D",
+    "ConversionOps",
+    "HfQuantizer",
+    "QuantizationConfigMixin",
+    "WeightConverter",
+    "auto_classes",
+    "cached_file",
+    "convert",
+    "eager_experts",
+    "experts_transposed",
+    "is_left_dense",
+    "load_without_values",
+    "modules_left_dense",
+    "register_quantization_config",
+    "register_quantizer",
+    "remember_conversions",
+    "replaced_on_load",
+    "sorted_keys",
+    "stored_dtype",
+    "tensors_to_save",
+    "ties",
+    "to_checkpoint",
+    "weight_loader",
+]
+
+
+# Architectures
+
+
+@functools.cache
+def auto_classes() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return the model classes of each supported auto class, in the order in which to try them.
+
+    Returns:
+        The names of the model classes, by the name of the auto class and then by `model_type`.
+    """
+    from transformers.models.auto import modeling_auto as auto  # not while transformers is imported
+
+    mappings: dict[str, Mapping[str, Any]] = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForImageClassification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForQuestionAnswering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+        "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModel": auto.MODEL_MAPPING_NAMES,
+    }
+    return {
+        name: {
+            model_type: (classes,) if isinstance(classes, str) else tuple(classes)
+            for model_type, classes in mapping.items()
+        }
+        for name, mapping in mappings.items()
+    }
+
+
+def cached_file(
+    model: str, name: str, *, revision: str | None, token: str | None, required: bool = True
+) -> str | None:
+    """Return the path of one file of a model, downloaded where necessary.
+
+    Args:
+        model: A folder or a Hub id.
+        name: The name of the file.
+        revision: Branch, tag or commit on the Hub.
+        token: Hub token.
+        required: Whether a missing file or an unreachable Hub is an error.
+
+    Returns:
+        The path, or None where the file is missing and not required.
+
+    Raises:
+        OSError: If the file is required and cannot be read.
+    """
+    quiet = {} if required else dict.fromkeys(_QUIET, False)
+    return hub.cached_file(model, name, revision=revision, token=token, **quiet)
+
+
+_QUIET = (
+    "_raise_exceptions_for_missing_entries",
+    "_raise_exceptions_for_connection_errors",
+)
+
+
+# Modules
+
+
+def experts_transposed(module: nn.Module) -> bool | None:
+    """Return whether fused experts store (experts, in, out), not (experts, out, in).
+
+    None for a module that is not one of fused experts.
+    """
+    transposed = getattr(module, "is_transposed", None)
+    return transposed if isinstance(transposed, bool) else None
+
+
+@contextlib.contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Run fused experts one at a time while active, so that the inputs of each can be seen.
+
+    Args:
+        model: A model; nothing changes where it has no fused experts.
+    """
+    configs = {
+        id(module.config): cast(Any, module.config)
+        for module in model.modules()
+        if hasattr(module, "is_transposed") and hasattr(module, "config")
+    }
+    before = [(config, config._experts_implementation) for config in configs.values()]
+    for config, _ in before:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation = implementation
+
+
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """Return the model's own record of ties: each tied parameter, and the one that it repeats."""
+    return model.all_tied_weights_keys
+
+
+# Loading
+
+
+@contextlib.contextmanager
+def weight_loader(
+    load: Callable[[PreTrainedModel, Sequence[str], Any, bool], Any],
+) -> Iterator[None]:
+    """Have `from_pretrained` call `load` in place of its own loading of weights, while active.
+
+    The replacement is global: not for two threads at once.
+
+    Args:
+        load: Called with the model on the meta device, the checkpoint files, transformers' load
+            config, and whether the call is for an adapter; returns transformers' loading info.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    original = PreTrainedModel._load_pretrained_model
+
+    def replacement(
+        model: Any, state_dict: Any, files: Any, config: Any, *others: Any, **more: Any
+    ) -> tuple[Any, None]:
+        return load(model, files or (), config, bool(others or more)), None
+
+    PreTrainedModel._load_pretrained_model = staticmethod(replacement)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
+
+
+class CheckpointNames:
+    """Which tensor of a model each stored tensor becomes, or becomes a part of.
+
+    Args:
+        model: The model, on any device.
+        config: The load config that `weight_loader` passes on.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: Any):
+        mapping = copy.deepcopy(config.weight_mapping or [])
+        self._state = model.state_dict()
+        self._prefix = model.base_model_prefix
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def destination(self, key: str) -> tuple[str, str, WeightConverter | None] | None:
+        """Return where a stored tensor goes.
+
+        Args:
+            key: The stored name.
+
+        Returns:
+            The first tensor of the model that is made of it, the pattern by which the converter
+            knows the stored name, and the converter or None. None if transformers leaves the
+            stored tensor out.
+        """
+        name, pattern = rename_source_key(
+            key, self._renamings, self._converters, self._prefix, self._state
+        )
+        if name not in self._state and key in self._state:
+            name, pattern = rename_source_key(
+                key, [], [], base_model_prefix=self._prefix, meta_state_dict=self._state
+            )
+        if name not in self._state:
+            return None
+        matching = (c for c in reversed(self._converters) if pattern in c.source_patterns)
+        return name, pattern or key, next(matching, None)
+
+
+def sorted_keys(keys: Iterable[str]) -> list[str]:
+    """Return stored names in the order in which transformers loads them: 2 before 10."""
+    return sorted(keys, key=dot_natural_key)
+
+
+def stored_dtype(name: str) -> torch.dtype | None:
+    """Return the torch dtype of a safetensors dtype such as "BF16", or None if torch has none."""
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    return str_to_torch_dtype.get(name)
+
+
+def convert(
+    converter: WeightConverter,
+    name: str,
+    tensors: Iterable[tuple[str, str, Callable[[], Tensor]]],
+    model: PreTrainedModel,
+) -> dict[str, Tensor]:
+    """Make tensors of a model from stored tensors, as transformers does.
+
+    Args:
+        converter: From `CheckpointNames.destination`; left as it is.
+        name: The first tensor of the model that comes of the conversion.
+        tensors: For each stored tensor its name, the pattern and a function that reads the values.
+        model: The model.
+
+    Returns:
+        The tensors by their names in the model.
+    """
+    converter = copy.deepcopy(converter)
+    for key, pattern, read in tensors:
+        converter.add_tensor(name, key, pattern, cast(Any, read))
+    converted = converter.convert(name, model=model, config=model.config)
+    return {
+        made: value[0] if isinstance(value, list) else value for made, value in converted.items()
+    }
+
+
+def load_without_values(model: PreTrainedModel, stored: dict[str, Tensor], config: Any) -> Any:
+    """Have transformers load tensors without values: it decides names, dtypes and what is missing.
+
+    Args:
+        model: On the meta device.
+        stored: The stored tensors, on the meta device.
+        config: The load config that `weight_loader` passes on.
+
+    Returns:
+        transformers' loading info, with `missing_keys`, `mismatched_keys` and `conversion_errors`.
+    """
+    on_meta = dataclasses.replace(config, device_map={"": "meta"})
+    info, _ = convert_and_load_state_dict_in_model(model, stored, on_meta, None)
+    return info
+
+
+# Saving
+
+
+def tensors_to_save(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what `save_pretrained` saves, by name in the model; of tied tensors only one."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    ignored = model._keys_to_ignore_on_save or ()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    return remove_tied_weights_from_state_dict(tensors, model)
+
+
+def to_checkpoint(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give tensors of a model the names and the layout that they have in a checkpoint.
+
+    Args:
+        model: The model; it may be on the meta device.
+        tensors: Tensors by their names in the model. Those that transformers fuses into one stored
+            tensor must come together.
+
+    Returns:
+        The tensors by their stored names. A tensor that is only renamed is the same object.
+    """
+    return cast("dict[str, Tensor]", revert_weight_conversion(model, tensors))
+
+
+def remember_conversions(model: PreTrainedModel, conversions: Sequence[Any]) -> None:
+    """Have `save_pretrained` and `to_checkpoint` undo these conversions.
+
+    Args:
+        model: The model.
+        conversions: The conversions by which the model was loaded.
+    """
+    model._weight_conversions = list(conversions)  # type: ignore[assignment]
+
+
+# Quantizers
+
+
+def replaced_on_load(model: nn.Module, method: str) -> str | None:
+    """Name the first module that transformers swaps for one of another layout on loading a format.
+
+    Args:
+        model: The model.
+        method: The `quant_method` of the format.
+
+    Returns:
+        The name and class of the module, or None if transformers swaps none.
+    """
+    for name, module in model.named_modules():
+        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+        if patch is not None and method in cast("list[str]", patch["quantization_methods"]):
+            return f"'{name}' ({type(module).__name__})"
+    return None
+
+
+def modules_left_dense(model: PreTrainedModel, skip: list[str]) -> list[str]:
+    """Return the patterns of modules that transformers leaves dense in a quantized checkpoint.
+
+    Args:
+        model: The model.
+        skip: The patterns that config.json lists.
+
+    Returns:
+        Those patterns, and those of modules that the architecture keeps in float32.
+    """
+    in_float32 = cast("list[str] | None", model._keep_in_fp32_modules)
+    patterns = HfQuantizer.get_modules_to_not_convert(model, skip, in_float32)
+    return cast("list[str]", patterns)
+
+
+def is_left_dense(name: str, patterns: list[str]) -> bool:
+    """Return whether transformers leaves a module dense.
+
+    Args:
+        name: The name of the module.
+        patterns: From `modules_left_dense`.
+    """
+    return not should_convert_module(name, patterns)

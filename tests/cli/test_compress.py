@@ -1,0 +1,509 @@
+"""`optimum-order compress`: results, resuming, errors before computation, and conversion."""
+
+import contextlib
+import errno
+import inspect
+import json
+import shlex
+import shutil
+import signal
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from optimum_order import JointCompressor
+from optimum_order.artifact import manifest
+from optimum_order.cli.compress import CompressCommand
+from optimum_order.data.builtin import digits
+from optimum_order.evaluation.perplexity import Perplexity
+
+KEYS = ["output", "order", "format", "schedule", "seconds", "bytes", "sparsity", "metrics"]
+
+
+@pytest.fixture
+def arguments(tiny_llama_folder, text_file, tmp_path):
+    """A small run to `out`; later arguments win over earlier ones."""
+    small = ["--calibration", text_file, "--calibration-samples", 4, "--sequence-length", 64]
+    order = ["--order", "wanda:0.5 > gptq:4"]
+    return ["compress", tiny_llama_folder, tmp_path / "out", *order, *small]
+
+
+def files(folder):
+    return {
+        file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()
+    }
+
+
+def names(folder):
+    return [file.name for file in folder.iterdir()]
+
+
+# Results
+
+
+def test_json_is_one_object_with_these_keys(program, arguments, text_file, tmp_path):
+    done = program(*arguments, "--evaluate", text_file, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert list(result) == KEYS
+    assert result["output"] == str(tmp_path / "out")
+    assert result["order"] == "wanda:0.5 > gptq:4"
+    assert (result["format"], result["schedule"]) == ("compressed-tensors", "stage")
+    assert result["sparsity"] == 0.5
+    assert set(result["bytes"]) == {"before", "after", "per_weight_bits"}
+    weights = (tmp_path / "out").glob("*.safetensors")
+    assert result["bytes"]["after"] == sum(file.stat().st_size for file in weights)
+    assert 4 < result["bytes"]["per_weight_bits"] < 5
+    perplexity = result["metrics"]["perplexity"]
+    assert set(perplexity) == {"before", "after"} and perplexity["before"] != perplexity["after"]
+    seconds = result["seconds"]
+    assert list(seconds) == ["evaluate_before", "compress", "evaluate_after", "save", "total"]
+    assert seconds["total"] >= seconds["compress"] > 0
+
+
+def test_the_artifact_is_that_of_the_api(
+    program, arguments, tiny_llama_folder, text_file, tmp_path
+):
+    assert program(*arguments, "--seed", "3").code == 0
+    compressor = JointCompressor.from_pretrained(
+        tiny_llama_folder,
+        calibration=str(text_file),
+        calibration_samples=4,
+        sequence_length=64,
+        seed=3,
+    )
+    expected = compressor.compress("wanda:0.5 > gptq:4", progress=False).model
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected(ids).logits)
+
+
+def test_every_option_reaches_the_run(program, arguments, tmp_path):
+    options = ["--format", "dense", "--schedule", "block", "--dtype", "bfloat16", "--device", "cpu"]
+    layers = ["--targets", "*_proj", "--ignore", "*.o_proj", "re:.*1.*"]
+    assert program(*arguments, *options, *layers).code == 0
+    facts = manifest.load(tmp_path / "out")
+    assert (facts["format"], facts["schedule"]) == ("dense", "block")
+    assert set(facts["layers"]) == {
+        f"model.layers.0.{name}_proj"
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down")
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_defaults_are_those_of_the_api(program, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(CompressCommand, "run", lambda self: parsed.append(vars(self.args)))
+    program("compress", "model", "out", "--order", "rtn:4")
+    (options,) = parsed
+    parameters = inspect.signature(JointCompressor.from_pretrained).parameters
+    for name in set(parameters) & set(options) - {"model"}:
+        assert options[name] == parameters[name].default, name
+    compress = inspect.signature(JointCompressor.compress).parameters
+    assert options["schedule"] == compress["schedule"].default
+
+
+def test_people_see_the_result(program, arguments, text_file, tmp_path):
+    done = program(*arguments, "--evaluate", text_file)
+    assert done.code == 0
+    order = "wanda:0.5 → gptq:4"
+    for text in (order, "perplexity", "50.0%", "compressed-tensors", str(tmp_path / "out")):
+        assert text in done.out
+
+
+def test_a_figure_is_measured_once_before_and_once_after(
+    program, arguments, text_file, monkeypatch
+):
+    """Each figure takes one forward of every batch, and none is measured again for the manifest."""
+    batches = []
+    score = Perplexity.score
+
+    def counted(self, model, batch):
+        batches.append(len(batch["input_ids"]))
+        return score(self, model, batch)
+
+    monkeypatch.setattr(Perplexity, "score", counted)
+    done = program(*arguments, "--evaluate", text_file, "--json")
+    assert done.code == 0 and set(json.loads(done.out)["metrics"]) == {"perplexity"}
+    half = len(batches) // 2
+    windows = manifest.load(arguments[2])["metrics"]["perplexity"]["after"]["samples"]
+    assert sum(batches[:half]) == windows and batches[:half] == batches[half:]
+
+
+def test_a_model_is_measured_once_however_often_it_is_asked_for(
+    tiny_llama_folder, text_file, monkeypatch
+):
+    measured = []
+    measure = Perplexity.measure
+    monkeypatch.setattr(
+        Perplexity, "measure", lambda *a, **k: measured.append(1) or measure(*a, **k)
+    )
+    compressor = JointCompressor.from_pretrained(tiny_llama_folder, sequence_length=64)
+    first = compressor.evaluate(str(text_file), progress=False)
+    assert compressor.evaluate(str(text_file), progress=False) is first
+    assert len(measured) == 1
+
+
+def test_an_image_classifier(program, tmp_path):
+    pixels, labels = digits("evaluation")
+    for number in range(40):
+        folder = tmp_path / "images" / str(labels[number])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number]).save(folder / f"{number}.png")
+    for model, format in (("tiny-vit", "compressed-tensors"), ("tiny-resnet", "dense")):
+        options = ["--calibration-samples", 16, "--evaluate", tmp_path / "images", "--json"]
+        order = ["--order", "wanda:0.3 > gptq:4"]
+        done = program("compress", model, tmp_path / model, *order, *options)
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        assert result["format"] == format
+        accuracy = result["metrics"]["accuracy"]
+        assert accuracy["before"] > 0.9 and accuracy["after"] > 0.5
+        assert program("verify", tmp_path / model).code == 0
+        assert "accuracy" in program("inspect", tmp_path / model).out
+
+
+def test_a_metric_by_name(program, arguments, text_file):
+    done = program(*arguments, "--evaluate", text_file, "--metric", "fidelity", "--json")
+    assert done.code == 0, done.err
+    metrics = json.loads(done.out)["metrics"]
+    assert list(metrics) == ["fidelity"]
+    assert metrics["fidelity"]["before"] == 0 < metrics["fidelity"]["after"]
+
+
+def test_auto_takes_the_planned_order_and_says_why(program, arguments, tmp_path):
+    done = program(*arguments, "--order", "auto", "--stages", "magnitude:0.6, rtn:3", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    plan = result["plan"]
+    orders = {"magnitude:0.6 > rtn:3", "rtn:3 > magnitude:0.6"}
+    assert result["order"] == plan["order"] in orders
+    assert manifest.load(tmp_path / "out")["plan"] == plan
+    assert {row["order"] for row in plan["ranking"]} == orders
+
+
+def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(program, arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("precious")
+    done = program(*arguments)
+    assert done.code == 2 and "--overwrite" in done.err
+    assert (tmp_path / "out" / "precious.txt").read_text() == "precious"
+    assert program(*arguments, "--overwrite").code == 0
+    assert not (tmp_path / "out" / "precious.txt").exists()
+
+
+# Errors
+
+AUTO = ["--order", "auto", "--stages"]
+BAD = [
+    (["--order", "wandaa:0.5"], "Did you mean 'wanda'?"),
+    (["--order", "gptq(bits=4, grup_size=32)"], "Did you mean 'group_size'?"),
+    (["--order", "gptq:9"], "must be an integer in 2..8, got 9"),
+    (["--order", "wanda:1"], "must be a number in [0, 1), got 1"),
+    (["--order", ""], "at least one stage"),
+    (["--order", "wanda:0.5 >"], "the name of a method"),
+    (["--order", "auto"], "'--stages' need each other"),
+    (["--stages", "wanda:0.5, gptq:4"], "'--stages' need each other"),
+    ([*AUTO, "wanda:0.5, rtn:4", "--dry-run"], "plan first"),
+    ([*AUTO, "wanda:0.5, rtn:4", "--low-memory"], "plan first"),
+    ([*AUTO, "wanda:0.5"], "2 to 5 stages, got 1"),
+    ([*AUTO, "wandaa:0.5, rtn:4"], "Did you mean 'wanda'?"),
+    (["--low-memory", "--evaluate", "builtin"], "'--evaluate' needs the whole model in memory"),
+    (["--order", "rtn(bits=4, group_size=48)"], "8, 16, 32, 64"),
+    (["--format", "compresed-tensors"], "Did you mean 'compressed-tensors'?"),
+    (["--metric", "acuracy"], "Did you mean 'accuracy'?"),
+    (["--metric", "accuracy", "--evaluate", "builtin"], "for image classifiers"),
+    (["--schedule", "blok"], "Did you mean 'block'?"),
+    (["--dtype", "float8"], "bfloat16"),
+    (["--device", "toaster"], "'toaster'"),
+    (["--ignore", "*.q_prj"], "*.q_prj"),
+    (["--calibration", "./missing.txt"], "missing.txt"),
+    (["--evaluate", "./missing.txt"], "missing.txt"),
+    (["--calibration-samples", "0"], "positive integer"),
+    # a format is chosen for the compressed layers, which are not thrown away: hence last
+    (["--order", "rtn:4", "--format", "bitsandbytes"], "compressed-tensors"),
+]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(program, arguments, tmp_path):
+    for options, message in BAD:
+        assert names(tmp_path) == [], "the last bad input wrote nothing"
+        done = program(*arguments, *options)
+        assert done.code == 2 and done.out == "", options
+        *progress, line = done.err.splitlines()
+        assert line.startswith("optimum-order: error: ") and message in line
+        assert not any("Traceback" in text for text in progress)
+    assert names(tmp_path) == ["out.work"]
+
+
+def test_a_missing_model_is_one_line_after_the_order_was_read(program, tmp_path):
+    done = program("compress", tmp_path / "missing", tmp_path / "out", "--order", "rtn:4")
+    assert done.code == 2 and "missing" in done.err and done.err.count("\n") == 1
+    done = program("compress", tmp_path / "missing", tmp_path / "out", "--order", "wandaa")
+    assert "Did you mean 'wanda'?" in done.err
+
+
+def test_a_method_that_needs_data_says_so(program, tiny_llama_folder, tmp_path):
+    command = ["compress", tiny_llama_folder, tmp_path / "out", "--order"]
+    done = program(*command, "rtn:4 > wanda:0.5")
+    assert done.code == 2 and "calibration" in done.err and "magnitude" in done.err
+    assert program(*command, "rtn:4 > magnitude:0.5").code == 0
+
+
+# Runs that are cut off
+
+
+@pytest.fixture
+def command(arguments):
+    """A run of two stages that takes long enough to be cut off."""
+    order = ["--order", "sparsegpt:0.5 > gptq:4", "--json"]
+    return [
+        *map(str, arguments),
+        *order,
+        *["--calibration-samples", "64", "--sequence-length", "128"],
+    ]
+
+
+def progress(folder):
+    """The number of blocks that a run of a model of two blocks has finished."""
+    passes = [int(file.name[:3]) for file in folder.glob("*.state.safetensors")]
+    return 2 * max(passes) + passes.count(max(passes)) if passes else 0
+
+
+def test_a_run_that_was_killed_three_times_ends_byte_for_byte_as_one_that_was_not(
+    program, start, command, tmp_path
+):
+    output = tmp_path / "out"
+    work = tmp_path / "out.work"
+    assert program(*command).code == 0
+    expected = files(output)
+    shutil.rmtree(output)
+    assert names(tmp_path) == [], "the work dir goes once the output is written"
+    for number in range(3):
+        before = progress(work)
+        child = start(*command, *(["--resume"] if number else []))
+        child.wait_until(lambda before=before: progress(work) > before)
+        assert child.end(signal.SIGKILL).code == -signal.SIGKILL and not output.exists()
+    assert program(*command).code == 2, "without --resume"
+    assert program(*command, "--resume", "--seed", 1).code == 2
+    assert program(*command, "--resume").code == 0
+    assert files(output) == expected
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_interrupted_run_says_how_to_resume(program, start, command, tmp_path):
+    for number, code, word in [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+    ]:
+        child = start(*command)
+        child.wait_until(lambda: progress(tmp_path / "out.work"))
+        done = child.end(number)
+        assert (done.code, done.out) == (code, "") and "Traceback" not in done.err
+        *_, advice, last = done.err.splitlines()
+        assert last == f"optimum-order: {word}"
+        assert names(tmp_path) == ["out.work"]
+        place, resume = advice.split("; to resume: ")
+        assert place == f"optimum-order: the finished blocks are in '{tmp_path / 'out.work'}'"
+        name, *words = shlex.split(resume)
+        assert name == "optimum-order" and words == [*command, "--resume"]
+        assert program(*words).code == 0
+        shutil.rmtree(tmp_path / "out")
+
+
+APPLY = "optimum_order.backends.base.Backend.apply"
+WRITE = "optimum_order.formats.safetensors.write"
+REMOVE = "optimum_order.engine.workdir.remove"
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextlib.contextmanager
+def failing(target, error):
+    """Let a function of the package raise an error."""
+
+    def fail(*_, **__):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, fail)
+        yield
+
+
+def test_a_run_that_has_finished_nothing_leaves_nothing(program, arguments, tmp_path):
+    with failing(APPLY, KeyboardInterrupt()):
+        done = program(*arguments)
+    assert done.code == 130 and done.err.endswith("optimum-order: interrupted\n")
+    assert "to resume" not in done.err
+    assert names(tmp_path) == []
+
+
+def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, tmp_path):
+    command = [*arguments, "--work-dir", tmp_path / "elsewhere"]
+    with failing(WRITE, FULL):
+        done = program(*command)
+    *_, advice, line = done.err.splitlines()
+    assert done.code == 2 and "No space left on device" in line
+    assert f"in '{tmp_path / 'elsewhere'}'; to resume: optimum-order compress" in advice
+    assert names(tmp_path) == ["elsewhere"]
+
+    done = program(*command)
+    assert done.code == 2 and "not finished" in done.err and "to resume:" not in done.err
+    done = program(*command, "--resume", "--schedule", "block")
+    difference = "whose schedule was 'stage', and now it is 'block'"
+    assert done.code == 2 and difference in done.err.splitlines()[-1]
+    assert "to resume:" not in done.err
+    with failing(APPLY, AssertionError("everything is finished")):
+        assert program(*command, "--resume", "--format", "dense").code == 0
+    assert names(tmp_path) == ["out"]
+    assert manifest.load(tmp_path / "out")["format"] == "dense"
+
+
+def test_a_run_whose_order_was_planned_is_not_planned_again(program, arguments, tmp_path):
+    auto = [*arguments, "--order", "auto", "--stages"]
+    with failing(WRITE, FULL):
+        assert program(*auto, "magnitude:0.6, rtn:3").code == 2
+    planned = json.loads((tmp_path / "out.work" / "fingerprint.json").read_text())["plan"]
+    done = program(*auto, "magnitude:0.6, rtn:4", "--resume")
+    assert done.code == 2 and "whose order was" in done.err.splitlines()[-1], "other stages"
+    plan = "optimum_order.compressor.JointCompressor.plan"
+    with failing(plan, AssertionError("the order is planned already")):
+        assert program(*auto, "rtn:3, magnitude(sparsity=0.6)", "--resume").code == 0
+    assert manifest.load(tmp_path / "out")["plan"] == planned
+
+
+def test_a_run_that_was_cut_off_when_all_was_written_ends(program, arguments, tmp_path):
+    with failing(REMOVE, KeyboardInterrupt()):
+        assert program(*arguments).code == 130
+    expected = files(tmp_path / "out")
+    assert expected and (tmp_path / "out.work").exists()
+    done = program(*arguments, "--order", "rtn:4", "--resume")
+    assert done.code == 2 and "whose order was" in done.err
+    assert program(*arguments, "--resume").code == 0
+    assert files(tmp_path / "out") == expected and not (tmp_path / "out.work").exists()
+    program(*arguments, "--overwrite", "--format", "dense")
+    with failing(REMOVE, KeyboardInterrupt()):
+        assert program(*arguments, "--seed", 5, "--overwrite").code == 130
+    (tmp_path / "out" / "optimum_order.json").unlink()
+    done = program(*arguments, "--seed", 5, "--resume")
+    assert done.code == 2 and "is not empty" in done.err, "OUTPUT holds something else"
+
+
+def test_nothing_to_resume_is_one_line(program, arguments, tmp_path):
+    done = program(*arguments, "--resume")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert f"no work dir '{tmp_path / 'out.work'}'" in done.err
+    assert names(tmp_path) == []
+
+
+# The Hub
+
+
+@pytest.fixture
+def pushed(hub, tiny_llama_folder, tmp_path):
+    """Run `compress` to `out` and push that: its exit code and stdout."""
+    command = ["compress", str(tiny_llama_folder), str(tmp_path / "out"), "--json"]
+    return lambda *options: hub.call("program", *command, "--order", *options)
+
+
+def test_a_model_is_pushed_once_it_is_saved(hub, pushed, tmp_path):
+    done = pushed("rtn:4", "--push-to-hub", "me/model", "--private")
+    assert done["code"] == 0
+    assert json.loads(done["out"])["url"].startswith(f"{hub.server.url}/me/model/commit/")
+    assert hub.server.repositories["me/model"].private
+    uploaded = hub.server.files("me/model")
+    saved = (tmp_path / "out").iterdir()
+    assert all(uploaded[file.name] == file.read_bytes() for file in saved)
+    done = pushed("rtn:3", "--overwrite", "--push-to-hub", "me/model", "--create-pr")
+    assert json.loads(done["out"])["url"] == f"{hub.server.url}/me/model/discussions/1"
+
+
+def test_a_hub_that_refuses_is_asked_before_anything_is_computed(hub, pushed, tmp_path):
+    hub.server.answer_with = 401
+    assert pushed("rtn:4", "--push-to-hub", "me/model")["code"] == 2
+    assert not (tmp_path / "out").exists()
+    assert hub.server.requests == ["GET /api/whoami-v2"]
+
+
+def test_a_push_that_fails_leaves_the_folder_and_says_how_to_push_again(hub, pushed, tmp_path):
+    hub.server.drop_from = 1
+    assert pushed("rtn:4", "--push-to-hub", "me/model") == {"code": 2, "out": ""}
+    assert f"'optimum-order push {tmp_path / 'out'} me/model' tries again" in hub.log.read_text()
+    hub.server.recover()
+    assert hub.call("program", "push", str(tmp_path / "out"), "me/model")["code"] == 0
+
+
+# Without an order
+
+
+def test_without_an_order_a_saved_model_is_converted(program, saved, tmp_path):
+    command = ["compress", saved, tmp_path / "sparse", "--format", "sparse"]
+    done = program(*command, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    facts = manifest.load(saved)
+    assert list(result) == KEYS
+    assert (result["format"], result["order"]) == ("sparse", facts["order"])
+    assert list(result["seconds"]) == ["total"]
+    assert result["bytes"]["per_weight_bits"] < facts["bytes"]["per_weight_bits"]
+    perplexity = facts["metrics"]["perplexity"]["after"]["value"]
+    assert result["metrics"]["perplexity"]["after"] == perplexity
+    assert program("verify", tmp_path / "sparse").code == 0
+    done = program("compress", tmp_path / "sparse", tmp_path / "back")
+    assert done.code == 0 and "compressed-tensors" in done.out
+    assert "loads it from there by itself" in done.out
+    done = program(*command, "--overwrite")
+    assert "loads it from there after 'import optimum_order'" in done.out
+
+
+def test_a_conversion_that_is_refused_is_one_line_and_writes_nothing(program, saved, tmp_path):
+    for options, message in [
+        (["--format", "spares"], "Did you mean 'sparse'?"),
+        (["--format", "bitsandbytes"], "is not a grid of the bitsandbytes library"),
+        (["--ignore", "*.q_proj"], "'--ignore' means nothing without '--order'"),
+        (["--evaluate", "builtin"], "'--evaluate' means nothing without '--order'"),
+        (["--calibration-samples", "5"], "'--calibration-samples' means nothing without"),
+        (["--dry-run"], "'--dry-run' means nothing without '--order'"),
+    ]:
+        done = program("compress", saved, tmp_path / "out", *options)
+        assert done.code == 2 and done.out == "" and message in done.err.splitlines()[-1]
+        assert names(tmp_path) == []
+
+
+def test_a_model_that_is_not_compressed_needs_an_order(program, tiny_llama_folder, tmp_path):
+    for model in ("tiny-llama", tiny_llama_folder):
+        done = program("compress", model, tmp_path / "out")
+        message = f"'--order' must say what is to be done to '{model}'"
+        assert done.code == 2 and message in done.err
+    assert program("compress", tmp_path / "missing", tmp_path / "out").code == 2
+
+
+# Without running
+
+
+def test_a_dry_run_writes_nothing_and_is_right_about_the_bytes(program, arguments, tmp_path):
+    done = program(*arguments, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    estimate = json.loads(done.out)
+    keys = ["order", "schedule", "format", "before", "loading", "steps", "total", "rates"]
+    assert list(estimate) == keys
+    assert [step["stages"] for step in estimate["steps"]] == ["wanda:0.5", "gptq:4"]
+    assert not (tmp_path / "out").exists()
+    real = json.loads(program(*arguments, "--json").out)
+    assert estimate["total"]["bytes"] == real["bytes"]["after"]
+    assert estimate["format"] == real["format"]
+
+
+def test_people_see_what_a_run_would_take(program, arguments):
+    done = program(*arguments, "--dry-run")
+    assert done.code == 0
+    columns = ("wanda:0.5", "gptq:4", "peak memory", "in all", "compressed-tensors")
+    for text in (*columns, "Nothing was compressed"):
+        assert text in done.out
+
+
+def test_a_dry_run_finds_errors(program, arguments):
+    done = program(*arguments, "--order", "gptq(bits=4, group_size=48)", "--dry-run")
+    assert "does not divide" in done.err

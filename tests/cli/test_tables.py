@@ -1,0 +1,33 @@
+"""Rows that several commands print."""
+
+from optimum_order.cli.tables import arrows, console, metric_values, outcome_rows
+
+MEASURED = {
+    "perplexity": {"before": {"value": 10.0}, "after": {"value": 12.34567}},
+    "fidelity": {"before": None, "after": {"value": 0.5}},
+}
+
+
+def test_orders_are_printed_with_arrows():
+    assert arrows("wanda:0.5 > gptq:4 > rtn:3") == "wanda:0.5 → gptq:4 → rtn:3"
+
+
+def test_text_from_elsewhere_is_no_markup(capsys):
+    console().print("[bold]as it is[/bold] 12")
+    assert capsys.readouterr().out == "[bold]as it is[/bold] 12\n"
+
+
+def test_the_rows_of_an_outcome():
+    metrics = metric_values(MEASURED)
+    assert metrics["fidelity"] == {"before": None, "after": 0.5}
+    sizes = {"before": 11_720_000, "after": 999, "per_weight_bits": 4.253}
+    manifest = {"metrics": metrics, "bytes": sizes, "sparsity": 0.5}
+    assert outcome_rows(manifest) == [
+        ("perplexity", "10 → 12.35"),
+        ("fidelity", "not measured → 0.5"),
+        ("weights on disk", "11.7 MB → 999 bytes"),
+        ("bits per compressed weight", "4.25"),
+        ("sparsity", "50.0%"),
+    ]
+    sizes["before"] = None
+    assert ("weights on disk", "unknown → 999 bytes") in outcome_rows(manifest)
