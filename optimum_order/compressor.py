@@ -20,7 +20,6 @@ from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Measurement
-from optimum_order.models.lazy import Overlaid
 from optimum_order.models.source import Checkpoint
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
@@ -155,7 +154,7 @@ class JointCompressor(Session):
             result = run(subject, recipe, execution, work=work)
             if weights is not None:
                 targets = {target.name: target for unit in units for target in unit.targets}
-                tensors = Overlaid(weights, targets, result.states)
+                tensors = weights.overlaid(targets, result.states)
                 stack.pop_all()  # the states are read from there until the result is closed
         calibration = None
         if samples is not None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
@@ -18,6 +17,7 @@ from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
 from optimum_order.formats import Layers
 from optimum_order.formats import safetensors as checkpoint
+from optimum_order.models import hf
 from optimum_order.models.source import auto_class, load_processor
 from optimum_order.models.units import find_targets
 
@@ -83,7 +83,7 @@ def _load(folder: Path) -> PreTrainedModel:
         del config.quantization_config
     with torch.device("meta"):
         skeleton = auto_class(config).from_config(config)
-    shapes = revert_weight_conversion(skeleton, skeleton.state_dict())  # those of its checkpoint
+    shapes = hf.to_checkpoint(skeleton, skeleton.state_dict())  # those of its checkpoint
     tensors, encoded = checkpoint.plain(folder)
     if strange := encoded - set(shapes):
         raise ArtifactError(

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from optimum_order.calibration import precision
 from optimum_order.calibration.capture import Capture
-from optimum_order.calibration.walk import eager_experts
 from optimum_order.data.samples import placed
 from optimum_order.layers.statistics import Gram, Statistics
+from optimum_order.models import hf
 from optimum_order.models.units import Target
 
 
@@ -38,7 +38,7 @@ def glance(
     """
     capture = Capture(targets, {Gram}, dtype)
     multiplying = precision.forwards(dtype, model.dtype, model.device)
-    with torch.inference_mode(), eager_experts(model), multiplying:
+    with torch.inference_mode(), hf.eager_experts(model), multiplying:
         for batch in batches:
             with capture:
                 model(**placed(batch, model))

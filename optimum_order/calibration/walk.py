@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -35,6 +35,7 @@ from optimum_order.calibration.execution import Execution
 from optimum_order.data.samples import placed
 from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layers.statistics import Accumulator, Statistics
+from optimum_order.models import hf
 from optimum_order.models.units import Target, Unit
 
 _PROBES = 2
@@ -237,7 +238,7 @@ def walk(
     missing = set(remaining if wanted is None else wanted)
     with (
         torch.inference_mode(),
-        eager_experts(model),
+        hf.eager_experts(model),
         _headless(model, units),
         _paused(units, forwards) as originals,
     ):
@@ -572,18 +573,3 @@ def _headless(model: PreTrainedModel, units: Sequence[Unit]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Run fused experts one at a time, as their authors wrote them, so that inputs can be seen."""
-    modules = [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "config")]
-    configs = {id(module.config): module.config for module in modules}
-    before = [(config, config._experts_implementation) for config in configs.values()]
-    for config, _ in before:
-        config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation

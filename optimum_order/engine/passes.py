@@ -32,7 +32,7 @@ from optimum_order.layers.error import relative_error
 from optimum_order.layers.packed import Packed, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Gram, Statistics
-from optimum_order.models.lazy import trim
+from optimum_order.models.memory import trim
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimum_order.calibration.spill import Spill
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
 from optimum_order.layers.packed import Packed
 from optimum_order.layers.state import LayerState
-from optimum_order.models.lazy import Weights, embedding_parameters, trim
+from optimum_order.models.lazy import Weights, embedding_parameters
+from optimum_order.models.memory import trim
 from optimum_order.models.units import Target, Unit
 
 
@@ -61,7 +61,7 @@ class Streamed:
             ModelError: If a weight is NaN or infinite.
         """
         names = self._outside if unit is None else self.weights.within(unit.name)
-        self.weights.materialise(names)
+        self.weights.materialize(names)
         try:
             if (place := None if unit is None else unit.name) not in self._checked:
                 named = dict(self.weights.model.named_parameters(remove_duplicate=False))
@@ -133,8 +133,7 @@ class States(MutableMapping[str, LayerState]):
             return target.read()
         if name not in self._own:
             self._own[name] = self._weights[name].to(self._weights.device)
-        parameter = nn.Parameter(self._own[name], requires_grad=False)
-        return dataclasses.replace(target, parameter=parameter).read()
+        return target.matrix_of(self._own[name]).clone(memory_format=torch.contiguous_format)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("every layer has a state")

@@ -12,12 +12,10 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from optimum_order import formats
 from optimum_order.artifact import manifest
 from optimum_order.estimate.trace import Counter, size_of
-from optimum_order.formats import safetensors as checkpoint
 from optimum_order.formats.base import blocks
 from optimum_order.layers.grids.bitsandbytes import (
     NESTED_BLOCKSIZE,
@@ -27,6 +25,7 @@ from optimum_order.layers.grids.bitsandbytes import (
 )
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.source import Checkpoint, InMemory
 from optimum_order.models.units import Target
 
@@ -129,11 +128,9 @@ def stored(
                 )
     header = {manifest.KEY: order, "format": "pt"}
     files: list[dict[str, Tensor]] = [{}]
-    dense = checkpoint._dense(model)
+    dense = hf.tensors_to_save(model)
     for block in blocks(dense):
-        for key, tensor in revert_weight_conversion(
-            model, {name: dense[name] for name in block}
-        ).items():
+        for key, tensor in hf.to_checkpoint(model, {name: dense[name] for name in block}).items():
             tensors = replaced.get(key, {key: tensor})
             if files[-1] and size_of((files[-1], tensors)) > convert_file_size_to_int(SHARD):
                 files.append({})

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import PRODUCTS
+from optimum_order.models import hf
 from optimum_order.models.units import Target, Unit
 
 _ATEN = torch.ops.aten
@@ -158,7 +159,7 @@ def trace(
     experts = [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "is_transposed", None), bool)
+        if hf.experts_transposed(module) is not None
     ]
     for module in experts:
         module.forward = spy.routed(module)

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from optimum_order.data.samples import Images, Samples
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation.base import Metric
+from optimum_order.models import hf
 
 
 class Accuracy(Metric):
@@ -56,7 +56,7 @@ class Accuracy(Metric):
 
 def classifies_images(model: PreTrainedModel) -> bool:
     """Whether transformers lists the model, or the model's own code declares it, as an image classifier."""
-    known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    names = {name for value in known for name in ((value,) if isinstance(value, str) else value)}
+    classes = hf.auto_classes()["AutoModelForImageClassification"].values()
+    names = {name for names in classes for name in names}
     declared = "AutoModelForImageClassification" in (getattr(model.config, "auto_map", None) or {})
     return declared or any(cls.__name__ in names for cls in type(model).__mro__)

@@ -8,15 +8,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.units import Target
 
 Layers = Mapping[str, tuple[Target, LayerState]]
@@ -113,7 +112,7 @@ class Layout:
                 )
                 owners.append((first, key, tensor.shape))
                 first += rows.numel()
-            for key, ids in revert_weight_conversion(model, numbered).items():
+            for key, ids in hf.to_checkpoint(model, numbered).items():
                 found = _runs(key, ids, owners)
                 for owner, slot, piece in found:
                     pieces.setdefault((owner, slot), []).append(piece)
@@ -267,12 +266,3 @@ def quantized(layers: Layers) -> dict[str, tuple[Target, LayerState]]:
     return {
         name: (target, state) for name, (target, state) in layers.items() if state.grid is not None
     }
-
-
-def patched(model: nn.Module, method: str) -> str | None:
-    """The module, if any, that transformers swaps for another of a different layout when it loads this format."""
-    for name, module in model.named_modules():
-        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
-        if patch is not None and method in cast(list, patch["quantization_methods"]):
-            return f"'{name}' ({type(module).__name__})"
-    return None

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
+from optimum_order.formats.base import Format, Layers, Layout, quantized
 from optimum_order.layers.grids.bitsandbytes import (
     BLOCKSIZES,
     NESTED_BLOCKSIZE,
@@ -28,6 +25,7 @@ from optimum_order.layers.grids.bitsandbytes import (
     nested_levels,
 )
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.units import Target
 
 _QUANT_STATE = "weight.quant_state.bitsandbytes__"
@@ -68,24 +66,21 @@ class BitsAndBytes(Format):
         encoded = quantized(layers)
         if not encoded:
             return "No layer is quantised."
-        if found := patched(layout.model, self.name):
+        if found := hf.replaced_on_load(layout.model, self.name):
             return f"transformers replaces {found} when it loads this format."
         for name, (target, _) in encoded.items():
             pieces = layout.pieces(name, target)
             if len(pieces) != 1 or not pieces[0].whole or pieces[0].key in layout.converted:
                 return f"Layer '{name}' is not stored as a matrix of its own in this model's checkpoints."
-            if type(layout.model.get_submodule(name)) not in (nn.Linear, Conv1D):
+            if type(layout.model.get_submodule(name)) not in (nn.Linear, hf.Conv1D):
                 return f"Layer '{name}' is a subclass of nn.Linear, which transformers would not replace."
         schemes = {json.dumps(self.scheme(state)) for _, state in encoded.values()}
         if len(schemes) > 1:
             return f"All layers must have one data type, these have {len(schemes)}: {', '.join(sorted(schemes))}."
         # The patterns are transformers' own, and those of models that keep modules in float32 are added to ours.
-        keep = cast("list[str] | None", layout.model._keep_in_fp32_modules)
-        skip = HfQuantizer.get_modules_to_not_convert(
-            layout.model, self._skip(layout, encoded), keep
-        )
+        skip = hf.modules_left_dense(layout.model, self._skip(layout, encoded))
         for name in encoded:
-            if not should_convert_module(name, skip):
+            if hf.is_left_dense(name, skip):
                 return f"transformers would load layer '{name}' dense: it cannot be told apart from those left alone."
         return None
 
@@ -267,7 +262,7 @@ class BitsAndBytes(Format):
         return [
             name
             for name, module in modules
-            if isinstance(module, (nn.Linear, Conv1D)) and name not in encoded
+            if isinstance(module, (nn.Linear, hf.Conv1D)) and name not in encoded
         ]
 
 

@@ -18,9 +18,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
+from optimum_order.formats.base import Format, Layers, Layout, quantized
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.units import Target
 
 _EXPERTS = r"re:.*\.experts\.\d+\..*"
@@ -51,7 +52,7 @@ class CompressedTensors(Format):
     def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
         if not quantized(layers):
             return "No layer is quantised."
-        if found := patched(layout.model, self.name):
+        if found := hf.replaced_on_load(layout.model, self.name):
             return f"transformers replaces {found} when it loads this format."
         packed = set()
         for name, (target, _) in quantized(layers).items():

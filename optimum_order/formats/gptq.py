@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats.base import Format, Layers, Layout, patched, quantized
+from optimum_order.formats.base import Format, Layers, Layout, quantized
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.units import Target
 
 BITS = (2, 3, 4, 8)
@@ -90,7 +90,7 @@ class GPTQ(Format):
             return (
                 f"Readers of this format load causal language models, and {architecture} is none."
             )
-        if found := patched(layout.model, self.name):
+        if found := hf.replaced_on_load(layout.model, self.name):
             return f"transformers replaces {found} when it loads this format."
         if layout.converted:
             return f"Checkpoints of {architecture} take fused parameters apart, such as '{min(layout.converted)}'."
@@ -288,7 +288,7 @@ def _linear(model: nn.Module) -> list[str]:
     return [
         name
         for name, kind in found
-        if kind in (nn.Linear, Conv1D) and re.search(r"\.\d+\.", f".{name}")
+        if kind in (nn.Linear, hf.Conv1D) and re.search(r"\.\d+\.", f".{name}")
     ]
 
 

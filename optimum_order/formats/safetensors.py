@@ -21,8 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from optimum_order.errors import ArtifactError, InvariantError
 from optimum_order.files import INDEX, SINGLE, read_json, weight_files
@@ -30,6 +28,7 @@ from optimum_order.formats import available
 from optimum_order.formats.base import Format, Layers, Layout, Piece, as_matrix, blocks, outline
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
 from optimum_order.models.units import Target, find_targets
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8")
@@ -82,9 +81,9 @@ def write(
     model.save_pretrained(folder, state_dict={})  # all but the weights
     layout = Layout.of(model, tensors)
     stored, places = _places(layout, layers)
-    dense = _dense(model)
+    dense = hf.tensors_to_save(model)
     missing = set(
-        revert_weight_conversion(
+        hf.to_checkpoint(
             model, {n: torch.empty_like(t, device="meta") for n, t in dense.items()}
         )
     )
@@ -99,9 +98,7 @@ def write(
     size = 0
     for block in blocks(dense):
         own = dense if tensors is None else tensors
-        for key, tensor in revert_weight_conversion(
-            model, {name: own[name] for name in block}
-        ).items():
+        for key, tensor in hf.to_checkpoint(model, {name: own[name] for name in block}).items():
             if key not in missing:
                 raise InvariantError(f"'{key}' is not what transformers would save, or twice.")
             missing.remove(key)
@@ -147,13 +144,6 @@ def _places(
             rows = [[piece.key, piece.at, piece.rows] for piece in pieces]
             stored[name] = {"rows": rows, "transposed": target.transposed}
     return stored, places
-
-
-def _dense(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What `save_pretrained` would save, before it gives it other names: of weights that are tied only one."""
-    ignored = model._keys_to_ignore_on_save or ()
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    return remove_tied_weights_from_state_dict(kept, model)
 
 
 class _Shards:

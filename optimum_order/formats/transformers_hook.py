@@ -13,19 +13,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_order.errors import ArtifactError
+from optimum_order.models import hf
 
 METHOD = "sparse"
 
 
-@register_quantization_config(METHOD)
-class SparseConfig(QuantizationConfigMixin):
+@hf.register_quantization_config(METHOD)
+class SparseConfig(hf.QuantizationConfigMixin):
     """The `quantization_config` of a config.json; every layer describes itself."""
 
     dequantize = True  # transformers then forgets after loading that there was a quantisation
@@ -34,7 +30,7 @@ class SparseConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
 
 
-class Decode(ConversionOps):
+class Decode(hf.ConversionOps):
     """Turns the bytes of layers into their weights; what else comes along is passed on as it is.
 
     Args:
@@ -68,7 +64,7 @@ class Decode(ConversionOps):
         weight = decode_weight(tensor.cpu())
         if self.fit:
             parameter = model.get_parameter(name)
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), hf.Conv1D):
                 weight = weight.T.contiguous()
             if weight.shape != parameter.flatten(1).shape:
                 raise ArtifactError(
@@ -78,8 +74,8 @@ class Decode(ConversionOps):
         return weight.to(tensor.device, self.dtype)
 
 
-@register_quantizer(METHOD)
-class SparseQuantizer(HfQuantizer):
+@hf.register_quantizer(METHOD)
+class SparseQuantizer(hf.HfQuantizer):
     """Puts `Decode` before everything that transformers does to a tensor of a checkpoint."""
 
     requires_calibration = (
@@ -90,13 +86,13 @@ class SparseQuantizer(HfQuantizer):
         self._ours = []
         for conversion in weight_conversions:
             ours = conversion
-            if isinstance(conversion, WeightConverter):
+            if isinstance(conversion, hf.WeightConverter):
                 ours = copy.deepcopy(conversion)
                 ours.operations = [Decode(fit=False), *ours.operations]
             self._ours.append((ours, conversion))
         # A tensor goes to the first converter that knows its name; this one is for those that no other does.
         return [ours for ours, _ in self._ours] + [
-            WeightConverter("weight", "weight", [Decode(fit=True)])
+            hf.WeightConverter("weight", "weight", [Decode(fit=True)])
         ]
 
     def get_new_dtype(
@@ -110,11 +106,13 @@ class SparseQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         # By these the model is saved again, with nothing of ours to be undone. Some versions of transformers (5.24)
         # have forgotten by now which they used.
-        model._weight_conversions = [theirs for ours, theirs in self._ours if ours.was_used()]
+        hf.remember_conversions(
+            model, [theirs for ours, theirs in self._ours if ours.was_used()]
+        )
         return model
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not hasattr(HfQuantizer, "get_new_dtype"):
+        if not hasattr(hf.HfQuantizer, "get_new_dtype"):
             raise ImportError(
                 f"'{METHOD}' needs transformers 5.21 or newer to load, got {transformers.__version__}."
             )

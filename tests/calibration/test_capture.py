@@ -15,7 +15,7 @@ from optimum_order.models.units import Target
 
 
 def linear(name, module):
-    return Target(name, "linear", module.weight)
+    return Target(name, "linear", module)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_linear_layer_is_seen(layers, X):
 
 def test_a_conv1d_is_seen(X):
     layer = Conv1D(3, 4)
-    with Capture([Target("a", "conv1d", layer.weight, transposed=True)], gram=True) as capture:
+    with Capture([Target("a", "conv1d", layer, transposed=True)], gram=True) as capture:
         layer(X)
     assert capture.statistics()["a"].tokens == 10
     assert torch.allclose(capture.statistics()["a"].gram.double(), gram_of(X), atol=1e-5)
@@ -54,7 +54,8 @@ def test_a_conv1d_is_seen(X):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_one_expert_of_a_fused_parameter_is_seen_alone(X, transposed):
     parameter = nn.Parameter(torch.randn(3, 4, 6) if transposed else torch.randn(3, 6, 4))
-    targets = [Target(f"experts.{i}", "expert", parameter, transposed, i) for i in range(3)]
+    module = nn.ParameterDict({"up": parameter})
+    targets = [Target(f"experts.{i}", "expert", module, "up", transposed, i) for i in range(3)]
     with Capture(targets, gram=True) as capture:
         for i, rows in [(torch.tensor(0), X[0]), (torch.tensor(2), X[1, :2])]:
             if transposed:
@@ -73,18 +74,19 @@ def test_one_expert_of_a_fused_parameter_is_seen_alone(X, transposed):
 )
 def test_every_way_of_multiplying_is_seen(product, X):
     parameter = nn.Parameter(torch.randn(4, 6))
-    with Capture([Target("a", "conv1d", parameter, transposed=True)], gram=True) as capture:
+    module = nn.ParameterDict({"weight": parameter})
+    with Capture([Target("a", "conv1d", module, transposed=True)], gram=True) as capture:
         product(X[0], parameter)
     assert capture.statistics()["a"].tokens == 5
 
 
 def conv_targets(name, module):
     if module.groups == 1:
-        return [Target(name, "conv2d", module.weight)]
+        return [Target(name, "conv2d", module)]
     size = module.out_channels // module.groups
     rows = [range(i * size, (i + 1) * size) for i in range(module.groups)]
     return [
-        Target(f"{name}.weight.{i}", "conv2d", module.weight, rows=each)
+        Target(f"{name}.weight.{i}", "conv2d", module, rows=each)
         for i, each in enumerate(rows)
     ]
 
@@ -162,7 +164,7 @@ def test_any_convolution(kernel, stride, dilation, padding, groups, size):
 
 def test_a_convolution_called_by_names_and_on_one_image():
     weight, x = nn.Parameter(torch.randn(5, 4, 3, 3)), torch.randn(4, 6, 6)
-    with Capture([Target("a", "conv2d", weight)], gram=True) as capture:
+    with Capture([Target("a", "conv2d", nn.ParameterDict({"weight": weight}))], gram=True) as capture:
         nn.functional.conv2d(x, weight=weight, stride=2, padding=[1])
     assert capture.statistics()["a"].tokens == 9
     assert tuple(capture.statistics()["a"].gram.shape) == (36, 36)

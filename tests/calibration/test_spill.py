@@ -12,7 +12,7 @@ from optimum_order.calibration.spill import Spill, drop
 from optimum_order.calibration.walk import walk
 from optimum_order.errors import OutputError
 from optimum_order.layers.statistics import Gram
-from optimum_order.models.lazy import trim
+from optimum_order.models.memory import trim
 from optimum_order.models.units import find_units
 
 MB = 2**20

@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import load_file
 
 from optimum_order import backends
-from optimum_order.formats.base import Layout, Paired, Piece, blocks, outline, patched
+from optimum_order.formats.base import Layout, Paired, Piece, blocks, outline
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import find_units
 from optimum_order.order import Order
@@ -113,16 +113,6 @@ def test_a_model_loaded_from_disk_is_mapped_the_same(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert Layout.of(loaded)._pieces == Layout.of(model)._pieces
-
-
-def test_modules_that_transformers_would_swap_are_found():
-    config = transformers.Llama4TextConfig(
-        **TINY, **EXPERTS, intermediate_size=8, intermediate_size_mlp=8, moe_layers=[1]
-    )
-    model = transformers.Llama4ForCausalLM(config)
-    for method in ("compressed-tensors", "bitsandbytes"):
-        assert patched(model, method) == "'model.layers.1.feed_forward.experts' (Llama4TextExperts)"
-        assert patched(build("llama"), method) is None
 
 
 def test_blocks_are_what_is_numbered_first():

@@ -84,8 +84,8 @@ def test_codes_take_their_bits_and_no_more(bits):
 def test_what_cannot_be_held_says_why():
     weight = torch.randn(8, 32)
     grid = UniformGrid.fit(weight, bits=4)
-    linear = Target("x", "linear", nn.Parameter(weight))
-    conv1d = Target("x", "conv1d", nn.Parameter(weight.T.contiguous()), transposed=True)
+    linear = Target("x", "linear", nn.ParameterDict({"weight": weight}))
+    conv1d = Target("x", "conv1d", nn.ParameterDict({"weight": weight.T}), transposed=True)
     state = LayerState(grid.nearest(weight), grid=grid)
     assert FORMAT.why_not(linear, state) is None
     assert FORMAT.why_not(conv1d, LayerState(weight)) is None  # it is stored dense

@@ -144,7 +144,7 @@ def quantized(shape=(32, 64), dtype=torch.float16, mean=0.0, **options):
 
 
 def linear(kind="linear"):
-    return Target("x", kind, nn.Parameter(torch.zeros(1)))
+    return Target("x", kind, nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_what_is_neither_pruned_nor_quantised_stays_dense():
 
 def test_what_cannot_be_held_says_why(make_model, make_image_model):
     weight = torch.randn(8, 32)
-    target = Target("x", "linear", nn.Parameter(weight))
+    target = Target("x", "linear", nn.ParameterDict({"weight": weight}))
     assert FORMAT.why_not(target, layer(weight, bits=4, symmetric=False)) is None
     grid, codes = fit_rows(weight)
     assert "RowGrid is not a grid of equal steps" in FORMAT.why_not(
