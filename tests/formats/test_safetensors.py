@@ -25,7 +25,6 @@ from optimum_order.files import weight_bytes
 from optimum_order.formats import safetensors as checkpoint
 from optimum_order.formats.base import blocks
 from optimum_order.layers.state import LayerState
-from optimum_order.models.lazy import Overlaid
 from optimum_order.models.source import Checkpoint
 from optimum_order.models.units import find_units
 from optimum_order.order import Order
@@ -590,7 +589,7 @@ def test_a_block_at_a_time_the_same_is_written(case, tmp_path):
     units = find_units(weights.model, case.targets and [case.targets])
     targets = {target.name: target for unit in units for target in unit.targets}
     states = Fresh({name: state for name, (_, state) in layers.items()}, lambda state: state.weight)
-    tensors = Fresh(dict(Overlaid(weights, targets, states)))
+    tensors = Fresh(dict(weights.overlaid(targets, states)))
     states.most = 0
     pairs = formats.Paired(targets, states)
 
