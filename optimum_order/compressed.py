@@ -260,7 +260,7 @@ class CompressedModel:
         return formats.Contents(self.model, layers, self._tensors, processor)
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
-        """Return what was measured, by name, for an artifact only on the values that load from it."""
+        """Return what was measured by name; for an artifact, on the values that load from it."""
         metrics: dict[str, Any] = {}
         for dense, after in self._measured:
             if runs_dense not in (None, dense):
