@@ -25,7 +25,6 @@ from optimum_order.files import weight_bytes
 from optimum_order.formats import Contents, Layers
 from optimum_order.formats.layout import blocks
 from optimum_order.formats.safetensors import Safetensors
-from optimum_order.models.lazy import Overlaid
 from optimum_order.models.source import Checkpoint
 from optimum_order.models.units import find_units
 from optimum_order.testing import same_bits
@@ -571,7 +570,7 @@ def check_at_a_time(case, compressed, folder):
     units = find_units(weights.model)
     targets = {target.name: target for unit in units for target in unit.targets}
     states = Fresh(contents.layers.states, lambda state: state.weight)
-    tensors = Fresh(dict(Overlaid(weights, targets, states)))
+    tensors = Fresh(dict(weights.overlaid(targets, states)))
     states.most = 0
     lazy = Contents(weights.model, Layers(targets, states), tensors)
 
