@@ -15,7 +15,7 @@ from optimum_order.errors import OrderError, unknown
 from optimum_order.order import Stage
 from optimum_order.search.plan import Plan, permutations
 from optimum_order.search.strategies import auto, measure, pih, proxy
-from optimum_order.search.strategies.base import Effort, Scoring, Task, Verdict
+from optimum_order.search.strategies.base import USUAL, Effort, Scoring, Task, Verdict
 
 STRATEGIES: Mapping[str, Callable[[Task], Verdict]] = {
     "auto": auto.rank,
@@ -31,7 +31,7 @@ def plan(
     stages: Iterable[Stage | str],
     scoring: Scoring,
     strategy: str = "auto",
-    effort: Effort = Effort(),
+    effort: Effort = USUAL,
     *,
     progress: bool = False,
 ) -> Plan:

@@ -104,7 +104,7 @@ class Sketch:
         return 4 * self.runner.original.states[name].weight.shape[1] ** 2
 
     def _gather(self, names: list[str]) -> dict[str, Statistics]:
-        """Return the inputs of each layer in its own draw; of all layers at once if memory allows."""
+        """Return the inputs of each layer in its own draw; of all layers if memory allows."""
         if not self.draws or all(name in self._statistics for name in names):
             return self._statistics
         if sum(map(self._bytes, self.layers)) <= _GRAM_BYTES:

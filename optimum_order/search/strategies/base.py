@@ -58,6 +58,9 @@ class Effort:
     confidence: float = 0.9
 
 
+USUAL = Effort()
+
+
 class Verdict(NamedTuple):
     """The answer of a strategy; see `Plan`."""
 
@@ -84,7 +87,7 @@ class Task:
     runner: Runner
     orders: list[Order]
     scoring: Scoring
-    effort: Effort = Effort()
+    effort: Effort = USUAL
     progress: bool = False
     cost: dict[str, int] = field(
         default_factory=lambda: {"orders": 0, "calibration_samples": 0, "scored_samples": 0}

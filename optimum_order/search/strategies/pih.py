@@ -1,4 +1,7 @@
-"""`pih`: weaker first, stronger later (the Progressive Intensity Hypothesis), by M of each stage."""
+"""`pih`: weaker first, stronger later, by M of each stage alone.
+
+The rule is the Progressive Intensity Hypothesis of Kim et al. 2026, arXiv 2603.18426.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`proxy`: the output errors of all layers on inputs of the original model; no model is run after."""
+"""`proxy`: the output errors of all layers on inputs of the original model; none is run after."""
 
 from __future__ import annotations
 
