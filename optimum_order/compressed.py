@@ -22,7 +22,7 @@ from optimum_order.errors import ModelError
 from optimum_order.evaluation import Measurement
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import Target
-from optimum_order.search.planner import Plan
+from optimum_order.search.plan import Plan
 
 if TYPE_CHECKING:
     from optimum_order.session import Session
