@@ -280,7 +280,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_llama_folder, value):
 
 def test_compressed_models_cannot_be_compressed_again(compressor, tmp_path):
     compressor.compress("rtn:4", progress=False).save_pretrained(tmp_path / "out")
-    with pytest.raises(ModelError, match="already quantised"):
+    with pytest.raises(ModelError, match="already quantized"):
         JointCompressor.from_pretrained(tmp_path / "out")
 
 

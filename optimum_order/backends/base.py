@@ -7,9 +7,7 @@ it out, so that nobody asks a method for its class.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import inspect
-import re
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -23,7 +21,7 @@ from typing_extensions import Self
 from optimum_order.errors import InvariantError, OrderError, unknown
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Statistics
-from optimum_order.order import Stage
+from optimum_order.order import Stage, matches
 
 KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
 """Values of `Method.kind`."""
@@ -71,26 +69,6 @@ def describe(annotation: Any) -> str:
         tuple: "a list",
     }
     return names.get(typing.get_origin(annotation) or annotation, str(annotation))
-
-
-def matches_pattern(name: str, pattern: str) -> bool:
-    """Return whether a layer's full name matches a shell pattern, or a `re:` regular expression.
-
-    Args:
-        name: `model.layers.0.self_attn.q_proj`.
-        pattern: `*.q_proj`, or `re:.*proj`.
-
-    Raises:
-        OrderError: If the regular expression cannot be read.
-    """
-    if not pattern.startswith("re:"):
-        return fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.fullmatch(pattern[3:], name) is not None
-    except re.error as error:
-        raise OrderError(
-            f"'{pattern}' is not a regular expression after 're:': {error}."
-        ) from error
 
 
 _TARGETS = option(
@@ -234,7 +212,7 @@ class Method(ABC):
     def covers(self, layer: str) -> bool:
         """Return whether the method treats a layer, by its full name."""
         patterns = self.targets
-        return not patterns or any(matches_pattern(layer, pattern) for pattern in patterns)
+        return not patterns or any(matches(layer, pattern) for pattern in patterns)
 
     def bind(self, resolve: Callable[[Stage], Method]) -> Self:
         """Resolve the stages that this method names in turn; return the method.

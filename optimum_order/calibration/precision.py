@@ -1,9 +1,10 @@
 """How exactly calibration multiplies.
 
-Matrix products are nearly all the work of a calibration, and where a processor has units for bfloat16 it does them
-several times faster there than in float32. Of a float32 model the inputs of a product are then rounded to bfloat16, as
-mixed-precision training does; sums stay float32. What is learnt from the data, sums over thousands of tokens, hardly
-changes. Only calibration does this: a metric measures the model as it is.
+Matrix products are nearly all the work of a calibration. A processor with units for bfloat16
+multiplies several times faster in bfloat16 than in float32. The inputs of a float32 model's
+products are then rounded to bfloat16, as mixed-precision training does; sums stay float32. What
+calibration learns, sums over thousands of tokens, hardly changes. Only calibration does so: a
+metric measures the model as it is.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to multiply in.
+    """Return the dtype to multiply in.
 
     Args:
-        name: "float32", "bfloat16", or "auto" for bfloat16 where the processor has units for it and the model has no
-            dtype of its own that is as short.
+        name: "float32", "bfloat16", or "auto" for bfloat16 where the processor has units for it
+            and the model's own dtype is not as short.
         dtype: The model's.
         device: The model's.
 
@@ -42,7 +43,7 @@ def choose(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def has_units(device: torch.device) -> bool:
-    """Whether a processor multiplies bfloat16 natively."""
+    """Return whether a processor multiplies bfloat16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # Nothing public says so.
@@ -66,7 +67,13 @@ def forwards(
 
 
 def restored(output: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """What a module returned among `forwards`, in the dtype that the rest of the model expects."""
+    """Return a module's output among `forwards` in the dtype that the rest of the model expects.
+
+    Args:
+        output: A tensor, or a tuple or list of tensors and other values.
+        dtype: The model's.
+        device: The model's.
+    """
     if not torch.is_autocast_enabled(device.type):
         return output
     if isinstance(output, Tensor):
@@ -78,7 +85,11 @@ def restored(output: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def products(dtype: torch.dtype) -> Iterator[None]:
-    """In which products of float32 matrices round their inputs to `dtype`, where the processor has units for it."""
+    """Let products of float32 matrices round their inputs, where the processor has units for it.
+
+    Args:
+        dtype: bfloat16, or another dtype that changes nothing.
+    """
     if dtype != torch.bfloat16:
         yield
         return

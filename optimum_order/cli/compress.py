@@ -226,7 +226,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
     def _order(self) -> tuple[Order | str | None, list[Stage] | None]:
         """Return the arguments of `compress`: an order, or "auto" and its stages; or neither."""
         from optimum_order.engine.recipe import canonical
-        from optimum_order.search.planner import permutations
+        from optimum_order.search.plan import permutations
 
         args = self.args
         if (args.order == "auto") != (args.stages is not None):

@@ -12,7 +12,8 @@ from optimum_order.data.samples import Purpose, Samples
 class Reader(Protocol):
     """A model with its processor, loaded or not."""
 
-    processor: Any
+    @property
+    def processor(self) -> Any: ...
 
     @property
     def config(self) -> Any: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def error_correlations(
 
 def _visits(
     runner: Runner, batches: Batches, needs: Collection[type[Accumulator]]
-) -> Iterator[Visit]:
+) -> Generator[Visit, None, None]:
     runner.reset()
     execution = dataclasses.replace(runner.execution, pause="block")
     return walk(runner.model, runner.units, batches, needs=needs, execution=execution)

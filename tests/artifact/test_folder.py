@@ -480,7 +480,6 @@ from optimum_order.compressor import CompressedModel
 from optimum_order.order import Order
 from optimum_order.engine.run import Result
 from optimum_order.models.units import find_units
-from optimum_order.models.lazy import Overlaid
 
 folder, out, *formats = sys.argv[1:]
 JointCompressor.from_pretrained("tiny-llama").source.load_empty()  # what is imported on the way is not measured
@@ -503,7 +502,7 @@ class States(Mapping):
 
 states = States()
 result = Result(states, {name: [] for name in targets}, tuple(Order.parse("magnitude:0.5")))
-tensors = Overlaid(weights, targets, states)
+tensors = weights.overlaid(targets, states)
 base = {"id": "large", "revision": None, "architecture": "", "dtype": "bfloat16", "digest": ""}
 compressed = CompressedModel(compressor, weights.model, units, result, "stage", None, base, 0.0, None, tensors)
 for format in formats:

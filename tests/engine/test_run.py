@@ -12,6 +12,7 @@ from optimum_order.engine.recipe import method
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.error import relative_error
 from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage

@@ -85,11 +85,11 @@ def test_it_is_saved_as_if_it_had_been_in_memory(saved, tmp_path, architecture, 
 
 def test_no_more_than_a_block_is_ever_filled(saved, tmp_path, monkeypatch):
     filled, seen = set(), []
-    materialise, release = Weights.materialise, Weights.release
+    materialize, release = Weights.materialize, Weights.release
 
     def noted(self, names):
         names = list(names)
-        materialise(self, names)
+        materialize(self, names)
         filled.update(name for name in names if name.startswith("model.layers."))
         seen.append({name.split(".")[2] for name in filled})
 
@@ -98,7 +98,7 @@ def test_no_more_than_a_block_is_ever_filled(saved, tmp_path, monkeypatch):
         release(self, names)
         filled.difference_update(names)
 
-    monkeypatch.setattr(Weights, "materialise", noted)
+    monkeypatch.setattr(Weights, "materialize", noted)
     monkeypatch.setattr(Weights, "release", emptied)
     compressed = streamed(saved("llama", num_hidden_layers=4), tmp_path, "wanda:0.5 > gptq:4")
     assert max(map(len, seen)) == 1 and set.union(*seen) == {"0", "1", "2", "3"}

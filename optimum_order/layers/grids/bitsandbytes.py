@@ -38,7 +38,7 @@ def levels(data_type: str, device: torch.device) -> Tensor:
     """
     from bitsandbytes.functional import get_4bit_type  # here: importing the library costs seconds
 
-    values: Tensor = get_4bit_type(data_type, device=device)  # type: ignore[no-untyped-call]
+    values: Tensor = get_4bit_type(data_type, device=device)
     return values
 
 
@@ -47,7 +47,7 @@ def nested_levels(device: torch.device) -> Tensor:
     """Return the values of a scale under double quantization, ascending by code, (256,) float32."""
     from bitsandbytes.functional import create_dynamic_map
 
-    values: Tensor = create_dynamic_map()  # type: ignore[no-untyped-call]
+    values: Tensor = create_dynamic_map()
     return values.to(device)
 
 
