@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_order.backends import Allocator, Backend, Recovery, Reshaper, Transform, option
-from optimum_order.backends.base import KINDS, describe, matches_pattern, needs_of
+from optimum_order.backends.base import KINDS, describe, needs_of
 from optimum_order.engine.recipe import available, canonical, method
 from optimum_order.errors import InvariantError, OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
@@ -270,19 +270,6 @@ class TestTargets:
         for targets in ["3", "true", "[]", "[1]", "[a,[b]]"]:
             with pytest.raises(OrderError, match=r"'targets' .* must be a pattern of layer names"):
                 make(f"rtn(bits=4, targets={targets})")
-
-    def test_shell_patterns_and_regular_expressions(self):
-        for name, pattern, matches in [
-            ("a.q_proj", "*.q_proj", True),
-            ("a.b.q_proj", "a.*.q_pro?", True),
-            ("a.q_proj", "*.[kv]_proj", False),
-            ("A.q_proj", "a.*", False),
-            ("a.q_proj", r"re:a\.(q|k)_proj", True),
-            ("a.q_proj2", r"re:a\.(q|k)_proj", False),
-        ]:
-            assert matches_pattern(name, pattern) is matches
-        with pytest.raises(OrderError, match=r"'re:\(' is not a regular expression after 're:'"):
-            matches_pattern("a", "re:(")
 
 
 @dataclasses.dataclass(frozen=True)
