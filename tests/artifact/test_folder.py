@@ -124,12 +124,11 @@ def all_sharded(make_model, tmp_path_factory):
     model = make_model("llama", intermediate_size=64, num_key_value_heads=4).to(torch.bfloat16)
     model.save_pretrained(root / "source")
     compressed = JointCompressor.from_pretrained(root / "source").compress(SHARDED, progress=False)
-    pairs, facts = compressed._pairs(), compressed._facts() | {"metrics": {}}
+    contents = compressed._contents()
+    facts = compressed._facts() | {"metrics": {}}
     for name in FORMATS:
-        chosen = formats.choose(compressed.model, pairs, name)
-        artifact.save(
-            compressed.model, None, pairs, facts, root / name, format=chosen, max_shard_size="8KB"
-        )
+        codec = formats.choose(contents, name)
+        artifact.save(contents, facts, root / name, codec=codec, max_shard_size="8KB")
         assert verify(root / name) == [] and (root / name / INDEX).exists()
     return root
 
@@ -476,9 +475,10 @@ import resource, sys
 from collections.abc import Mapping
 from optimum_order import JointCompressor, LayerState
 from optimum_order.artifact.verify import verify
-from optimum_order.compressor import CompressedModel
+from optimum_order.compressed import CompressedModel, Provenance
+from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.run import Result, Subject
 from optimum_order.order import Order
-from optimum_order.engine.run import Result
 from optimum_order.models.units import find_units
 
 folder, out, *formats = sys.argv[1:]
@@ -504,7 +504,9 @@ states = States()
 result = Result(states, {name: [] for name in targets}, tuple(Order.parse("magnitude:0.5")))
 tensors = weights.overlaid(targets, states)
 base = {"id": "large", "revision": None, "architecture": "", "dtype": "bfloat16", "digest": ""}
-compressed = CompressedModel(compressor, weights.model, units, result, "stage", None, base, 0.0, None, tensors)
+provenance = Provenance(Recipe.of(Order.parse("magnitude:0.5")), "block", base, None, 0.0)
+subject = Subject(weights.model, units)
+compressed = CompressedModel(compressor, subject, result, provenance, tensors)
 for format in formats:
     compressed.save_pretrained(f"{out}/{format}", format)
     assert verify(f"{out}/{format}") == []
