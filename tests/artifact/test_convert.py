@@ -63,7 +63,9 @@ def saved(bfloat16, tmp_path_factory):
 def values(folder):
     """Every layer's name and value, as the artifact has it."""
     layers = manifest.load(folder)["layers"]
-    found = dict(Safetensors().read(folder, {name: said["stored"] for name, said in layers.items()}))
+    found = dict(
+        Safetensors().read(folder, {name: said["stored"] for name, said in layers.items()})
+    )
     return found, {name: state.weight for name, state in found.items()}
 
 
