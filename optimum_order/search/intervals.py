@@ -70,7 +70,7 @@ def jackknife(metric: Metric, whole: Tensor, reduced: Tensor) -> Difference:
         Tukey 1958, Annals of Mathematical Statistics 29, 614: pseudo-values.
     """
     count = len(reduced)
-    spread = interval(metric, reduced, OVER_ALL)
+    spread = interval(metric, count * whole - (count - 1) * reduced, OVER_ALL)
     center = interval(metric, whole[None]).mean
     shift = center - spread.mean
     return dataclasses.replace(

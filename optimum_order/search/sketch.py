@@ -220,7 +220,7 @@ def spread(count: int) -> list[int]:
 def _noise(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Return white noise of the mean square of a weight."""
     noise = torch.randn(weight.shape, generator=generator).to(weight)
-    return noise * weight.float().abs().mean().to(weight.dtype)
+    return noise * weight.float().square().mean().sqrt().to(weight.dtype)
 
 
 def _alignment(weight: Tensor, statistics: Statistics | None) -> float:
