@@ -1,7 +1,8 @@
 """What a run would take, before it is run: time, memory and bytes on disk, with no weight read.
 
-A forward is traced on the meta device (`trace`), the methods of the order are tried on small layers of random weights
-(`laboratory`), this machine's speed is measured (`rates`), and formats are asked for the shapes of what they would
+A forward is traced on the meta device (`trace`), the methods of the order are tried on small
+layers of random weights (`laboratory`), the machine's speed is measured (`rates`), and formats are
+asked for the shapes of what they would
 write (`size`). The rest is counting, here.
 """
 
@@ -77,7 +78,7 @@ class Estimate:
         order: The canonical order.
         schedule: The schedule.
         before: Bytes of the model's weight files.
-        loading: Seconds before the first step: drawing the calibration data, reading the model, its digest,
+        loading: Seconds before the first step: drawing the data, reading the model, its digest,
             loading the libraries that methods need.
         steps: In turn.
         rates: What this machine was measured to do.
@@ -227,7 +228,7 @@ class _Run:
         self.applied: list[str] = []
 
     def step(self, walk: _Walk, format: str, *, last: bool) -> Step:
-        """The cost of a walk; what it does is done. Only the last has to leave what the format can hold."""
+        """Return the cost of a walk. Only the last has to leave what the format can hold."""
         seconds, forward, gram, waiting = 0.0, 0.0, 0.0, 0
         changed = [
             unit
@@ -323,7 +324,7 @@ class _Run:
         }
 
     def _states(self) -> int:
-        """Bytes of the layers' states: masks of bits, and their weights where they cannot lie in the model's memory."""
+        """Return the bytes of states: masks as bits, and weights outside the model's memory."""
         samples = self._samples().values()
         masks = (
             -(-target.view.numel() // 8) for target, state in samples if state.pruned is not None
@@ -337,7 +338,7 @@ class _Run:
 
 
 def _resident() -> int:
-    """Bytes that this process has resident now, or where the system does not say, had at most so far."""
+    """Return the resident bytes of this process, or the most so far where only that is known."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -378,7 +379,7 @@ def _guessed(
     costs: Mapping[str, UnitCost],
     laboratory: Laboratory,
 ) -> Iterator[Measured]:
-    """The table of an allocator as it would be if all weights mattered the same: an error of 4^-bits for each."""
+    """Guess an allocator's table: an error of 4^-bits for every weight."""
     groups: dict[str, list[Target]] = defaultdict(list)
     for unit in units:
         for target in unit.targets:

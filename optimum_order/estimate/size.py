@@ -1,4 +1,4 @@
-"""How many bytes a compressed model takes on disk, from the shapes of its layers and what they are rounded to."""
+"""The bytes of a compressed model on disk, from the shapes and the grids of its layers."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def _encoded(
     format: formats.Codec, sample: LayerState, grown: LayerState
 ) -> tuple[dict[str, Tensor], bool]:
-    """The tensors that stand for a layer, and whether their sizes are the same whatever its numbers are."""
+    """Return the tensors of a layer, and whether their sizes depend on no value."""
     grid = grown.grid
     try:
         # the offset of nested scales is written out as text
@@ -191,7 +191,7 @@ def _encoded(
 
 
 def _file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Of one safetensors file: a length, a JSON header filled up to a multiple of 8 bytes, the data."""
+    """Return the size of a safetensors file: a length, a padded JSON header, the data."""
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for key in sorted(tensors, key=lambda key: (_ORDER.index(_NAMES[tensors[key].dtype]), key)):

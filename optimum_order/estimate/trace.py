@@ -1,4 +1,4 @@
-"""What a computation costs, told from the operators that torch runs: products, bytes moved, bytes held.
+"""The cost of a computation, from the operators that torch runs: products, bytes moved, bytes held.
 
 A forward is traced on the meta device, where shapes flow through a model and no numbers do.
 """
@@ -26,7 +26,7 @@ from optimum_order.models.units import Target, Unit
 
 _ATEN = torch.ops.aten
 _QUESTIONS = {_ATEN.all.default: True, _ATEN.any.default: False}
-# Operations in each factorisation of an (n, n) matrix, over n^3; of triangular ones the inverse is what is solved for.
+# Operations in each factorization of an (n, n) matrix, over n^3; triangular solves are inverses.
 _FACTORISATIONS = {
     _ATEN.linalg_cholesky_ex: 1 / 3,
     _ATEN.cholesky_inverse: 2 / 3,
@@ -38,7 +38,7 @@ _PRODUCTS = {**PRODUCTS, functional.conv2d: (0, 1)}
 class Counter(TorchDispatchMode):
     """Counts while it is active.
 
-    On the meta device it also answers what a program asks of the numbers as if nothing were out of the ordinary: all
+    On the meta device it also answers what a program asks of the numbers, as if all were well: all
     conditions hold, no exception is there, what is compared is equal, and numbers are zero.
 
     Attributes:
@@ -208,7 +208,7 @@ class _Spy(TorchFunctionMode):
         return run
 
     def routed(self, module: nn.Module) -> Any:
-        """A stand-in for the forward of fused experts, which would look at where each token goes."""
+        """Return a stand-in for the forward of fused experts, which would look at the routing."""
         parameters = [parameter for parameter in module.parameters() if parameter.ndim == 3]
 
         def run(hidden: Tensor, index: Tensor, *rest: Any) -> Tensor:
