@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_order.backends.base import Cut, Reshaper
 from optimum_order.errors import InvariantError, OrderError
@@ -39,7 +39,7 @@ def cut(
             f"got {type(module).__name__}."
         )
     size = state.weight.float().square().sum().item()
-    bias = module.bias
+    bias: Tensor | None = module.bias
     for one in cuts:
         _check(reshaper, target, one, state.weight.shape[one.axis])
         state = _sliced(reshaper, target, state, one)

@@ -19,16 +19,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.backends import Allocator, Measured
+from optimum_order.backends import (
+    Allocator,
+    Backend,
+    Measured,
+    Method,
+    Recovery,
+    Reshaper,
+    Transform,
+)
+from optimum_order.backends.base import needs_of
 from optimum_order.engine.recipe import Recipe
-from optimum_order.errors import FormatError
+from optimum_order.errors import FormatError, OrderError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram
+from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.models.lazy import embedding_parameters
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage
@@ -142,7 +151,7 @@ class _Walk:
     label: str
     stages: Mapping[str, tuple[Stage, ...]]
     tried: tuple[Stage, ...] = ()
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[type[Accumulator]] = frozenset()
 
 
 def estimate(
@@ -183,7 +192,10 @@ def estimate(
     speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
     laboratory = Laboratory(list(targets.values()), device, speed)
     run = _Run(model, units, costs, batches, laboratory, speed, resident)
-    walks = list(_walks(order, schedule, units, costs, laboratory))
+    engine = _Walks(units, costs, laboratory)
+    for part in Recipe.of(order, schedule).steps:
+        part.run(engine)
+    walks = engine.walks
     steps = [run.step(walk, format, last=walk is walks[-1]) for walk in walks]
     loading = drawing + laboratory.setup + parameters * (1 / speed.hashing + 3 / speed.traffic)
     return Estimate(str(order), schedule, before, loading, tuple(steps), speed)
@@ -348,29 +360,67 @@ def _resident() -> int:
         )
 
 
-def _walks(
-    order: Order,
-    schedule: str,
-    units: Sequence[Unit],
-    costs: Mapping[str, UnitCost],
-    laboratory: Laboratory,
-) -> Iterator[_Walk]:
-    names = [target.name for unit in units for target in unit.targets]
-    for step in Recipe.of(order, schedule).steps:
-        group = step.methods[0]
-        if isinstance(group, Allocator):
-            candidates = list(group.backends.values())
-            needs = frozenset(need for each in candidates for need in each.needs)
-            yield _Walk(
-                f"{group.stage}: measuring", {}, tuple(each.stage for each in candidates), needs
-            )
-            for chosen in group.allocate(list(_guessed(group, units, costs, laboratory))):
-                stages = {name: (stage,) for name, stage in chosen.items()}
-                yield _Walk(str(group.stage), stages, needs=needs)
-        else:
-            needs = frozenset(need for each in step.methods for need in each.needs)
-            stages = tuple(each.stage for each in step.methods)
-            yield _Walk(step.label, dict.fromkeys(names, stages), needs=needs)
+class _Walks:
+    """Notes the walks of a recipe in place of running them: an `Engine` of `backends.base`.
+
+    Args:
+        units: The model's blocks.
+        costs: What running each block takes.
+        laboratory: Tries methods.
+
+    Attributes:
+        walks: In turn.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], costs: Mapping[str, UnitCost], laboratory: Laboratory
+    ):
+        self.walks: list[_Walk] = []
+        self._units = units
+        self._costs = costs
+        self._laboratory = laboratory
+
+    def apply(self, backends: Sequence[Backend]) -> None:
+        """Note a walk of backends over every layer that they cover."""
+        stages = {
+            target.name: tuple(b.stage for b in backends if b.covers(target.name))
+            for unit in self._units
+            for target in unit.targets
+        }
+        label = " > ".join(str(backend.stage) for backend in backends)
+        covered = {name: mine for name, mine in stages.items() if mine}
+        self.walks.append(_Walk(label, covered, needs=needs_of(backends)))
+
+    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
+        """Note a walk of the backends that an allocator chose."""
+        stages = {name: (backend.stage,) for name, backend in backends.items()}
+        needs = needs_of(allocator.backends.values())
+        self.walks.append(_Walk(str(allocator.stage), stages, needs=needs))
+
+    def measure(self, allocator: Allocator) -> list[Measured]:
+        """Note the walk of an allocator, and guess the table."""
+        tried = tuple(allocator.backends)
+        needs = needs_of(allocator.backends.values())
+        self.walks.append(_Walk(f"{allocator.stage}: measuring", {}, tried, needs))
+        return list(_guessed(allocator, self._units, self._costs, self._laboratory))
+
+    def reshape(self, reshaper: Reshaper) -> None:
+        """Refuse a stage that no estimate covers."""
+        _refuse(reshaper)
+
+    def transform(self, transform: Transform) -> None:
+        """Refuse a stage that no estimate covers."""
+        _refuse(transform)
+
+    def recover(self, recovery: Recovery) -> None:
+        """Refuse a stage that no estimate covers."""
+        _refuse(recovery)
+
+
+def _refuse(method: Method) -> None:
+    raise OrderError(
+        f"Stage '{method.stage}' cannot be estimated yet: leave it out of the estimate, or run it."
+    )
 
 
 def _guessed(

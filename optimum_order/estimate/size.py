@@ -56,14 +56,17 @@ def empty(source: Checkpoint | InMemory) -> PreTrainedModel:
     if isinstance(source, InMemory):
         tensors = [*source.model.parameters(), *source.model.buffers()]
         memo: dict[int, Any] = {id(tensor): _like(tensor) for tensor in tensors}
-        return copy.deepcopy(source.model, memo)
+        copied: PreTrainedModel = copy.deepcopy(source.model, memo)
+        return copied
     trusted = source._hub["trust_remote_code"]
-    if trusted and getattr(
-        source.config, "auto_map", None
-    ):  # its own code may load in ways that nobody can follow
+    model: PreTrainedModel
+    # Code that comes with a model may load in ways that nobody can follow.
+    if trusted and getattr(source.config, "auto_map", None):
         with torch.device("meta"):
-            return source.auto.from_config(source.config, trust_remote_code=trusted).eval()
-    return source.load_empty().model.to("meta")  # type: ignore[arg-type]  # transformers hides its signature
+            model = source.auto.from_config(source.config, trust_remote_code=trusted)
+            return model.eval()
+    model = source.load_empty().model.to("meta")  # type: ignore[arg-type]
+    return model
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ def stored(
         name: grown[id(sample), target.view.shape] for name, (target, sample) in layers.items()
     }
     contents = formats.Contents(model, formats.Layers(targets, states))
-    encoded: dict[tuple, tuple[dict[str, Tensor], bool]] = {}
+    encoded: dict[tuple[Any, ...], tuple[dict[str, Tensor], bool]] = {}
     replaced: dict[str, dict[str, Tensor]] = {}
     exact = True
     with Counter():  # answers what formats ask of numbers that are not there
