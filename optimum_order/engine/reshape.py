@@ -47,7 +47,7 @@ def cut(
             bias = bias[one.indices]
     with torch.inference_mode(False):  # its parameters stay ordinary ones
         module.weight = nn.Parameter(state.weight.clone(), requires_grad=False)
-        if bias is not module.bias:
+        if bias is not None and bias is not module.bias:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     module.out_features, module.in_features = state.weight.shape
     left = state.weight.float().square().sum().item()

@@ -63,8 +63,8 @@ def empty(source: Checkpoint | InMemory) -> PreTrainedModel:
     # Code that comes with a model may load in ways that nobody can follow.
     if trusted and getattr(source.config, "auto_map", None):
         with torch.device("meta"):
-            model = source.auto.from_config(source.config, trust_remote_code=trusted)
-            return model.eval()
+            model = source.auto.from_config(source.config, trust_remote_code=trusted).eval()
+        return model
     model = source.load_empty().model.to("meta")  # type: ignore[arg-type]
     return model
 

@@ -32,7 +32,7 @@ _FACTORIZATIONS: dict[Any, float] = {
     _ATEN.cholesky_inverse: 2 / 3,
     _ATEN.linalg_solve_triangular: 1 / 3,
 }
-_PRODUCTS = {**PRODUCTS, functional.conv2d: (0, 1)}
+_PRODUCTS: dict[Any, tuple[int, int]] = PRODUCTS | {functional.conv2d: (0, 1)}
 
 
 class Counter(TorchDispatchMode):
