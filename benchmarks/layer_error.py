@@ -1,23 +1,27 @@
-"""What GPTQ and SparseGPT gain over plain rounding and masking, layer by layer, on the same H.
+"""The gain of GPTQ and SparseGPT over plain rounding and masking, layer by layer, on the same H.
 
-For every layer of the model the relative output error `tr(dW H dW^T) / tr(W H W^T)` of each method, from the same
-calibration walk over the dense model. Exits with 1 if a corrected layer is ever worse than its plain counterpart.
+For every layer of the model: the relative output error `tr(dW H dW^T) / tr(W H W^T)` of each method,
+from the same calibration walk over the dense model. Exits with 1 if a corrected layer is ever worse
+than its plain counterpart.
 
     python benchmarks/layer_error.py
 """
 
 import argparse
+import contextlib
 import sys
 
 from rich.console import Console
 from rich.table import Table
 
 from optimum_order import JointCompressor, Stage
+from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.walk import walk
 from optimum_order.data.text import load
 from optimum_order.engine.recipe import method
-from optimum_order.engine.run import relative_error
+from optimum_order.layers.error import relative_error
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram, SquaredNorms
 from optimum_order.models.units import find_units
 
 
@@ -32,28 +36,27 @@ def main() -> None:
     windows = load(args.calibration, source.processor, samples=args.samples, length=512)
     rows = []
 
-    def errors(state, known, name):
-        """Relative output error of one layer under each method, in the order of the table's columns."""
+    def errors(state, statistics, name):
+        """Relative output error of one layer under each method, in the order of the columns."""
         for bits in (4, 3):
-            for quantiser in ("rtn", "gptq"):
-                after = method(Stage(quantiser, bits)).apply(state, known, where=name)
-                yield relative_error(state.weight, after.weight, known)[0]
-        pruned = method(Stage("sparsegpt", 0.5)).apply(state, known, where=name)
+            for quantizer in ("rtn", "gptq"):
+                after = method(Stage(quantizer, bits)).apply(state, statistics, where=name)
+                yield relative_error(state.weight, after.weight, statistics)[0]
+        pruned = method(Stage("sparsegpt", 0.5)).apply(state, statistics, where=name)
         for weight in (state.weight.masked_fill(pruned.pruned, 0.0), pruned.weight):
-            yield relative_error(state.weight, weight, known)[0]
-        masked = method(Stage("magnitude", 0.5)).apply(state, known, where=name)
-        yield relative_error(state.weight, masked.weight, known)[0]
+            yield relative_error(state.weight, weight, statistics)[0]
+        masked = method(Stage("magnitude", 0.5)).apply(state, statistics, where=name)
+        yield relative_error(state.weight, masked.weight, statistics)[0]
 
-    def visit(at):
-        for target in at.unit.targets:
-            rows.append(
-                (
-                    target.name,
-                    *errors(LayerState(target.read()), at.statistics[target.name], target.name),
-                )
-            )
-
-    walk(model, find_units(model), list(windows.batches(8)), visit, gram=True)
+    batches = list(windows.batches(8))
+    needs = {SquaredNorms, Gram}
+    visits = walk(model, find_units(model), batches, needs=needs, execution=Execution())
+    with contextlib.closing(visits):
+        for visit in visits:
+            for target in visit.targets:
+                state = LayerState(target.read())
+                row = errors(state, visit.statistics[target.name], target.name)
+                rows.append((target.name, *row))
 
     table = Table(title=f"{args.model}: relative squared output error", title_justify="left")
     table.add_column("layer", no_wrap=True)
@@ -67,8 +70,8 @@ def main() -> None:
         "magnitude:0.5",
     ):
         table.add_column(column, justify="right")
-    for name, *found in rows:
-        table.add_row(name, *(f"{error:.5f}" for error in found))
+    for name, *row in rows:
+        table.add_row(name, *(f"{error:.5f}" for error in row))
     Console(width=140).print(table)
     worse = [
         name

@@ -13,6 +13,13 @@ EXAMPLES = sorted(
     file.name for file in (ROOT / "examples").glob("*.py") if file.name not in TRAINING
 )
 PROGRAM = "from optimum_order.cli import main; main()"
+# The built-in text in small: the README measures on all of it, which takes minutes.
+SMALL = """
+from optimum_order.data import text
+topics = text.reference_topics()
+text.reference_topics = lambda: topics[:8]
+text.standard_library_docstrings = lambda: topics[8:40]
+"""
 # The folder of a script is on its path; the repository need not be: the package is installed.
 SCRIPT = """
 import os, runpy
@@ -106,7 +113,7 @@ def test_the_code_in_the_readme_runs(run, tmp_path):
     for number, block in enumerate(readme(r"```python\n(.*?)```", re.DOTALL)):
         script = tmp_path / f"block_{number}.py"
         script.write_text(block)
-        assert run(script)
+        assert run(script, code=SMALL + SCRIPT)
 
 
 def test_the_commands_in_the_readme_run(run):
@@ -114,4 +121,4 @@ def test_the_commands_in_the_readme_run(run):
     for command in readme(rf"^optimum-order ((?:{names})[^\n#]*)"):
         words = shlex.split(command)
         small = ["--calibration-samples", 8] if words[0] in ("compress", "export") else []
-        assert run("optimum-order", *words, *small, code=PROGRAM), command
+        assert run("optimum-order", *words, *small, code=SMALL + PROGRAM), command

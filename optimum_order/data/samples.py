@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -95,10 +94,6 @@ class Samples(ABC):
     def inputs(self) -> list[dict[str, Tensor]]:
         """Return all batches as a walk reads them: the arguments of a forward, without labels."""
         return [without_labels(batch) for batch in self.batches(self.batch_size)]
-
-    def head(self, count: int) -> Samples:
-        """Return the first `count` samples, or all if there are fewer."""
-        return self if count >= len(self) else self.take(torch.arange(count))
 
     def describe(self) -> dict[str, Any]:
         """Return the entry of a manifest: source, sizes and digest, and no data."""

@@ -1,4 +1,4 @@
-"""Comparison of two models, measured on the same samples, pair by pair.
+"""Comparison of two models that are measured on the same samples, pair by pair.
 
 **Over samples.** The percentile bootstrap of the mean difference. Alone, this interval is too
 narrow for few samples, so its percentiles are moved out to where they would give Student's t
@@ -37,7 +37,6 @@ from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from optimum_order.errors import DataError
-from optimum_order.evaluation.base import Measurement
 
 _AT_ONCE = 2**22
 """Random indices in memory."""
@@ -71,65 +70,16 @@ class Difference:
         return asdict(self) | {"decisive": self.decisive}
 
 
-def paired_differences(after: Measurement, before: Measurement) -> Tensor:
-    """Return M(after) - M(before) of each sample: (samples,) float64.
-
-    Args:
-        after: The measurement of one model.
-        before: The measurement of the other.
-
-    Raises:
-        DataError: If the metrics or the samples of the two differ.
-    """
-    if after.name != before.name:
-        raise DataError(
-            f"Only one metric can be compared at a time, got '{after.name}' and '{before.name}'."
-        )
-    if after.digest != before.digest or len(after.scores) != len(before.scores):
-        both = [f"{len(m.scores)} of {m.source} ({m.digest[:12]})" for m in (after, before)]
-        raise DataError(
-            f"Two models are compared on the same samples, got {both[0]} and {both[1]}. Measure "
-            "both on the same ones."
-        )
-    return after.performances - before.performances
-
-
-def paired_bootstrap(
-    after: Measurement,
-    before: Measurement,
-    *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Difference:
-    """Return the mean of M(after) - M(before) over samples, with its interval.
-
-    Args:
-        after: The measurement of one model.
-        before: The measurement of the other, on the same samples.
-        resamples: Bootstrap samples.
-        confidence: The confidence of the interval, between 0 and 1.
-        seed: The seed of the resampling.
-
-    Raises:
-        DataError: If the two cannot be compared, or there is only one sample.
-
-    Source:
-        Hesterberg 2015, section 5.3: the expanded percentile interval.
-    """
-    return _over_samples(paired_differences(after, before), resamples, confidence, seed)
-
-
 def difference_over_draws(
     differences: Tensor, *, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> Difference:
     """Return the mean difference over calibration draws and samples together, with its interval.
 
-    One draw says nothing about others: the result is then the paired bootstrap over samples, and
-    says so in `over`.
+    One draw says nothing about others: the interval is then the bootstrap's over samples, and says
+    so in `over`.
 
     Args:
-        differences: (draws, samples), such as rows of `paired_differences`.
+        differences: (draws, samples), M of one model less M of the other, on the same samples.
         resamples: Bootstrap samples, used for a single draw only.
         confidence: The confidence of the interval, between 0 and 1.
         seed: The seed of the resampling.
@@ -138,7 +88,8 @@ def difference_over_draws(
         DataError: If there are fewer than two samples, or a difference is not finite.
 
     Source:
-        Banerjee 1960, applied to the mean squares of a two-way layout: see the top of this file.
+        Hesterberg 2015, section 5.3, for one draw; Banerjee 1960, applied to the mean squares of a
+        two-way layout, for several: see the top of this file.
     """
     if differences.ndim != 2 or 0 in differences.shape:
         raise DataError(
@@ -164,7 +115,7 @@ def difference_over_draws(
 
 def _over_samples(differences: Tensor, resamples: int, confidence: float, seed: int) -> Difference:
     y = _checked(differences, confidence)
-    means = bootstrap_means(y[None], resamples=resamples, seed=seed)[0]
+    means = bootstrap_means(y, resamples=resamples, seed=seed)
     low, high = np.quantile(means, percentiles(len(y), confidence))
     return Difference(y.mean().item(), float(low), float(high), "samples", confidence)
 
@@ -183,25 +134,22 @@ def _checked(differences: Tensor, confidence: float) -> Tensor:
 
 
 def bootstrap_means(values: Tensor, *, resamples: int, seed: int) -> np.ndarray[Any, Any]:
-    """Return each row's mean over bootstrap samples, the same samples for every row.
+    """Return the means of bootstrap samples, (resamples,) float64.
 
     Args:
-        values: (rows, samples).
+        values: (samples,).
         resamples: Bootstrap samples.
         seed: The seed of the resampling.
-
-    Returns:
-        (rows, resamples) float64.
     """
-    rows = values.double().numpy()
-    count = values.shape[1]
+    array = values.double().numpy()
+    count = len(array)
     generator = np.random.default_rng(seed)
-    step = max(1, _AT_ONCE // (count * len(rows)))
+    step = max(1, _AT_ONCE // count)
     parts = []
     for start in range(0, resamples, step):
         index = generator.integers(0, count, (min(step, resamples - start), count))
-        parts.append(rows[:, index].mean(-1))
-    return np.concatenate(parts, axis=1)
+        parts.append(array[index].mean(-1))
+    return np.concatenate(parts)
 
 
 def percentiles(count: int, confidence: float) -> tuple[float, float]:

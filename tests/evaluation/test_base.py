@@ -7,7 +7,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation import Metric, Windows, available
 from optimum_order.evaluation.perplexity import Perplexity
-from optimum_order.testing import MetricContract
 
 
 class FirstToken(Metric):
@@ -41,37 +40,6 @@ def model():
 @pytest.fixture
 def windows():
     return Windows(torch.tensor([[1, 0, 0], [2, 0, 0], [6, 0, 0]]), "made up")
-
-
-class Norm(Metric):
-    """The mean square of the logits, for the contract."""
-
-    name = "norm"
-    summary = "a metric for tests"
-    higher_is_better = False
-
-    def score(self, model, batch):
-        return model(**batch).logits.float().square().mean((1, 2))
-
-
-class TestContract(MetricContract):
-    def metric(self):
-        return Norm()
-
-    def model(self):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-        return LlamaForCausalLM(config)
-
-    def samples(self):
-        ids = torch.randint(0, 50, (5, 6), generator=torch.Generator().manual_seed(0))
-        return Windows(ids, "made up")
 
 
 def test_metrics_are_found_by_name():

@@ -8,18 +8,8 @@ import torch
 from scipy import stats
 
 from optimum_order.errors import DataError
-from optimum_order.evaluation import Measurement
-from optimum_order.evaluation.comparison import (
-    bootstrap_means,
-    difference_over_draws,
-    paired_bootstrap,
-    paired_differences,
-    percentiles,
-)
-
-
-def measurement(scores, *, name="perplexity", higher=False, digest="0" * 64):
-    return Measurement(name, 1.0, None, tuple(float(s) for s in scores), higher, "made up", digest)
+from optimum_order.evaluation import comparison
+from optimum_order.evaluation.comparison import bootstrap_means, difference_over_draws, percentiles
 
 
 def layout(generator, draws, samples, s_draw, s_sample, s_error):
@@ -40,40 +30,23 @@ def coverage(simulations, make):
     return float(covered), float(width)
 
 
-def test_differences_are_of_m_and_higher_is_better():
-    # less loss is better
-    assert paired_differences(measurement([1, 2]), measurement([3, 7])).tolist() == [2, 5]
-    one, other = (measurement(s, name="accuracy", higher=True) for s in ([1, 1], [0, 1]))
-    assert paired_differences(one, other).tolist() == [1, 0]
-
-
-def test_measurements_that_cannot_be_compared():
-    for other, message in [
-        (measurement([1, 2], name="fidelity"), "one metric.*'perplexity' and 'fidelity'"),
-        (measurement([1, 2], digest="1" * 64), "the same samples, got 2 of made up"),
-        (measurement([1, 2, 3]), "the same samples"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            paired_bootstrap(measurement([1, 2]), other)
+def over_samples(values, **options):
+    """The difference of one draw, whose interval is the bootstrap's over samples."""
+    return difference_over_draws(torch.as_tensor(values)[None], **options)
 
 
 def test_the_bootstrap_interval():
-    generator = torch.Generator().manual_seed(0)
-    before = torch.randn(100, generator=generator) * 5
-    gain = torch.randn(100, generator=generator) + 1
-    after = measurement(before - gain)
-    before = measurement(before)
-    difference = paired_bootstrap(after, before)
+    gain = torch.randn(100, generator=torch.Generator().manual_seed(0)) + 1
+    difference = over_samples(gain)
     assert difference.mean == pytest.approx(gain.mean().item(), rel=1e-5)
-    # 100 nearly normal differences: the bootstrap and Student agree; pairs make the interval narrow
-    # though samples differ a lot
+    # of 100 nearly normal differences, on which the bootstrap and Student agree
     half = stats.t.ppf(0.975, 99) * gain.std().item() / 10
     assert difference.mean - difference.low == pytest.approx(half, rel=0.1)
     assert difference.high - difference.mean == pytest.approx(half, rel=0.1)
     assert (difference.over, difference.confidence, difference.decisive) == ("samples", 0.95, True)
-    assert difference == paired_bootstrap(after, before)
-    assert difference != paired_bootstrap(after, before, seed=1)
-    wider = paired_bootstrap(after, before, confidence=0.99)
+    assert difference == over_samples(gain)
+    assert difference != over_samples(gain, seed=1)
+    wider = over_samples(gain, confidence=0.99)
     assert wider.low < difference.low and wider.high > difference.high
 
 
@@ -84,9 +57,7 @@ def test_the_interval_is_scipys_bootstrap_at_moved_percentiles():
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=40_000, confidence_level=high - low, method="percentile"
     )
-    ours = paired_bootstrap(
-        measurement(-values), measurement(np.zeros(20)), resamples=40_000, confidence=0.9
-    )
+    ours = over_samples(values, resamples=40_000, confidence=0.9)
     assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), rel=0.02)
 
 
@@ -99,14 +70,12 @@ def test_few_samples_are_covered_too():
     assert width < 1.25 * 2 * 1.96 / 12**0.5
 
 
-def test_rows_are_resampled_together():
-    values = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
-    means = bootstrap_means(
-        torch.stack([values[0], 2 * values[0] + 1, values[1]]), resamples=50, seed=0
-    )
-    assert means.shape == (3, 50)
-    assert means[1] == pytest.approx(2 * means[0] + 1)
-    assert not np.allclose(means[0], means[2])
+def test_the_means_do_not_depend_on_how_many_are_computed_at_once(monkeypatch):
+    values = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    means = bootstrap_means(values, resamples=50, seed=0)
+    assert means.shape == (50,) and abs(means.mean() - values.mean().item()) < 0.1
+    monkeypatch.setattr(comparison, "_AT_ONCE", 7 * 30)
+    assert (bootstrap_means(values, resamples=50, seed=0) == means).all()
 
 
 def test_draws_and_samples_are_covered():
@@ -161,13 +130,6 @@ def test_draws_that_make_no_difference_at_all():
     half = stats.t.ppf(0.975, 63) * row.std().item() / 8
     mean = row.mean().item()
     assert (difference.low, difference.high) == pytest.approx((mean - half, mean + half))
-
-
-def test_one_draw_is_the_bootstrap_over_samples():
-    row = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    difference = difference_over_draws(row[None])
-    assert difference.over == "samples"
-    assert difference == paired_bootstrap(measurement(-row), measurement([0] * 20))
 
 
 def test_an_interval_decides_where_it_excludes_0():
