@@ -69,7 +69,7 @@ def reseal(folder, facts, file):
 
 
 CODES = ("compressed-tensors", "gptq", "sparse")
-POSSIBLE = {source: ("dense", *CODES) for source in CODES}
+POSSIBLE = dict.fromkeys(CODES, ("dense", *CODES))
 POSSIBLE |= {"dense": ("dense", "sparse"), "bitsandbytes": ("dense", "bitsandbytes")}
 
 
