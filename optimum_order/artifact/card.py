@@ -348,7 +348,7 @@ def command(manifest: Manifest) -> str:
         after = both["after"]
         options.append(("--evaluate", after["source"]))
         options.append(("--metric", after["name"]))
-    lines = [("optimum-order", "export", base["id"], "OUTPUT"), *options]
+    lines = [("optimum-order", "compress", base["id"], "OUTPUT"), *options]
     return " \\\n    ".join(map(shlex.join, lines))
 
 

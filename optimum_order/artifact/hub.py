@@ -77,7 +77,7 @@ def push(
     metadata that was added to the card on the Hub, such as a license, stays.
 
     Args:
-        folder: What `save_pretrained` or `optimum-order export` wrote.
+        folder: What `save_pretrained` or `optimum-order compress` wrote.
         repo_id: `namespace/name`, or `name` for your own namespace; made if missing.
         private: Whether a new repository is private. A public one is then refused.
         revision: The branch to commit to, made if missing; the main branch by default.

@@ -1,9 +1,10 @@
-"""The card says what the manifest says, no more; what it tells people to run does run, and makes the same model."""
+"""The card says what the manifest says, no more; what it tells people to run makes that model."""
 
 import copy
 import io
 import json
 import shlex
+import sys
 
 import matplotlib.image
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from optimum_order import JointCompressor
 from optimum_order.artifact import card, manifest
 from optimum_order.cli import main
+from optimum_order.errors import OptimumOrderError
 from optimum_order.files import size
 
 
@@ -52,9 +54,8 @@ def test_metadata(stated):
     data = data_of(stated)
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
     assert data["tags"] == ["optimum-order", "quantization", "pruning", "wanda", "gptq"]
-    assert (
-        "base_model" not in data.to_dict() and "license" not in data.to_dict()
-    )  # a local folder, and not ours to say
+    # a local folder, and not ours to say
+    assert "base_model" not in data.to_dict() and "license" not in data.to_dict()
     (result,) = data.eval_results
     assert (result.metric_type, result.task_type) == ("perplexity", "text-generation")
     assert result.metric_value == stated["metrics"]["perplexity"]["after"]["value"]
@@ -80,9 +81,8 @@ def test_a_base_model_is_named_only_if_it_is_on_the_hub(facts):
     assert "[org/base](https://huggingface.co/org/base)" in text_of(facts)
     for layer in facts["layers"].values():
         layer["bits"] = 32
-    assert (
-        "base_model_relation" not in data_of(facts).to_dict()
-    )  # pruned only: the Hub has no word for it
+    # pruned only: the Hub has no word for it
+    assert "base_model_relation" not in data_of(facts).to_dict()
 
 
 def test_a_public_dataset_is_named_as_the_hub_names_it(facts):
@@ -96,14 +96,9 @@ def test_a_public_dataset_is_named_as_the_hub_names_it(facts):
 
 
 def test_what_people_added_stays_and_what_is_ours_is_new(stated):
-    kept = {
-        "license": "mit",
-        "language": "en",
-        "tags": ["old"],
-        "model-index": [],
-        "base_model": "org/old",
-    }
-    data = data_of(stated, kept=kept).to_dict()
+    metadata = {"license": "mit", "language": "en"}
+    metadata |= {"tags": ["old"], "model-index": [], "base_model": "org/old"}
+    data = data_of(stated, metadata=metadata).to_dict()
     assert (data["license"], data["language"]) == ("mit", "en")
     assert "old" not in data["tags"] and "base_model" not in data and data["model-index"]
 
@@ -139,12 +134,27 @@ def test_a_long_order_is_drawn_on_several_lines(facts):
 
 
 def test_metrics_and_bytes_before_and_after(stated):
-    text, both = text_of(stated), stated["metrics"]["perplexity"]
+    text = text_of(stated)
+    both = stated["metrics"]["perplexity"]
     tokens = both["after"]["tokens"]
     row = f"| {both['before']['value']:.4g} | **{both['after']['value']:.4g}** |"
     assert f"| perplexity on `prose.txt` ({tokens:,} tokens) {row}" in text
     sizes = " | ".join(size(stated["bytes"][when]) for when in ("before", "after"))
     assert f"| weights on disk | {sizes} |" in text
+
+
+def test_tables_are_tables_and_paragraphs_stand_alone(stated):
+    """A line of a template that leaves a blank line, or none, takes a table apart."""
+    lines = text_of(stated).split("\n")
+    tables = [i for i, line in enumerate(lines) if line.startswith("| ---")]
+    assert len(tables) == 2
+    for start, rows in zip(tables, (4, 2), strict=True):
+        assert lines[start - 1].startswith("|") and lines[start - 2] == ""
+        assert all(line.startswith("|") for line in lines[start : start + 1 + rows])
+        assert lines[start + 1 + rows] == ""
+    for i, line in enumerate(lines):
+        assert not line.startswith(("#", "With `pip")) or lines[i - 1] == lines[i + 1] == ""
+    assert "\n\n\n" not in text_of(stated) and text_of(stated).endswith(".\n")
 
 
 def test_it_is_honest_about_speed(facts):
@@ -154,17 +164,26 @@ def test_it_is_honest_about_speed(facts):
     assert "On disk they are left out" in text_of(facts)
     for layer in facts["layers"].values():
         layer["pattern"] = "2:4"
-    assert "stock transformers does not use them" in text_of(
-        facts
-    ) and "unstructured" not in text_of(facts)
+    text = text_of(facts)
+    assert "stock transformers does not use them" in text and "unstructured" not in text
     facts["sparsity"] = 0
     assert "are zero" not in text_of(facts)
 
 
-def test_no_engine_is_promised_for_a_format_that_none_computes_on(facts):
-    assert "An engine with kernels for packed weights can be faster" in text_of(facts)
-    text = text_of(facts | {"format": "sparse"})
-    assert "No engine computes on the `sparse` format" in text and "can be faster" not in text
+def test_what_each_format_lets_expect_is_said(facts):
+    for format, expected in {
+        "compressed-tensors": "An engine with kernels for packed weights can be faster",
+        "sparse": "No engine computes on the `sparse` format",
+        "dense": "is stored and multiplied as a dense value",
+        "gptq": "run on the kernels of the packages above",
+        "bitsandbytes": "run on the kernels of the packages above",
+    }.items():
+        text = text_of(facts | {"format": format})
+        assert expected in text
+        assert ("can be faster" in text) == (format == "compressed-tensors")
+    for layer in facts["layers"].values():
+        layer["bits"] = 16
+    assert "kernels for packed" not in text_of(facts) and "grid" not in text_of(facts)
 
 
 def test_no_path_or_text_of_its_author_is_told(stated, tiny_llama_folder, text_file, prose):
@@ -187,40 +206,43 @@ def test_the_command_makes_the_same_model_again(
         main(arguments)
     assert not end.value.code
     again = manifest.load(tmp_path / "OUTPUT")
-    varies = {"files", "digest", "versions"}
-    assert {key: again[key] for key in set(again) - varies} == {
-        key: stated[key] for key in set(stated) - varies
-    }
+    for facts in (again, varies := copy.deepcopy(stated)):
+        for key in ("files", "digest", "versions"):
+            del facts[key]
+    assert again == varies
 
 
 def test_without_data_or_metrics_the_command_is_short(facts):
     facts.update(calibration=None, metrics={}, ignore=None, order="rtn:4")
-    assert shlex.split(card.command(facts).replace("\\\n", " "))[4:] == [
-        *(
-            "--order",
-            "rtn:4",
-            "--format",
-            "compressed-tensors",
-            "--schedule",
-            "block",
-            "--pause",
-            facts["pause"],
-            "--dtype",
-            "float32",
-        ),
-    ]
+    options = ["--order", "rtn:4", "--format", "compressed-tensors", "--schedule", "block"]
+    options += ["--pause", facts["pause"], "--dtype", "float32"]
+    assert shlex.split(card.command(facts).replace("\\\n", " "))[4:] == options
 
 
 def test_the_branch_and_the_task_are_in_the_code(stated):
-    assert 'pipeline("feature-extraction", model="me/small", revision="dev")' in text_of(
-        stated, AutoModel, revision="dev"
-    )
+    expected = 'pipeline("feature-extraction", model="me/small", revision="dev")'
+    assert expected in text_of(stated, AutoModel, revision="dev")
 
 
 def test_names_cannot_break_the_page(facts):
-    facts["metrics"]["perplexity"]["after"]["source"] = "a|b`\nc.txt"
-    rows = [line for line in text_of(facts).split("\n") if line.startswith("| perplexity")]
+    facts["metrics"]["perplexity"]["after"]["source"] = "a|b`\n{{ 7 * 7 }}.txt"
+    facts["base_model"]["id"] = "{% raw %}"
+    text = text_of(facts)
+    rows = [line for line in text.split("\n") if line.startswith("| perplexity")]
     assert len(rows) == 1 and rows[0].replace("\\|", "").count("|") == 4
+    assert "{{ 7 * 7 }}" in rows[0] and "`{% raw %}`" in text
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_the_extra_one_line_says_what_to_install(stated, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for needs in (card.check, lambda: text_of(stated), lambda: card.plot(stated)):
+        with pytest.raises(OptimumOrderError) as caught:
+            needs()
+        assert str(caught.value) == (
+            f"The package '{package}' is not installed. Install it with "
+            "pip install 'optimum-order[hub]'."
+        )
 
 
 def picture(facts):
@@ -236,23 +258,20 @@ def test_the_plot_shows_each_stage_and_reads_on_any_background(facts):
     layer["stages"][0]["relative_error"] *= 2
     changed = (picture(facts) != first).any(axis=(0, 2)).nonzero()[0]
     assert len(changed) and changed.max() < width / 3 + 20  # in the first panel, and nowhere else
-    facts["sparsity"], layer["bits"] = 0, 3
-    assert (
-        picture(facts).shape == first.shape
-    )  # the panel of the sparsity has gone, that of the bits has come
+    # the panel of the sparsity has gone, that of the bits has come
+    facts["sparsity"] = 0
+    layer["bits"] = 3
+    assert picture(facts).shape == first.shape
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.layers.3.mlp.up_proj", (3, "mlp.up_proj")),
-        ("model.layers.11.mlp.experts.down_proj.7", (11, "mlp.experts.down_proj")),
-        ("vit.encoder.layer.0.attention.query", (0, "attention.query")),
-        ("lm_head", (0, "lm_head")),
-    ],
-)
-def test_where_a_layer_is(name, place):
-    assert card._place(name) == place
+def test_a_layer_has_a_block_and_a_name_in_it():
+    for name, place in {
+        "model.layers.3.mlp.up_proj": (3, "mlp.up_proj"),
+        "model.layers.11.mlp.experts.down_proj.7": (11, "mlp.experts.down_proj"),
+        "vit.encoder.layer.0.attention.query": (0, "attention.query"),
+        "lm_head": (0, "lm_head"),
+    }.items():
+        assert card._place(name) == place
 
 
 def test_the_same_manifest_makes_the_same_card_and_plot(stated):

@@ -1,8 +1,9 @@
-"""The manifest is sealed with its own digest; whatever a file holds, reading it is an error of ours or a success."""
+"""The manifest is sealed with its digest; reading any file is an error of ours or a success."""
 
 import contextlib
 import json
-import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 
 from optimum_order.artifact import manifest
 from optimum_order.errors import ArtifactError
-from optimum_order.files import read_json
 
 GOOD = {
     "schema": 1,
@@ -64,31 +64,23 @@ def test_no_manifest_and_missing_keys(tmp_path):
             manifest.load(tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     content=st.binary(max_size=200)
     | JSON.map(lambda value: json.dumps(value).encode())
     | st.sampled_from([b"[" * 100_000, b'{"schema": NaN}'])
 )
-def test_any_file_is_an_error_of_ours(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / manifest.FILE).write_bytes(content)
-    with pytest.raises(ArtifactError):
-        manifest.load(folder)
+def test_any_file_is_an_error_of_ours(content):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, manifest.FILE).write_bytes(content)
+        with pytest.raises(ArtifactError):
+            manifest.load(folder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(key=st.sampled_from(sorted(GOOD)), value=JSON)
-def test_any_value_is_read_or_refused(tmp_path_factory, key, value):
-    folder = tmp_path_factory.mktemp("fuzz")
-    manifest.write(GOOD | {key: value}, folder)
-    with contextlib.suppress(ArtifactError):
-        assert manifest.load(folder)[key] == value
-
-
-def test_what_is_too_large_is_not_read(tmp_path):
-    file = tmp_path / "config.json"
-    file.touch()
-    os.truncate(file, 2**28 + 1)  # takes no room on the disk
-    with pytest.raises(ArtifactError, match="has more than 268435456 bytes"):
-        read_json(file)
+def test_any_value_is_read_or_refused(key, value):
+    with tempfile.TemporaryDirectory() as folder:
+        manifest.write(GOOD | {key: value}, Path(folder))
+        with contextlib.suppress(ArtifactError):
+            assert manifest.load(folder)[key] == value
