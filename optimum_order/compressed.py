@@ -22,7 +22,7 @@ from optimum_order.errors import ModelError
 from optimum_order.evaluation import Measurement
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import Target
-from optimum_order.search.planner import Plan
+from optimum_order.search.plan import Plan
 
 if TYPE_CHECKING:
     from optimum_order.session import Session
@@ -260,7 +260,7 @@ class CompressedModel:
         return formats.Contents(self.model, layers, self._tensors, processor)
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
-        """Return what was measured, by name, for an artifact only on the values that load from it."""
+        """Return what was measured by name; for an artifact, on the values that load from it."""
         metrics: dict[str, Any] = {}
         for dense, after in self._measured:
             if runs_dense not in (None, dense):

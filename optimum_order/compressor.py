@@ -23,7 +23,8 @@ from optimum_order.models.source import Checkpoint
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
-from optimum_order.search.planner import Plan
+from optimum_order.search.plan import Plan, permutations
+from optimum_order.search.strategies.base import Effort, Scoring
 from optimum_order.session import Session
 from optimum_order.study.run import Study, quiet
 from optimum_order.study.trials import check_folder
@@ -195,7 +196,7 @@ class JointCompressor(Session):
             # A work dir of another run is refused when all is known that runs are compared by.
             with contextlib.suppress(KeyError, TypeError, OrderError):
                 plan = Plan.from_dict(workdir.read_fingerprint(Path(resumed))["plan"])
-                if plan.order in map(canonical, planner.permutations(stages)):
+                if plan.order in map(canonical, permutations(stages)):
                     return plan
         return self.plan(stages, progress=progress)
 
@@ -203,6 +204,8 @@ class JointCompressor(Session):
         self, order: Stages, schedule: str = "stage", *, format: str = "auto"
     ) -> estimate.Estimate:
         """Return what `compress` would take, and the size of what comes out. No weight is read.
+
+        Time and memory are those of pause="block".
 
         Args:
             order: As in `compress`, but not "auto".
@@ -290,7 +293,7 @@ class JointCompressor(Session):
             ModelError: If the metric says nothing about the model.
         """
         stages = list(stages)
-        planner.permutations(stages)  # the cheapest error first
+        permutations(stages)  # the cheapest error first
         if draws < 1 or (evaluation_samples is not None and evaluation_samples < 4):
             raise DataError(
                 "A plan needs a calibration draw or more and four samples or more to score with; "
@@ -305,18 +308,9 @@ class JointCompressor(Session):
             # Right or wrong says little about a handful of images, the distribution over classes
             # says more.
             finer = self.metric(runner.model, "fidelity") if chosen.name == "accuracy" else None
-            return planner.plan(
-                runner,
-                stages,
-                chosen,
-                samples,
-                strategy=strategy,
-                scorer=finer,
-                calibration_samples=self.calibration_samples,
-                draws=draws,
-                batch_size=samples.batch_size,
-                progress=progress,
-            )
+            scoring = Scoring(chosen, samples, finer)
+            effort = Effort(self.calibration_samples, draws)
+            return planner.plan(runner, stages, scoring, strategy, effort, progress=progress)
 
     def study(
         self,

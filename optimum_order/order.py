@@ -15,6 +15,7 @@ options are for `optimum_order.backends` to say.
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import math
 import re
@@ -240,6 +241,26 @@ def parse_stages(text: str) -> list[Stage]:
     if parser.peek():
         parser.fail("',' and another stage, or the end")
     return stages
+
+
+def matches(layer: str, pattern: str) -> bool:
+    """Return whether a layer is meant by a pattern.
+
+    Args:
+        layer: The full name of the layer: `model.layers.0.self_attn.q_proj`.
+        pattern: A shell pattern such as `*.q_proj`, or a regular expression after `re:`.
+
+    Raises:
+        OrderError: If the regular expression cannot be read.
+    """
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(layer, pattern)
+    try:
+        return re.fullmatch(pattern[3:], layer) is not None
+    except re.error as error:
+        raise OrderError(
+            f"'{pattern}' is not a regular expression after 're:': {error}."
+        ) from error
 
 
 class _Parser:

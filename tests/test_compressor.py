@@ -77,7 +77,9 @@ class TestCompress:
         other = compressor.compress([Stage("rtn", 3), Stage("wanda", 0.5)], progress=False)
         assert str(one.order) == "wanda:0.5 > rtn:3"
         assert str(other.order) == "rtn:3 > wanda:0.5"
-        differ = [n for n in one.layers if not torch.equal(one.layers[n].weight, other.layers[n].weight)]
+        differ = [
+            n for n in one.layers if not torch.equal(one.layers[n].weight, other.layers[n].weight)
+        ]
         assert differ, "the order matters"
 
     def test_on_schedule_block_reuses_one_capture(self, compressor):
@@ -129,7 +131,9 @@ class TestCompress:
     ):
         """The weights lie channels last, as fast code likes them."""
         model = make_image_model("regnet").to(memory_format=torch.channels_last)
-        images = [np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8) for i in range(6)]
+        images = [
+            np.random.default_rng(i).integers(0, 256, (12, 12, 3), np.uint8) for i in range(6)
+        ]
         processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
         compressor = JointCompressor(model, processor, calibration=images, calibration_samples=6)
         order = "wanda:0.5 > gptq(bits=4, group_size=-1)"

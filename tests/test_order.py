@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from optimum_order.errors import OrderError
-from optimum_order.order import Order, Stage
+from optimum_order.order import Order, Stage, matches
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,12}", fullmatch=True)
 
@@ -281,6 +281,24 @@ def test_permutations_are_every_distinct_order_once_and_this_one_first(written):
 def test_knows_no_torch():
     code = "import sys, optimum_order.order; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_pattern_is_of_the_shell_or_a_regular_expression():
+    layer = "model.layers.1.mlp.up_proj"
+    for pattern in ("*.up_proj", "*.mlp.*", layer, "model.layers.?.mlp.*", "*[uq]p_proj"):
+        assert matches(layer, pattern)
+    for pattern in (
+        "up_proj",
+        "*.UP_PROJ",
+        "re:up_proj",
+        "re:.*up_pro",
+        "re:.*down.*",
+        ".*up_proj",
+    ):
+        assert not matches(layer, pattern)
+    assert matches(layer, r"re:model\.layers\.[01]\..*(up|down)_proj")
+    with pytest.raises(OrderError, match=r"'re:\(' is not a regular expression after 're:'"):
+        matches(layer, "re:(")
 
 
 def test_text_of_version_0_1_0_reads_as_before():

@@ -7,9 +7,7 @@ it out, so that nobody asks a method for its class.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import inspect
-import re
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -23,7 +21,7 @@ from typing_extensions import Self
 from optimum_order.errors import InvariantError, OrderError, unknown
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Statistics
-from optimum_order.order import Stage
+from optimum_order.order import Stage, matches
 
 KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
 """Values of `Method.kind`."""
@@ -73,26 +71,6 @@ def describe(annotation: Any) -> str:
     return names.get(typing.get_origin(annotation) or annotation, str(annotation))
 
 
-def matches_pattern(name: str, pattern: str) -> bool:
-    """Return whether a layer's full name matches a shell pattern, or a `re:` regular expression.
-
-    Args:
-        name: `model.layers.0.self_attn.q_proj`.
-        pattern: `*.q_proj`, or `re:.*proj`.
-
-    Raises:
-        OrderError: If the regular expression cannot be read.
-    """
-    if not pattern.startswith("re:"):
-        return fnmatch.fnmatchcase(name, pattern)
-    try:
-        return re.fullmatch(pattern[3:], name) is not None
-    except re.error as error:
-        raise OrderError(
-            f"'{pattern}' is not a regular expression after 're:': {error}."
-        ) from error
-
-
 _TARGETS = option(
     None,
     "patterns of the layers that the stage treats, all by default",
@@ -131,7 +109,7 @@ class Method(ABC):
     needs: ClassVar[frozenset[type[Accumulator]]] = frozenset()
     """The statistics of the layers' inputs that the method reads: accumulator classes."""
     joins: ClassVar[bool] = False
-    """Whether neighbors of this class in an order may share one walk (schedule "block")."""
+    """True if neighbors of this class in an order may share one walk (schedule "block")."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -220,7 +198,7 @@ class Method(ABC):
 
     @property
     def needs_data(self) -> bool:
-        """Whether the method looks at the layers' inputs."""
+        """True if the method looks at the layers' inputs."""
         return bool(self.needs)
 
     @property
@@ -234,7 +212,7 @@ class Method(ABC):
     def covers(self, layer: str) -> bool:
         """Return whether the method treats a layer, by its full name."""
         patterns = self.targets
-        return not patterns or any(matches_pattern(layer, pattern) for pattern in patterns)
+        return not patterns or any(matches(layer, pattern) for pattern in patterns)
 
     def bind(self, resolve: Callable[[Stage], Method]) -> Self:
         """Resolve the stages that this method names in turn; return the method.
@@ -380,7 +358,7 @@ class Allocator(Method):
     @property
     @abstractmethod
     def fused(self) -> bool:
-        """Whether layers that read the same input are one group and get the same stage."""
+        """True if layers that read the same input are one group and get the same stage."""
 
     @abstractmethod
     def candidates(self) -> list[Stage]:
@@ -493,10 +471,14 @@ class Reshaper(Method):
 
 
 class Transform(Method):
-    """A method that rewrites weights and preserves the model's function, such as a rotation."""
+    """A method that rewrites weights and preserves the model's function, such as a rotation.
+
+    The function is checked on the first batch of calibration inputs.
+    """
 
     kind = "transform"
     kinds = ("transform",)
+    needs_data = True
     tolerance: ClassVar[float] = 1e-3
     """Largest change of a logit on a batch, relative to the largest logit, in float32."""
 
@@ -513,6 +495,7 @@ class Recovery(Method):
 
     kind = "recover"
     kinds = ("recover",)
+    needs_data = True
 
     @abstractmethod
     def recover(
@@ -525,10 +508,11 @@ class Recovery(Method):
         """Return the layers that changed, by name, each on its mask and grid.
 
         Args:
-            model: The model as it is by now; must not be changed.
+            model: The model after all earlier stages; must not be changed.
             states: Every compressed layer by name.
             batches: Calibration inputs, keyword arguments of a forward.
-            teacher: The original model.
+            teacher: The original model; after a transform or a reshaper its layers differ from
+                the model's in order or shape.
         """
 
     def run(self, engine: Engine, joined: Sequence[Recovery]) -> None:
@@ -542,7 +526,12 @@ class Engine(Protocol):
         """Apply backends to every layer that they cover, on one walk."""
 
     def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
-        """Apply to each named layer the backend that an allocator chose, on one walk."""
+        """Apply to each named layer the backend that an allocator chose, on one walk.
+
+        Args:
+            backends: The backend of each layer, by the layer's name.
+            allocator: The method that chose.
+        """
 
     def measure(self, allocator: Allocator) -> list[Measured]:
         """Measure every candidate of an allocator on every group of layers."""

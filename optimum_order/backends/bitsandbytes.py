@@ -28,7 +28,7 @@ as well."""
 
 @dataclass(frozen=True)
 class BitsAndBytesOptions:
-    """Which of the library's grids."""
+    """The choice among the grids of the library."""
 
     dtype: str = option(
         "nf4", "data type", check=lambda v: v in ("nf4", "fp4", "int8"), allowed="nf4, fp4 or int8"

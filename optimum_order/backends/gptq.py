@@ -19,7 +19,7 @@ from optimum_order.layers.statistics import Gram, Statistics
 
 @dataclasses.dataclass(frozen=True)
 class GPTQOptions(UniformOptions):
-    """How the sweep runs."""
+    """The options of rounding, and of the sweep."""
 
     act_order: bool = option(True, "visit the columns with the largest inputs first")
     damping: float = option(

@@ -13,7 +13,7 @@ from optimum_order.layers.statistics import Statistics
 
 @dataclasses.dataclass(frozen=True)
 class MagnitudeOptions(PruningOptions):
-    """Where weights compete."""
+    """The options of pruning, and the scope in which weights compete."""
 
     per: str = option(
         "layer",

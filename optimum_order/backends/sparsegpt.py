@@ -20,7 +20,7 @@ from optimum_order.layers.statistics import Gram, Statistics
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPTOptions(PruningOptions):
-    """How the sweep runs."""
+    """The options of pruning, and of the sweep."""
 
     damping: float = option(
         0.01,

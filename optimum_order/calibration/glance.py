@@ -1,4 +1,4 @@
-"""Statistics of some layers in one plain forward: for those who only look and change no weight on the way."""
+"""The statistics of some layers from plain forwards, for callers that change no weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def glance(
     batches: Sequence[dict[str, Tensor]],
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Statistics]:
-    """The Gram matrix of each layer's inputs, all of them in memory at once.
+    """Gather the Gram matrix of each layer's inputs, all of them in memory at once.
 
     Args:
         model: In evaluation mode; it is run as it is.
@@ -31,7 +31,7 @@ def glance(
         dtype: To multiply in, from `precision.choose`.
 
     Returns:
-        By name; zero tokens for a layer that was not reached.
+        The statistics by layer; zero tokens for a layer that was not reached.
 
     Raises:
         ModelError: If an input was NaN or infinite.

@@ -151,9 +151,8 @@ class Passes:
         before, after = change
         with precision.products(torch.bfloat16):  # a figure of four digits for people
             error, measured_on = relative_error(before.weight, after.weight, statistics)
-        if self.work is not None and target.name in self._masked:
-            if not is_masked(before, after):
-                self._masked.remove(target.name)
+        if self.work is not None and not is_masked(before, after):
+            self._masked.discard(target.name)
         target.write(after.weight)
         self.put(target, after)
         record = StageRecord(str(stage), error, measured_on)
@@ -196,7 +195,7 @@ class Passes:
         return _table(allocator, units, rows)
 
     def _try(self, allocator: Allocator, visit: Visit) -> Iterator[Measured]:
-        """Try every candidate on every group of layers of a block, and leave the block as it was."""
+        """Try every candidate on every group of layers of a block; leave the block as it was."""
         groups: dict[str, list[Target]] = defaultdict(list)
         for target in visit.targets:
             if not allocator.covers(target.name):
@@ -267,7 +266,7 @@ class Passes:
         return passage
 
     def _restore(self, passage: Passage | None, units: Sequence[Unit]) -> list[Unit]:
-        """Put what a pass left of finished blocks into the result and the model; return the rest."""
+        """Put what a pass left of finished blocks into result and model; return the rest."""
         if passage is None:
             return list(units)
         for unit in units:
@@ -312,7 +311,7 @@ class Passes:
 def _table(
     allocator: Allocator, units: Sequence[Unit], rows: Mapping[str, Sequence[Measured]]
 ) -> list[Measured]:
-    """Return all rows; those of all experts are one, since packed formats hold one scheme for all."""
+    """Return all rows; those of all experts are one: packed formats hold one scheme for all."""
     kinds = {target.name: target.kind for unit in units for target in unit.targets}
     table: list[Measured] = []
     experts: dict[Stage, list[Measured]] = defaultdict(list)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_order.backends.base import Cut, Reshaper
 from optimum_order.errors import InvariantError, OrderError
@@ -39,7 +39,7 @@ def cut(
             f"got {type(module).__name__}."
         )
     size = state.weight.float().square().sum().item()
-    bias = module.bias
+    bias: Tensor | None = module.bias
     for one in cuts:
         _check(reshaper, target, one, state.weight.shape[one.axis])
         state = _sliced(reshaper, target, state, one)
@@ -47,7 +47,7 @@ def cut(
             bias = bias[one.indices]
     with torch.inference_mode(False):  # its parameters stay ordinary ones
         module.weight = nn.Parameter(state.weight.clone(), requires_grad=False)
-        if bias is not module.bias:
+        if bias is not None and bias is not module.bias:
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     module.out_features, module.in_features = state.weight.shape
     left = state.weight.float().square().sum().item()

@@ -141,7 +141,7 @@ class Runner:
         self,
         source: Checkpoint | InMemory,
         batches: Callable[[int, int | None], Batches] | None,
-        execution: Execution = Execution(),
+        execution: Execution | None = None,
         *,
         dtype: str = "auto",
         targets: Sequence[str] | None = None,
@@ -151,6 +151,7 @@ class Runner:
         self.source = source
         self.prefixes = prefixes
         self.model = source.load()
+        execution = execution or Execution()
         self.model.to(execution.device or "cpu")  # type: ignore[arg-type]
         self.dtype = precision.choose(dtype, self.model.dtype, self.model.device)
         self.execution = replace(execution, device=None, dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""Results of a run in a file and back, bit for bit: plain safetensors, the rest as JSON in the header.
+"""Results of a run in a file and back, bit for bit: safetensors, the rest as JSON in the header.
 
 The header holds a digest of everything: a bit that a disk flipped would otherwise become a result.
 The classes that may stand in such a file are known here; a name in the file only chooses one.

@@ -41,7 +41,7 @@ def transform(
     change = ((after - before).abs().max() / before.abs().max().clamp(min=1e-30)).item()
     if not change <= method.tolerance:
         raise InvariantError(
-            f"Stage '{method.stage}' changed an output of the model by {change:.2g} of the largest, "
+            f"Stage '{method.stage}' changed an output by {change:.2g} of the largest, "
             f"more than {method.tolerance:g}. This is a bug in the method, not in your input."
         )
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from optimum_order.data.samples import Images, Samples, without_labels
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation.base import Metric
+from optimum_order.models import hf
 
 
 class Accuracy(Metric):
@@ -24,10 +24,8 @@ class Accuracy(Metric):
     @classmethod
     def is_usual(cls, model: PreTrainedModel) -> bool:
         """Return whether transformers, or the model's own code, lists an image classifier."""
-        classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-        names = {
-            name for entry in classes for name in ((entry,) if isinstance(entry, str) else entry)
-        }
+        classes = hf.auto_classes()["AutoModelForImageClassification"].values()
+        names = {name for entry in classes for name in entry}
         declared = getattr(model.config, "auto_map", None) or {}
         return "AutoModelForImageClassification" in declared or any(
             base.__name__ in names for base in type(model).__mro__

@@ -64,8 +64,8 @@ class Safetensors(Container):
         encoder = _Encoder(contents, codec)
         values = dense if contents.tensors is None else contents.tensors
         for block in blocks(dense):
-            stored = hf.to_checkpoint(model, {name: values[name] for name in block})
-            for key, tensor in stored.items():
+            # No name for the whole block: it must be gone when the next one is read.
+            for key, tensor in hf.to_checkpoint(model, {n: values[n] for n in block}).items():
                 if key not in missing:
                     raise InvariantError(f"'{key}' is not what transformers would save, or twice.")
                 missing.remove(key)

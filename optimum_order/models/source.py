@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, chainable, redacted
-from optimum_order.files import weight_bytes
+from optimum_order.files import digest, weight_bytes
 from optimum_order.layers.state import tensor_bytes
 from optimum_order.models import hf
 from optimum_order.models.lazy import Weights, planned
@@ -260,12 +259,14 @@ def weights_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
         model: A model, or its tensors by name. Name, dtype, shape and bytes of each tensor count.
     """
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+
+    def parts() -> Iterator[str | memoryview]:
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n"
+            yield tensor_bytes(tensor)
+
+    return digest(parts())
 
 
 def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

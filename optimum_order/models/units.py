@@ -9,9 +9,7 @@ routers are left alone by default.
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from optimum_order.errors import ModelError
 from optimum_order.models import hf
+from optimum_order.order import matches
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +133,9 @@ def find_units(
         ignore: Patterns of layers to leave alone; a layer that matches both is left alone.
 
     Raises:
-        ModelError: If nothing is left to compress, a pattern matches nothing or cannot be read, or
-            a target is tied to another weight.
+        ModelError: If nothing is left to compress, a pattern matches nothing, or a target is tied
+            to another weight.
+        OrderError: If a pattern cannot be read.
     """
     targets = list(targets or [])
     ignore = list(ignore or [])
@@ -146,7 +146,7 @@ def find_units(
         return any(name.startswith(f"{block}.") for block in blocks)
 
     for pattern in [*targets, *ignore]:
-        if not any(matches(layer.name, [pattern]) for layer in layers):
+        if not any(matches(layer.name, pattern) for layer in layers):
             names = ", ".join(repr(layer.name) for layer in layers[:3])
             raise ModelError(
                 f"The pattern '{pattern}' matches no layer of {type(model).__name__}. Its layers "
@@ -155,8 +155,10 @@ def find_units(
     chosen = []
     for layer in layers:
         router = not _ROUTERS.isdisjoint(layer.name.split("."))
-        wanted = matches(layer.name, targets) if targets else inside(layer.name) and not router
-        if wanted and not matches(layer.name, ignore):
+        wanted = inside(layer.name) and not router
+        if targets:
+            wanted = any(matches(layer.name, pattern) for pattern in targets)
+        if wanted and not any(matches(layer.name, pattern) for pattern in ignore):
             chosen.append(layer)
     if not chosen:
         raise ModelError(
@@ -225,24 +227,6 @@ def targets_of(name: str, module: nn.Module) -> list[Target]:
     return experts
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a layer is meant by one of several patterns.
-
-    Args:
-        name: The full name of the layer.
-        patterns: Shell patterns, or regular expressions after `re:`.
-
-    Raises:
-        ModelError: If a pattern is not a regular expression after `re:`.
-    """
-    return any(
-        _regex(pattern).fullmatch(name)
-        if pattern.startswith("re:")
-        else fnmatch.fnmatchcase(name, pattern)
-        for pattern in patterns
-    )
-
-
 def _blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the elements of the outermost ModuleLists that hold anything to compress."""
     blocks: dict[str, nn.Module] = {}
@@ -303,15 +287,6 @@ def _warn_of_dense(model: nn.Module, understood: set[int], inside: Callable[[str
                 name,
                 tuple(parameter.shape),
             )
-
-
-def _regex(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern[3:])
-    except re.error as error:
-        raise ModelError(
-            f"'{pattern}' is not a regular expression after 're:': {error}."
-        ) from error
 
 
 def _refuse_tied(model: nn.Module, chosen: list[Target]) -> None:

@@ -1,1 +1,1 @@
-"""Search for an order or a recipe."""
+"""The search for an order, or for a recipe."""

@@ -464,7 +464,7 @@ def test_a_model_on_the_hub_is_compressed_and_pushed(hub, tiny_llama_folder):
     data = ModelCard(hub.server.files("me/small")["README.md"].decode()).data
     assert (data["base_model"], data["base_model_relation"]) == ("me/base", "quantized")
     again = hub.fail("compress", "me/small", "rtn:4")
-    assert again["error"] == "ModelError" and "already quantised" in again["message"]
+    assert again["error"] == "ModelError" and "already quantized" in again["message"]
 
 
 def test_names_that_are_neither_folder_nor_id_are_refused(saved, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from optimum_order.calibration.execution import InMemory
 from optimum_order.calibration.spill import Spill
 from optimum_order.errors import OutputError
 from optimum_order.layers.statistics import Gram
-from optimum_order.models.lazy import trim
+from optimum_order.models.memory import trim
 from optimum_order.models.units import find_units
 
 MB = 2**20

@@ -40,9 +40,7 @@ class TestApply:
             run(model, order, batches, "block", pause=pause)
             by_hand = make_model("llama")
             execution = Execution(pause=pause)
-            visits = walk(
-                by_hand, find_units(by_hand), batches, needs={Gram}, execution=execution
-            )
+            visits = walk(by_hand, find_units(by_hand), batches, needs={Gram}, execution=execution)
             with closing(visits):
                 for visit in visits:
                     for target in visit.targets:
@@ -65,8 +63,7 @@ class TestApply:
             run(model, "gptq:3", batches, pause=pause)
             ends[pause] = weights_of(model)
         same = {
-            name: torch.equal(weight, ends["group"][name])
-            for name, weight in ends["block"].items()
+            name: torch.equal(weight, ends["group"][name]) for name, weight in ends["block"].items()
         }
         first = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
         assert [name for name, equal in same.items() if equal] == first
@@ -153,7 +150,9 @@ class TestMixedPrecision:
             groups = defaultdict(set)
             for name, width in bits.items():
                 block, _, layer = name.rpartition(".")
-                groups[block, layer in ("gate_proj", "up_proj"), layer in ("o_proj", "down_proj")].add(width)
+                groups[
+                    block, layer in ("gate_proj", "up_proj"), layer in ("o_proj", "down_proj")
+                ].add(width)
             assert all(len(widths) == 1 for widths in groups.values())
             for name, records in result.records.items():
                 assert [record.stage for record in records] == [f"{quantizer}:{bits[name]}"]

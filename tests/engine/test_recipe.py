@@ -117,7 +117,9 @@ class TestCheck:
             recipe(order).check(units, calibrated=True)
         assert message in str(refusal.value)
 
-    @pytest.mark.parametrize("stage", ["wanda:0.5", "sparsegpt:0.5", "gptq:4", "mixed_precision:4.0"])
+    @pytest.mark.parametrize(
+        "stage", ["wanda:0.5", "sparsegpt:0.5", "gptq:4", "mixed_precision:4.0"]
+    )
     def test_names_a_stage_that_needs_calibration(self, units, stage):
         made = recipe(f"magnitude:0.5 > {stage}")
         assert made.needs_data
@@ -146,7 +148,9 @@ class TestCheck:
     def test_refuses_a_transform_behind_what_it_would_undo(self, plugins, units):
         recipe("permute > wanda:0.5").check(units, calibrated=True)
         for first in ("wanda:0.5", "rtn:4", "mixed_precision:4.0"):
-            message = f"'permute:1.0' rewrites all weights and cannot follow '{first}'.* Put it first"
+            message = (
+                f"'permute:1.0' rewrites all weights and cannot follow '{first}'.* Put it first"
+            )
             with pytest.raises(OrderError, match=message):
                 recipe(f"{first} > permute").check(units, calibrated=True)
 

@@ -23,7 +23,9 @@ def distance(model, original):
     return sum((a.read() - b.read()).square().sum().item() for a, b in targets)
 
 
-@pytest.mark.parametrize("order", ["sparsegpt:0.5", "rtn(bits=2, clip=none)", "sparsegpt:0.5 > rtn:3"])
+@pytest.mark.parametrize(
+    "order", ["sparsegpt:0.5", "rtn(bits=2, clip=none)", "sparsegpt:0.5 > rtn:3"]
+)
 def test_layers_come_nearer_on_the_same_mask_and_codes(make_model, batches, run, plugins, order):
     """Sparsegpt moves the weights that stay, and plain rounding spans the extremes."""
     for pause in PAUSES:

@@ -57,7 +57,9 @@ class TestCut:
         after, _ = cut(narrow, target, state, [Cut("a", 0, rows)])
         after.check("a")
         assert torch.equal(after.mask, state.mask[rows])
-        assert torch.equal(after.grid.quantize(after.weight), state.grid.quantize(state.weight)[rows])
+        assert torch.equal(
+            after.grid.quantize(after.weight), state.grid.quantize(state.weight)[rows]
+        )
 
     def test_that_breaks_a_grid_is_refused(self, narrow, target):
         state = method(Stage("rtn", bits=4, group_size=4)).apply(LayerState(target.read()))

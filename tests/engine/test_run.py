@@ -112,9 +112,7 @@ class TestResult:
             assert equal(*map(weights_of, models))
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
-    def test_stages_that_need_nothing_run_without_data(
-        self, make_model, run, weights_of, schedule
-    ):
+    def test_stages_that_need_nothing_run_without_data(self, make_model, run, weights_of, schedule):
         model = make_model("gpt2")
         before = weights_of(model)
         result = run(model, "magnitude:0.5 > rtn:4", (), schedule)

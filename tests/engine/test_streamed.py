@@ -182,7 +182,9 @@ def test_a_run_that_cannot_be_streamed_is_refused(saved, compress, make_model, t
         saved("llama").compress("rtn:4", low_memory=True)
     with pytest.raises(ModelError, match="in memory already cannot be compressed with 'low_mem"):
         compress(JointCompressor(make_model("llama")), "rtn:4")
-    with pytest.raises(OrderError, match=r"'low_memory' pauses at blocks.* leave out pause='group'"):
+    with pytest.raises(
+        OrderError, match=r"'low_memory' pauses at blocks.* leave out pause='group'"
+    ):
         compress(saved("llama"), "wanda:0.5", pause="group")
     assert not (tmp_path / "work").exists()
 

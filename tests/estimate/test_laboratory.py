@@ -16,9 +16,7 @@ CPU = torch.device("cpu")
 
 
 def laboratory(rows, dtype=torch.float32):
-    return Laboratory(
-        [Target("layer", "linear", nn.Parameter(torch.empty(rows, 8, dtype=dtype)))], CPU, SPEED
-    )
+    return Laboratory([Target("layer", "linear", nn.Linear(8, rows, dtype=dtype))], CPU, SPEED)
 
 
 def stages(order):
@@ -82,7 +80,7 @@ def test_a_narrow_layer_is_treated_like_the_wide_one(order, inputs, tried):
 
 def test_layers_are_of_the_models_dtype_and_usual_height():
     targets = [
-        Target(str(rows), "linear", nn.Parameter(torch.empty(rows, 8, dtype=torch.bfloat16)))
+        Target(str(rows), "linear", nn.Linear(8, rows, dtype=torch.bfloat16))
         for rows in (8, 16, 10**4)
     ]
     found = Laboratory(targets, CPU, SPEED).state((), 512)

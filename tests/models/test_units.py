@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_order.errors import ModelError
+from optimum_order.errors import ModelError, OrderError
 from optimum_order.models.units import find_units
 
 LLAMA = {
@@ -395,7 +395,7 @@ class TestRefusing:
             find_units(make_model("llama"), ignore=["nothing"])
 
     def test_a_pattern_that_is_no_regular_expression(self, make_model):
-        with pytest.raises(ModelError, match=r"'re:\(' is not a regular expression"):
+        with pytest.raises(OrderError, match=r"'re:\(' is not a regular expression"):
             find_units(make_model("llama"), targets=["re:("])
 
     def test_a_choice_that_leaves_nothing(self, make_model):

@@ -79,10 +79,10 @@ def make_study(make_compressor, text_file):
 
     def make(folder, samples=4, settings=None, **changes) -> Study:
         compressor = make_compressor(**{"calibration_samples": 2} | changes)
-        runner = compressor._runner(progress=False)
-        metric = compressor._metric(runner.model, "auto")
+        runner = compressor.runner(progress=False)
+        metric = compressor.metric(runner.model, "auto")
         return Study(
-            runner, metric, compressor._evaluation(str(text_file), samples), folder, settings
+            runner, metric, compressor.evaluation_samples(str(text_file), samples), folder, settings
         )
 
     return make

@@ -79,8 +79,8 @@ def test_a_trial_is_what_a_run_of_its_own_gives(
     rows = read_rows(finished[0])
     row = rows["wanda:0.5 > rtn:4", 0]
     alone = compressor.compress("wanda:0.5 > rtn:4", progress=False)
-    samples = compressor._evaluation(str(text_file), 4)
-    metric = compressor._metric(alone.model, "auto")
+    samples = compressor.evaluation_samples(str(text_file), 4)
+    metric = compressor.metric(alone.model, "auto")
     measured = metric.measure(alone.model, samples, batch_size=128, progress=False)
     assert row["performances"] == pytest.approx(measured.performances.tolist(), rel=1e-6)
     assert row["performance"] == pytest.approx(measured.performance, rel=1e-6)
@@ -118,10 +118,10 @@ def test_the_parts_of_a_pair_sum_to_the_whole(finished, read_rows):
 
 
 def test_samples_to_measure_on_come_from_all_over_the_text(compressor, text_file):
-    windows = compressor._evaluation(str(text_file))
-    few = compressor._evaluation(str(text_file), 4)
+    windows = compressor.evaluation_samples(str(text_file))
+    few = compressor.evaluation_samples(str(text_file), 4)
     assert few.ids.tolist() == windows.ids[[i * len(windows) // 4 for i in range(4)]].tolist()
-    assert compressor._evaluation(str(text_file), 10**6).digest == windows.digest
+    assert compressor.evaluation_samples(str(text_file), 10**6).digest == windows.digest
 
 
 # Stopped and started again

@@ -34,7 +34,7 @@ class Grid(ABC):
     group_size: int | None = None
     """Inputs of one output that share a scale, -1 for all; None if scales are shared otherwise."""
     codes_are_cheap: ClassVar[bool] = False
-    """Whether `quantize` takes less time than to write the values to a disk."""
+    """True if `quantize` takes less time than to write the values to a disk."""
 
     @property
     @abstractmethod

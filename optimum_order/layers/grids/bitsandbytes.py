@@ -129,7 +129,7 @@ class BlockGrid(_LibraryGrid):
 
     @property
     def _in_rows(self) -> bool:
-        """Whether no block holds weights of two rows."""
+        """True if no block holds weights of two rows."""
         return self.inputs % self.blocksize == 0
 
     def take(self, rows: Selection = ALL, columns: Selection = ALL) -> Self:

@@ -160,7 +160,7 @@ class UniformGrid(Grid):
 
     @property
     def symmetric(self) -> bool:
-        """Whether the grid has no zero point."""
+        """True if the grid has no zero point."""
         return self.zero_point is None
 
     @property
@@ -184,7 +184,7 @@ class UniformGrid(Grid):
 
     @property
     def _codes_are_exact(self) -> bool:
-        """Whether the dtype holds every code."""
+        """True if the dtype holds every code."""
         low, high = self._codes
         return max(-low, high) * torch.finfo(self.dtype).eps <= 1
 

@@ -1,0 +1,1 @@
+"""Strategies of a plan. One strategy is one file, with a function `rank`."""

@@ -1,0 +1,1 @@
+"""A statistic, a grid and a method of each kind for optimum-order, one file each."""
