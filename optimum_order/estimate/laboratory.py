@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -160,8 +161,7 @@ class Laboratory:
 
     def _statistics(self, stage: Stage, inputs: int) -> Statistics | None:
         """What a stage needs to know, new to it."""
-        backend = method(stage)
-        assert isinstance(backend, Backend)
+        backend = _backend(stage)
         if not backend.needs:
             return None
         gram = self._gram(inputs)
@@ -182,12 +182,14 @@ class Laboratory:
         return time.perf_counter() - begin
 
     def _compress(self, stage: Stage, before: LayerState, seen: Statistics | None) -> LayerState:
-        backend = method(stage)
-        assert isinstance(backend, Backend)
-        return backend.apply(before, seen)
+        return _backend(stage).apply(before, seen)
 
     def _check(self, before: LayerState, after: LayerState, seen: Statistics | None) -> None:
         with precision.products(torch.bfloat16):  # as the pipeline does it
             relative_error(before.weight, after.weight, seen)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _backend(stage: Stage) -> Backend:
+    return cast(Backend, method(stage))  # only backends are tried
