@@ -1,13 +1,14 @@
-"""A compression method of your own: one class, which every order, schedule, format and command then knows.
+"""A compression method of your own: one class, for every order, schedule, format and command.
 
     python examples/bring_your_own_backend.py
 
-To give it to others, put the class into a package whose pyproject.toml says
+To give the method to others, put the class into a package whose pyproject.toml says
 
     [project.entry-points."optimum_order.backends"]
     random = "bring_your_own_backend:Random"
 
-and `pip install` that. A format of your own goes the same way, in the group `optimum_order.formats`.
+and `pip install` that. Formats, metrics and commands go the same way, in the groups
+`optimum_order.formats`, `optimum_order.metrics` and `optimum_order.commands`.
 """
 
 import dataclasses
@@ -18,8 +19,7 @@ from pydoc_data.topics import topics
 
 import torch
 
-from optimum_order import Backend, JointCompressor
-from optimum_order.backends import option
+from optimum_order import Backend, JointCompressor, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,29 +31,25 @@ class RandomOptions:
 
 
 class Random(Backend):
-    """Prunes at random: what every pruner has to beat."""
+    """Prune at random: the baseline of every pruner."""
 
     name = "random"
-    summary = "prune at random, the baseline that every pruner has to beat"
+    summary = "prune at random, the baseline of every pruner"
     kind = "prune"
     Options = RandomOptions
 
     def compress(self, state, statistics):
         generator = torch.Generator().manual_seed(self.options.seed)
-        pruned = (torch.rand(state.weight.shape, generator=generator) < self.options.sparsity).to(
-            state.weight.device
-        )
+        chances = torch.rand(state.weight.shape, generator=generator)
+        pruned = (chances < self.options.sparsity).to(state.weight.device)
         if state.pruned is not None:
-            pruned |= (
-                state.pruned
-            )  # what an earlier stage removed stays removed; the base class checks it
-        return dataclasses.replace(
-            state, weight=state.weight.masked_fill(pruned, 0.0), pruned=pruned
-        )
+            pruned |= state.pruned  # pruned weights stay pruned, which the base class checks
+        weight = state.weight.masked_fill(pruned, 0.0)
+        return dataclasses.replace(state, weight=weight, pruned=pruned)
 
 
 def install(folder: Path) -> None:
-    """What `pip install` would do with the entry point above, for this process only."""
+    """Do what `pip install` does with the entry point above, for this process only."""
     info = folder / "bring_your_own_backend-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(
@@ -68,7 +64,13 @@ def install(folder: Path) -> None:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         install(Path(folder))
-        compressor = JointCompressor.from_pretrained("tiny-llama", calibration_samples=16)
-        texts = [topics["compound"], topics["import"]]  # any list of texts
+        # any texts do; float32 is the fast dtype of processors without bfloat16 units
+        compressor = JointCompressor.from_pretrained(
+            "tiny-llama",
+            dtype="float32",
+            calibration=[topics["compound"]],
+            calibration_samples=16,
+        )
+        texts = [topics["import"]]
         for order in ("random:0.3 > gptq:4", "wanda:0.3 > gptq:4"):
             print(order, compressor.compress(order).evaluate(texts).value)

@@ -7,7 +7,7 @@ import transformers
 
 from optimum_order import JointCompressor
 
-# Any causal LM and its tokenizer; this one is built on the spot, so it has learnt nothing.
+# Any causal language model and its tokenizer; this one is untrained.
 config = transformers.LlamaConfig(
     hidden_size=128,
     intermediate_size=256,
@@ -25,7 +25,6 @@ compressor = JointCompressor(
 compressed = compressor.compress("sparsegpt(pattern=2:4) > rtn:8")
 
 for name, layer in compressed.layers.items():
-    print(
-        f"{name}: {layer.sparsity:.0%} pruned, {layer.bits} bits, first weights {layer.weight[0, :4].tolist()}"
-    )
-# `model` itself is as it was; `compressed.model` is an ordinary transformers model with the new weights.
+    first = layer.weight[0, :4].tolist()
+    print(f"{name}: {layer.sparsity:.0%} pruned, {layer.bits} bits, first weights {first}")
+# `model` is unchanged; `compressed.model` is a transformers model with the new weights.

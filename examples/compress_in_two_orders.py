@@ -1,17 +1,23 @@
-"""Prune first or quantise first? Do both to the same model, and compare.
+"""Prune first or quantize first? Do both to the same model, and compare.
 
 python examples/compress_in_two_orders.py
 """
 
+from pydoc_data.topics import topics
+
 from optimum_order import JointCompressor, Order
 
-compressor = JointCompressor.from_pretrained("tiny-llama", calibration_samples=16)
-print("before:", compressor.evaluate("builtin").value)
+# any texts do; float32 is the fast dtype of processors without bfloat16 units
+compressor = JointCompressor.from_pretrained(
+    "tiny-llama", dtype="float32", calibration=[topics["compound"]], calibration_samples=16
+)
+texts = [topics["import"]]
+print("before:", compressor.evaluate(texts).value)
 
 results = []
 for order in Order.parse("magnitude:0.5 > gptq:3").permutations():
     compressed = compressor.compress(order)  # starts again from the checkpoint
-    perplexity = compressed.evaluate("builtin").value
+    perplexity = compressed.evaluate(texts).value
     print(f"{order}: {perplexity}")
     results.append((perplexity, compressed))
 

@@ -1,15 +1,15 @@
-"""Train `tiny-llama`, the language model that ships inside the package, from text every machine already has.
+"""Train `tiny-llama`, the language model inside the package, from text that every machine has.
 
     python examples/train_tiny_llama.py --minutes 90 --output optimum_order/assets/tiny-llama
 
-The corpus is the English prose of Python itself: the docstrings of the standard library and of every
-installed package, and the packages' READMEs. The held-out text is the reference manual that CPython carries
-as `pydoc_data.topics`; no line of it that is long enough to mean anything is trained on.
+The corpus is the English prose of Python itself: the docstrings of the standard library and of
+every installed package, and the packages' READMEs. The held-out text is the reference manual that
+CPython carries as `pydoc_data.topics`; none of its lines of 40 characters or more is trained on.
 
-The recipe is small and current: a 4096-token byte-level BPE, a 4.2 M-parameter Llama with grouped-query
-attention, Muon (Jordan et al. 2024) on the matrices and AdamW on the embedding and the norms, bfloat16
-matrix products, and a learning rate that decays linearly to zero over the second half of the time budget.
-The figure it reports is bits per byte of the *whole* held-out text.
+The recipe: a 4096-token byte-level BPE, a 4.2 M-parameter Llama with grouped-query attention, Muon
+(Jordan et al. 2024) on the matrices and AdamW on the embedding and the norms, bfloat16 matrix
+products, and a learning rate that decays linearly to zero over the second half of the time budget.
+The reported figure is bits per byte of the *whole* held-out text.
 """
 
 import argparse
@@ -27,24 +27,26 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_order.data.text import docstrings, reference_topics
+from optimum_order.data.builtin import docstrings, reference_topics
 
-VOCABULARY, WINDOW = 4096, 512
-BOS, EOS = "<|begin|>", "<|end|>"
-CONFIG = dict(
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2 * WINDOW,
-    vocab_size=VOCABULARY,
-    tie_word_embeddings=True,
-)
+VOCABULARY = 4096
+WINDOW = 512
+BOS = "<|begin|>"
+EOS = "<|end|>"
+CONFIG = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2 * WINDOW,
+    "vocab_size": VOCABULARY,
+    "tie_word_embeddings": True,
+}
 
 
 def corpus() -> list[str]:
-    """Unique prose, one document per docstring: a paragraph that was seen before, or is held out, is dropped."""
+    """Return unique prose, one document per docstring, without paragraphs that are held out."""
     forbidden = {
         line.strip()
         for text in reference_topics()
@@ -56,27 +58,29 @@ def corpus() -> list[str]:
     files = [file for file in sorted(standard.rglob("*.py")) if "site-packages" not in file.parts]
     files = [file for file in files if "pydoc_data" not in file.parts] + sorted(site.rglob("*.py"))
     installed = (distribution.metadata for distribution in importlib.metadata.distributions())
-    readmes = (each.get_payload() or each.get("Description") or "" for each in installed)
-    documents, seen = [], set()
+    readmes = (
+        metadata.get_payload() or metadata.get("Description") or "" for metadata in installed
+    )
+    documents: list[str] = []
+    seen: set[bytes] = set()
     for text in [*readmes, *(text for file in files for text in docstrings(file))]:
-        kept = []
+        paragraphs = []
         for paragraph in re.split(r"\n\s*\n", text):
-            key = hashlib.blake2b(
-                " ".join(paragraph.split()).encode("utf-8", "replace"), digest_size=8
-            ).digest()
+            words = " ".join(paragraph.split()).encode("utf-8", "replace")
+            key = hashlib.blake2b(words, digest_size=8).digest()
             if len(paragraph) > 30 and key in seen:
                 continue
             seen.add(key)
             if not any(line.strip() in forbidden for line in paragraph.splitlines()):
-                kept.append(paragraph.rstrip())
-        document = "\n\n".join(kept).strip()
+                paragraphs.append(paragraph.rstrip())
+        document = "\n\n".join(paragraphs).strip()
         if len(document) > 60:
             documents.append(document.encode("utf-8", "replace").decode())
     return documents
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text round-trips, so bits per byte is well defined."""
+    """Return a byte-level BPE: any text round-trips, so bits per byte is well defined."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,7 +103,7 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
 
 
 def stream(tokenizer, documents: list[str]) -> torch.Tensor:
-    """All documents as one (tokens,) stream, each begun by the BOS token."""
+    """Return all documents as one (tokens,) stream, each begun by the BOS token."""
     bos = tokenizer.bos_token_id
     pieces = []
     for start in range(0, len(documents), 4096):
@@ -112,7 +116,7 @@ def stream(tokenizer, documents: list[str]) -> torch.Tensor:
 
 @torch.inference_mode()
 def bits_per_byte(model, tokenizer) -> float:
-    """Bits per byte of all topics, in windows of 512 tokens that do not see one another."""
+    """Return bits per byte of all topics, in windows of 512 tokens that do not see one another."""
     text = "\n\n".join(reference_topics())
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     nats = 0.0
@@ -142,8 +146,10 @@ def main() -> None:
     size = sum(len(document.encode()) for document in documents)
     tokenizer = train_tokenizer(documents)
     tokens = stream(tokenizer, documents)
+    megabytes = size / 1e6
+    millions = len(tokens) / 1e6
     print(
-        f"corpus: {len(documents)} documents, {size / 1e6:.1f} MB, {len(tokens) / 1e6:.2f} M tokens",
+        f"corpus: {len(documents)} documents, {megabytes:.1f} MB, {millions:.2f} M tokens",
         flush=True,
     )
 
@@ -170,15 +176,18 @@ def main() -> None:
 
     compiled = torch.compile(objective)  # a quarter faster here; the mathematics is the same
     generator = torch.Generator().manual_seed(args.seed)
-    begin, step, mean, order = time.monotonic(), 0, None, torch.empty(0, dtype=torch.long)
+    step = 0
+    mean: float | None = None
+    order = torch.empty(0, dtype=torch.long)
+    begin = time.monotonic()
     while (progress := (time.monotonic() - begin) / (60 * args.minutes)) < 1:
-        if (
-            len(order) < args.batch
-        ):  # a new epoch: the same windows from another offset, in another order
+        if len(order) < args.batch:
+            # a new epoch: windows from another offset, in another order
             offset = int(torch.randint(WINDOW, (1,), generator=generator))
             count = (len(tokens) - offset - 1) // WINDOW
             order = offset + WINDOW * torch.randperm(count, generator=generator)
-        starts, order = order[: args.batch], order[args.batch :]
+        starts = order[: args.batch]
+        order = order[args.batch :]
         batch = torch.stack([tokens[s : s + WINDOW + 1] for s in starts.tolist()]).long()
         rate = min(1.0, (step + 1) / 100, 2 * (1 - progress))
         for optimizer, lr in zip(optimizers, base, strict=True):
@@ -192,9 +201,9 @@ def main() -> None:
         step += 1
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if step % 100 == 0:
-            seen, seconds = step * args.batch * WINDOW, time.monotonic() - begin
-            rate = f"{seen / 1e6:.1f} M tokens  {seen / seconds:.0f}/s"
-            print(f"step {step}  {progress:6.1%}  loss {mean:.3f}  {rate}", flush=True)
+            seen = step * args.batch * WINDOW
+            speed = f"{seen / 1e6:.1f} M tokens  {seen / (time.monotonic() - begin):.0f}/s"
+            print(f"step {step}  {progress:6.1%}  loss {mean:.3f}  {speed}", flush=True)
         if step % 500 == 0:
             save(model, tokenizer, args.output, {"unfinished": True})
             print(f"  held out: {bits_per_byte(model, tokenizer):.3f} bits per byte", flush=True)

@@ -1,13 +1,14 @@
-"""Train `tiny-vit` or `tiny-resnet`, the image classifiers that ship inside the package, on scikit-learn's digits.
+"""Train `tiny-vit` or `tiny-resnet`, the image classifiers inside the package, on digits.
 
     python examples/train_tiny_vision.py vit --output optimum_order/assets/tiny-vit
     python examples/train_tiny_vision.py resnet --output optimum_order/assets/tiny-resnet
 
-The digits are 1797 images of 8 x 8 pixels that scikit-learn carries: 897 are trained on, 900 are held out, and the
-split never changes. The ViT reads them as they are, in patches of 2 x 2; the ResNet, whose stem halves an image
-twice, reads each pixel as a square of 4 x 4. Every time an image is seen it is turned, scaled, sheared and shifted a
-little, with some noise on it. Both models learn with AdamW and a learning rate that decays linearly to zero. The
-figure reported is the accuracy on all held-out images, by which half a dozen augmentations were compared before.
+The digits are 1797 images of 8 x 8 pixels that scikit-learn carries: 897 are trained on, 900 are
+held out, and the split never changes. The ViT reads them unchanged, in patches of 2 x 2; the
+ResNet, whose stem halves an image twice, reads each pixel as a square of 4 x 4. At every reading an
+image is turned, scaled, sheared and shifted a little, with some noise. Both models learn with AdamW
+and a learning rate that decays linearly to zero. The reported figure is the accuracy on all held-out
+images, by which half a dozen augmentations were compared before.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from optimum_order.data.images import digits
+from optimum_order.data.builtin import digits
 
 NAMES = {"id2label": {n: str(n) for n in range(10)}, "label2id": {str(n): n for n in range(10)}}
 SIZE = {"vit": 8, "resnet": 32}
@@ -36,7 +37,7 @@ EPOCHS = {"vit": 200, "resnet": 30}
 
 
 def make(name: str):
-    """The untrained model: 0.14 M parameters in 4 blocks, or 0.24 M in 3."""
+    """Return the untrained model: 0.14 M parameters in 4 blocks, or 0.24 M in 3."""
     if name == "resnet":
         blocks = {
             "embedding_size": 64,
@@ -59,7 +60,7 @@ def make(name: str):
 
 
 def read(purpose: str, processor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (n, 3, h, w) and labels (n,)."""
+    """Return pixels (n, 3, h, w) and labels (n,)."""
     images, labels = digits(purpose)
     pixels = processor(
         images=[Image.fromarray(image).convert("RGB") for image in images], return_tensors="pt"
@@ -68,27 +69,32 @@ def read(purpose: str, processor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Other views of images (n, 3, h, w): up to 15 degrees, 15 % in size and shear, and a pixel of the digit away."""
+    """Return other views of images (n, 3, h, w).
+
+    Turned by up to 15 degrees, scaled and sheared by up to 15 %, and shifted by up to a pixel.
+    """
     count = len(pixels)
 
     def draw(most: float) -> torch.Tensor:
         return most * (2 * torch.rand(count, generator=generator) - 1)
 
-    angle, shear, width, height = draw(math.radians(15)), draw(0.15), 1 + draw(0.15), 1 + draw(0.15)
+    angle = draw(math.radians(15))
+    shear = draw(0.15)
+    width = 1 + draw(0.15)
+    height = 1 + draw(0.15)
     across = torch.stack([angle.cos() * width, shear - angle.sin() * height, draw(0.25)], dim=1)
     down = torch.stack([angle.sin() * width, angle.cos() * height, draw(0.25)], dim=1)
     grid = functional.affine_grid(
         torch.stack([across, down], dim=1), list(pixels.shape), align_corners=False
     )
-    moved = (
-        functional.grid_sample(pixels + 1, grid, align_corners=False) - 1
-    )  # beyond the edge is paper, which is -1
+    # beyond the edge is paper, which is -1
+    moved = functional.grid_sample(pixels + 1, grid, align_corners=False) - 1
     return moved + 0.15 * torch.randn(count, 1, *pixels.shape[2:], generator=generator)
 
 
 @torch.inference_mode()
 def accuracy(model, pixels: torch.Tensor, labels: torch.Tensor) -> float:
-    """The fraction that a model gets right."""
+    """Return the fraction of images that a model gets right."""
     answers = torch.cat([model(part).logits.argmax(-1) for part in pixels.split(100)])
     return (answers == labels).double().mean().item()
 
@@ -115,18 +121,18 @@ def main() -> None:
         flush=True,
     )
 
-    begin, generator = time.process_time(), torch.Generator().manual_seed(args.seed)
+    begin = time.process_time()
+    generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.2)
-    each = len(pixels) // args.batch  # a last batch of one image would be nothing to normalise by
-    steps = args.epochs * each
+    batches = len(pixels) // args.batch  # batch norm could not use a last batch of one image
+    steps = args.epochs * batches
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 1 - step / steps)
     )
     for epoch in range(args.epochs):
         mean = 0.0
-        for rows in torch.randperm(len(pixels), generator=generator)[: each * args.batch].split(
-            args.batch
-        ):
+        order = torch.randperm(len(pixels), generator=generator)
+        for rows in order[: batches * args.batch].split(args.batch):
             logits = model(augment(pixels[rows], generator)).logits
             loss = functional.cross_entropy(logits, labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
@@ -134,7 +140,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            mean += loss.item() / each
+            mean += loss.item() / batches
         if (epoch + 1) % 10 == 0:
             print(
                 f"epoch {epoch + 1}  loss {mean:.3f}  {time.process_time() - begin:.0f} s",
@@ -143,9 +149,8 @@ def main() -> None:
 
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
-    shipped = AutoModelForImageClassification.from_pretrained(
-        args.output
-    ).eval()  # what ships is what is measured
+    # the model that is measured is the one that ships
+    shipped = AutoModelForImageClassification.from_pretrained(args.output).eval()
     recipe = {
         "images": len(pixels),
         "steps": steps,

@@ -205,6 +205,8 @@ class JointCompressor(Session):
     ) -> estimate.Estimate:
         """Return what `compress` would take, and the size of what comes out. No weight is read.
 
+        Time and memory are those of pause="block".
+
         Args:
             order: As in `compress`, but not "auto".
             schedule: As in `compress`.

@@ -9,9 +9,11 @@ os.environ.setdefault(
 
 import importlib.util
 import json
+import multiprocessing
 import pydoc_data.topics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -349,3 +351,62 @@ def large_llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     model.save_pretrained(folder, max_shard_size="50MB")
     return model, folder
+
+
+# The output goes to files, so that no pipe can fill up.
+_REDIRECT = """
+import os, sys
+for stream, file in ((1, {out!r}), (2, {err!r})):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+os.chdir({folder!r})
+"""
+
+
+class Child:
+    """Python code in a process of its own, forked from one that has imported everything."""
+
+    def __init__(self, context, code: str, outputs: Path, folder: Path) -> None:
+        files = {"out": outputs / "out", "err": outputs / "err"}
+        self._files = files
+        names = {name: str(file) for name, file in files.items()}
+        code = _REDIRECT.format(**names, folder=str(folder)) + code
+        self._process = context.Process(target=exec, args=(code, {"__name__": "child"}))
+        self._process.start()
+
+    def wait_until(self, condition) -> None:
+        """Wait for a condition that the running process makes true."""
+        while not condition():
+            assert self._process.is_alive(), f"the process has ended: {self.output('err')}"
+            time.sleep(0.001)
+
+    def end(self, signal: int | None = None) -> int:
+        """Wait for the end, after sending a signal; return the exit code, or minus a signal."""
+        if signal is not None:
+            os.kill(self._process.pid, signal)
+        self._process.join(600)
+        return self._process.exitcode
+
+    def output(self, stream: str) -> str:
+        """Return the text of "out" or "err"."""
+        file = self._files[stream]
+        return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture(scope="session")
+def fork_context():
+    """A server that forks processes, which need not import anything again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["optimum_order.compressor", "transformers.models.llama.modeling_llama"]
+    )
+    return context
+
+
+@pytest.fixture
+def fork(fork_context, tmp_path_factory, tmp_path):
+    """Run Python code in a process of its own, in `tmp_path` or another folder."""
+
+    def start(code: str, folder: Path = tmp_path) -> Child:
+        return Child(fork_context, code, tmp_path_factory.mktemp("child"), folder)
+
+    return start

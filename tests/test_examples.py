@@ -1,10 +1,8 @@
-"""Everything a newcomer is told to run does run: the examples, the demo, and the code in the README."""
+"""Everything a newcomer is told to run does run: examples, demo, and the code in the README."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,67 +12,66 @@ TRAINING = ("train_tiny_llama.py", "train_tiny_vision.py")  # take minutes or ho
 EXAMPLES = sorted(
     file.name for file in (ROOT / "examples").glob("*.py") if file.name not in TRAINING
 )
+PROGRAM = "from optimum_order.cli import main; main()"
+# The folder of a script is on its path; the repository need not be: the package is installed.
+SCRIPT = """
+import os, runpy
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def run(*command, folder) -> str:
-    """Run Python with these arguments in an empty folder."""
-    # One's own folder is on the path of a script; the repository's need not be, the package is installed.
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, (
-        f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-    )
-    return done.stdout
+@pytest.fixture
+def run(fork):
+    """Run a script, or other code, with arguments in an empty folder: its output."""
+
+    def run(*words, code: str = SCRIPT) -> str:
+        child = fork(f"sys.argv = {[str(word) for word in words]!r}\n{code}")
+        ended = child.end()
+        assert ended == 0, (
+            f"{words} ended with {ended}:\n{child.output('out')}\n{child.output('err')}"
+        )
+        return child.output("out")
+
+    return run
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_every_example_runs(name, tmp_path):
-    assert run(ROOT / "examples" / name, folder=tmp_path)
+def test_every_example_runs(run, name):
+    assert run(ROOT / "examples" / name)
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, *TRAINING])
-def test_every_example_says_how_to_run_it(name):
-    first, *_ = (ROOT / "examples" / name).read_text(encoding="utf-8").split('"""', 2)[1:]
-    assert f"python examples/{name}" in first
+def test_every_example_says_how_to_run_it():
+    for name in [*EXAMPLES, *TRAINING]:
+        docstring = (ROOT / "examples" / name).read_text(encoding="utf-8").split('"""')[1]
+        assert f"python examples/{name}" in docstring
 
 
-def test_the_training_script_explains_itself(tmp_path):
-    assert "--minutes" in run(ROOT / "examples" / "train_tiny_llama.py", "--help", folder=tmp_path)
+def test_the_training_script_explains_itself(run):
+    assert "--minutes" in run(ROOT / "examples" / "train_tiny_llama.py", "--help")
 
 
 @pytest.mark.parametrize(("model", "better_than"), [("vit", 0.35), ("resnet", 0.8)])
-def test_a_vision_model_is_trained_and_saved(model, better_than, tmp_path):
-    run(
-        ROOT / "examples" / "train_tiny_vision.py",
-        model,
-        "--epochs",
-        "4",
-        "--output",
-        "out",
-        folder=tmp_path,
-    )
+def test_a_vision_model_is_trained_and_saved(run, model, better_than, tmp_path):
+    script = ROOT / "examples" / "train_tiny_vision.py"
+    run(script, model, "--epochs", "4", "--output", "out")
     shipped = ROOT / "optimum_order" / "assets" / f"tiny-{model}"
-    for name in ("config.json", "preprocessor_config.json"):
-        made, meant = (
-            json.loads((folder / name).read_text()) for folder in (tmp_path / "out", shipped)
-        )
-        version = {"transformers_version": None}  # of the library that wrote it
-        assert made | version == meant | version
-    trained, recipe = (
-        json.loads((f / "recipe.json").read_text()) for f in (tmp_path / "out", shipped)
-    )
+
+    def both(file):
+        return (json.loads((folder / file).read_text()) for folder in (tmp_path / "out", shipped))
+
+    for file in ("config.json", "preprocessor_config.json"):
+        made, expected = both(file)
+        version = {"transformers_version": None}  # of the library that wrote the file
+        assert made | version == expected | version
+    trained, recipe = both("recipe.json")
     assert set(trained) == set(recipe)
     assert better_than < trained["accuracy_held_out"] < recipe["accuracy_held_out"]
 
 
-def test_the_demo(tiny_llama_folder, text_file, tmp_path):
+def test_the_demo(run, tiny_llama_folder, text_file, tmp_path):
     small = ["--model", tiny_llama_folder, "--calibration", text_file, "--calibration-samples", 4]
-    text = run(ROOT / "benchmarks" / "demo.py", *small, "--evaluate", text_file, folder=tmp_path)
+    text = run(ROOT / "benchmarks" / "demo.py", *small, "--evaluate", text_file)
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
     assert list(rows) == [
         "(uncompressed)",
@@ -86,41 +83,35 @@ def test_the_demo(tiny_llama_folder, text_file, tmp_path):
         "gptq:3 > magnitude:0.5",
     ]
     perplexity = {order: float(line.split("│")[2]) for order, line in rows.items() if ">" in order}
-    kept = re.search(r"the lowest perplexity is kept: (.*)", text).group(1)
-    assert perplexity[kept] == min(perplexity.values())
+    best = re.search(r"the lowest perplexity is kept: (.*)", text).group(1)
+    assert perplexity[best] == min(perplexity.values())
     assert (tmp_path / "demo-output" / "optimum_order.json").exists()
     assert "The import statement" in text
 
 
-def test_no_correction_makes_a_layer_of_the_embedded_model_worse(tmp_path):
-    text = run(ROOT / "benchmarks" / "layer_error.py", "--samples", "4", folder=tmp_path)
+def test_no_correction_makes_a_layer_of_the_embedded_model_worse(run):
+    text = run(ROOT / "benchmarks" / "layer_error.py", "--samples", "4")
     assert "28 layers, 0 where a correction made it worse." in text
 
 
-def test_the_code_in_the_readme_runs(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:  # the second one loads what the first one saved, in a process of its own
-        (tmp_path / "code.py").write_text(block)
-        assert run("code.py", folder=tmp_path)
+def readme(pattern: str, flags: int = re.MULTILINE) -> list[str]:
+    """The matches of a pattern in the README, of which there must be some."""
+    matches = re.findall(pattern, (ROOT / "README.md").read_text(encoding="utf-8"), flags=flags)
+    assert matches
+    return matches
 
 
-def test_the_commands_in_the_readme_run(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(
-        r"^(optimum-order (?:export|inspect|verify|backends)[^\n#]*)", readme, flags=re.MULTILINE
-    )
-    assert len(commands) == 4
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for command in commands:
-        small = " --calibration-samples 8" if " export " in command else ""
-        done = subprocess.run(
-            command + small,
-            shell=True,
-            cwd=tmp_path,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0 and done.stdout, f"{command}:\n{done.stdout}\n{done.stderr}"
+def test_the_code_in_the_readme_runs(run, tmp_path):
+    """In order, each block in a process of its own: later ones load what earlier ones saved."""
+    for number, block in enumerate(readme(r"```python\n(.*?)```", re.DOTALL)):
+        script = tmp_path / f"block_{number}.py"
+        script.write_text(block)
+        assert run(script)
+
+
+def test_the_commands_in_the_readme_run(run):
+    names = "compress|export|inspect|verify|methods|backends"
+    for command in readme(rf"^optimum-order ((?:{names})[^\n#]*)"):
+        words = shlex.split(command)
+        small = ["--calibration-samples", 8] if words[0] in ("compress", "export") else []
+        assert run("optimum-order", *words, *small, code=PROGRAM), command

@@ -287,7 +287,14 @@ def test_a_pattern_is_of_the_shell_or_a_regular_expression():
     layer = "model.layers.1.mlp.up_proj"
     for pattern in ("*.up_proj", "*.mlp.*", layer, "model.layers.?.mlp.*", "*[uq]p_proj"):
         assert matches(layer, pattern)
-    for pattern in ("up_proj", "*.UP_PROJ", "re:up_proj", "re:.*down.*", ".*up_proj"):
+    for pattern in (
+        "up_proj",
+        "*.UP_PROJ",
+        "re:up_proj",
+        "re:.*up_pro",
+        "re:.*down.*",
+        ".*up_proj",
+    ):
         assert not matches(layer, pattern)
     assert matches(layer, r"re:model\.layers\.[01]\..*(up|down)_proj")
     with pytest.raises(OrderError, match=r"'re:\(' is not a regular expression after 're:'"):

@@ -4,8 +4,8 @@ import textwrap
 
 import pytest
 
-from optimum_order import backends
 from optimum_order.backends import Method
+from optimum_order.engine.recipe import available
 from optimum_order.errors import OptimumOrderError
 from optimum_order.registry import discover
 
@@ -104,8 +104,8 @@ def test_two_of_one_name_are_named(site):
         discover(importlib.import_module("registry_twins"), Plugin, GROUP)
 
 
-def test_every_backend_of_the_house_is_found():
-    methods = backends.available()
+def test_every_method_of_this_package_is_discovered():
+    methods = available()
     assert {"magnitude", "wanda", "sparsegpt", "rtn", "gptq", "mixed_precision"} <= set(methods)
     for name, cls in methods.items():
         assert cls.name == name

@@ -236,7 +236,7 @@ class OnceOnly(SquaredNorms):
 
 
 class ImpliesTwice(SquaredNorms):
-    implies = {SquaredNorms: lambda norms: 2 * norms}  # noqa: RUF012
+    implies = {SquaredNorms: lambda norms: 2 * norms}
 
 
 class NotWhite(SquaredNorms):

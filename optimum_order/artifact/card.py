@@ -330,6 +330,8 @@ def command(manifest: Manifest) -> str:
     options.append(("--order", manifest["order"]))
     options.append(("--format", manifest["format"]))
     options.append(("--schedule", manifest["schedule"]))
+    if "pause" in manifest:  # 0.1.0 had no choice
+        options.append(("--pause", manifest["pause"]))
     if calibration:
         options.append(("--calibration", calibration["source"]))
         options.append(("--calibration-samples", str(calibration["samples"])))

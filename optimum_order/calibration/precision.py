@@ -45,7 +45,7 @@ def choose(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def has_units(device: torch.device) -> bool:
     """Return whether a processor multiplies bfloat16 natively."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Nothing public says so.
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 

@@ -91,6 +91,13 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             "all stages on one block before the next block, which is faster",
         )
         parser.add_argument(
+            "--pause",
+            default="auto",
+            help="block: compress the layers of a block together; group: compress the layers that "
+            "share an input when the forward reaches them, which is faster and takes more memory; "
+            "auto (default) takes group where the activations fit",
+        )
+        parser.add_argument(
             "--evaluate",
             metavar="SRC",
             help="measure the model on this before and after; all of it is used",
@@ -163,6 +170,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             order,
             args.schedule,
             stages=stages,
+            pause=args.pause,
             work_dir=self._work_dir,
             resume=args.resume,
             low_memory=args.low_memory,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import BaseImageProcessor
 
 from optimum_order.data.builtin import INSTALL_VISION, digits
 from optimum_order.data.draws import choose, shortage

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_order.backends.base import Cut, Reshaper
 from optimum_order.errors import InvariantError, OrderError
@@ -39,21 +39,31 @@ def cut(
             f"got {type(module).__name__}."
         )
     size = state.weight.float().square().sum().item()
+    bias: Tensor | None = module.bias
     for one in cuts:
-        length = state.weight.shape[one.axis]
-        if one.indices.ndim != 1 or not len(one.indices) or int(one.indices.max()) >= length:
-            raise InvariantError(
-                f"Stage '{reshaper.stage}': the cut of '{target.name}' along axis {one.axis} must "
-                f"name 1 to {length} of its {length} rows or columns."
-            )
+        _check(reshaper, target, one, state.weight.shape[one.axis])
         state = _sliced(reshaper, target, state, one)
-        if one.axis == 0 and module.bias is not None:
-            module.bias = nn.Parameter(module.bias.data[one.indices], requires_grad=False)
-    module.weight = nn.Parameter(state.weight.clone(), requires_grad=False)
+        if one.axis == 0 and bias is not None:
+            bias = bias[one.indices]
+    with torch.inference_mode(False):  # its parameters stay ordinary ones
+        module.weight = nn.Parameter(state.weight.clone(), requires_grad=False)
+        if bias is not None and bias is not module.bias:
+            module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     module.out_features, module.in_features = state.weight.shape
     left = state.weight.float().square().sum().item()
     error = 1 - left / size if size else 0.0
     return state, StageRecord(str(reshaper.stage), error, "weights")
+
+
+def _check(reshaper: Reshaper, target: Target, one: Cut, length: int) -> None:
+    index = one.indices
+    ordered = index.unique()
+    fits = index.ndim == 1 and 0 < len(ordered) == len(index)
+    if not fits or ordered[0] < 0 or ordered[-1] >= length:
+        raise InvariantError(
+            f"Stage '{reshaper.stage}': the cut of '{target.name}' along axis {one.axis} must name "
+            f"1 to {length} of its {length} rows or columns, each once."
+        )
 
 
 def _sliced(reshaper: Reshaper, target: Target, state: LayerState, one: Cut) -> LayerState:

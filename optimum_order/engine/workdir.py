@@ -335,7 +335,7 @@ def led_to(folder: Path, manifest: Mapping[str, Any]) -> bool:
         digests = (run["model"]["digest"], (run["calibration"] or {}).get("digest"))
     except (OutputError, KeyError, TypeError, AttributeError):
         return False
-    fields = ("order", "schedule", "targets", "ignore", "versions")
+    fields = ("order", "schedule", "pause", "targets", "ignore", "versions")
     same = all(run.get(field) == manifest.get(field) for field in fields)
     return same and digests == (model.get("digest"), samples.get("digest"))
 

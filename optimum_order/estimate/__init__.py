@@ -1,7 +1,8 @@
 """What a run would take, before it is run: time, memory and bytes on disk, with no weight read.
 
-A forward is traced on the meta device (`trace`), the methods of the order are tried on small layers of random weights
-(`laboratory`), this machine's speed is measured (`rates`), and formats are asked for the shapes of what they would
+A forward is traced on the meta device (`trace`), the methods of the order are tried on small
+layers of random weights (`laboratory`), the machine's speed is measured (`rates`), and formats are
+asked for the shapes of what they would
 write (`size`). The rest is counting, here.
 """
 
@@ -18,16 +19,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.backends import Allocator, Measured
+from optimum_order.backends import (
+    Allocator,
+    Backend,
+    Measured,
+    Method,
+    Recovery,
+    Reshaper,
+    Transform,
+)
+from optimum_order.backends.base import needs_of
 from optimum_order.engine.recipe import Recipe
-from optimum_order.errors import FormatError
+from optimum_order.errors import FormatError, OrderError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram
+from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.models.lazy import embedding_parameters
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage
@@ -77,7 +87,7 @@ class Estimate:
         order: The canonical order.
         schedule: The schedule.
         before: Bytes of the model's weight files.
-        loading: Seconds before the first step: drawing the calibration data, reading the model, its digest,
+        loading: Seconds before the first step: drawing the data, reading the model, its digest,
             loading the libraries that methods need.
         steps: In turn.
         rates: What this machine was measured to do.
@@ -141,7 +151,7 @@ class _Walk:
     label: str
     stages: Mapping[str, tuple[Stage, ...]]
     tried: tuple[Stage, ...] = ()
-    needs: frozenset[str] = frozenset()
+    needs: frozenset[type[Accumulator]] = frozenset()
 
 
 def estimate(
@@ -182,7 +192,10 @@ def estimate(
     speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
     laboratory = Laboratory(list(targets.values()), device, speed)
     run = _Run(model, units, costs, batches, laboratory, speed, resident)
-    walks = list(_walks(order, schedule, units, costs, laboratory))
+    engine = _Walks(units, costs, laboratory)
+    for part in Recipe.of(order, schedule).steps:
+        part.run(engine)
+    walks = engine.walks
     steps = [run.step(walk, format, last=walk is walks[-1]) for walk in walks]
     loading = drawing + laboratory.setup + parameters * (1 / speed.hashing + 3 / speed.traffic)
     return Estimate(str(order), schedule, before, loading, tuple(steps), speed)
@@ -227,7 +240,7 @@ class _Run:
         self.applied: list[str] = []
 
     def step(self, walk: _Walk, format: str, *, last: bool) -> Step:
-        """The cost of a walk; what it does is done. Only the last has to leave what the format can hold."""
+        """Return the cost of a walk. Only the last has to leave what the format can hold."""
         seconds, forward, gram, waiting = 0.0, 0.0, 0.0, 0
         changed = [
             unit
@@ -323,7 +336,7 @@ class _Run:
         }
 
     def _states(self) -> int:
-        """Bytes of the layers' states: masks of bits, and their weights where they cannot lie in the model's memory."""
+        """Return the bytes of states: masks as bits, and weights outside the model's memory."""
         samples = self._samples().values()
         masks = (
             -(-target.view.numel() // 8) for target, state in samples if state.pruned is not None
@@ -337,7 +350,7 @@ class _Run:
 
 
 def _resident() -> int:
-    """Bytes that this process has resident now, or where the system does not say, had at most so far."""
+    """Return the resident bytes of this process, or the most so far where only that is known."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -347,29 +360,67 @@ def _resident() -> int:
         )
 
 
-def _walks(
-    order: Order,
-    schedule: str,
-    units: Sequence[Unit],
-    costs: Mapping[str, UnitCost],
-    laboratory: Laboratory,
-) -> Iterator[_Walk]:
-    names = [target.name for unit in units for target in unit.targets]
-    for step in Recipe.of(order, schedule).steps:
-        group = step.methods[0]
-        if isinstance(group, Allocator):
-            candidates = list(group.backends.values())
-            needs = frozenset(need for each in candidates for need in each.needs)
-            yield _Walk(
-                f"{group.stage}: measuring", {}, tuple(each.stage for each in candidates), needs
-            )
-            for chosen in group.allocate(list(_guessed(group, units, costs, laboratory))):
-                stages = {name: (stage,) for name, stage in chosen.items()}
-                yield _Walk(str(group.stage), stages, needs=needs)
-        else:
-            needs = frozenset(need for each in step.methods for need in each.needs)
-            stages = tuple(each.stage for each in step.methods)
-            yield _Walk(step.label, dict.fromkeys(names, stages), needs=needs)
+class _Walks:
+    """Notes the walks of a recipe in place of running them: an `Engine` of `backends.base`.
+
+    Args:
+        units: The model's blocks.
+        costs: What running each block takes.
+        laboratory: Tries methods.
+
+    Attributes:
+        walks: In turn.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], costs: Mapping[str, UnitCost], laboratory: Laboratory
+    ):
+        self.walks: list[_Walk] = []
+        self._units = units
+        self._costs = costs
+        self._laboratory = laboratory
+
+    def apply(self, backends: Sequence[Backend]) -> None:
+        """Note a walk of backends over every layer that they cover."""
+        stages = {
+            target.name: tuple(b.stage for b in backends if b.covers(target.name))
+            for unit in self._units
+            for target in unit.targets
+        }
+        label = " > ".join(str(backend.stage) for backend in backends)
+        covered = {name: mine for name, mine in stages.items() if mine}
+        self.walks.append(_Walk(label, covered, needs=needs_of(backends)))
+
+    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
+        """Note a walk of the backends that an allocator chose."""
+        stages = {name: (backend.stage,) for name, backend in backends.items()}
+        needs = needs_of(allocator.backends.values())
+        self.walks.append(_Walk(str(allocator.stage), stages, needs=needs))
+
+    def measure(self, allocator: Allocator) -> list[Measured]:
+        """Note the walk of an allocator, and guess the table."""
+        tried = tuple(allocator.backends)
+        needs = needs_of(allocator.backends.values())
+        self.walks.append(_Walk(f"{allocator.stage}: measuring", {}, tried, needs))
+        return list(_guessed(allocator, self._units, self._costs, self._laboratory))
+
+    def reshape(self, reshaper: Reshaper) -> None:
+        """Refuse a stage that no estimate covers."""
+        _refuse(reshaper)
+
+    def transform(self, transform: Transform) -> None:
+        """Refuse a stage that no estimate covers."""
+        _refuse(transform)
+
+    def recover(self, recovery: Recovery) -> None:
+        """Refuse a stage that no estimate covers."""
+        _refuse(recovery)
+
+
+def _refuse(method: Method) -> None:
+    raise OrderError(
+        f"Stage '{method.stage}' cannot be estimated yet: leave it out of the estimate, or run it."
+    )
 
 
 def _guessed(
@@ -378,7 +429,7 @@ def _guessed(
     costs: Mapping[str, UnitCost],
     laboratory: Laboratory,
 ) -> Iterator[Measured]:
-    """The table of an allocator as it would be if all weights mattered the same: an error of 4^-bits for each."""
+    """Guess an allocator's table: an error of 4^-bits for every weight."""
     groups: dict[str, list[Target]] = defaultdict(list)
     for unit in units:
         for target in unit.targets:

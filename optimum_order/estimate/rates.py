@@ -1,4 +1,4 @@
-"""How fast this machine is, measured in a second or two: products, factorisations, plain reading and writing."""
+"""The speed of this machine, measured in a second: products, factorizations, reading, writing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def products(device: torch.device, dtype: torch.dtype, rows: int, width: int) ->
 
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several runs after the first, which may have to set something up."""
+    """Return the seconds of the fastest of several runs after the first, which sets up."""
 
     def timed() -> float:
         begin = time.perf_counter()

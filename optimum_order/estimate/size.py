@@ -1,4 +1,4 @@
-"""How many bytes a compressed model takes on disk, from the shapes of its layers and what they are rounded to."""
+"""The bytes of a compressed model on disk, from the shapes and the grids of its layers."""
 
 from __future__ import annotations
 
@@ -56,14 +56,17 @@ def empty(source: Checkpoint | InMemory) -> PreTrainedModel:
     if isinstance(source, InMemory):
         tensors = [*source.model.parameters(), *source.model.buffers()]
         memo: dict[int, Any] = {id(tensor): _like(tensor) for tensor in tensors}
-        return copy.deepcopy(source.model, memo)
+        copied: PreTrainedModel = copy.deepcopy(source.model, memo)
+        return copied
     trusted = source._hub["trust_remote_code"]
-    if trusted and getattr(
-        source.config, "auto_map", None
-    ):  # its own code may load in ways that nobody can follow
+    model: PreTrainedModel
+    # Code that comes with a model may load in ways that nobody can follow.
+    if trusted and getattr(source.config, "auto_map", None):
         with torch.device("meta"):
-            return source.auto.from_config(source.config, trust_remote_code=trusted).eval()
-    return source.load_empty().model.to("meta")  # type: ignore[arg-type]  # transformers hides its signature
+            model = source.auto.from_config(source.config, trust_remote_code=trusted).eval()
+        return model
+    model = source.load_empty().model.to("meta")  # type: ignore[arg-type]
+    return model
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ def stored(
         name: grown[id(sample), target.view.shape] for name, (target, sample) in layers.items()
     }
     contents = formats.Contents(model, formats.Layers(targets, states))
-    encoded: dict[tuple, tuple[dict[str, Tensor], bool]] = {}
+    encoded: dict[tuple[Any, ...], tuple[dict[str, Tensor], bool]] = {}
     replaced: dict[str, dict[str, Tensor]] = {}
     exact = True
     with Counter():  # answers what formats ask of numbers that are not there
@@ -174,7 +177,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def _encoded(
     format: formats.Codec, sample: LayerState, grown: LayerState
 ) -> tuple[dict[str, Tensor], bool]:
-    """The tensors that stand for a layer, and whether their sizes are the same whatever its numbers are."""
+    """Return the tensors of a layer, and whether their sizes depend on no value."""
     grid = grown.grid
     try:
         # the offset of nested scales is written out as text
@@ -191,7 +194,7 @@ def _encoded(
 
 
 def _file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Of one safetensors file: a length, a JSON header filled up to a multiple of 8 bytes, the data."""
+    """Return the size of a safetensors file: a length, a padded JSON header, the data."""
     header: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for key in sorted(tensors, key=lambda key: (_ORDER.index(_NAMES[tensors[key].dtype]), key)):

@@ -1,4 +1,4 @@
-"""What a computation costs, told from the operators that torch runs: products, bytes moved, bytes held.
+"""The cost of a computation, from the operators that torch runs: products, bytes moved, bytes held.
 
 A forward is traced on the meta device, where shapes flow through a model and no numbers do.
 """
@@ -26,19 +26,19 @@ from optimum_order.models.units import Target, Unit
 
 _ATEN = torch.ops.aten
 _QUESTIONS = {_ATEN.all.default: True, _ATEN.any.default: False}
-# Operations in each factorisation of an (n, n) matrix, over n^3; of triangular ones the inverse is what is solved for.
-_FACTORISATIONS = {
+# Operations in each factorization of an (n, n) matrix, over n^3; triangular solves are inverses.
+_FACTORIZATIONS: dict[Any, float] = {
     _ATEN.linalg_cholesky_ex: 1 / 3,
     _ATEN.cholesky_inverse: 2 / 3,
     _ATEN.linalg_solve_triangular: 1 / 3,
 }
-_PRODUCTS = {**PRODUCTS, functional.conv2d: (0, 1)}
+_PRODUCTS: dict[Any, tuple[int, int]] = PRODUCTS | {functional.conv2d: (0, 1)}
 
 
 class Counter(TorchDispatchMode):
     """Counts while it is active.
 
-    On the meta device it also answers what a program asks of the numbers as if nothing were out of the ordinary: all
+    On the meta device it also answers what a program asks of the numbers, as if all were well: all
     conditions hold, no exception is there, what is compared is equal, and numbers are zero.
 
     Attributes:
@@ -50,12 +50,12 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.products = self.factors = self.traffic = 0.0
         self.held = self.peak = 0
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _QUESTIONS and args[0].is_meta:
             return torch.tensor(_QUESTIONS[func])
@@ -73,8 +73,8 @@ class Counter(TorchDispatchMode):
         )  # addmm_ is addmm
         if plain in flop_registry:
             self.products += flop_registry[plain](*args, **kwargs, out_val=output)
-        elif plain in _FACTORISATIONS:
-            self.factors += _FACTORISATIONS[plain] * args[0].shape[-1] ** 3
+        elif plain in _FACTORIZATIONS:
+            self.factors += _FACTORIZATIONS[plain] * args[0].shape[-1] ** 3
         else:
             self.traffic += size_of((args, kwargs, output))
         for storage in _storages(output):
@@ -192,7 +192,7 @@ class _Spy(TorchFunctionMode):
     def watched(self, unit: Unit, forward: Any) -> Any:
         """The unit's forward, its cost written down."""
 
-        def run(*args, **kwargs):
+        def run(*args: Any, **kwargs: Any) -> Any:
             self.cost, counter = self.costs[unit.name], self.counter
             before = counter.products, counter.traffic, counter.held
             counter.peak = counter.held
@@ -208,7 +208,7 @@ class _Spy(TorchFunctionMode):
         return run
 
     def routed(self, module: nn.Module) -> Any:
-        """A stand-in for the forward of fused experts, which would look at where each token goes."""
+        """Return a stand-in for the forward of fused experts, which would look at the routing."""
         parameters = [parameter for parameter in module.parameters() if parameter.ndim == 3]
 
         def run(hidden: Tensor, index: Tensor, *rest: Any) -> Tensor:
@@ -223,7 +223,7 @@ class _Spy(TorchFunctionMode):
 
         return run
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
@@ -249,6 +249,7 @@ class _Spy(TorchFunctionMode):
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
     def _see(self, target: Target, x: Tensor, rows: int, how: Any = None) -> None:
+        assert self.cost is not None
         self.cost.reads.append(target.name)
         how = (how, target.rows)  # the groups of a convolution read different channels
         leader = next(
@@ -261,6 +262,7 @@ class _Spy(TorchFunctionMode):
             self.cost.leaders[target.name] = leader
 
     def _add(self, target: Target, rows: int) -> None:
+        assert self.cost is not None
         self.cost.inputs.append(Input(target.view.shape[1], rows))
         self.cost.leaders[target.name] = target.name
 

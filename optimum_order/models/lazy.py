@@ -162,7 +162,7 @@ def _plan(plan: Plan, model: PreTrainedModel, files: Sequence[str], config: Any)
     """Have transformers load without values, and note which stored tensor makes what."""
     for file in files:
         try:
-            opened = cast(Any, safe_open(file, framework="pt", backend="pread"))
+            opened = safe_open(file, framework="pt", backend="pread")
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"'{file}' cannot be read: {error}. Get the checkpoint again."
@@ -337,7 +337,7 @@ class Weights(Mapping[str, Tensor]):
                     f"'{name}' is shared between blocks, or with what is outside them: drop "
                     "low_memory."
                 )
-        head: nn.Module | None = cast(Any, self.model).get_output_embeddings()
+        head: nn.Module | None = self.model.get_output_embeddings()
         if head is None or any(unit.module is head for unit in units):
             return [name for name in self._parameters if name not in owner]
         alone = {id(parameter) for parameter in head.parameters()}
@@ -414,7 +414,7 @@ def embedding_parameters(model: PreTrainedModel) -> set[int]:
 def _swap(parameter: nn.Parameter, tensor: Tensor) -> None:
     """Give a parameter other values, on another device; it remains the same object."""
     values = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-    cast(Any, torch.utils).swap_tensors(parameter, values)
+    torch.utils.swap_tensors(parameter, values)
 
 
 def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -203,6 +203,8 @@ def test_without_data_or_metrics_the_command_is_short(facts):
             "compressed-tensors",
             "--schedule",
             "block",
+            "--pause",
+            facts["pause"],
             "--dtype",
             "float32",
         ),

@@ -14,7 +14,7 @@ from optimum_order.artifact.convert import convert
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError, OutputError
 from optimum_order.files import sha256
-from optimum_order.formats import safetensors as checkpoint
+from optimum_order.formats.safetensors import Safetensors
 
 
 def compress(model, order, folder, format, *, measured=False):
@@ -63,7 +63,9 @@ def saved(bfloat16, tmp_path_factory):
 def values(folder):
     """Every layer's name and value, as the artifact has it."""
     layers = manifest.load(folder)["layers"]
-    found = dict(checkpoint.read(folder, {name: said["stored"] for name, said in layers.items()}))
+    found = dict(
+        Safetensors().read(folder, {name: said["stored"] for name, said in layers.items()})
+    )
     return found, {name: state.weight for name, state in found.items()}
 
 

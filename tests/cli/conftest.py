@@ -1,10 +1,7 @@
-"""The program in this process or in one of its own, and a saved model for commands that read."""
+"""The program in this process and in one of its own, and a saved model for commands that read."""
 
 import dataclasses
-import multiprocessing
-import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -39,55 +36,15 @@ def program(capsys):
     transformers.utils.logging.enable_progress_bar()
 
 
-# the output of a process goes to files, so that no pipe can fill up
-_RUN = """
-import os, sys
-for stream, file in ((1, {out!r}), (2, {err!r})):
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-from optimum_order.cli import main
-main({arguments!r})
-"""
-
-
-class Child:
-    """`optimum-order` in a process of its own, forked from one that has imported everything."""
-
-    def __init__(self, context, folder: Path, arguments: list[str]) -> None:
-        self._out = folder / "out"
-        self._err = folder / "err"
-        names = {"out": str(self._out), "err": str(self._err)}
-        code = _RUN.format(**names, arguments=arguments)
-        self._process = context.Process(target=exec, args=(code, {}))
-        self._process.start()
-
-    def wait_until(self, condition) -> None:
-        while not condition():
-            assert self._process.is_alive(), f"the process has ended: {self._err.read_text()}"
-            time.sleep(0.001)
-
-    def end(self, signal: int) -> Outcome:
-        """Send a signal, and wait for the end."""
-        os.kill(self._process.pid, signal)
-        self._process.join(120)
-        return Outcome(self._process.exitcode, self._out.read_text(), self._err.read_text())
-
-
-@pytest.fixture(scope="session")
-def forked():
-    """A server that forks processes which need not import anything again."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["optimum_order.compressor", "transformers.models.llama.modeling_llama"]
-    )
-    return context
-
-
 @pytest.fixture
-def start(forked, tmp_path_factory):
+def start(fork):
     """Start `optimum-order` with these arguments in a process of its own."""
-    return lambda *arguments: Child(
-        forked, tmp_path_factory.mktemp("child"), [str(argument) for argument in arguments]
-    )
+
+    def start(*arguments):
+        words = [str(argument) for argument in arguments]
+        return fork(f"from optimum_order.cli import main; main({words!r})")
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -286,7 +286,7 @@ def test_a_run_that_was_killed_three_times_ends_byte_for_byte_as_one_that_was_no
         before = progress(work)
         child = start(*command, *(["--resume"] if number else []))
         child.wait_until(lambda before=before: progress(work) > before)
-        assert child.end(signal.SIGKILL).code == -signal.SIGKILL and not output.exists()
+        assert child.end(signal.SIGKILL) == -signal.SIGKILL and not output.exists()
     assert program(*command).code == 2, "without --resume"
     assert program(*command, "--resume", "--seed", 1).code == 2
     assert program(*command, "--resume").code == 0
@@ -301,9 +301,10 @@ def test_an_interrupted_run_says_how_to_resume(program, start, command, tmp_path
     ]:
         child = start(*command)
         child.wait_until(lambda: progress(tmp_path / "out.work"))
-        done = child.end(number)
-        assert (done.code, done.out) == (code, "") and "Traceback" not in done.err
-        *_, advice, last = done.err.splitlines()
+        assert child.end(number) == code and child.output("out") == ""
+        err = child.output("err")
+        assert "Traceback" not in err
+        *_, advice, last = err.splitlines()
         assert last == f"optimum-order: {word}"
         assert names(tmp_path) == ["out.work"]
         place, resume = advice.split("; to resume: ")

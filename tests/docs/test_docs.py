@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import optimum_order
+from optimum_order.cli import main
+from optimum_order.cli.base import Command
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -63,9 +65,9 @@ def test_the_python_code_of_the_quick_start_runs(tmp_path):
 
 def test_the_commands_of_the_readme_run(tmp_path):
     lines = commands(ROOT / "README.md")
-    assert [shlex.split(line)[1] for line in lines] == ["export", "inspect", "verify", "backends"]
+    assert [shlex.split(line)[1] for line in lines] == ["compress", "inspect", "verify", "methods"]
     for line in lines:
-        small = ["--calibration-samples", "8"] if " export " in line else []
+        small = ["--calibration-samples", "8"] if " compress " in line else []
         assert run([*shlex.split(line), *small], tmp_path)
 
 
@@ -74,19 +76,13 @@ def test_the_quick_start_shows_the_code_of_the_readme():
     assert set(commands(ROOT / "README.md")) < set(commands(DOCS / "index.md"))
 
 
-def test_every_command_parses():
-    from optimum.commands.base import RootOptimumCLICommand
-
-    from optimum_order.cli import COMMANDS
-
-    root = RootOptimumCLICommand("optimum-order")
-    for command in COMMANDS:
-        root.register_subcommand(command)
+def test_every_command_parses(monkeypatch):
+    monkeypatch.setattr(Command, "run", lambda self: None)
     lines = [(page, line) for page in PAGES for line in commands(page)]
     assert len(lines) > 20
     for page, line in lines:
         try:
-            root.parser.parse_args(shlex.split(line)[1:])
+            main(shlex.split(line)[1:])
         except SystemExit:
             pytest.fail(f"{page.name}: {line}")
 

@@ -1,4 +1,4 @@
-"""What is written comes back bit for bit, and nothing that is not ours comes back at all."""
+"""A value comes back bit for bit, and nothing that is not ours comes back at all."""
 
 import contextlib
 import dataclasses
@@ -16,6 +16,7 @@ from optimum_order.backends import Backend
 from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import available, method
 from optimum_order.errors import ArtifactError
+from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Order
@@ -37,7 +38,7 @@ ORDERS = [
 
 
 def equal(one, other) -> bool:
-    """Whether two values are the same in type and bits, tensors and all; a list and a tuple are alike."""
+    """Return whether two values are the same in type and bits; a list and a tuple are alike."""
     if isinstance(one, torch.Tensor):
         same = (
             isinstance(other, torch.Tensor)
@@ -65,22 +66,22 @@ def equal(one, other) -> bool:
 def state(order: str) -> LayerState:
     """A layer after an order."""
     generator = torch.Generator().manual_seed(0)
-    W, X = torch.randn(32, 64, generator=generator), torch.randn(128, 64, generator=generator)
-    found, known = LayerState(W), Statistics(len(X), {Gram: X.T @ X})
+    layer = LayerState(torch.randn(32, 64, generator=generator))
+    statistics = Statistics.of(torch.randn(128, 64, generator=generator), [Gram])
     for stage in Order.parse(order):
-        found = method(stage).apply(found, known)
-    return found
+        layer = method(stage).apply(layer, statistics)
+    return layer
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_layer_comes_back_bit_for_bit(order, tmp_path):
-    before = state(order)
-    written = snapshot.save(before, tmp_path / "one.safetensors")
-    assert written == (tmp_path / "one.safetensors").stat().st_size
-    after = snapshot.load(tmp_path / "one.safetensors")
-    assert equal(before, after)
-    after.check("a layer that was read")  # what was computed on first use is computed again
-    assert [file.name for file in tmp_path.iterdir()] == ["one.safetensors"]
+def test_a_layer_comes_back_bit_for_bit(tmp_path):
+    for order in ORDERS:
+        before = state(order)
+        written = snapshot.save(before, tmp_path / "one.safetensors")
+        assert written == (tmp_path / "one.safetensors").stat().st_size
+        after = snapshot.load(tmp_path / "one.safetensors")
+        assert equal(before, after), order
+        after.check("a layer that was read")  # what was computed on first use is computed again
+        assert [file.name for file in tmp_path.iterdir()] == ["one.safetensors"]
 
 
 def test_every_backend_is_among_them():
@@ -119,7 +120,7 @@ values = st.recursive(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(values)
-def test_anything_made_of_the_known_comes_back(tmp_path, value):
+def test_any_value_comes_back(tmp_path, value):
     snapshot.save(value, tmp_path / "one.safetensors")
     assert equal(value, snapshot.load(tmp_path / "one.safetensors"))
 
@@ -151,7 +152,7 @@ def test_a_file_that_was_cut_is_refused(whole, tmp_path, part):
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_a_change_anywhere_is_refused(whole, tmp_path, data):
@@ -161,11 +162,11 @@ def test_a_change_anywhere_is_refused(whole, tmp_path, data):
     changed[at] ^= data.draw(st.integers(1, 255))
     (tmp_path / "bad.safetensors").write_bytes(changed)
     try:
-        found = snapshot.load(tmp_path / "bad.safetensors")
+        value = snapshot.load(tmp_path / "bad.safetensors")
     except ArtifactError:
         return
     (tmp_path / "good.safetensors").write_bytes(whole)
-    assert equal(found, snapshot.load(tmp_path / "good.safetensors"))  # a space of the header, say
+    assert equal(value, snapshot.load(tmp_path / "good.safetensors"))  # a space of the header, say
 
 
 def described(file, content) -> None:
@@ -189,7 +190,7 @@ def described(file, content) -> None:
         {},
     ],
 )
-def test_what_is_not_known_is_refused(content, tmp_path):
+def test_an_unknown_class_or_mark_is_refused(content, tmp_path):
     described(tmp_path / "other.safetensors", content)
     with pytest.raises(ArtifactError, match="Delete it") as refused:
         snapshot.load(tmp_path / "other.safetensors")
@@ -207,7 +208,7 @@ names = (
 )
 objects = st.fixed_dictionaries(
     {
-        "class": st.sampled_from(sorted(snapshot._known())) | leaves,
+        "class": st.sampled_from(sorted(snapshot._classes())) | leaves,
         "fields": st.dictionaries(names, leaves, max_size=4),
     }
 )
@@ -218,10 +219,10 @@ contents = st.recursive(
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(contents)
-def test_whatever_is_described_is_refused_or_made(tmp_path, content):
+def test_any_description_is_refused_or_made(tmp_path, content):
     described(tmp_path / "other.safetensors", content)
     with contextlib.suppress(ArtifactError):
         snapshot.load(tmp_path / "other.safetensors")
@@ -247,10 +248,11 @@ def test_a_missing_or_other_file_is_refused(tmp_path):
             snapshot.load(tmp_path / f"{name}.safetensors")
 
 
-def test_only_one_class_for_each_name():
-    known = snapshot._known()
-    assert {"LayerState", "StageRecord", "UniformGrid"} <= set(known)
-    assert all(cls.__module__.startswith("optimum_order.") for cls in known.values())
+def test_only_one_class_has_each_name():
+    classes = snapshot._classes()
+    assert {"LayerState", "StageRecord", "UniformGrid"} <= set(classes)
+    grids = [grid for grid in snapshot._grids(Grid) if grid.__module__.startswith("optimum_order.")]
+    assert all(classes[grid.__name__] is grid for grid in grids)
 
 
 def test_an_unwritable_folder_leaves_nothing(tmp_path):

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from optimum_order import JointCompressor
 from optimum_order.artifact.verify import verify
-from optimum_order.engine import snapshot
-from optimum_order.errors import ModelError, OutputError
+from optimum_order.cli import main
+from optimum_order.engine import snapshot, streamed
+from optimum_order.errors import ModelError, OrderError, OutputError
 from optimum_order.models.lazy import Weights
 
 
@@ -28,6 +29,23 @@ def saved(make_model, tmp_path):
     return make
 
 
+@pytest.fixture
+def compress(tmp_path):
+    """`compress(compressor, "rtn:4")`: one block at a time, all activations on the disk."""
+
+    def run(compressor, order, **options):
+        return compressor.compress(
+            order,
+            work_dir=tmp_path / "work",
+            low_memory=True,
+            activation_limit=0,
+            progress=False,
+            **options,
+        )
+
+    return run
+
+
 def tensors(folder):
     return {
         name: tensor
@@ -36,62 +54,58 @@ def tensors(folder):
     }
 
 
-def streamed(compressor, tmp_path, order, **options):
-    return compressor.compress(
-        order,
-        work_dir=tmp_path / "work",
-        low_memory=True,
-        activation_limit=0,
-        progress=False,
-        **options,
-    )
-
-
 CASES = [
     ("llama", "wanda:0.5 > gptq:4", {}),
     ("llama", "wanda:0.5 > gptq:4", {"schedule": "block"}),
     ("llama", "mixed_precision(bits=3.6, widths=[2,3,4,6], first=weaker) > magnitude:0.5", {}),
+    ("llama", "gptq(bits=3, targets=*.1.mlp.*) > wanda(sparsity=0.5, targets=*.q_proj)", {}),
     ("gpt2", "magnitude:0.5 > rtn:4", {}),
     ("mixtral", "sparsegpt:0.5 > rtn:4", {}),
-    ("mixtral", "magnitude:0.3 > wanda:0.5", {}),  # of which only masks are on the disk
+    ("mixtral", "magnitude:0.3 > wanda:0.5", {}),  # only masks are on the disk
     ("gpt2", "wanda:0.5", {"schedule": "block"}),
     ("gemma", "gptq:4", {}),
 ]
 
 
 @pytest.mark.parametrize(("architecture", "order", "options"), CASES)
-def test_it_is_saved_as_if_it_had_been_in_memory(saved, tmp_path, architecture, order, options):
+def test_it_is_saved_as_if_it_had_been_in_memory(
+    saved, compress, tmp_path, architecture, order, options
+):
     compressor = saved(architecture)
-    whole = compressor.compress(order, progress=False, **options)
-    part = streamed(compressor, tmp_path, order, **options)
+    whole = compressor.compress(order, pause="block", progress=False, **options)
+    part = compress(compressor, order, **options)
+    manifests = []
     for compressed, name in ((whole, "whole"), (part, "part")):
         compressed.save_pretrained(tmp_path / name)
-    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "part")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+        manifest = json.loads((tmp_path / name / "optimum_order.json").read_text())
+        assert manifest["pause"] == "block"
+        for field in ("files", "digest", "bytes"):  # the shards may be others
+            del manifest[field]
+        manifests.append(manifest)
+    expected = tensors(tmp_path / "whole")
+    loaded = tensors(tmp_path / "part")
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
     assert verify(tmp_path / "part") == []
-    said, other = (
-        json.loads((tmp_path / name / "optimum_order.json").read_text())
-        for name in ("whole", "part")
-    )
-    for manifest in (said, other):
-        del manifest["files"], manifest["digest"], manifest["bytes"]  # it may have other shards
-    assert said == other
+    assert manifests[0] == manifests[1]
     for name, state in whole.layers.items():
         same = part.layers[name]
-        assert torch.equal(state.weight, same.weight) and torch.equal(state.mask, same.mask)
+        assert torch.equal(state.weight, same.weight)
+        assert torch.equal(state.mask, same.mask)
     part.close()
 
 
-def test_no_more_than_a_block_is_ever_filled(saved, tmp_path, monkeypatch):
-    filled, seen = set(), []
-    materialize, release = Weights.materialize, Weights.release
+def test_no_more_than_a_block_is_ever_filled(saved, compress, monkeypatch):
+    filled = set()
+    blocks = []
+    materialize = Weights.materialize
+    release = Weights.release
 
     def noted(self, names):
         names = list(names)
         materialize(self, names)
         filled.update(name for name in names if name.startswith("model.layers."))
-        seen.append({name.split(".")[2] for name in filled})
+        blocks.append({name.split(".")[2] for name in filled})
 
     def emptied(self, names):
         names = list(names)
@@ -100,121 +114,120 @@ def test_no_more_than_a_block_is_ever_filled(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Weights, "materialize", noted)
     monkeypatch.setattr(Weights, "release", emptied)
-    compressed = streamed(saved("llama", num_hidden_layers=4), tmp_path, "wanda:0.5 > gptq:4")
-    assert max(map(len, seen)) == 1 and set.union(*seen) == {"0", "1", "2", "3"}
-    assert filled == set() and all(
-        parameter.is_meta for parameter in compressed.model.model.layers.parameters()
-    )
-    assert (
-        compressed.model.get_input_embeddings().weight.is_meta
-        and compressed.model.lm_head.weight.is_meta
-    )
+    compressed = compress(saved("llama", num_hidden_layers=4), "wanda:0.5 > gptq:4")
+    assert max(map(len, blocks)) == 1
+    assert set.union(*blocks) == {"0", "1", "2", "3"}
+    assert filled == set()
+    assert all(parameter.is_meta for parameter in compressed.model.model.layers.parameters())
+    assert compressed.model.get_input_embeddings().weight.is_meta
+    assert compressed.model.lm_head.weight.is_meta
     compressed.close()
 
 
+def test_memory_is_given_back_whenever_a_block_is_released(saved, compress, monkeypatch):
+    events = []
+    release = Weights.release
+
+    def released(self, names):
+        events.append("release")
+        release(self, names)
+
+    monkeypatch.setattr(Weights, "release", released)
+    monkeypatch.setattr(streamed, "trim", lambda: events.append("trim"))
+    compress(saved("llama"), "rtn:4").close()
+    places = [place for place, event in enumerate(events) if event == "release"]
+    assert len(places) >= 2
+    assert all(events[place + 1] == "trim" for place in places)
+
+
 @pytest.mark.parametrize("order", ["wanda:0.5 > gptq:4", "magnitude:0.3 > wanda:0.5"])
-def test_what_was_cut_off_goes_on(saved, tmp_path, monkeypatch, order):
-    compressor, save, left = saved("llama", num_hidden_layers=4), snapshot.save, 0
-    expected = compressor.compress(order, progress=False).layers
+def test_a_run_that_is_cut_off_goes_on(saved, compress, tmp_path, monkeypatch, order):
+    compressor = saved("llama", num_hidden_layers=4)
+    expected = compressor.compress(order, pause="block", progress=False).layers
+    save = snapshot.save
+    remaining = 0
 
     def killed(*arguments, **options):
-        nonlocal left
-        left -= 1
-        if left < 0:
+        nonlocal remaining
+        remaining -= 1
+        if remaining < 0:
             raise KeyboardInterrupt
         return save(*arguments, **options)
 
     monkeypatch.setattr(snapshot, "save", killed)
     for files in (1, 2, 3):
-        left = files
+        remaining = files
         with pytest.raises(KeyboardInterrupt):
-            streamed(compressor, tmp_path, order, resume=(tmp_path / "work").exists())
+            compress(compressor, order, resume=(tmp_path / "work").exists())
     monkeypatch.undo()
-    found = streamed(compressor, tmp_path, order, resume=True)
-    assert all(
-        torch.equal(state.weight, found.layers[name].weight) for name, state in expected.items()
-    )
-    found.close()
+    resumed = compress(compressor, order, resume=True)
+    for name, state in expected.items():
+        assert torch.equal(state.weight, resumed.layers[name].weight)
+    resumed.close()
 
 
-def test_its_work_dir_is_its_own_until_it_is_closed(saved, tmp_path):
+def test_its_work_dir_is_its_own_until_it_is_closed(saved, compress):
     compressor = saved("llama")
-    found = streamed(compressor, tmp_path, "rtn:4")
+    compressed = compress(compressor, "rtn:4")
     with pytest.raises(OutputError, match="is in use"):
-        streamed(compressor, tmp_path, "rtn:4", resume=True)
+        compress(compressor, "rtn:4", resume=True)
     with pytest.raises(ModelError, match="the weights are on the disk"):
-        found.evaluate("builtin")
-    found.close()
-    streamed(compressor, tmp_path, "rtn:4", resume=True).close()
+        compressed.evaluate("builtin")
+    compressed.close()
+    compress(compressor, "rtn:4", resume=True).close()
 
 
-def test_what_it_cannot_do_is_refused(saved, make_model, tmp_path):
+def test_a_run_that_cannot_be_streamed_is_refused(saved, compress, make_model, tmp_path):
     with pytest.raises(OutputError, match="'low_memory' needs a 'work_dir'"):
         saved("llama").compress("rtn:4", low_memory=True)
+    with pytest.raises(ModelError, match="in memory already cannot be compressed with 'low_mem"):
+        compress(JointCompressor(make_model("llama")), "rtn:4")
     with pytest.raises(
-        ModelError, match="in memory already cannot be compressed with 'low_memory'"
+        OrderError, match=r"'low_memory' pauses at blocks.* leave out pause='group'"
     ):
-        JointCompressor(make_model("llama")).compress(
-            "rtn:4", work_dir=tmp_path / "work", low_memory=True
-        )
+        compress(saved("llama"), "wanda:0.5", pause="group")
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("where", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_weights_that_are_no_numbers_are_refused(make_model, tmp_path, where):
+def test_weights_that_are_not_finite_are_refused(make_model, compress, tmp_path, where):
     model = make_model("llama")
     model.get_parameter(where).data.view(-1)[3] = torch.nan
     model.save_pretrained(tmp_path / "model")
-    ids = torch.randint(2, 60, (2, 24))
     compressor = JointCompressor.from_pretrained(
-        tmp_path / "model", calibration=ids, sequence_length=24, device="cpu"
+        tmp_path / "model",
+        calibration=torch.randint(2, 60, (2, 24)),
+        sequence_length=24,
+        device="cpu",
     )
     with pytest.raises(ModelError, match=f"'{where}' holds a weight that is NaN"):
-        streamed(compressor, tmp_path, "wanda:0.5")
+        compress(compressor, "wanda:0.5")
 
 
-def test_the_program_does_the_same(saved, tmp_path):
-    from optimum_order.cli import main
-
+def test_the_command_line_does_the_same(saved, tmp_path):
     saved("llama")
-    found = []
-    for name, more in (("whole", []), ("part", ["--low-memory"])):
+
+    def command(*arguments):
         with pytest.raises(SystemExit) as end:
-            main(
-                [
-                    "export",
-                    str(tmp_path / "model"),
-                    str(tmp_path / name),
-                    "--order",
-                    "magnitude:0.5 > rtn:4",
-                    *more,
-                ]
-            )
-        assert end.value.code == 0
-        found.append(tensors(tmp_path / name))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+            main(["compress", *map(str, arguments)])
+        return end.value.code
+
+    order = ["--order", "magnitude:0.5 > rtn:4"]
+    assert command(tmp_path / "model", tmp_path / "whole", *order) == 0
+    assert command(tmp_path / "model", tmp_path / "part", *order, "--low-memory") == 0
+    whole = tensors(tmp_path / "whole")
+    part = tensors(tmp_path / "part")
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
     assert not (tmp_path / "part.work").exists()
-    with pytest.raises(SystemExit) as end:
-        main(
-            [
-                "export",
-                "model",
-                str(tmp_path / "out"),
-                "--order",
-                "rtn:4",
-                "--low-memory",
-                "--evaluate",
-                "builtin",
-            ]
-        )
-    assert end.value.code == 2
+    evaluated = [*order, "--low-memory", "--evaluate", "builtin"]
+    assert command("model", tmp_path / "out", *evaluated) == 2
 
 
-def test_a_model_without_embeddings_is_compressed_likewise(tmp_path):
+def test_a_model_without_embeddings_is_compressed_likewise(compress):
     compressor = JointCompressor.from_pretrained("tiny-resnet", calibration_samples=8)
-    expected = compressor.compress("wanda:0.5 > rtn:4", progress=False)
-    found = compressor.compress(
-        "wanda:0.5 > rtn:4", work_dir=tmp_path / "work", low_memory=True, progress=False
-    )
+    order = "wanda:0.5 > rtn:4"
+    expected = compressor.compress(order, pause="block", progress=False)
+    compressed = compress(compressor, order)
     for name, state in expected.layers.items():
-        assert torch.equal(found.layers[name].weight, state.weight), name
-    found.close()
+        assert torch.equal(compressed.layers[name].weight, state.weight), name
+    compressed.close()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_order import backends
+from optimum_order.engine.recipe import method
 from optimum_order.formats import Contents, Layers
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
@@ -14,7 +14,7 @@ from optimum_order.order import Order
 
 def _applied(order, state, name="layer"):
     for stage in Order.parse(order):
-        state = backends.method(stage).apply(state, where=name)
+        state = method(stage).apply(state, where=name)
     return state
 
 

@@ -14,13 +14,14 @@ from bitsandbytes.functional import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimum_order import backends
+from optimum_order.engine.recipe import method
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import outline
 from optimum_order.formats.bitsandbytes import BitsAndBytes
 from optimum_order.layers.grids.bitsandbytes import fit_blocks, fit_rows
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
+from optimum_order.order import Stage
 from optimum_order.testing import CodecContract, same_bits
 
 CODEC = BitsAndBytes()
@@ -85,8 +86,7 @@ def states(draw):
     options = {"dtype": data_type}
     if data_type != "int8":
         options |= {"blocksize": blocksize, "double_quant": draw(st.booleans())}
-    backend = backends.method(backends.Stage("bitsandbytes", **options))
-    state = backend.apply(LayerState(weight))
+    state = method(Stage("bitsandbytes", **options)).apply(LayerState(weight))
     return LayerState(state.weight.masked_fill(pruned, 0.0), pruned=pruned, grid=state.grid)
 
 

@@ -437,7 +437,7 @@ def test_damaged_folders_are_errors_that_say_what_is_wrong(packed):
 
 def test_parts_on_different_grids_make_no_layer(compressed, tmp_path):
     """An expert is stored in two tensors; somebody could list tensors of other experts for it."""
-    contents = compressed(build("mixtral", "float32"), MIXED[:2] + [RTN4], ["*experts*"])
+    contents = compressed(build("mixtral", "float32"), [*MIXED[:2], RTN4], ["*experts*"])
     written = write(contents, tmp_path, "sparse")
     name = "model.layers.0.mlp.experts.gate_up_proj.0"
     rows = written.stored[name]["rows"]

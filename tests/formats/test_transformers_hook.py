@@ -1,4 +1,4 @@
-"""Stock `from_pretrained` on `sparse` checkpoints: exact once this package is imported, an error before."""
+"""Stock `from_pretrained` on `sparse` checkpoints: exact once this package is imported."""
 
 import importlib
 import json
@@ -12,46 +12,40 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import optimum_order
-from optimum_order import backends, formats
-from optimum_order.formats import safetensors as checkpoint
-from optimum_order.formats.base import Layout
+from optimum_order import formats
+from optimum_order.formats.layout import Layout
 from optimum_order.formats.transformers_hook import METHOD, SparseConfig, SparseQuantizer
-from optimum_order.layers.state import LayerState
-from optimum_order.models.units import find_units
-from optimum_order.order import Order
+from optimum_order.testing import same_bits
 
 ORDER = "magnitude:0.5 > rtn:4"
 
 
-def save(model, folder, order=ORDER, targets=None, shard="5GB"):
+@pytest.fixture(scope="session")
+def save(compressed):
     """Compress a model in place and save it as "sparse"."""
-    layers = {}
-    for target in [target for unit in find_units(model, targets) for target in unit.targets]:
-        state = LayerState(target.read())
-        for stage in Order.parse(order):
-            state = backends.method(stage).apply(state)
-        target.write(state.weight)
-        layers[target.name] = (target, state)
-    format = formats.choose(model, layers, "sparse")
-    checkpoint.write(model, layers, format, folder, header={}, max_shard_size=shard)
-    return model
+
+    def save(model, folder, order=ORDER, shard="5GB"):
+        contents = compressed(model, order)
+        codec = formats.choose(contents, "sparse")
+        folder.mkdir(exist_ok=True)
+        container = formats.container("sparse")
+        container.write(contents, codec, folder, header={}, max_shard_size=shard)
+        return model
+
+    return save
 
 
 def same(one, other):
     """Whether two models have the same tensors, bit for bit."""
-    one, other = one.state_dict(), other.state_dict()
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype
-        and torch.equal(
-            one[name].contiguous().view(torch.uint8), other[name].contiguous().view(torch.uint8)
-        )
-        for name in one
-        if one[name].ndim
+    tensors = one.state_dict()
+    others = other.state_dict()
+    return tensors.keys() == others.keys() and all(
+        same_bits(tensor, others[name]) for name, tensor in tensors.items() if tensor.ndim
     )
 
 
 @pytest.fixture(scope="module")
-def saved(make_model, tmp_path_factory):
+def saved(make_model, save, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse")
     return save(make_model("llama").bfloat16(), folder, shard="1KB"), folder
 
@@ -62,21 +56,18 @@ def load(folder, **options):
     return model
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_it_loads_as_stock_users_call_it(saved):
+    model, folder = saved
+    assert len(list(folder.glob("*.safetensors"))) > 5
+    for options in [
         {},
         {"dtype": "auto"},
         {"device_map": "auto"},
         {"device_map": "cpu"},
         {"dtype": torch.bfloat16},
-    ],
-)
-def test_it_loads_as_stock_users_call_it(saved, options):
-    model, folder = saved
-    assert len(list(folder.glob("*.safetensors"))) > 5
-    assert same(load(folder, **options), model)
-    assert same(transformers.LlamaForCausalLM.from_pretrained(folder, **options), model)
+    ]:
+        assert same(load(folder, **options), model)
+        assert same(transformers.LlamaForCausalLM.from_pretrained(folder, **options), model)
 
 
 def test_another_dtype_is_cast_to_as_a_dense_checkpoint_would_be(saved, tmp_path):
@@ -97,13 +88,8 @@ def test_modules_that_are_kept_in_float32_are(saved, monkeypatch):
 
 def test_what_was_offloaded_to_disk_is_decoded_too(saved, tmp_path):
     _, folder = saved
-    device_map = {
-        "model.embed_tokens": "cpu",
-        "lm_head": "cpu",
-        "model.norm": "cpu",
-        "model.rotary_emb": "cpu",
-    }
-    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    resident = ["model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb", "model.layers.0"]
+    device_map = dict.fromkeys(resident, "cpu") | {"model.layers.1": "disk"}
     loaded = load(folder, device_map=device_map, offload_folder=tmp_path)
     ids = torch.arange(12)[None]
     with torch.no_grad():
@@ -119,31 +105,31 @@ def test_it_loads_onto_a_gpu(saved):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "qwen3_moe"])
-def test_the_model_has_forgotten_how_it_was_stored(make_model, architecture, tmp_path):
+def test_the_model_has_forgotten_how_it_was_stored(make_model, save, architecture, tmp_path):
     """It saves, compresses and loads like one that never was anything but dense."""
     model = save(make_model(architecture), tmp_path / "sparse")
     loaded = load(tmp_path / "sparse")
     assert not hasattr(loaded.config, "quantization_config") and not hasattr(loaded, "hf_quantizer")
     assert not loaded.is_quantized
     model.save_pretrained(tmp_path / "dense")
-    dense = load(tmp_path / "dense")
-    assert Layout.of(loaded)._pieces == Layout.of(dense)._pieces
+    assert Layout.of(loaded)._pieces == Layout.of(load(tmp_path / "dense"))._pieces
     loaded.save_pretrained(tmp_path / "again")
-    assert load_file(tmp_path / "again" / "model.safetensors").keys() == (
-        load_file(tmp_path / "dense" / "model.safetensors").keys()
+    one, other = (
+        load_file(tmp_path / name / "model.safetensors").keys() for name in ("again", "dense")
     )
+    assert one == other
     assert same(load(tmp_path / "again"), model)
     assert same(save(loaded, tmp_path / "twice", "rtn:3"), load(tmp_path / "twice"))
 
 
-@pytest.mark.parametrize("architecture", ["vit", "resnet"])
-def test_image_classifiers(make_image_model, architecture, tmp_path):
-    model = save(
-        make_image_model(architecture), tmp_path, "magnitude:0.5 > rtn(bits=4, group_size=-1)"
-    )
-    stored = load_file(tmp_path / "model.safetensors").values()
-    assert sum(tensor.dtype == torch.uint8 for tensor in stored) > 4
-    assert same(transformers.AutoModelForImageClassification.from_pretrained(tmp_path), model)
+def test_image_classifiers(make_image_model, save, tmp_path):
+    for architecture in ("vit", "resnet"):
+        folder = tmp_path / architecture
+        order = "magnitude:0.5 > rtn(bits=4, group_size=-1)"
+        model = save(make_image_model(architecture), folder, order)
+        stored = load_file(folder / "model.safetensors").values()
+        assert sum(tensor.dtype == torch.uint8 for tensor in stored) > 4
+        assert same(transformers.AutoModelForImageClassification.from_pretrained(folder), model)
 
 
 def test_a_base_model_loads_from_the_checkpoint_of_one_with_a_head(saved):
@@ -152,14 +138,14 @@ def test_a_base_model_loads_from_the_checkpoint_of_one_with_a_head(saved):
 
 
 @pytest.mark.parametrize("damage", ["bit", "shape"])
-def test_a_damaged_layer_does_not_load(make_model, tmp_path, damage):
+def test_a_damaged_layer_does_not_load(make_model, save, tmp_path, damage):
     save(make_model("llama"), tmp_path)
-    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(file)
     if damage == "bit":
-        tensors[name][-48 * 32 // 4 - 1] ^= (
-            1  # of the mask, the last bit of which lies before half as many codes
-        )
+        # of the mask, the last bit of which lies before half as many codes
+        tensors[name][-48 * 32 // 4 - 1] ^= 1
     else:
         tensors[name] = tensors["model.layers.0.self_attn.q_proj.weight"].clone()
     save_file(tensors, file, metadata={"format": "pt"})
@@ -173,7 +159,7 @@ def test_nothing_is_compressed_while_it_loads(saved, tmp_path):
         load(tmp_path, quantization_config=SparseConfig())
 
 
-def test_a_transformers_that_is_too_old_is_told(monkeypatch):
+def test_a_transformers_that_is_too_old_is_named(monkeypatch):
     monkeypatch.delattr(transformers.quantizers.base.HfQuantizer, "get_new_dtype")
     with pytest.raises(ImportError, match=r"needs transformers 5\.21 or newer to load, got"):
         SparseQuantizer(SparseConfig()).validate_environment()
@@ -181,40 +167,37 @@ def test_a_transformers_that_is_too_old_is_told(monkeypatch):
 
 WITHOUT = """
 import sys, transformers
-for auto in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.AutoModel):
+for name in ("AutoModelForCausalLM", "LlamaForCausalLM", "AutoModel"):
     for options in ({}, {"device_map": "auto"}):
         try:
-            auto.from_pretrained(sys.argv[1], **options)
+            getattr(transformers, name).from_pretrained(sys.argv[1], **options)
         except RuntimeError as error:
             print(error)
 assert not any(name.startswith("optimum_order") for name in sys.modules)
 """
-
-
-def test_without_the_import_it_fails_and_loads_nothing_at_random(saved):
-    ran = subprocess.run(
-        [sys.executable, "-c", WITHOUT, saved[1]], capture_output=True, text=True, check=True
-    )
-    assert len(re.findall("ignore_mismatched_sizes", ran.stdout)) == 6
-    assert f"Unknown quantization type, got {METHOD}" in ran.stderr
-
-
-@pytest.mark.parametrize(
-    "first", ["optimum_order", "torch, transformers; transformers.LlamaForCausalLM"]
-)
-def test_the_import_may_come_before_or_after_that_of_transformers(saved, first):
-    code = f"""
+AFTER = """
 import sys, {first}
 import optimum_order, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(sum(parameter.double().abs().sum().item() for parameter in model.parameters()))
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", code, saved[1]], capture_output=True, text=True, check=True
-    )
-    assert float(ran.stdout) == sum(
-        parameter.double().abs().sum().item() for parameter in saved[0].parameters()
-    )
+
+
+def run(code, folder):
+    command = [sys.executable, "-c", code, folder]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def test_without_the_import_it_fails_and_loads_nothing_at_random(saved):
+    done = run(WITHOUT, saved[1])
+    assert len(re.findall("ignore_mismatched_sizes", done.stdout)) == 6
+    assert f"Unknown quantization type, got {METHOD}" in done.stderr
+
+
+def test_the_import_may_come_before_or_after_that_of_transformers(saved):
+    expected = sum(parameter.double().abs().sum().item() for parameter in saved[0].parameters())
+    for first in ("optimum_order", "torch, transformers; transformers.LlamaForCausalLM"):
+        assert float(run(AFTER.format(first=first), saved[1]).stdout) == expected
 
 
 def test_the_package_may_be_imported_again(saved):

@@ -6,9 +6,11 @@ A test that fails under another version of transformers says which function of `
 import copy
 import inspect
 import json
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -434,6 +436,25 @@ assert "optimum_order.formats.transformers_hook" in sys.modules
     first = "from transformers import AutoModelForCausalLM\nimport optimum_order.models.hf"
     subprocess.run([sys.executable, "-c", f"import optimum_order\n{first}"], check=True)
     subprocess.run([sys.executable, "-c", first], check=True)
+
+
+def test_nobody_else_reaches_into_transformers():
+    """Imports from its submodules, and its private attributes, are in `hf` alone."""
+    package = Path(inspect.getfile(hf)).parent.parent
+    private = "|".join(
+        [
+            r"(from|import) transformers\.\w",
+            r"\b(all_tied_weights_keys|is_transposed|MODEL_\w+_NAMES)\b",
+            r"\b_(experts_implementation|keep_in_fp32_modules|keys_to_ignore_on_save)\b",
+            r"\b_(load_pretrained_model|raise_exceptions_for_\w+|weight_conversions)\b",
+        ]
+    )
+    reaching = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if re.search(private, file.read_text(encoding="utf-8"))
+    }
+    assert reaching == {"models/hf.py"}
 
 
 def test_every_name_has_a_test():

@@ -1,0 +1,150 @@
+"""A reshaper makes layers smaller; the result is a stock model whose config says so."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from optimum_order import JointCompressor
+from optimum_order.artifact.verify import verify
+from optimum_order.backends.base import Cut
+from optimum_order.calibration.execution import PAUSES
+from optimum_order.engine.recipe import method
+from optimum_order.engine.reshape import cut
+from optimum_order.errors import InvariantError, OrderError
+from optimum_order.layers.state import LayerState
+from optimum_order.models.units import find_targets, find_units
+from optimum_order.order import Stage
+
+INPUTS = torch.arange(24).view(2, 12) % 61
+
+
+@pytest.fixture
+def narrow(plugins):
+    return method(Stage("narrow", 0.5))
+
+
+@pytest.fixture
+def target():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return find_targets(nn.ModuleDict({"a": nn.Linear(8, 6)}))[0]
+
+
+class TestCut:
+    def test_takes_rows_with_their_biases_and_columns_with_their_inputs(self, narrow, target):
+        weight = target.read()
+        bias = target.module.bias.clone()
+        rows = torch.tensor([4, 0, 1])
+        columns = torch.tensor([7, 2])
+        cuts = [Cut("a", 0, rows), Cut("a", 1, columns)]
+        state, record = cut(narrow, target, LayerState(weight), cuts)
+        assert torch.equal(state.weight, weight[rows][:, columns])
+        assert torch.equal(target.read(), state.weight)
+        assert torch.equal(target.module.bias, bias[rows])
+        assert (target.module.out_features, target.module.in_features) == (3, 2)
+        assert target.module(torch.ones(5, 2)).shape == (5, 3)
+        gone = weight.square().sum() - state.weight.square().sum()
+        assert record.relative_error == pytest.approx((gone / weight.square().sum()).item())
+        assert (record.stage, record.measured_on) == ("narrow:0.5", "weights")
+
+    def test_takes_the_mask_and_the_grid_along(self, narrow, target):
+        state = method(Stage("magnitude", 0.5)).apply(LayerState(target.read()))
+        state = method(Stage("rtn", 4)).apply(state)
+        rows = torch.tensor([5, 2])
+        after, _ = cut(narrow, target, state, [Cut("a", 0, rows)])
+        after.check("a")
+        assert torch.equal(after.mask, state.mask[rows])
+        assert torch.equal(
+            after.grid.quantize(after.weight), state.grid.quantize(state.weight)[rows]
+        )
+
+    def test_that_breaks_a_grid_is_refused(self, narrow, target):
+        state = method(Stage("rtn", bits=4, group_size=4)).apply(LayerState(target.read()))
+        with pytest.raises(OrderError, match="breaks the grid of 'a'.* before the quantization"):
+            cut(narrow, target, state, [Cut("a", 1, torch.tensor([0, 1, 2, 4, 5, 6]))])
+
+    def test_that_does_not_fit_the_layer_is_refused(self, narrow, target):
+        state = LayerState(target.read())
+        for index in ([], [[0]], [6], [-1], [1, 1]):
+            with pytest.raises(InvariantError, match="the cut of 'a' along axis 0 must name"):
+                cut(narrow, target, state, [Cut("a", 0, torch.tensor(index, dtype=torch.int64))])
+        assert target.read().shape == (6, 8)
+
+    def test_of_another_layer_than_linear_is_refused(self, narrow):
+        (target,) = find_targets(nn.ModuleDict({"a": nn.Conv2d(3, 4, 1)}))
+        with pytest.raises(OrderError, match=r"only nn\.Linear can be, got Conv2d"):
+            cut(narrow, target, LayerState(target.read()), [Cut("a", 0, torch.tensor([0]))])
+
+
+class TestRun:
+    @pytest.mark.parametrize("stage", ["narrow:0.5", "narrow_blindly:0.5"])
+    def test_smaller_blocks_follow(self, make_model, batches, run, plugins, stage):
+        for pause in PAUSES:
+            model = make_model("llama")
+            result = run(model, f"{stage} > wanda:0.5 > rtn:4", batches, pause=pause)
+            assert model.config.intermediate_size == 24
+            for unit in find_units(model):
+                for target in unit.targets:
+                    state = result.states[target.name]
+                    state.check(target.name)
+                    assert torch.equal(state.weight, target.read())
+                    assert not torch.is_inference(target.parameter)
+                    stages = [record.stage for record in result.records[target.name]]
+                    narrowed = ".mlp." in target.name
+                    assert stages == [stage] * narrowed + ["wanda:0.5", "rtn:4"]
+                    if narrowed:
+                        assert 24 in state.weight.shape
+            with torch.no_grad():
+                assert torch.isfinite(model(INPUTS).logits).all()
+
+    def test_the_statistics_are_of_what_earlier_blocks_became(
+        self, make_model, batches, run, plugins
+    ):
+        """The cuts are those that the norms of the inputs ask for, block after block."""
+        model = make_model("llama")
+        run(model, "narrow:0.5", batches)
+        by_hand = make_model("llama")
+        for layer in by_hand.model.layers:
+            norms = 0
+            inputs = []
+            handle = layer.mlp.down_proj.register_forward_pre_hook(
+                lambda module, args, n=inputs: n.append(args[0].flatten(0, -2))
+            )
+            with torch.no_grad():
+                for batch in batches:
+                    by_hand(**batch)
+            handle.remove()
+            norms = torch.cat(inputs).square().sum(0)
+            index = norms.topk(24).indices.sort().values
+            for part, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+                module = getattr(layer.mlp, part)
+                module.weight = nn.Parameter(module.weight.index_select(axis, index).detach())
+        with torch.no_grad():
+            torch.testing.assert_close(model(INPUTS).logits, by_hand(INPUTS).logits)
+
+
+@pytest.mark.parametrize("order", ["narrow:0.5", "narrow:0.5 > sparsegpt:0.5 > gptq:4"])
+def test_a_saved_folder_loads_in_stock_transformers_with_equal_logits(
+    make_model, plugins, tmp_path, order
+):
+    model = make_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.randint(2, 60, (6, 24), generator=torch.Generator().manual_seed(0))
+    compressor = JointCompressor(model, calibration=ids, sequence_length=24, device="cpu")
+    compressed = compressor.compress(order, progress=False)
+    with torch.no_grad():
+        expected = compressed.model(INPUTS).logits
+    compressed.save_pretrained(tmp_path / "out", format="dense")
+    assert verify(tmp_path / "out") == []
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.intermediate_size == 24
+    assert loaded.model.layers[0].mlp.down_proj.weight.shape == (32, 24)
+    with torch.no_grad():
+        assert torch.equal(loaded(INPUTS).logits, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.intermediate_size == 48, "the model that was given is left alone"
+    again = compressor.compress("rtn:4", progress=False)
+    assert again.model.config.intermediate_size == 48, "so is what a later run starts from"

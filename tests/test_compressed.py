@@ -1,0 +1,325 @@
+"""A compressed model keeps its promises, is measured on the values that load, and loads in stock transformers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from optimum_order import JointCompressor
+from optimum_order.artifact.verify import verify
+from optimum_order.calibration import precision
+from optimum_order.data.images import digits
+from optimum_order.errors import FormatError, ModelError, OutputError
+
+SCRIPT = Path(__file__).parent / "reload_stock.py"
+INPUTS = torch.arange(1, 25).view(2, 12) % 61  # the inputs of reload_stock.py
+
+# The seven methods at two settings each.
+STAGES = [
+    ("magnitude:0.5", "magnitude(pattern=2:4)"),
+    ("wanda:0.3", "wanda(pattern=4:8)"),
+    ("sparsegpt:0.5", "sparsegpt(pattern=2:4)"),
+    ("rtn:4", "rtn(bits=3, group_size=32, clip=none)"),
+    ("gptq:4", "gptq(bits=3, group_size=-1, act_order=false)"),
+    ("bitsandbytes:nf4", "bitsandbytes:int8"),
+    ("mixed_precision:4", "mixed_precision(bits=3, quantizer=rtn, first=weaker)"),
+]
+FIRST = [setting for settings in STAGES for setting in settings]
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
+SPARSITY = {"magnitude:0.5": 0.5, "wanda:0.3": 0.3, "sparsegpt:0.5": 0.5}
+
+
+@pytest.fixture(scope="module")
+def compressor(tiny_llama_folder):
+    ids = torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(0))
+    return JointCompressor.from_pretrained(
+        tiny_llama_folder, calibration=ids, sequence_length=24, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def classifiers():
+    """The embedded image classifiers, by name."""
+    return {
+        name: JointCompressor.from_pretrained(name, calibration_samples=32, device="cpu")
+        for name in ("tiny-vit", "tiny-resnet")
+    }
+
+
+def reloaded(folders, root):
+    """Return what stock transformers in one fresh process makes of each folder."""
+    results = root / "results"
+    results.mkdir()
+    subprocess.run([sys.executable, SCRIPT, results, *folders], check=True, cwd=root)
+    return [load_file(results / f"{index}.safetensors") for index in range(len(folders))]
+
+
+@pytest.fixture(scope="module")
+def pairs(compressor, tmp_path_factory):
+    """Every pair of methods, by the first stage: compressed, saved and reloaded."""
+    root = tmp_path_factory.mktemp("pairs")
+    made = []
+    for setting in (0, 1):
+        for first in STAGES:
+            for second in STAGES:
+                order = f"{first[setting]} > {second[setting]}"
+                folder = root / str(len(made))
+                compressed = compressor.compress(order, progress=False)
+                compressed.save_pretrained(folder)
+                made.append((first[setting], compressed, folder))
+    loaded = reloaded([folder for _, _, folder in made], root)
+    by_first = {first: [] for first in FIRST}
+    for (first, compressed, folder), tensors in zip(made, loaded, strict=True):
+        by_first[first].append((compressed, folder, tensors))
+    return by_first
+
+
+def least_sparsity(order):
+    """Return the sparsity that the pruning stages of an order reach at least; 0 without any."""
+    prunes = [stage for stage in order if stage.method in PRUNERS]
+    return max((SPARSITY.get(str(stage), 0.5) for stage in prunes), default=0.0)
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_pairs_keep_the_invariants_and_reload_exactly(pairs, first):
+    assert len(pairs[first]) == len(STAGES)
+    for compressed, folder, loaded in pairs[first]:
+        order = compressed.order
+        prunes = [stage for stage in order if stage.method in PRUNERS]
+        sparsity = least_sparsity(order)
+        # More where an N:M pattern has to hold on top of what is already gone.
+        margin = 0.15 if "pattern" in str(order) else 0.02
+        for name, state in compressed.layers.items():
+            state.check(name)
+            assert torch.equal(compressed.model.get_parameter(f"{name}.weight"), state.weight)
+            assert (state.grid is not None) == (len(prunes) < 2)
+            if prunes:
+                removed = state.weight[state.pruned]
+                assert not removed.any()
+                assert not torch.signbit(removed).any()
+                assert sparsity - 0.02 < state.sparsity < sparsity + margin
+            else:
+                assert state.pruned is None
+            assert torch.equal(loaded[f"{name}.weight"].to(state.weight.dtype), state.weight), name
+        config = json.loads((folder / "config.json").read_text())
+        method = config.get("quantization_config", {}).get("quant_method", "dense")
+        quantizers = [stage.method for stage in order if stage.method not in PRUNERS]
+        if not quantizers:
+            assert method == "dense"
+        elif quantizers[-1] == "bitsandbytes":
+            assert method == "bitsandbytes"
+        else:
+            assert method == "compressed-tensors"
+        if method != "bitsandbytes":
+            with torch.inference_mode():
+                assert torch.equal(loaded["outputs"], compressed.model(INPUTS).logits)
+        assert verify(folder) == []
+
+
+VISION = [
+    "magnitude:0.5 > rtn:4",
+    "rtn(bits=3, group_size=32) > wanda:0.5",
+    "sparsegpt:0.5 > gptq:4",
+    "gptq:3 > sparsegpt(pattern=2:4)",
+    "wanda(pattern=2:4) > bitsandbytes:nf4",
+    "bitsandbytes:int8 > wanda:0.5",
+    "magnitude:0.5 > mixed_precision:4",
+]
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet"])
+def test_pairs_on_image_classifiers_keep_the_invariants_and_reload_exactly(
+    classifiers, tmp_path, name
+):
+    folders = {order: tmp_path / str(index) for index, order in enumerate(VISION)}
+    made = {}
+    for order, folder in folders.items():
+        made[order] = classifiers[name].compress(order, progress=False)
+        made[order].save_pretrained(folder)
+    for (order, compressed), loaded in zip(
+        made.items(), reloaded(list(folders.values()), tmp_path), strict=True
+    ):
+        model = compressed.model
+        for layer, state in compressed.layers.items():
+            state.check(layer)
+            assert state.grid is not None
+            assert 0.48 < state.sparsity < 0.52
+            assert torch.equal(model.get_parameter(f"{layer}.weight").flatten(1), state.weight)
+        for parameter_name, parameter in model.named_parameters():
+            # All of them: nothing may come back random.
+            assert torch.equal(loaded[parameter_name].to(parameter.dtype), parameter)
+        config = json.loads((folders[order] / "config.json").read_text())
+        method = config.get("quantization_config", {}).get("quant_method", "dense")
+        packed = "bitsandbytes" if "bitsandbytes" in order else "compressed-tensors"
+        assert method == (packed if name == "tiny-vit" else "dense")
+        if method != "bitsandbytes":
+            size = getattr(model.config, "image_size", 32)
+            pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)[..., :size, :size]
+            with torch.no_grad():
+                expected = model(pixels).logits
+            # A convolution of the same numbers elsewhere in memory may round otherwise.
+            tolerance = 0 if name == "tiny-vit" else 1e-5
+            assert torch.allclose(loaded["outputs"], expected, rtol=0, atol=tolerance)
+        assert verify(folders[order]) == []
+
+
+class TestEvaluate:
+    @pytest.mark.parametrize(
+        "order", ["bitsandbytes:nf4", "bitsandbytes:int8", "wanda:0.5 > gptq:4"]
+    )
+    def test_leaves_what_is_saved_untouched(self, compressor, text_file, tmp_path, order):
+        """bitsandbytes repacks its weights on the first forward."""
+        compressed = compressor.compress(order, progress=False)
+        measured = compressed.evaluate(str(text_file), progress=False)
+        compressor.evaluate(str(text_file), progress=False)
+        compressed.save_pretrained(tmp_path / "out")
+        manifest = json.loads((tmp_path / "out" / "optimum_order.json").read_text())
+        metric = manifest["metrics"]["perplexity"]
+        assert metric["after"]["value"] == measured.value
+        assert metric["before"]["value"] > 1
+        (loaded,) = reloaded([tmp_path / "out"], tmp_path)
+        for name, state in compressed.layers.items():
+            assert torch.equal(loaded[f"{name}.weight"].to(state.weight.dtype), state.weight)
+
+    def test_counts_only_for_the_values_that_load(self, compressor, text_file, tmp_path):
+        compressed = compressor.compress("bitsandbytes:nf4", progress=False)
+        compressed.evaluate(str(text_file), progress=False)
+
+        def metrics(folder, **options):
+            compressed.save_pretrained(tmp_path / folder, **options)
+            return json.loads((tmp_path / folder / "optimum_order.json").read_text())["metrics"]
+
+        assert metrics("dense", format="dense") == {}
+        assert metrics("packed")["perplexity"]["after"]
+
+    def test_on_two_texts_is_two_metrics(self, compressor, text_file, prose, tmp_path):
+        (tmp_path / "other.txt").write_text(prose[:5000])
+        compressed = compressor.compress("rtn:4", progress=False)
+        first = compressed.evaluate(str(text_file), progress=False)
+        second = compressed.evaluate(str(tmp_path / "other.txt"), progress=False)
+        metrics = compressed.manifest["metrics"]
+        assert metrics["perplexity"]["after"]["value"] == first.value
+        assert metrics["perplexity on other.txt"]["after"]["value"] == second.value
+
+    def test_of_one_model_by_two_metrics_is_two_figures(self, classifiers):
+        original = classifiers["tiny-vit"]
+        compressed = original.compress("rtn:2", progress=False)
+        fidelity = compressed.evaluate(metric="fidelity", progress=False)
+        assert original.evaluate(metric="fidelity", progress=False).value == 0
+        accuracy = compressed.evaluate(metric="accuracy", progress=False)
+        assert fidelity.value > 0.01
+        metrics = compressed.manifest["metrics"]
+        assert metrics["fidelity"]["after"]["value"] == fidelity.value
+        assert metrics["fidelity"]["before"]["value"] == 0
+        assert metrics["accuracy"]["after"]["value"] == accuracy.value
+        with pytest.raises(ModelError, match="Did you mean 'accuracy'"):
+            compressed.evaluate(metric="acuracy", progress=False)
+        with pytest.raises(ModelError, match="Perplexity is for causal language models"):
+            compressed.evaluate(metric="perplexity", progress=False)
+
+
+class TestSave:
+    def test_a_folder_is_self_contained(self, compressor, tmp_path):
+        compressor.compress("gptq:4", progress=False).save_pretrained(tmp_path / "out")
+        generate = pipeline("text-generation", model=str(tmp_path / "out"), device="cpu")
+        text = generate("The", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+        assert text.startswith("The")
+
+    def test_a_format_that_cannot_hold_a_layer_is_refused(self, compressor, tmp_path):
+        compressed = compressor.compress("rtn(bits=4, symmetric=false)", progress=False)
+        with pytest.raises(FormatError, match="dense, sparse can"):
+            compressed.save_pretrained(tmp_path / "out", format="compressed-tensors")
+        with pytest.raises(FormatError, match="Did you mean 'dense'"):
+            compressed.save_pretrained(tmp_path / "out", format="denser")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_folder_that_is_not_empty_is_refused(self, compressor, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious.txt").write_text("mine")
+        compressed = compressor.compress("magnitude:0.5", progress=False)
+        with pytest.raises(OutputError, match="not empty"):
+            compressed.save_pretrained(tmp_path / "out")
+        assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious.txt"]
+        compressed.save_pretrained(tmp_path / "out", overwrite=True)
+        assert not (tmp_path / "out" / "precious.txt").exists()
+        assert verify(tmp_path / "out") == []
+
+    def test_sparsity_is_that_of_all_layers(self, compressor):
+        order = "magnitude(sparsity=0.5, targets=*.mlp.*)"
+        compressed = compressor.compress(order, progress=False)
+        sizes = {name: state.weight.numel() for name, state in compressed.layers.items()}
+        pruned = sum(size for name, size in sizes.items() if ".mlp." in name) / 2
+        assert compressed.sparsity == pytest.approx(pruned / sum(sizes.values()))
+        assert compressed.manifest["sparsity"] == pytest.approx(compressed.sparsity, abs=1e-6)
+
+
+class TestManifest:
+    def test_says_what_was_done_and_no_more(self, tiny_llama_folder, prose, tmp_path):
+        chosen = JointCompressor.from_pretrained(
+            tiny_llama_folder,
+            calibration=[prose],
+            calibration_samples=4,
+            sequence_length=32,
+            seed=3,
+            token="hf_secret",
+        )
+        order = "wanda(pattern=2:4) > gptq(bits=4, damping=0.02)"
+        chosen.compress(order, pause="group", progress=False).save_pretrained(tmp_path / "out")
+        files = list((tmp_path / "out").iterdir())
+        text = (tmp_path / "out" / "optimum_order.json").read_text()
+        manifest = json.loads(text)
+        assert manifest["order"] == order
+        assert manifest["pause"] == "group"
+        assert [stage["method"] for stage in manifest["stages"]] == ["wanda", "gptq"]
+        assert manifest["stages"][1]["options"]["group_size"] == "auto"
+        assert manifest["seed"] == 3
+        assert manifest["calibration"]["tokens"] == 4 * 32
+        assert len(manifest["calibration"]["digest"]) == 64
+        layer = manifest["layers"]["model.layers.0.mlp.down_proj"]
+        # 128 inputs are one group, which is the row.
+        assert (layer["bits"], layer["group_size"]) == (4, -1)
+        assert (layer["pattern"], layer["sparsity"]) == ("2:4", 0.5)
+        assert [stage["stage"] for stage in layer["stages"]] == order.split(" > ")
+        assert all(stage["relative_error"] > 0 for stage in layer["stages"])
+        assert set(manifest["files"]) == {file.name for file in files} - {"optimum_order.json"}
+        assert "hf_secret" not in "".join(file.read_text(errors="ignore") for file in files)
+        assert prose[200:260] not in text
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["optimum_order"] == {
+            "schema": 1,
+            "order": order,
+            "manifest": "optimum_order.json",
+        }
+        assert "optimum_order" not in config["quantization_config"]
+
+    def test_says_what_images_were_used(self, classifiers, tmp_path):
+        original = classifiers["tiny-resnet"]
+        compressed = original.compress("wanda:0.5", progress=False)
+        original.evaluate(progress=False)
+        after = compressed.evaluate(progress=False)
+        compressed.save_pretrained(tmp_path / "out")
+        manifest = json.loads((tmp_path / "out" / "optimum_order.json").read_text())
+        calibration = manifest["calibration"]
+        assert len(calibration.pop("digest")) == 64
+        dtype = precision.choose("auto", torch.float32, torch.device("cpu"))
+        assert calibration == {
+            "source": "builtin",
+            "samples": 32,
+            "image_shape": [3, 32, 32],
+            "note": "",
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        metric = manifest["metrics"]["accuracy"]
+        assert metric["after"]["value"] == after.value
+        assert metric["before"]["value"] > 0.95
+        assert metric["after"]["source"] == "builtin"
+        assert metric["after"]["digest"] == after.digest
+        classify = pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
+        images, labels = digits("evaluation")[:2]
+        assert classify(Image.fromarray(images[0]))[0]["label"] == str(labels[0])

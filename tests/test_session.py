@@ -1,0 +1,194 @@
+"""The settings of a session are checked once, and decide what a run is."""
+
+import psutil
+import pytest
+import torch
+
+from optimum_order import JointCompressor
+from optimum_order import session as module
+from optimum_order.calibration import precision
+from optimum_order.engine.recipe import Recipe
+from optimum_order.errors import DataError, ModelError, OptimumOrderError, OrderError
+from optimum_order.order import Order
+
+
+@pytest.fixture
+def session(make_compressor):
+    return make_compressor()
+
+
+@pytest.fixture
+def choose(session):
+    """`choose("auto", "gptq:4")`: where a run pauses."""
+
+    def ask(pause, order, *, low_memory=False):
+        recipe = Recipe.of(Order.parse(order))
+        batches = session.draw().inputs() if recipe.needs_data else []
+        return session.pause_for(pause, recipe, batches, low_memory=low_memory)
+
+    return ask
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"calibration_samples": 0},
+            {"calibration_samples": 2.5},
+            {"sequence_length": -1},
+            {"device": "warp"},
+            {"device": "cuda:99"},
+            {"dtype": "int4"},
+            {"calibration_dtype": "int8"},
+        ],
+    )
+    def test_bad_ones_are_refused_in_one_line(self, make_compressor, setting):
+        with pytest.raises(OptimumOrderError) as refusal:
+            make_compressor(**setting)
+        assert "\n" not in str(refusal.value)
+
+    def test_windows_are_no_longer_than_the_model_has_positions(self, make_compressor):
+        assert make_compressor(sequence_length=1000).sequence_length == 128
+
+    def test_an_embedded_model_has_embedded_calibration(self, make_compressor):
+        assert JointCompressor.from_pretrained("tiny-resnet").calibration == "builtin"
+        assert make_compressor(calibration=None).calibration is None
+
+    def test_calibration_multiplies_as_told(self, make_compressor, session):
+        model = session.source.load()
+        usual = precision.choose("auto", torch.float32, torch.device("cpu"))
+        assert session.execution(model).dtype == usual
+        told = make_compressor(calibration_dtype="bfloat16").execution(model, "group")
+        assert told.dtype == torch.bfloat16
+        assert told.pause == "group"
+        assert told.device is None, "the model is where it is"
+
+
+class TestDraws:
+    def test_are_disjoint_and_the_source_is_read_once(self, make_compressor, monkeypatch):
+        reads = []
+        load = module.load_samples
+
+        def counted(*args, **options):
+            reads.append(options["samples"])
+            return load(*args, **options)
+
+        monkeypatch.setattr(module, "load_samples", counted)
+        session = make_compressor()
+        runner = session.runner(progress=False)
+        session.draw(2)
+        draws = [
+            {tuple(row) for batch in runner.batches(draw) for row in batch["input_ids"].tolist()}
+            for draw in (0, 1, 2)
+        ]
+        assert [len(rows) for rows in draws] == [4, 4, 4]
+        assert len(set.union(*draws)) == 12
+        assert reads == [12]
+
+    def test_depend_on_the_seed(self, make_compressor):
+        digests = [make_compressor(seed=seed).draw().digest for seed in (0, 0, 1)]
+        assert digests[0] == digests[1] != digests[2]
+
+    def test_too_few_windows_are_refused(self, make_compressor):
+        session = make_compressor(calibration_samples=300)
+        message = r"enough for \d disjoint draws of 300, and 9 are needed"
+        with pytest.raises(DataError, match=message):
+            session.draw(8)
+
+
+class TestPause:
+    def test_auto_takes_groups_where_activations_fit_in_half_of_the_memory(
+        self, session, choose, monkeypatch
+    ):
+        waiting = module.in_flight(session.source, session.draw().inputs())
+        assert waiting > 0
+
+        def with_memory(available):
+            memory = psutil.virtual_memory()._replace(available=available)
+            monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+            return choose("auto", "gptq:4")
+
+        assert with_memory(2 * waiting + 2) == "group"
+        assert with_memory(2 * waiting) == "block"
+
+    def test_auto_keeps_to_blocks_where_nothing_is_known_of_the_activations(
+        self, choose, monkeypatch
+    ):
+        monkeypatch.setattr(module, "in_flight", lambda *args, **options: None)
+        assert choose("auto", "gptq:4") == "block"
+        assert choose("group", "gptq:4") == "group", "unless told so"
+
+    def test_low_memory_and_orders_without_data_pause_at_blocks(self, choose):
+        assert choose("auto", "gptq:4", low_memory=True) == "block"
+        assert choose("auto", "rtn:4") == "block"
+        assert choose("group", "rtn:4") == "block", "no forward is run"
+        with pytest.raises(OrderError, match=r"leave out pause='group' \(--pause group\)"):
+            choose("group", "gptq:4", low_memory=True)
+
+    def test_another_choice_is_refused_with_a_hint(self, choose):
+        message = r"Unknown pause 'blocks'\. Did you mean 'block'\? Allowed: auto, block, group\."
+        with pytest.raises(OrderError, match=message):
+            choose("blocks", "gptq:4")
+
+    def test_the_layers_that_are_left_out_do_not_wait(self, make_compressor):
+        batches = make_compressor().draw().inputs()
+        source = make_compressor().source
+        everything = module.in_flight(source, batches)
+        last = module.in_flight(source, batches, targets=["*.layers.1.mlp.down_proj"])
+        assert 0 < last <= everything
+        twice = [{"input_ids": torch.cat([batch["input_ids"]] * 2)} for batch in batches]
+        assert module.in_flight(source, twice) == pytest.approx(2 * everything, rel=0.2)
+
+    def test_nothing_is_known_of_a_model_that_multiplies_a_layer_twice(self, make_model):
+        albert = JointCompressor(make_model("albert"), device="cpu")
+        assert module.in_flight(albert.source, [{"input_ids": torch.ones(1, 8).long()}]) is None
+
+
+class TestEvaluationSamples:
+    def test_are_all_or_some_from_all_over(self, session, text_file):
+        everything = session.evaluation_samples(str(text_file))
+        some = session.evaluation_samples(str(text_file), 5)
+        assert len(some) == 5 < len(everything)
+        rows = [row.tolist() for row in everything.ids]
+        places = [rows.index(row.tolist()) for row in some.ids]
+        assert places == sorted(places)
+        assert places[-1] > len(everything) // 2
+        assert session.usual_samples == 64
+        assert JointCompressor.from_pretrained("tiny-vit").usual_samples == 1000
+
+    def test_a_metric_that_compares_has_the_original_model(self, session):
+        model = session.source.load()
+        assert session.metric(model, "auto").name == "perplexity"
+        compared = session.metric(model, "fidelity")
+        assert compared.reference is not model
+        with pytest.raises(ModelError, match="Did you mean 'perplexity'"):
+            session.metric(model, "perplexty")
+
+
+class TestFingerprint:
+    def test_differs_in_all_that_decides_what_a_run_computes(self, make_compressor):
+        def fingerprint(order="wanda:0.5", pause="block", schedule="stage", **settings):
+            session = make_compressor(**settings)
+            recipe = Recipe.of(Order.parse(order), schedule)
+            model = session.source.load()
+            base = session.base_model(model, model.state_dict())
+            execution = session.execution(model, pause)
+            return session.fingerprint(base, recipe, session.draw(), execution, model.config)
+
+        usual = fingerprint()
+        assert fingerprint() == usual
+        changes = {
+            "order": {"order": "wanda:0.6"},
+            "pause": {"pause": "group"},
+            "schedule": {"schedule": "block"},
+            "calibration": {"seed": 1},
+            "targets": {"targets": ["*.q_proj"]},
+            "ignore": {"ignore": ["*.q_proj"]},
+        }
+        for field, change in changes.items():
+            other = fingerprint(**change)
+            differing = {name for name in usual if usual[name] != other[name]}
+            assert differing == {field}
+        rounded = fingerprint(calibration_dtype="float32")["calibration_dtype"]
+        assert rounded == "torch.float32"
+        assert usual["model"]["architecture"] == "LlamaForCausalLM"
