@@ -64,9 +64,22 @@ def same(first: Any, second: Any) -> bool:
         return repr(map_tensors(lambda tensor: tensor.new_zeros(()), value))
 
     return outline(first) == outline(second) and all(
-        one.shape == other.shape and torch.equal(_bits(one), _bits(other))
+        same_bits(one, other)
         for one, other in zip(tensors_in(first), tensors_in(second), strict=True)
     )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal bit for bit, so that -0.0 is not 0.0.
+
+    Args:
+        one: A tensor.
+        other: Another.
+    """
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = (t.contiguous().flatten().view(torch.uint8) for t in (one, other))
+    return torch.equal(one, other)
 
 
 def _raises(
@@ -78,10 +91,6 @@ def _raises(
     except error:
         return True
     return False
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return integers(tensor) if tensor.is_floating_point() else tensor
 
 
 class GridContract(ABC):
@@ -665,19 +674,6 @@ class CodecContract(ABC):
                     continue
                 assert damaged, "decoded without any tensor"
                 decoded.check("decoded from damaged tensors")
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal bit for bit, so that -0.0 is not 0.0.
-
-    Args:
-        one: A tensor.
-        other: Another.
-    """
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    one, other = (t.contiguous().flatten().view(torch.uint8) for t in (one, other))
-    return torch.equal(one, other)
 
 
 def _damaged(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

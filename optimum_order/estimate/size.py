@@ -17,13 +17,6 @@ from optimum_order import formats
 from optimum_order.artifact import manifest
 from optimum_order.estimate.trace import Counter, size_of
 from optimum_order.formats.layout import blocks
-from optimum_order.layers.grids.bitsandbytes import (
-    NESTED_BLOCKSIZE,
-    BlockGrid,
-    NestedScales,
-    RowGrid,
-)
-from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
 from optimum_order.models.source import Checkpoint, InMemory
@@ -149,24 +142,7 @@ def _grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
         sample.pruned is not None
     ):  # the one mask that takes no memory; formats ask whether anything was pruned
         pruned = sample.pruned.any().expand(rows, inputs)
-    grid = sample.grid
-    if isinstance(grid, UniformGrid):
-        groups = 1 if grid.scale.shape[1] == 1 else inputs // grid.unit
-        zero = None if grid.zero_point is None else _meta(rows, groups, dtype=torch.int16)
-        grid = dataclasses.replace(
-            grid, scale=_meta(rows, groups, dtype=dtype), zero_point=zero, inputs=inputs
-        )
-    elif isinstance(grid, BlockGrid):
-        blocks = -(-rows * inputs // grid.blocksize)
-        nested = grid.nested and NestedScales(
-            _meta(blocks, dtype=torch.uint8),
-            _meta(-(-blocks // NESTED_BLOCKSIZE), dtype=torch.float32),
-            grid.nested.offset,
-        )
-        absmax = _meta(blocks, dtype=torch.float32)
-        grid = dataclasses.replace(grid, absmax=absmax, inputs=inputs, nested=nested)
-    elif isinstance(grid, RowGrid):
-        grid = dataclasses.replace(grid, absmax=_meta(rows, dtype=torch.float32), inputs=inputs)
+    grid = None if sample.grid is None else sample.grid.like(rows, inputs)
     return LayerState(_meta(rows, inputs, dtype=dtype), pruned=pruned, grid=grid)
 
 
@@ -178,10 +154,9 @@ def _encoded(
     format: formats.Codec, sample: LayerState, grown: LayerState
 ) -> tuple[dict[str, Tensor], bool]:
     """Return the tensors of a layer, and whether their sizes depend on no value."""
-    grid = grown.grid
+    exact = format.size(formats.outline(grown)).exact
     try:
-        # the offset of nested scales is written out as text
-        return format.encode(grown), not (isinstance(grid, BlockGrid) and grid.nested is not None)
+        return format.encode(grown), exact
     except (
         NotImplementedError
     ):  # it wants to see the numbers: what becomes of the sample's is all that can be said

@@ -1,6 +1,10 @@
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
+import optimum_order
 from optimum_order.layers.grids.base import check_alike, whole_groups
 from optimum_order.layers.grids.bitsandbytes import BlockGrid, RowGrid, fit_rows
 from optimum_order.layers.grids.uniform import UniformGrid
@@ -33,3 +37,22 @@ def test_only_uniform_codes_are_cheap():
 
 def test_a_layout_without_groups_of_inputs_has_no_group_size():
     assert fit_rows(gaussian(4, 64))[0].group_size is None
+
+
+def test_only_layers_backends_and_codecs_ask_which_grid_it_is():
+    """Everything else takes any grid, a third party's too."""
+    root = Path(optimum_order.__file__).parent
+    imports = []
+    for file in root.rglob("*.py"):
+        part = file.relative_to(root).parts[0]
+        if part in ("layers", "backends", "formats", "testing.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imports += [
+                f"{file.relative_to(root)} imports {name}"
+                for name in names
+                if name.startswith("optimum_order.layers.grids.") and not name.endswith(".base")
+            ]
+    assert imports == []
