@@ -30,7 +30,9 @@ PUBLIC = [
 
 
 def test_the_public_names_are_these():
-    assert optimum_order.__all__ == PUBLIC == sorted(PUBLIC, key=lambda name: (name.islower(), name))
+    assert (
+        optimum_order.__all__ == PUBLIC == sorted(PUBLIC, key=lambda name: (name.islower(), name))
+    )
     assert set(PUBLIC) <= set(dir(optimum_order))
 
 
