@@ -30,9 +30,9 @@ def test_the_weights_change_and_the_outputs_do_not(make_model, batches, plugins)
 
 
 def test_another_function_is_refused(make_model, batches, plugins):
-    with pytest.raises(InvariantError, match=r"changed an output of the model by .* a bug in the"):
+    with pytest.raises(InvariantError, match=r"changed an output by .* a bug in the"):
         transform(method(Stage("permute", 1.1)), make_model("llama"), batches)
-    with pytest.raises(InvariantError, match="changed an output of the model by nan"):
+    with pytest.raises(InvariantError, match="changed an output by nan"):
         transform(method(Stage("permute", 1e38)), make_model("llama"), batches)
 
 
