@@ -164,7 +164,7 @@ def _name_order(file: Path, order: str) -> None:
     """
     config = json.loads(file.read_text())
     config[manifest.KEY] = {"schema": manifest.SCHEMA, "order": order, "manifest": manifest.FILE}
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _save_processor(processor: Any, folder: Path) -> None:
