@@ -143,7 +143,7 @@ def loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto (default) takes a GPU where there is one; or cpu, cuda, cuda:N",
+        help="auto (default) is the CPU; or cpu, cuda, cuda:N. GPUs are untested",
     )
     parser.add_argument(
         "--dtype",

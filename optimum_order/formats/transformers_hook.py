@@ -1,15 +1,16 @@
-"""Teaches stock transformers to load `sparse` checkpoints: importing this module registers them.
+"""Teach stock transformers to load formats whose layers are bytes under the names of their weights.
 
-`import optimum_order` imports it as soon as transformers can load models. What is loaded is an
-ordinary dense model, which knows nothing of how it was stored: it can be run, trained, saved and
-compressed like any other.
+Importing this module registers `sparse`, and `import optimum_order` imports it as soon as
+transformers can load models. A plug-in registers its own format. What is loaded is an ordinary
+dense model, which knows nothing of how it was stored: it can be run, trained, saved and compressed
+like any other.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -20,21 +21,15 @@ from optimum_order.models import hf
 
 METHOD = "sparse"
 
-
-@hf.register_quantization_config(METHOD)
-class SparseConfig(hf.QuantizationConfigMixin):
-    """The `quantization_config` of a config.json; every layer describes itself."""
-
-    dequantize = True  # transformers then forgets after loading that the model was quantized
-
-    def __init__(self, quant_method: str = METHOD):
-        self.quant_method: Any = quant_method
+DecodeWeight = Callable[[Tensor], Tensor]
+"""The weight (out, in) that the bytes of a layer, (bytes,) uint8, stand for."""
 
 
 class Decode(hf.ConversionOps):
     """Turns the bytes of layers into their weights, and passes other tensors on as they are.
 
     Args:
+        decode: Gives the weight of a layer's bytes.
         fit: Whether the weight becomes a parameter as it is, not part of one that transformers puts
             together.
     """
@@ -42,7 +37,8 @@ class Decode(hf.ConversionOps):
     dtype: torch.dtype | None = None
     """The dtype in which to load the weight."""
 
-    def __init__(self, fit: bool):
+    def __init__(self, decode: DecodeWeight, fit: bool):
+        self.decode = decode
         self.fit = fit
 
     def convert(
@@ -59,11 +55,9 @@ class Decode(hf.ConversionOps):
         }
 
     def _decode(self, tensor: Tensor, name: str, model: Any) -> Tensor:
-        from optimum_order.formats.sparse import decode_weight
-
         if tensor.dtype != torch.uint8:
             return tensor
-        weight = decode_weight(tensor.cpu())
+        weight = self.decode(tensor.cpu())
         if self.fit:
             parameter = model.get_parameter(name)
             if isinstance(model.get_submodule(name.rpartition(".")[0]), hf.Conv1D):
@@ -77,9 +71,16 @@ class Decode(hf.ConversionOps):
         return weight.to(tensor.device, self.dtype)
 
 
-@hf.register_quantizer(METHOD)
-class SparseQuantizer(hf.HfQuantizer):
+class BytesQuantizer(hf.HfQuantizer):
     """Puts `Decode` before everything that transformers does to a tensor of a checkpoint."""
+
+    name: ClassVar[str]
+    """The name of the format."""
+
+    @staticmethod
+    def decode(payload: Tensor) -> Tensor:
+        """Return the weight of a layer's bytes; `register` puts the function of a format here."""
+        raise NotImplementedError
 
     requires_calibration = True  # nothing here could compress a model while it is loaded
 
@@ -89,11 +90,11 @@ class SparseQuantizer(hf.HfQuantizer):
             ours = theirs
             if isinstance(theirs, hf.WeightConverter):
                 ours = copy.deepcopy(theirs)
-                ours.operations = [Decode(fit=False), *ours.operations]
+                ours.operations = [Decode(self.decode, fit=False), *ours.operations]
             self._pairs.append((ours, theirs))
         # A tensor goes to the first converter that knows its name; the last is for those that no
         # other knows.
-        rest = hf.WeightConverter("weight", "weight", [Decode(fit=True)])
+        rest = hf.WeightConverter("weight", "weight", [Decode(self.decode, fit=True)])
         return [ours for ours, _ in self._pairs] + [rest]
 
     def get_new_dtype(
@@ -115,7 +116,7 @@ class SparseQuantizer(hf.HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not hasattr(hf.HfQuantizer, "get_new_dtype"):
             raise ImportError(
-                f"'{METHOD}' needs transformers 5.21 or newer to load, got "
+                f"'{self.name}' needs transformers 5.21 or newer to load, got "
                 f"{transformers.__version__}."
             )
 
@@ -125,3 +126,40 @@ class SparseQuantizer(hf.HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def register(
+    name: str, decode: DecodeWeight
+) -> tuple[type[hf.QuantizationConfigMixin], type[BytesQuantizer]]:
+    """Have transformers load a format, from now on and in this process.
+
+    Args:
+        name: The `quant_method` in config.json.
+        decode: Gives the weight (out, in) of a layer's bytes, (bytes,) uint8 on the CPU.
+
+    Returns:
+        The classes of the configuration and the quantizer that transformers then uses.
+    """
+
+    class BytesConfig(hf.QuantizationConfigMixin):
+        """The `quantization_config` of a config.json; every layer describes itself."""
+
+        dequantize = True  # transformers then forgets after loading that the model was quantized
+
+        def __init__(self, quant_method: str = name):
+            self.quant_method: Any = quant_method
+
+    hf.register_quantization_config(name)(BytesConfig)
+    members = {"name": name, "decode": staticmethod(decode)}
+    quantizer = type(BytesQuantizer.__name__, (BytesQuantizer,), members)
+    hf.register_quantizer(name)(quantizer)
+    return BytesConfig, quantizer
+
+
+def _decode_sparse(payload: Tensor) -> Tensor:
+    from optimum_order.formats.sparse import decode_weight
+
+    return decode_weight(payload)
+
+
+SparseConfig, SparseQuantizer = register(METHOD, _decode_sparse)

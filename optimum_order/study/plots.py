@@ -9,17 +9,22 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, SymLogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, SymmetricalLogLocator
 
+from optimum_order.errors import missing_extra
 from optimum_order.order import Stage
 from optimum_order.study.pairs import has_intensity
 from optimum_order.study.sizes import smallest
 from optimum_order.study.trials import ORIGINAL
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize, SymLogNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, SymmetricalLogLocator
+except ImportError as error:
+    raise missing_extra("study", error) from error
 
 _WIDTH = 4.5  # inches, of which a narrow screen shows about 80 pixels each
 _STYLE: Any = {

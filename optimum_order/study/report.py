@@ -10,14 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from optimum_order import files
-from optimum_order.errors import OutputError
+from optimum_order.errors import OutputError, missing_extra
 from optimum_order.study import plots
 from optimum_order.study.analysis import summarize
 from optimum_order.study.plots import arrows, group_name, signed
 from optimum_order.study.trials import Trials
+
+try:
+    import jinja2
+except ImportError as error:
+    raise missing_extra("study", error) from error
 
 CSV = "trials.csv"
 SUMMARY = "summary.json"
