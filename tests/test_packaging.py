@@ -22,7 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from optimum_order import backends, formats
+from optimum_order import formats
+from optimum_order.engine import recipe
 from optimum_order.models.source import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
@@ -403,4 +404,4 @@ def test_a_third_party_backend_and_format_are_used_by_their_names(
 
 
 def test_without_the_package_its_names_are_unknown():
-    assert "stripes" not in backends.available() and "plain" not in formats.available()
+    assert "stripes" not in recipe.available() and "plain" not in formats.available()

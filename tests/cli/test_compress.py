@@ -316,7 +316,7 @@ def test_an_interrupted_run_says_how_to_resume(program, start, command, tmp_path
 
 
 APPLY = "optimum_order.backends.base.Backend.apply"
-WRITE = "optimum_order.formats.safetensors.write"
+WRITE = "optimum_order.formats.safetensors.Safetensors.write"
 REMOVE = "optimum_order.engine.workdir.remove"
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -353,7 +353,7 @@ def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, tmp_
     done = program(*command)
     assert done.code == 2 and "not finished" in done.err and "to resume:" not in done.err
     done = program(*command, "--resume", "--schedule", "block")
-    difference = "whose schedule was 'stage', and now it is 'block'"
+    difference = "whose schedule was 'stage', and now is 'block'"
     assert done.code == 2 and difference in done.err.splitlines()[-1]
     assert "to resume:" not in done.err
     with failing(APPLY, AssertionError("everything is finished")):

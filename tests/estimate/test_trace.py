@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.walk import walk
 from optimum_order.estimate.trace import Counter, Input, trace
 from optimum_order.layers.statistics import SquaredNorms
@@ -21,6 +22,12 @@ def on_meta(model):
 def traced(model, batch):
     meta = on_meta(model)
     return trace(meta, find_units(meta), batch)
+
+
+def visited(model, units, batch):
+    """Return, by block, the leaders and the statistics that a walk gathers on one batch."""
+    visits = walk(model, units, [batch], needs=(SquaredNorms,), execution=Execution())
+    return {visit.unit.name: (visit.leaders, visit.statistics) for visit in visits}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -54,14 +61,7 @@ def test_the_products_of_image_classifiers_too(make_image_model, architecture):
 def test_the_same_layers_share_an_input_as_in_a_walk(make_model, architecture):
     model = make_model(architecture)
     units = find_units(model)
-    seen = {}
-    walk(
-        model,
-        units,
-        [TOKENS],
-        lambda at: seen.update({at.unit.name: (at.leaders, at.statistics)}),
-        gram=False,
-    )
+    seen = visited(model, units, TOKENS)
     for name, cost in traced(model, TOKENS).items():
         leaders, statistics = seen[name]
         routed = {
@@ -71,7 +71,7 @@ def test_the_same_layers_share_an_input_as_in_a_walk(make_model, architecture):
             k: v for k, v in leaders.items() if k not in routed
         }
         plain = [n for n, leader in leaders.items() if n == leader and n not in routed]
-        expected = sorted((len(statistics[n].squared_norms), statistics[n].tokens) for n in plain)
+        expected = sorted((len(statistics[n][SquaredNorms]), statistics[n].tokens) for n in plain)
         found = sorted((each.width, each.rows) for each in cost.inputs)
         assert [pair for pair in found if pair in expected] == expected
         assert routed.isdisjoint(leaders) or routed & set(cost.leaders)
@@ -81,14 +81,8 @@ def test_the_same_layers_share_an_input_as_in_a_walk(make_model, architecture):
 def test_a_convolution_reads_patches(make_image_model, architecture):
     model = make_image_model(architecture)
     units = find_units(model)
-    batch, seen = {"pixel_values": torch.rand(2, 3, 16, 16)}, {}
-    walk(
-        model,
-        units,
-        [batch],
-        lambda at: seen.update({at.unit.name: (at.leaders, at.statistics)}),
-        gram=False,
-    )
+    batch = {"pixel_values": torch.rand(2, 3, 16, 16)}
+    seen = visited(model, units, batch)
     for name, cost in traced(model, batch).items():
         leaders, statistics = seen[name]
         alone = [statistics[n] for n, leader in leaders.items() if n == leader]

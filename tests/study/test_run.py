@@ -78,7 +78,7 @@ def test_a_trial_is_what_a_run_of_its_own_gives(
 ):
     rows = read_rows(finished[0])
     row = rows["wanda:0.5 > rtn:4", 0]
-    alone = compressor.compress("wanda:0.5 > rtn:4", progress=False)
+    alone = compressor.compress("wanda:0.5 > rtn:4", pause="block", progress=False)
     samples = compressor.evaluation_samples(str(text_file), 4)
     metric = compressor.metric(alone.model, "auto")
     measured = metric.measure(alone.model, samples, batch_size=128, progress=False)
