@@ -38,7 +38,7 @@ from optimum_order import JointCompressor
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import FormatError
 from optimum_order.files import weight_bytes
-from optimum_order.formats import safetensors as checkpoint
+from optimum_order.formats.safetensors import Safetensors
 from optimum_order.formats.sparse import decode_weight
 
 ORDERS = ["sparsegpt:0.5 > gptq:4", "wanda(pattern=2:4) > gptq:4", "sparsegpt:0.7 > gptq:3"]
@@ -127,7 +127,7 @@ def theory(format: str, layers: dict) -> float:
             if layer["group_size"]
             else 0
         )
-        kept = (n - layer["pruned"]) / n
+        share = (n - layer["pruned"]) / n
         if format == "dense":
             bits += 16 * n
         elif format == "compressed-tensors":
@@ -139,15 +139,15 @@ def theory(format: str, layers: dict) -> float:
             if layer["pattern"]:
                 keep, of = map(int, layer["pattern"].split(":"))
                 mask = math.ceil(math.log2(math.comb(of, keep))) / of
-            bits += (mask + kept * b) * n + 16 * groups
+            bits += (mask + share * b) * n + 16 * groups
     return bits
 
 
 def stored(folder: Path, layers: dict) -> int:
     """The bytes of the compressed layers' tensors, without the file's header."""
-    found = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     names = set(layers)
-    return sum(t.nbytes for key, t in found.items() if key.rpartition(".")[0] in names)
+    return sum(t.nbytes for key, t in tensors.items() if key.rpartition(".")[0] in names)
 
 
 def load(folder: Path, reference: Path, format: str) -> tuple[float, float, float, bool]:
@@ -182,8 +182,8 @@ def load(folder: Path, reference: Path, format: str) -> tuple[float, float, floa
 
 def rate(folder: Path, layers: dict) -> float:
     """Bytes of weights that a core decodes from "sparse" in a second."""
-    found = load_file(folder / "model.safetensors")
-    payloads = [tensor for key, tensor in found.items() if key.removesuffix(".weight") in layers]
+    tensors = load_file(folder / "model.safetensors")
+    payloads = [tensor for key, tensor in tensors.items() if key.removesuffix(".weight") in layers]
     torch.set_num_threads(1)
     seconds = []
     for _ in range(RUNS):
@@ -198,10 +198,10 @@ def rate(folder: Path, layers: dict) -> float:
 def unpacked(folder: Path, layers: dict, reference: Path) -> bool:
     """Whether our own reader gives back every compressed layer to the bit."""
     expected = load_file(reference)
-    found = checkpoint.read(folder, {name: layer["stored"] for name, layer in layers.items()})
+    tensors = Safetensors().read(folder, {name: layer["stored"] for name, layer in layers.items()})
     return all(
         torch.equal(state.weight.view(torch.int16), expected[f"{name}.weight"].view(torch.int16))
-        for name, state in found
+        for name, state in tensors
     )
 
 
@@ -209,7 +209,9 @@ def table(name: str, compressed, scratch: Path, notes: list[str]) -> Table:
     """All formats of one compressed model."""
     reference = scratch / "reference.safetensors"
     parameters = compressed.model.named_parameters()
-    save_file({name: each.detach().clone().contiguous() for name, each in parameters}, reference)
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in parameters}, reference
+    )
     made = Table(title=f"{name}, {compressed.order}", title_justify="left")
     made.add_column("format", no_wrap=True)
     for column in COLUMNS:

@@ -6,7 +6,7 @@ python benchmarks/bits_per_byte.py
 import bz2
 
 from optimum_order import JointCompressor
-from optimum_order.data.text import reference_topics
+from optimum_order.data.builtin import reference_topics
 
 
 def main() -> None:

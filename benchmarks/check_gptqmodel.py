@@ -176,7 +176,7 @@ def reference(folder: Path, ids: torch.Tensor, work: Path) -> dict[str, torch.Te
     from optimum_order import JointCompressor
     from optimum_order.artifact import manifest
     from optimum_order.artifact.verify import verify
-    from optimum_order.formats import safetensors as checkpoint
+    from optimum_order.formats.safetensors import Safetensors
 
     if problems := verify(folder):
         raise SystemExit(f"{folder} does not verify: {problems}")
@@ -185,7 +185,7 @@ def reference(folder: Path, ids: torch.Tensor, work: Path) -> dict[str, torch.Te
     source = "tiny-llama" if base["id"] == "tiny-llama" else work / "models" / base["id"]
     model = JointCompressor.from_pretrained(source, dtype=base["dtype"]).source.load()
     weights = {}
-    for name, state in checkpoint.read(
+    for name, state in Safetensors().read(
         folder, {name: said["stored"] for name, said in facts["layers"].items()}
     ):
         module = model.get_submodule(name)

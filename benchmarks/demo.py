@@ -61,7 +61,7 @@ def main() -> None:
     joint = []
     for order in [
         *map(Order.parse, ALONE),
-        *(each for pair in TOGETHER for each in Order.parse(pair).permutations()),
+        *(entry for pair in TOGETHER for entry in Order.parse(pair).permutations()),
     ]:
         compressed = compressor.compress(order)
         perplexity = compressed.evaluate(args.evaluate).value
@@ -72,7 +72,7 @@ def main() -> None:
         if len(order) > 1:
             joint.append((perplexity, compressed))
 
-    best = min(joint, key=lambda each: each[0])[1]
+    best = min(joint, key=lambda entry: entry[0])[1]
     chosen = best.save_pretrained(args.output, overwrite=True)
     Console(width=100).print(table)
     print(

@@ -56,8 +56,8 @@ def job(
     )
     begin = time.perf_counter()
     if kind == "estimate":
-        found = compressor.estimate(order, schedule, format=format).as_dict()
-        return found["total"] | {"format": found["format"], "took": time.perf_counter() - begin}
+        result = compressor.estimate(order, schedule, format=format).as_dict()
+        return result["total"] | {"format": result["format"], "took": time.perf_counter() - begin}
     if kind == "low":
         with tempfile.TemporaryDirectory() as folder:
             compressor.compress(
@@ -115,7 +115,7 @@ def main() -> None:
             if model not in args.models:
                 continue
             path = str(Path(folder) / model) if model in made else model
-            found = {}
+            result = {}
             for kind in ("estimate", "run", "low"):
                 asked = json.dumps([kind, path, order, format, schedule, args.threads, str(ids)])
                 command = [sys.executable, __file__, "--job", asked]
@@ -127,8 +127,8 @@ def main() -> None:
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{asked}: {done.stderr[-3000:]}")
-                found[kind] = json.loads(done.stdout.splitlines()[-1])
-            said, true = found["estimate"], found["run"] | found["low"]
+                result[kind] = json.loads(done.stdout.splitlines()[-1])
+            said, true = result["estimate"], result["run"] | result["low"]
             if said["format"] != true["format"]:
                 raise SystemExit(
                     f"{model}, {order}: expected {said['format']}, got {true['format']}"
@@ -139,9 +139,9 @@ def main() -> None:
                 f"{said['seconds'] / true['seconds']:.2f}",
             ]
             for kind in ("memory", "low_memory"):
-                row += [f"{each[kind] / 1e6:.0f}" for each in (said, true)]
+                row += [f"{entry[kind] / 1e6:.0f}" for entry in (said, true)]
                 row += [f"{said[kind] / true[kind]:.2f}"]
-            row += [f"{each['bytes']:,}" for each in (said, true)]
+            row += [f"{entry['bytes']:,}" for entry in (said, true)]
             row += [
                 "exact"
                 if said["bytes"] == true["bytes"]

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
+import inspect
 import io
 import json
+import pydoc
 import sys
 import tokenize
 from collections import Counter
@@ -58,8 +61,11 @@ class Definition(NamedTuple):
 
     @property
     def docstring(self) -> str:
-        """The docstring, or "" if there is none."""
-        return ast.get_docstring(self.node) or ""
+        """The docstring, else that of the method that it overrides, or "" if there is none."""
+        written = ast.get_docstring(self.node)
+        if written is None and self.owner is not None:
+            written = inspect.getdoc(pydoc.locate(f"{PACKAGE.name}.{self.name}"))
+        return written or ""
 
     @property
     def parameters(self) -> int:
@@ -115,24 +121,23 @@ def inner_definitions(outer: ast.AST, path: str, is_public: bool) -> Iterator[De
 
 
 def public_names() -> set[str]:
-    """Return the strings of the package's `__all__`."""
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-            constants = (inner for inner in ast.walk(node) if isinstance(inner, ast.Constant))
-            return {inner.value for inner in constants if isinstance(inner.value, str)}
-    raise SystemExit(f"'{PACKAGE / '__init__.py'}' assigns no __all__.")
+    """Return the names of the package's `__all__`, and of the classes that these inherit from."""
+    package = importlib.import_module(PACKAGE.name)
+    names = set(package.__all__)
+    for name in package.__all__:
+        bases = getattr(getattr(package, name), "__mro__", ())
+        names |= {base.__name__ for base in bases if base.__module__.startswith(PACKAGE.name)}
+    return names
 
 
 def is_verb(definition: Definition, exported: set[str]) -> bool:
-    """Return whether users call it by a public name: a method of an exported class.
+    """Return whether users call it by a public name: a method of an exported class or its base.
 
     A constructor counts where the class documents its arguments; otherwise the package calls it.
 
     Args:
         definition: The function.
-        exported: The names of `__all__`.
+        exported: From `public_names`.
     """
     owner = definition.owner
     if owner is None or owner.name not in exported:
@@ -245,7 +250,7 @@ def widest(everything: list[Definition], exported: set[str]) -> list[tuple[int, 
 
     Args:
         everything: All definitions.
-        exported: The names of `__all__`.
+        exported: From `public_names`.
     """
     ranked = sorted(everything, key=lambda item: (-item.parameters, item.name))[:TOP]
     return [(item.parameters, item.name, is_verb(item, exported)) for item in ranked]

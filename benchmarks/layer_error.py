@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optimum_order import JointCompressor, Stage
+from optimum_order.backends import Backend
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.walk import walk
 from optimum_order.data.text import load
@@ -36,16 +37,21 @@ def main() -> None:
     windows = load(args.calibration, source.processor, samples=args.samples, length=512)
     rows = []
 
+    def compress(stage, state, statistics, where):
+        backend = method(stage)
+        assert isinstance(backend, Backend)
+        return backend.apply(state, statistics, where=where)
+
     def errors(state, statistics, name):
         """Relative output error of one layer under each method, in the order of the columns."""
         for bits in (4, 3):
             for quantizer in ("rtn", "gptq"):
-                after = method(Stage(quantizer, bits)).apply(state, statistics, where=name)
+                after = compress(Stage(quantizer, bits), state, statistics, where=name)
                 yield relative_error(state.weight, after.weight, statistics)[0]
-        pruned = method(Stage("sparsegpt", 0.5)).apply(state, statistics, where=name)
+        pruned = compress(Stage("sparsegpt", 0.5), state, statistics, where=name)
         for weight in (state.weight.masked_fill(pruned.pruned, 0.0), pruned.weight):
             yield relative_error(state.weight, weight, statistics)[0]
-        masked = method(Stage("magnitude", 0.5)).apply(state, statistics, where=name)
+        masked = compress(Stage("magnitude", 0.5), state, statistics, where=name)
         yield relative_error(state.weight, masked.weight, statistics)[0]
 
     batches = list(windows.batches(8))

@@ -42,7 +42,7 @@ STUDIES: dict[str, tuple[str, list[Order]]] = {
     "mild-off-grid": ("tiny-llama", grid(SPARSEGPT, *MILD, simulate=True)),
     "strong-off-grid": ("tiny-llama", grid(SPARSEGPT, *STRONG, simulate=True)),
     "textbook": ("tiny-llama", grid(PRUNERS[:2], [0.3, 0.5, 0.65], TEXTBOOK, [2])),
-    "mixed": ("tiny-llama", [Order.parse(each) for each in MIXED]),
+    "mixed": ("tiny-llama", [Order.parse(line) for line in MIXED]),
     "vit-mild": ("tiny-vit", grid(SPARSEGPT, *MILD)),
     "vit-mild-off-grid": ("tiny-vit", grid(SPARSEGPT, *MILD, simulate=True)),
     "resnet-mild": ("tiny-resnet", grid(SPARSEGPT, *MILD)),
@@ -107,20 +107,20 @@ def signs(summaries: Mapping[str, dict]) -> Table:
     ):
         table.add_column(column, justify="left" if column == "study" else "right", no_wrap=True)
     for name, summary in summaries.items():
-        found = summary["all"]
-        if not found["pairs"]:
+        figures = summary["all"]
+        if not figures["pairs"]:
             continue
-        rho, rules = found["spearman"], found["rules"]
+        rho, rules = figures["spearman"], figures["rules"]
         interval = "" if rho.get("low") is None else f" [{rho['low']:+.2f}, {rho['high']:+.2f}]"
         factor = summary["measure"]["factor"]
         table.add_row(
             name,
             str(len(summary["draws"])),
-            str(found["pairs"]),
-            str(found["decisive"]),
+            str(figures["pairs"]),
+            str(figures["decisive"]),
             "-" if rho["rho"] is None else f"{rho['rho']:+.2f}{interval}",
             *(_share(rules[rule]) for rule in ("weaker_first", "prune_first", "layer_errors")),
-            f"{factor * found['mean_absolute_advantage']:.3f}",
+            f"{factor * figures['mean_absolute_advantage']:.3f}",
         )
     return table
 
@@ -151,11 +151,11 @@ def by_setting(name: str, summary: Mapping[str, Any]) -> Table:
 
 def sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
     """The figures that need no table."""
-    found, said = summary["all"], []
-    if found["pairs"]:
-        share = found["split"]["owner_share"]
+    figures, said = summary["all"], []
+    if figures["pairs"]:
+        share = figures["split"]["owner_share"]
         said.append(
-            f"{found['quantize_first']} of {found['decisive']} decisive pairs favour quantising first"
+            f"{figures['quantize_first']} of {figures['decisive']} decisive pairs favour quantising first"
         )
         if share is not None:
             said.append(f"owner changes are {share:.0%} of the advantage in layer output error")
@@ -180,7 +180,7 @@ def sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
     for entry in summary["orders"]:
         if "mixed_precision" in entry["order"] and entry["value"] is not None:
             said.append(f"{entry['order']}: {entry['value']:.4g}")
-    return [f"{name}: {each}" for each in said]
+    return [f"{name}: {line}" for line in said]
 
 
 def paired(on: Mapping[str, Any], off: Mapping[str, Any]) -> str:
@@ -188,11 +188,11 @@ def paired(on: Mapping[str, Any], off: Mapping[str, Any]) -> str:
     strip: Callable[[str], str] = lambda stage: str(
         canonical(Order((_on_grid(Order.parse(stage)[0]),)))
     )
-    there = {(strip(p["first"]), strip(p["second"])): p["advantage"] for p in off["pairs"]}
+    advantages = {(strip(p["first"]), strip(p["second"])): p["advantage"] for p in off["pairs"]}
     both = [
-        (p["advantage"], there[key])
+        (p["advantage"], advantages[key])
         for p in on["pairs"]
-        if (key := (p["first"], p["second"])) in there
+        if (key := (p["first"], p["second"])) in advantages
     ]
     decisive = [(a, b) for a, b in both if a["decisive"] and b["decisive"]]
     other = sum((a["mean"] > 0) != (b["mean"] > 0) for a, b in decisive)
@@ -218,23 +218,23 @@ def main() -> None:
         return
     folders = {name: args.planner / name.replace(", ", "-").replace(" ", "-") for name in GRIDS}
     folders |= {name: args.output / name for name in STUDIES}
-    found = {
+    figures = {
         name: summarize(Trials.open(folder))
         for name, folder in folders.items()
         if (folder / TRIALS).exists()
     }
     console = Console(width=150, markup=False, highlight=False)
-    console.print(signs(found))
-    for name, summary in found.items():
+    console.print(signs(figures))
+    for name, summary in figures.items():
         for line in sentences(name, summary):
             console.print(line)
-    for name in [name for name in GRIDS if name in found and found[name]["pairs"]]:
-        console.print(by_setting(name, found[name]))
-    for name in [name for name in found if f"{name}-off-grid" in found]:
+    for name in [name for name in GRIDS if name in figures and figures[name]["pairs"]]:
+        console.print(by_setting(name, figures[name]))
+    for name in [name for name in figures if f"{name}-off-grid" in figures]:
         console.print(
-            f"{name} and {name}-off-grid: {paired(found[name], found[f'{name}-off-grid'])}"
+            f"{name} and {name}-off-grid: {paired(figures[name], figures[f'{name}-off-grid'])}"
         )
-    (args.output / "paper.json").write_text(json.dumps(found, default=float) + "\n")
+    (args.output / "paper.json").write_text(json.dumps(figures, default=float) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,11 +108,11 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     importlib.import_module("optimum_order.compressor")  # before memory is looked at
 
     torch.set_num_threads(job["threads"])
-    found = {
+    result = {
         "imported": memory("VmRSS"),
         "versions": versions("torch", "transformers", "compressed-tensors"),
     }
-    found["versions"]["optimum-order"] = optimum_order.__version__
+    result["versions"]["optimum-order"] = optimum_order.__version__
     ids = tokens(job)
     compressor = JointCompressor.from_pretrained(
         job["model"],
@@ -126,11 +126,11 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     options = {"progress": False}
     if "pause" in inspect.signature(compressor.compress).parameters:  # 0.1.0 has none
         options["pause"] = job["pause"]
-    with stopwatch(found, job):
+    with stopwatch(result, job):
         compressed = compressor.compress(job["order"], job["schedule"], **options)
     if job["output"]:
         compressed.save_pretrained(job["output"], "dense")
-    return found
+    return result
 
 
 def floor(job: dict[str, Any]) -> dict[str, Any]:
@@ -169,8 +169,8 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(job["threads"])
-    found = {"imported": memory("VmRSS")}
-    found["versions"] = versions("torch", "transformers", "compressed-tensors", "llmcompressor")
+    result = {"imported": memory("VmRSS")}
+    result["versions"] = versions("torch", "transformers", "compressed-tensors", "llmcompressor")
     pruned = {}
 
     class Remembering(SparseGPTModifier):
@@ -188,7 +188,7 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     loader = torch.utils.data.DataLoader([{"input_ids": row} for row in tokens(job)], batch_size=1)
     recipe = [modifiers[stage]() for stage in job["order"].split(" > ")]
-    with stopwatch(found, job):
+    with stopwatch(result, job):
         oneshot(model=model, dataset=loader, recipe=recipe, pipeline=job["pipeline"])
     if job["output"]:
         save_dense(model, job["model"], job["output"])
@@ -196,7 +196,7 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
         for module, mask in pruned.items():
             module.weight.data[mask] = 0
         save_dense(model, job["model"], job["output"] + PRUNED)
-    return found
+    return result
 
 
 def save_dense(model: Any, source: str, output: str) -> None:
@@ -220,8 +220,8 @@ def save_dense(model: Any, source: str, output: str) -> None:
 class stopwatch:
     """Fills in what a block of code took."""
 
-    def __init__(self, found: dict[str, Any], job: dict[str, Any]):
-        self.found, self.cuda = found, job["device"].startswith("cuda")
+    def __init__(self, result: dict[str, Any], job: dict[str, Any]):
+        self.found, self.cuda = result, job["device"].startswith("cuda")
 
     def __enter__(self) -> None:
         Path("/proc/self/clear_refs").write_text(
@@ -271,14 +271,14 @@ class Bench:
     ) -> dict[str, Any]:
         """One compression, "ours" or "theirs", and what it took; or its "floor"."""
         self.count += 1
-        found = self.work / f"{self.count}.json"
+        result = self.work / f"{self.count}.json"
         job = {
             "side": "ours" if self.args.before and side == "theirs" else side,
             **recipe._asdict(),
             "model": str(model),
             "tokens": str(ids),
             "output": output and str(output),
-            "found": str(found),
+            "found": str(result),
             "threads": self.args.threads,
             "device": self.args.device,
         }
@@ -298,17 +298,17 @@ class Bench:
         )
         if done.returncode:
             raise SystemExit(f"{side}, {recipe}: {done.stderr[-3000:]}")
-        return json.loads(found.read_text())
+        return json.loads(result.read_text())
 
     def pairs(
         self, recipes: list[Recipe], model: Path, ids: Path
     ) -> dict[Recipe, list[dict[str, Any]]]:
         """Ours and theirs in turn, each recipe as often as was asked for."""
-        found: dict[Recipe, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
+        result: dict[Recipe, list[dict[str, Any]]] = {recipe: [] for recipe in recipes}
         for number in range(self.args.rounds):
             for recipe in recipes:
                 pair = {side: self.run(side, recipe, model, ids) for side in ("ours", "theirs")}
-                found[recipe].append(pair)
+                result[recipe].append(pair)
                 mine, other = pair["ours"], pair["theirs"]
                 print(
                     f"{recipe}, {number + 1} of {self.args.rounds}: {mine['seconds']:.1f} s over "
@@ -316,7 +316,7 @@ class Bench:
                     file=sys.stderr,
                     flush=True,
                 )
-        return found
+        return result
 
 
 def make_llama(folder: Path, sizes: dict[str, int], dtype: str) -> None:
@@ -349,7 +349,7 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
     drawn = torch.randint(
         0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0)
     )
-    found = bench.pairs(recipes, model, save_ids(drawn, bench.work / "speed.safetensors"))
+    result = bench.pairs(recipes, model, save_ids(drawn, bench.work / "speed.safetensors"))
     table = Table(
         title=f"a Llama of {weights(model) / 1e6:.0f} M weights in float32, {SAMPLES} x {LENGTH} tokens"
     )
@@ -367,7 +367,7 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
     )
     for column in (*columns, "target"):
         table.add_column(column, justify="right")
-    for recipe, pairs in found.items():
+    for recipe, pairs in result.items():
         for pair in pairs:
             mine, other = pair["ours"], pair["theirs"]
             table.add_row(
@@ -384,7 +384,7 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
                 "1.00",
             )
     Console(width=150).print(table)
-    last = next(iter(found.values()))[-1]
+    last = next(iter(result.values()))[-1]
     for side in ("ours", "theirs"):
         names = ", ".join(f"{name} {version}" for name, version in last[side]["versions"].items())
         resident = f"{last[side]['imported'] / 1e6:.0f} MB after the imports, {last[side]['loaded'] / 1e6:.0f} MB"
@@ -396,7 +396,10 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
     )
     above_floor(
         bench,
-        {recipe: min(pair["ours"]["seconds"] for pair in pairs) for recipe, pairs in found.items()},
+        {
+            recipe: min(pair["ours"]["seconds"] for pair in pairs)
+            for recipe, pairs in result.items()
+        },
     )
 
 
@@ -415,11 +418,13 @@ def above_floor(bench: Bench, seconds: dict[Recipe, float]) -> None:
         if recipe[:2] in done:
             continue
         done.add(recipe[:2])
-        found = bench.run("floor", recipe, bench.work / "llama", bench.work / "speed.safetensors")
-        row = [f"{found[part] / 1e12:.2f}" for part in ("forward", "gram")]
-        row += [f"{found[dtype] / 1e9:.0f}" for dtype in ("float32", "bfloat16")] + [f"{taken:.1f}"]
+        result = bench.run("floor", recipe, bench.work / "llama", bench.work / "speed.safetensors")
+        row = [f"{result[part] / 1e12:.2f}" for part in ("forward", "gram")]
+        row += [f"{result[dtype] / 1e9:.0f}" for dtype in ("float32", "bfloat16")] + [
+            f"{taken:.1f}"
+        ]
         for dtype in ("float32", "bfloat16"):
-            least = (found["forward"] + found["gram"]) / found[dtype]
+            least = (result["forward"] + result["gram"]) / result[dtype]
             row += [f"{least:.1f}", f"{taken / least:.2f}"]
         table.add_row(f"{recipe.order}, {recipe.schedule}", *row)
     Console(width=150).print(table)
@@ -472,8 +477,8 @@ def scaling(bench: Bench, recipe: Recipe) -> None:
             print(growing, *row, file=sys.stderr, flush=True)
         exponents[growing] = exponent(points)
     Console(width=150).print(table)
-    for growing, found in exponents.items():
-        print(f"seconds grow with {growing} to the power of {found:.2f} (target: at most 1.1)")
+    for growing, result in exponents.items():
+        print(f"seconds grow with {growing} to the power of {result:.2f} (target: at most 1.1)")
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
@@ -530,29 +535,31 @@ def quality(bench: Bench, recipes: list[Recipe]) -> None:
         return result.evaluate("builtin", progress=False).value, zeros(result)
 
     for recipe in recipes:
-        found: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": [], "pruned": []}
+        result: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": [], "pruned": []}
         for draw, ids in enumerate(drawn.split(SAMPLES)):
             file = save_ids(ids, bench.work / f"quality{draw}.safetensors")
             for side in ("ours", "theirs"):
                 with tempfile.TemporaryDirectory(dir=bench.work) as folder:
                     output = Path(folder) / "model"
                     bench.run(side, recipe, source, file, output)
-                    found[side].append(measured(output))
+                    result[side].append(measured(output))
                     if output.with_name(output.name + PRUNED).exists():
-                        found["pruned"].append(measured(output.with_name(output.name + PRUNED)))
-        (mine, kept), (other, left), *rest = (
-            [statistics.mean(part) for part in zip(*each, strict=True)]
-            for each in found.values()
-            if each
+                        result["pruned"].append(measured(output.with_name(output.name + PRUNED)))
+        (mine, is_kept), (other, left), *rest = (
+            [statistics.mean(part) for part in zip(*entry, strict=True)]
+            for entry in result.values()
+            if entry
         )
-        ratios = [f"{a[0] / b[0]:.3f}" for a, b in zip(found["ours"], found["theirs"], strict=True)]
+        ratios = [
+            f"{a[0] / b[0]:.3f}" for a, b in zip(result["ours"], result["theirs"], strict=True)
+        ]
         row = [
             f"{mine:.3f}",
             f"{other:.3f}",
             f"{mine / other:.4f}",
             "1.00",
             " ".join(ratios),
-            f"{kept:.1%}",
+            f"{is_kept:.1%}",
         ]
         row += [
             f"{left:.1%}",

@@ -29,7 +29,8 @@ from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
-from optimum_order.search.planner import CONFIDENCE, plan
+from optimum_order.search.planner import plan
+from optimum_order.search.strategies.base import USUAL, Effort, Scoring
 from optimum_order.study.grid import grid
 from optimum_order.study.run import Study, quiet
 from optimum_order.study.trials import Trials
@@ -56,17 +57,18 @@ class Setting:
     def __init__(self, name: str):
         vision = not name.startswith("tiny-llama")
         self.size = 128 if vision else 64
+        needed = self.size * (DRAWS + 1)
         compressor = JointCompressor.from_pretrained(
-            name.split(",")[0], calibration="builtin", calibration_samples=self.size
+            name.split(",")[0],
+            calibration="builtin",
+            calibration_samples=897 if vision else needed,
         )
-        held_out = compressor._evaluation("builtin")
-        drawn = compressor._calibration(samples=self.size * (DRAWS + 1))
+        held_out, drawn = compressor.evaluation_samples("builtin"), compressor.draw()
         self.settings = {"source": "builtin", "samples": self.size, "seed": 0}
         if vision:
             self.truth_samples, self.metric = held_out, Accuracy()
             # held-out images are all in the truth, so the planner scores on training images nobody calibrates with
-            rest = compressor._calibration(samples=897)
-            self.plan_samples = rest.take(torch.arange(self.size * (DRAWS + 1), len(rest)))
+            self.plan_samples = drawn.take(torch.arange(needed, len(drawn)))
             self.scorer = Fidelity(compressor.source.load())
         else:
             self.settings["sequence_length"] = compressor.sequence_length
@@ -79,20 +81,16 @@ class Setting:
             first = draw * self.size
             return drawn.take(torch.arange(first, first + (samples or self.size))).inputs()
 
-        self.runner = Runner(compressor.source, batches, progress=False)
-        self.planning = Runner(
-            compressor.source, lambda draw, samples: batches(DRAWS, samples), progress=False
-        )
+        self.runner = Runner(compressor.source, batches)
+        self.planning = Runner(compressor.source, lambda draw, samples: batches(DRAWS, samples))
 
     def study(self, folder: Path) -> Study:
-        size = self.truth_samples.batch_size
         return Study(
             self.runner,
             self.metric,
             self.truth_samples,
             folder,
             settings={"calibration": self.settings},
-            batch_size=size,
         )
 
 
@@ -125,19 +123,15 @@ def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
             for strategy, confidence in variants:
                 if (index, strategy, confidence) in done:
                     continue
-                found = plan(
+                result = plan(
                     setting.planning,
                     orders[0].stages,
-                    setting.metric,
-                    setting.plan_samples,
-                    strategy=strategy,
-                    scorer=setting.scorer,
-                    calibration_samples=setting.size,
-                    confidence=confidence,
-                    batch_size=setting.plan_samples.batch_size,
+                    Scoring(setting.metric, setting.plan_samples, setting.scorer),
+                    strategy,
+                    Effort(setting.size, confidence=confidence),
                 )
                 out.write(
-                    json.dumps({"index": index, "confidence": confidence, "plan": found.as_dict()})
+                    json.dumps({"index": index, "confidence": confidence, "plan": result.as_dict()})
                     + "\n"
                 )
                 out.flush()
@@ -155,12 +149,12 @@ class Truth:
 
     def draws(self, order: Order) -> np.ndarray:
         """M of each sample with each draw, (draws, samples); one row where the draw does not matter."""
-        found = [
+        result = [
             self.rows[str(order), draw]["performances"]
             for draw in range(DRAWS)
             if (str(order), draw) in self.rows
         ]
-        return np.array(found)
+        return np.array(result)
 
     def cost(self, order: Order) -> float:
         """Processor seconds of running an order once in full and measuring it."""
@@ -172,13 +166,13 @@ class Truth:
 
 
 def choices(
-    truth: Truth, orders: list[Order], found: dict[str, dict]
+    truth: Truth, orders: list[Order], result: dict[str, dict]
 ) -> dict[str, tuple[Order, float]]:
     """What each strategy chooses, and its processor seconds."""
     alone = {stage: truth.alone(stage) for stage in orders[0]}
     chosen = {
-        name: (Order.parse(each["order"]), each["cost"]["cpu_seconds"])
-        for name, each in found.items()
+        name: (Order.parse(entry["order"]), entry["cost"]["cpu_seconds"])
+        for name, entry in result.items()
     }
     pruners = {"magnitude", "wanda", "sparsegpt"}
     weaker = sorted(orders[0], key=lambda stage: -alone[stage])
@@ -200,7 +194,7 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
         if any((str(order), 0) not in truth.rows for order in orders):
             continue  # the truth is still being run
         half = ("even" if index % 2 == 0 else "odd") if name == "tiny-llama" else "all"
-        found = {row["plan"]["strategy"]: row["plan"] for row in rows if row["index"] == index}
+        result = {row["plan"]["strategy"]: row["plan"] for row in rows if row["index"] == index}
         means = {order: truth.draws(order).mean() for order in orders}
         best, worst = max(means, key=means.get), min(means, key=means.get)
         count = min(
@@ -211,9 +205,9 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
         decisive_count[half] = decisive_count.get(half, 0) + decisive
         gaps.setdefault(half, []).append(means[best] - means[worst])
         full = sum(map(truth.cost, orders))
-        if "auto" in found:
-            claims.setdefault(half, []).append(claim(found["auto"], truth, best))
-        for strategy, (order, cost) in choices(truth, orders, found).items():
+        if "auto" in result:
+            claims.setdefault(half, []).append(claim(result["auto"], truth, best))
+        for strategy, (order, cost) in choices(truth, orders, result).items():
             right = (order == best) if decisive else None
             totals.setdefault((half, strategy), []).append(
                 (right, means[best] - means[order], cost, full)
@@ -239,10 +233,10 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
     for half, strategy in itertools.product(gaps, strategies):
         if (half, strategy) not in totals:
             continue
-        found = totals[half, strategy]
-        judged = [right for right, *_ in found if right is not None]
-        regret = np.mean([lost for _, lost, _, _ in found]) / np.mean(gaps[half])
-        cost = sum(c for *_, c, _ in found) / sum(f for *_, f in found)
+        result = totals[half, strategy]
+        judged = [right for right, *_ in result if right is not None]
+        regret = np.mean([lost for _, lost, _, _ in result]) / np.mean(gaps[half])
+        cost = sum(c for *_, c, _ in result) / sum(f for *_, f in result)
         share = f"{sum(judged)} of {len(judged)}" + (
             f" ({sum(judged) / len(judged):.0%})" if judged else ""
         )
@@ -263,11 +257,11 @@ def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
     return shown, summary
 
 
-def claim(found: dict, truth: Truth, best: Order) -> tuple[bool, bool, bool, float, float]:
+def claim(result: dict, truth: Truth, best: Order) -> tuple[bool, bool, bool, float, float]:
     """Of a plan: called decisive, right, whether its interval holds the true difference to the next, and both."""
-    first, second = (Order.parse(row["order"]) for row in found["ranking"][:2])
-    true, gap = float(truth.draws(first).mean() - truth.draws(second).mean()), found["difference"]
-    return found["decisive"], first == best, gap["low"] <= true <= gap["high"], gap["mean"], true
+    first, second = (Order.parse(row["order"]) for row in result["ranking"][:2])
+    true, gap = float(truth.draws(first).mean() - truth.draws(second).mean()), result["difference"]
+    return result["decisive"], first == best, gap["low"] <= true <= gap["high"], gap["mean"], true
 
 
 def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Table, dict]:
@@ -282,7 +276,7 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
         "of them whole",
     ):
         shown.add_column(column, justify="right")
-    found: dict[str, dict] = {}
+    result: dict[str, dict] = {}
     for confidence in CONFIDENCES:
         mine = [row for row in rows if row["confidence"] == confidence]
         _, summary = table(name, truth, mine)
@@ -301,7 +295,7 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
             f"{layers:.1f}",
             f"{whole:.0%}",
         )
-        found[f"{confidence:g}"] = {
+        result[f"{confidence:g}"] = {
             "right": right,
             "decisive": decisive,
             "regret": regret,
@@ -314,14 +308,14 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
         (right_, "regret", "regret", 0.03),
     ):
         values = [
-            each[key] / (each["decisive"] if key == "right" else 1) for each in found.values()
+            entry[key] / (entry["decisive"] if key == "right" else 1) for entry in result.values()
         ]
-        costs = [each["cost"] for each in found.values()]
+        costs = [entry["cost"] for entry in result.values()]
         axis.plot(costs, values, "o-")
         points: list[
             tuple[list[str], float, float]
         ] = []  # those that lie on each other have one label
-        for confidence, x, y in zip(found, costs, values, strict=True):
+        for confidence, x, y in zip(result, costs, values, strict=True):
             if points and points[-1][2] == y and abs(points[-1][1] - x) < 0.05:
                 points[-1][0].append(confidence)
             else:
@@ -334,7 +328,7 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
         axis.set(xlabel="cost / all orders in full", ylabel=label, xlim=(0, None))
     figure.suptitle(f"{name}: auto at other confidences; dotted are the targets")
     figure.savefig(picture, dpi=120)
-    return shown, found
+    return shown, result
 
 
 def main() -> None:
@@ -355,7 +349,11 @@ def main() -> None:
             if part in ("", "truth") and (not rest or rest[0] == name):
                 truth(name, folder, [int(rest[1])] if len(rest) > 1 else list(range(DRAWS)))
             if part in ("", "plans") and (not rest or rest[0] == name):
-                plans(name, folder / "plans.jsonl", [("auto", CONFIDENCE), ("proxy", CONFIDENCE)])
+                plans(
+                    name,
+                    folder / "plans.jsonl",
+                    [("auto", USUAL.confidence), ("proxy", USUAL.confidence)],
+                )
             if part in ("", "curve") and (not rest or rest[0] == name):
                 plans(
                     name,
@@ -376,9 +374,9 @@ def main() -> None:
                             + ", ".join(f"{what} {number:g}" for what, number in value.items())
                         )
             if rows := lines(folder / "curve.jsonl"):
-                shown, found = curve(name, Truth(folder), rows, folder / "curve.png")
+                shown, result = curve(name, Truth(folder), rows, folder / "curve.png")
                 console.print(shown)
-                everything[f"{name}, curve"] = found
+                everything[f"{name}, curve"] = result
         (args.output / "planner.json").write_text(
             json.dumps(everything, indent=2, default=float) + "\n"
         )

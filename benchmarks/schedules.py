@@ -37,7 +37,7 @@ def main() -> None:
     for column in ("stage", "block", "block / stage", "of each draw", "seconds, block / stage"):
         table.add_column(column, justify="right")
     worst = 0.0
-    for order in [each for pair in TOGETHER for each in Order.parse(pair).permutations()]:
+    for order in [entry for pair in TOGETHER for entry in Order.parse(pair).permutations()]:
         values: dict[str, list[float]] = {"stage": [], "block": []}
         seconds = dict.fromkeys(values, 0.0)
         for draw in range(args.draws):
@@ -50,13 +50,13 @@ def main() -> None:
                 compressed = compressor.compress(order, schedule, progress=False)
                 seconds[schedule] += time.process_time() - begin
                 values[schedule].append(compressed.evaluate("builtin", progress=False).value)
-        stage, block = (sum(found) / args.draws for found in values.values())
+        stage, block = (sum(result) / args.draws for result in values.values())
         ratios = [b / a for a, b in zip(*values.values(), strict=True)]
         worst = max(worst, *ratios)
-        each = " ".join(f"{ratio:.4f}" for ratio in ratios)
+        entry = " ".join(f"{ratio:.4f}" for ratio in ratios)
         time_ratio = f"{seconds['block'] / seconds['stage']:.2f}"
         table.add_row(
-            str(order), f"{stage:.3f}", f"{block:.3f}", f"{block / stage:.4f}", each, time_ratio
+            str(order), f"{stage:.3f}", f"{block:.3f}", f"{block / stage:.4f}", entry, time_ratio
         )
     Console(width=120).print(table)
     print(f"The most that block costs in any draw: {worst - 1:+.2%}")

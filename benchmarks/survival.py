@@ -60,17 +60,17 @@ def progress(work: Path) -> str:
 
 def undisturbed(folder: Path) -> tuple[dict[str, str], float]:
     """The files of a run that nobody disturbs, twice over, and its seconds."""
-    found = []
+    rows = []
     for number in (1, 2):
         begin = time.perf_counter()
         _, error = (child := export(folder / f"undisturbed-{number}")).communicate()
         assert child.returncode == 0, error
-        found.append(digests(folder / f"undisturbed-{number}"))
+        rows.append(digests(folder / f"undisturbed-{number}"))
         seconds = time.perf_counter() - begin
     print(
-        f"undisturbed: {seconds:.1f} s; the same command twice gives the same bytes: {found[0] == found[1]}"
+        f"undisturbed: {seconds:.1f} s; the same command twice gives the same bytes: {rows[0] == rows[1]}"
     )
-    return found[0], seconds
+    return rows[0], seconds
 
 
 def kills(count: int, seed: int) -> bool:
@@ -162,10 +162,10 @@ def overhead(rounds: int, orders: list[str], schedule: str) -> bool:
         ratios = []
         for number in range(rounds):
             seconds = {}
-            for kept in (False, True) if number % 2 else (True, False):
+            for keeps in (False, True) if number % 2 else (True, False):
                 with tempfile.TemporaryDirectory(dir=".") as folder:
-                    work = Path(folder) / "work" if kept else None
-                    seconds[kept] = compressor.compress(
+                    work = Path(folder) / "work" if keeps else None
+                    seconds[keeps] = compressor.compress(
                         order, schedule, work_dir=work, progress=False
                     ).seconds
             ratios.append(seconds[True] / seconds[False])

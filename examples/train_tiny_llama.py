@@ -21,7 +21,9 @@ import random
 import re
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -57,7 +59,7 @@ def corpus() -> list[str]:
     site = Path(sysconfig.get_path("purelib"))
     files = [file for file in sorted(standard.rglob("*.py")) if "site-packages" not in file.parts]
     files = [file for file in files if "pydoc_data" not in file.parts] + sorted(site.rglob("*.py"))
-    installed = (distribution.metadata for distribution in importlib.metadata.distributions())
+    installed: Iterator[Any] = (package.metadata for package in importlib.metadata.distributions())
     readmes = (
         metadata.get_payload() or metadata.get("Description") or "" for metadata in installed
     )

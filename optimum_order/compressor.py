@@ -201,15 +201,19 @@ class JointCompressor(Session):
         return self.plan(stages, progress=progress)
 
     def estimate(
-        self, order: Stages, schedule: str = "stage", *, format: str = "auto"
+        self,
+        order: Stages,
+        schedule: str = "stage",
+        *,
+        pause: str = "auto",
+        format: str = "auto",
     ) -> estimate.Estimate:
         """Return what `compress` would take, and the size of what comes out. No weight is read.
-
-        Time and memory are those of pause="block".
 
         Args:
             order: As in `compress`, but not "auto".
             schedule: As in `compress`.
+            pause: As in `compress`.
             format: What the result is to be saved as.
 
         Raises:
@@ -223,17 +227,11 @@ class JointCompressor(Session):
         begin = time.perf_counter()
         batches = self.draw().inputs() if recipe.needs_data else []
         drawing = time.perf_counter() - begin
-        return estimate.estimate(
-            model,
-            units,
-            recipe.order,
-            batches,
-            schedule=schedule,
-            format=format,
-            device=self.device,
-            dtype=self.execution(model).matmul_dtype(model),
-            before=self.source.bytes,
-            drawing=drawing,
+        pause = self.pause_for(pause, recipe, batches, low_memory=False)
+        execution = dataclasses.replace(self.execution(model, pause), device=self.device)
+        result = estimate.estimate(model, units, recipe, batches, execution, format=format)
+        return dataclasses.replace(
+            result, before=self.source.bytes, loading=result.loading + drawing
         )
 
     def evaluate(

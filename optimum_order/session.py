@@ -207,8 +207,11 @@ class Session:
         return Runner(
             self.source,
             None if self.calibration is None else batches,
-            Execution(device=self.device, progress=progress),
-            dtype=self.calibration_dtype,
+            Execution(
+                device=self.device,
+                dtype=precision.DTYPES.get(self.calibration_dtype),  # None for "auto"
+                progress=progress,
+            ),
             targets=self.targets,
             ignore=self.ignore,
         )

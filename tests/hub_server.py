@@ -290,14 +290,14 @@ class HubServer:
         return repository, commit
 
     def _writable(self, user, repo_id, revision):
-        found = self._found(user, repo_id, revision)
+        result = self._found(user, repo_id, revision)
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         if not repo_id.startswith(f"{user}/"):
             raise Refusal(
                 403, "Authorization error: pass `create_pr=1` to open a pull request instead."
             )
-        return found
+        return result
 
     def _pushable(self, user, repo_id, revision, query):
         if "create_pr" in query and user is not None:
@@ -395,11 +395,11 @@ class _Handler(BaseHTTPRequestHandler):
         if authorization and user is None:
             raise Refusal(401, "Invalid credentials in Authorization header")
         for verb, pattern, call in _ROUTES:
-            found = re.fullmatch(pattern, url.path)
-            if verb == method and found:
+            result = re.fullmatch(pattern, url.path)
+            if verb == method and result:
                 named = {
                     key: unquote(value)
-                    for key, value in found.groupdict().items()
+                    for key, value in result.groupdict().items()
                     if value is not None
                 }
                 json_body = (

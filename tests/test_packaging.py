@@ -382,7 +382,7 @@ def test_a_third_party_backend_and_format_are_used_by_their_names(
     listed = json.loads(run(*program, "methods", "--json", env=environment))
     (stripes,) = [method for method in listed["methods"] if method["name"] == "stripes"]
     assert stripes["options"][0]["allowed"] == "2 or more"
-    assert "plain" in [each["name"] for each in listed["formats"]]
+    assert "plain" in [entry["name"] for entry in listed["formats"]]
 
     out = tmp_path / "out"
     small = ["--calibration", text_file, "--calibration-samples", 2, "--sequence-length", 64]

@@ -160,7 +160,12 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             )
         compressor = arguments.compressor(args)
         if args.dry_run:
-            return compressor.estimate(order, args.schedule, format=args.format).as_dict()
+            return compressor.estimate(
+                order,
+                args.schedule,
+                pause="block" if args.low_memory else args.pause,
+                format=args.format,
+            ).as_dict()
         watch = _Stopwatch()
         if args.evaluate:
             compressor.evaluate(args.evaluate, args.metric)

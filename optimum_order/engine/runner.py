@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimum_order import files
-from optimum_order.calibration import precision
 from optimum_order.calibration.execution import Execution
 from optimum_order.data.samples import Samples
 from optimum_order.engine import snapshot
@@ -131,7 +130,6 @@ class Runner:
         batches: Gives the calibration inputs of a draw, by its number and, if not None, of so many
             samples only; None where there is no calibration.
         execution: Where and how to compute. The model is on its device as a whole.
-        dtype: What calibration multiplies in, as `precision.choose` takes it.
         targets: As in `find_units`.
         ignore: As in `find_units`.
         prefixes: Where shared beginnings are stored; None computes every order from the start.
@@ -143,7 +141,6 @@ class Runner:
         batches: Callable[[int, int | None], Batches] | None,
         execution: Execution | None = None,
         *,
-        dtype: str = "auto",
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = None,
         prefixes: Prefixes | None = None,
@@ -153,7 +150,7 @@ class Runner:
         self.model = source.load()
         execution = execution or Execution()
         self.model.to(execution.device or "cpu")  # type: ignore[arg-type]
-        self.dtype = precision.choose(dtype, self.model.dtype, self.model.device)
+        self.dtype = execution.matmul_dtype(self.model)
         self.execution = replace(execution, device=None, dtype=self.dtype)
         self.units = find_units(self.model, targets, ignore)
         self.original = Result.of(self.units)

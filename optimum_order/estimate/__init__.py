@@ -2,8 +2,7 @@
 
 A forward is traced on the meta device (`trace`), the methods of the order are tried on small
 layers of random weights (`laboratory`), the machine's speed is measured (`rates`), and formats are
-asked for the shapes of what they would
-write (`size`). The rest is counting, here.
+asked for the shapes of what they would write (`size`). The rest is counting, here.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from optimum_order.backends import (
     Transform,
 )
 from optimum_order.backends.base import needs_of
+from optimum_order.calibration.execution import Execution
 from optimum_order.engine.recipe import Recipe
 from optimum_order.errors import FormatError, OrderError
 from optimum_order.estimate import rates
@@ -40,7 +40,7 @@ from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.models.lazy import embedding_parameters
 from optimum_order.models.units import Target, Unit
-from optimum_order.order import Order, Stage
+from optimum_order.order import Stage
 
 __all__ = ["Estimate", "Step", "empty", "estimate"]
 
@@ -59,7 +59,7 @@ class Step:
         tokens: Calibration tokens, or positions of images, that it sees.
         seconds: Of all of it.
         memory: Bytes that the process has resident at most.
-        low_memory: The same where the model is read a block at a time.
+        low_memory: The same where the model is read a block at a time, and walks pause at blocks.
         bytes: Of the weight files if the model were saved after it.
         format: What they would be saved as.
         exact: Whether these bytes are the same whatever the weights are.
@@ -86,6 +86,7 @@ class Estimate:
     Args:
         order: The canonical order.
         schedule: The schedule.
+        pause: Where walks pause: "block" or "group".
         before: Bytes of the model's weight files.
         loading: Seconds before the first step: drawing the data, reading the model, its digest,
             loading the libraries that methods need.
@@ -95,6 +96,7 @@ class Estimate:
 
     order: str
     schedule: str
+    pause: str
     before: int
     loading: float
     steps: tuple[Step, ...]
@@ -127,6 +129,7 @@ class Estimate:
         return {
             "order": self.order,
             "schedule": self.schedule,
+            "pause": self.pause,
             "format": last.format,
             "before": self.before,
             "loading": self.loading,
@@ -157,58 +160,51 @@ class _Walk:
 def estimate(
     model: PreTrainedModel,
     units: Sequence[Unit],
-    order: Order,
+    recipe: Recipe,
     batches: Sequence[Mapping[str, Tensor]],
+    execution: Execution,
     *,
-    schedule: str,
     format: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    before: int,
-    drawing: float,
 ) -> Estimate:
-    """What `pipeline.run` with these arguments would take, and how large what comes out would be.
+    """Return what `engine.run.run` would take with these arguments, and the size of the result.
 
     Args:
         model: On the meta device, from `empty`.
         units: From `find_units(model)`.
-        order: From `pipeline.check`.
+        recipe: What the run does; checked.
         batches: Calibration inputs, of which the shapes count.
-        schedule: "stage" or "block".
-        format: What it is to be saved as, or "auto".
-        device: Where it would run.
-        dtype: What calibration would multiply in.
-        before: Bytes of the model's weight files.
-        drawing: Seconds that it took to get the batches.
+        execution: Where the run computes and where its walks pause.
+        format: What the result is to be saved as, or "auto".
 
     Raises:
         FormatError: If the result could not be saved in the format.
     """
-    targets = {target.name: target for unit in units for target in unit.targets}
     costs = trace(model, units, batches[0]) if batches else {}
-    resident, parameters = _resident(), sum(parameter.nbytes for parameter in model.parameters())
-    rows = max((each.rows for cost in costs.values() for each in cost.inputs), default=1024)
-    widths = sorted(target.view.shape[1] for target in targets.values())
-    speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
-    laboratory = Laboratory(list(targets.values()), device, speed)
-    run = _Run(model, units, costs, batches, laboratory, speed, resident)
-    engine = _Walks(units, costs, laboratory)
-    for part in Recipe.of(order, schedule).steps:
+    run = _Run(model, units, costs, batches, execution)
+    engine = _Walks(units, costs, run.laboratory)
+    for part in recipe.steps:
         part.run(engine)
     walks = engine.walks
     steps = [run.step(walk, format, last=walk is walks[-1]) for walk in walks]
-    loading = drawing + laboratory.setup + parameters * (1 / speed.hashing + 3 / speed.traffic)
-    return Estimate(str(order), schedule, before, loading, tuple(steps), speed)
+    speed = run.speed
+    loading = run.laboratory.setup + run.weights * (1 / speed.hashing + 3 / speed.traffic)
+    return Estimate(
+        order=str(recipe.order),
+        schedule=recipe.schedule,
+        pause=execution.pause,
+        before=run.weights,
+        loading=loading,
+        steps=tuple(steps),
+        rates=speed,
+    )
 
 
 class _Run:
     """What has been done to each layer so far, and what the next walk adds.
 
     Args:
-        model, units, costs, batches: As `estimate` has them.
-        laboratory: Tries methods.
-        speed: Of this machine.
-        resident: Bytes that the process has resident without the model.
+        model, units, batches, execution: As `estimate` has them.
+        costs: What each unit takes, from `trace`.
     """
 
     def __init__(
@@ -217,31 +213,30 @@ class _Run:
         units: Sequence[Unit],
         costs: Mapping[str, UnitCost],
         batches: Sequence[Mapping[str, Tensor]],
-        laboratory: Laboratory,
-        speed: Rates,
-        resident: int,
+        execution: Execution,
     ):
-        self.model, self.units, self.costs, self.laboratory, self.speed = (
-            model,
-            units,
-            costs,
-            laboratory,
-            speed,
-        )
+        self.model, self.units, self.costs = model, units, costs
+        self.resident = _resident()  # before the libraries of the methods are loaded
+        self.targets = {target.name: target for unit in units for target in unit.targets}
+        self.groups = execution.pause == "group"
+        rows = max((read.rows for cost in costs.values() for read in cost.inputs), default=1024)
+        widths = sorted(target.view.shape[1] for target in self.targets.values())
+        device, dtype = execution.device or torch.device("cpu"), execution.matmul_dtype(model)
+        self.speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
+        self.laboratory = Laboratory(list(self.targets.values()), device, self.speed)
         sizes = [max(len(tensor) for tensor in batch.values()) for batch in batches]
         self.batches = sum(sizes) / sizes[0] if sizes else 0.0
         """How many, the last counted as the part of one that it is."""
         main = next(iter(batches[0].values())) if batches else None
         self.tokens = 0 if main is None else sum(sizes) * (main.shape[1] if main.ndim == 2 else 1)
-        self.targets = {target.name: target for unit in units for target in unit.targets}
         self.history: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
-        self.resident = resident
         self.weights = sum(parameter.nbytes for parameter in model.parameters())
         self.applied: list[str] = []
 
     def step(self, walk: _Walk, format: str, *, last: bool) -> Step:
         """Return the cost of a walk. Only the last has to leave what the format can hold."""
-        seconds, forward, gram, waiting = 0.0, 0.0, 0.0, 0
+        seconds, forward, gram, waiting, flying = 0.0, 0.0, 0.0, 0, 0
+        groups = self.groups and bool(walk.needs) and not walk.tried
         changed = [
             unit
             for unit in self.units
@@ -250,10 +245,10 @@ class _Run:
         working = 0
         for unit in changed:
             cost = self.costs[unit.name] if walk.needs or walk.tried else UnitCost()
-            runs = self.batches * (1 if unit is changed[-1] else 2)
+            runs = self.batches * (1 if groups or unit is changed[-1] else 2)
             grams = Gram in walk.needs
-            seen = sum(2 * each.rows * each.width**2 for each in cost.inputs) * self.batches
-            read = sum(each.rows * each.width for each in cost.inputs) * 12 * self.batches
+            seen = sum(2 * read.rows * read.width**2 for read in cost.inputs) * self.batches
+            traffic = sum(read.rows * read.width for read in cost.inputs) * 12 * self.batches
             if walk.tried:
                 runs += min(_PROBES, self.batches) * (
                     1 + len(walk.tried) * len(set(cost.leaders.values()))
@@ -263,9 +258,10 @@ class _Run:
             seconds += runs * (
                 cost.products / self.speed.forward + cost.traffic / self.speed.traffic
             )
-            seconds += (seen if grams else 0.0) / self.speed.gram + read / self.speed.traffic
+            seconds += (seen if grams else 0.0) / self.speed.gram + traffic / self.speed.traffic
             waiting = max(waiting, int(cost.waiting * self.batches))
-            squares = sum(4 * each.width**2 for each in cost.inputs) if grams else 0
+            flying = max(flying, int((cost.waiting + cost.working) * self.batches))
+            squares = sum(4 * read.width**2 for read in cost.inputs) if grams else 0
             held = 0
             for target in unit.targets:
                 rows, inputs = target.view.shape
@@ -283,7 +279,8 @@ class _Run:
                         seconds += trial.shared * inputs**3 / self.speed.factors
                 self.history[target.name] += stages
             working = max(working, squares + max(held, cost.working))
-        memory = self.resident + self.weights + self._states() + waiting + working
+        active = (flying if groups else waiting) + working
+        memory = self.resident + self.weights + self._states() + active
         low_memory = self.resident + self._streamed() + min(waiting, LIMIT) + working
         if not walk.tried:
             self.applied.append(walk.label)
@@ -314,14 +311,13 @@ class _Run:
         head, first = self.model.get_output_embeddings(), embedding_parameters(self.model)
         last = set() if head is None else {id(parameter) for parameter in head.parameters()} - first
         outside = {
-            id(each): each.nbytes
-            for each in self.model.parameters()
-            if id(each) not in inside | last
+            id(parameter): parameter.nbytes
+            for parameter in self.model.parameters()
+            if id(parameter) not in inside | last
         }
         units = (
-            sum(
-                each.nbytes for each in unit.module.parameters()
-            )  # and the layers' states, before and after
+            # the block's weights, and the states of its layers before and after
+            sum(parameter.nbytes for parameter in unit.module.parameters())
             + sum(2 * target.view.nbytes + target.view.numel() for target in unit.targets)
             for unit in self.units
         )

@@ -88,7 +88,7 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - begin
 
     timed()
-    end, found = time.perf_counter() + _SECONDS, [timed()]
+    end, times = time.perf_counter() + _SECONDS, [timed()]
     while time.perf_counter() < end:
-        found.append(timed())
-    return min(found)
+        times.append(timed())
+    return min(times)

@@ -23,13 +23,13 @@ def run():
 
     def run_order(model, order, batches=(), schedule="stage", **options):
         chosen = {key: options.pop(key) for key in ("targets", "ignore") if key in options}
-        given = {key: options.pop(key) for key in ("start", "work") if key in options}
+        passed = {key: options.pop(key) for key in ("start", "work") if key in options}
         original = options.pop("original", None)
         units = find_units(model, **chosen)
         recipe = Recipe.of(Order.of(order), schedule)
         recipe.check(units, calibrated=bool(batches))
         subject = Subject(model, units, batches, original)
-        return run_recipe(subject, recipe, Execution(**options), **given)
+        return run_recipe(subject, recipe, Execution(**options), **passed)
 
     return run_order
 

@@ -39,8 +39,8 @@ def test_a_schedule_of_blocks_is_one_walk(compressor):
 
 
 def test_methods_that_need_no_data_see_none(tiny_llama_folder):
-    given = JointCompressor.from_pretrained(tiny_llama_folder, device="cpu")
-    step, _ = given.estimate("magnitude:0.5 > rtn:4").steps
+    shaped = JointCompressor.from_pretrained(tiny_llama_folder, device="cpu")
+    step, _ = shaped.estimate("magnitude:0.5 > rtn:4").steps
     assert (step.tokens, step.forward, step.gram) == (0, 0, 0)
     assert step.seconds > 0
 
@@ -59,15 +59,15 @@ def test_an_allocator_measures_first(compressor):
 
 
 def test_totals(compressor):
-    found = compressor.estimate("wanda:0.5 > gptq:4").as_dict()
-    assert json.loads(json.dumps(found)) == found
-    steps, total = found["steps"], found["total"]
+    result = compressor.estimate("wanda:0.5 > gptq:4").as_dict()
+    assert json.loads(json.dumps(result)) == result
+    steps, total = result["steps"], result["total"]
     assert total["seconds"] == pytest.approx(
-        found["loading"] + sum(step["seconds"] for step in steps)
+        result["loading"] + sum(step["seconds"] for step in steps)
     )
     assert total["memory"] == max(step["memory"] for step in steps)
     assert (total["bytes"], total["exact"], total["tokens"]) == (steps[-1]["bytes"], True, 6 * 24)
-    assert found["format"] == "compressed-tensors"
+    assert result["format"] == "compressed-tensors"
 
 
 def test_no_weight_is_read(tiny_llama_folder, compressor, tmp_path):
@@ -78,12 +78,12 @@ def test_no_weight_is_read(tiny_llama_folder, compressor, tmp_path):
     file.write_bytes(
         held[: 8 + length] + bytes([255]) * (len(held) - 8 - length)
     )  # every weight a NaN
-    given = JointCompressor.from_pretrained(
+    shaped = JointCompressor.from_pretrained(
         folder, calibration=IDS, sequence_length=24, device="cpu"
     )
-    assert given.estimate("gptq:4").bytes == compressor.estimate("gptq:4").bytes
+    assert shaped.estimate("gptq:4").bytes == compressor.estimate("gptq:4").bytes
     with pytest.raises(ModelError, match="NaN"):
-        given.compress("gptq:4", progress=False)
+        shaped.compress("gptq:4", progress=False)
 
 
 @pytest.mark.parametrize("order", ["wanda:0.5", "sparsegpt(pattern=2:4) > gptq:4"])
@@ -119,8 +119,8 @@ def test_missing_data_is_an_error(tiny_llama_folder):
 
 def test_images():
     pytest.importorskip("sklearn")
-    given = JointCompressor.from_pretrained(
+    shaped = JointCompressor.from_pretrained(
         "tiny-resnet", calibration="builtin", calibration_samples=8, device="cpu"
     )
-    found = given.estimate("gptq:4")
-    assert found.steps[0].forward > 0 and found.steps[0].gram > 0
+    result = shaped.estimate("gptq:4")
+    assert result.steps[0].forward > 0 and result.steps[0].gram > 0

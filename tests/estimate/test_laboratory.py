@@ -28,32 +28,32 @@ def stages(order):
 )
 def test_work_on_a_layer_of_another_shape(order):
     history = stages(order)
-    found = laboratory(128).trial(history, 1024)  # tried on 128 x 256
+    result = laboratory(128).trial(history, 1024)  # tried on 128 x 256
     large = laboratory(384)
     before, seen = large._state(history[:-1], 384, 1024), large._statistics(history[-1], 1024)
     with Counter() as first:
         large._compress(history[-1], before, seen)
     with Counter() as second:
         large._compress(history[-1], before, seen)
-    assert found.state.weight.shape == (128, 256)
-    assert found.products * 384 * 1024**2 == pytest.approx(second.products, rel=0.15)
-    assert found.holds(384, 1024) == pytest.approx(first.peak, rel=0.25)
-    assert found.factors == second.factors == 0
+    assert result.state.weight.shape == (128, 256)
+    assert result.products * 384 * 1024**2 == pytest.approx(second.products, rel=0.15)
+    assert result.holds(384, 1024) == pytest.approx(first.peak, rel=0.25)
+    assert result.factors == second.factors == 0
     assert (
-        (found.shared > 0)
+        (result.shared > 0)
         == (first.factors > 0)
         == ("gptq" in str(history[-1]) or "sparse" in str(history[-1]))
     )
 
 
 def test_seconds_are_operations_over_rates_and_the_rest_in_proportion():
-    found = laboratory(64).trial(stages("gptq:4"), 256)
-    assert found.shared == pytest.approx(2 / 3)  # a Cholesky factor and its inverse
-    plain = found.seconds * 64 * 256
-    assert plain > 0 and found.factors == 0
-    products = 64 * 256**2 * (found.products / SPEED.products + found.checks / SPEED.gram)
-    assert found.takes(64, 256, SPEED) == pytest.approx(plain + products)
-    assert found.takes(128, 512, SPEED) == pytest.approx(4 * plain + 8 * products)
+    result = laboratory(64).trial(stages("gptq:4"), 256)
+    assert result.shared == pytest.approx(2 / 3)  # a Cholesky factor and its inverse
+    plain = result.seconds * 64 * 256
+    assert plain > 0 and result.factors == 0
+    products = 64 * 256**2 * (result.products / SPEED.products + result.checks / SPEED.gram)
+    assert result.takes(64, 256, SPEED) == pytest.approx(plain + products)
+    assert result.takes(128, 512, SPEED) == pytest.approx(4 * plain + 8 * products)
 
 
 @pytest.mark.parametrize(
@@ -83,5 +83,5 @@ def test_layers_are_of_the_models_dtype_and_usual_height():
         Target(str(rows), "linear", nn.Linear(8, rows, dtype=torch.bfloat16))
         for rows in (8, 16, 10**4)
     ]
-    found = Laboratory(targets, CPU, SPEED).state((), 512)
-    assert (found.weight.shape, found.weight.dtype) == ((16, 256), torch.bfloat16)
+    result = Laboratory(targets, CPU, SPEED).state((), 512)
+    assert (result.weight.shape, result.weight.dtype) == ((16, 256), torch.bfloat16)

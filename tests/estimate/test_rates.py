@@ -15,5 +15,5 @@ def test_operations_over_the_fastest_run(monkeypatch):
 
 
 def test_each_is_measured():
-    found = rates.measure(torch.device("cpu"), torch.float32, torch.bfloat16, 64, 64)
-    assert all(rate > 1e6 for rate in vars(found).values())
+    result = rates.measure(torch.device("cpu"), torch.float32, torch.bfloat16, 64, 64)
+    assert all(rate > 1e6 for rate in vars(result).values())

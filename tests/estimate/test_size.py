@@ -29,10 +29,10 @@ def compressor(model, dtype=torch.bfloat16):
     return JointCompressor(model.to(dtype), device="cpu")
 
 
-def both(given, order, format, folder):
+def both(shaped, order, format, folder):
     """What is estimated, and what is there once it is done."""
-    said = given.estimate(order, format=format).steps[-1]
-    chosen = given.compress(order, progress=False).save_pretrained(folder, format)
+    said = shaped.estimate(order, format=format).steps[-1]
+    chosen = shaped.compress(order, progress=False).save_pretrained(folder, format)
     assert said.format == chosen
     return said, weight_bytes(folder)
 
@@ -60,16 +60,16 @@ def test_to_the_byte(make_model, architecture, order, format, chosen, tmp_path):
     ],
 )
 def test_what_depends_on_the_weights_is_an_expectation(make_model, order, tmp_path):
-    given = compressor(make_model("llama", hidden_size=128, intermediate_size=256))
-    said, bytes_ = both(given, order, "sparse", tmp_path / "out")
+    shaped = compressor(make_model("llama", hidden_size=128, intermediate_size=256))
+    said, bytes_ = both(shaped, order, "sparse", tmp_path / "out")
     assert not said.exact
     assert said.bytes == pytest.approx(bytes_, rel=0.03)
 
 
 def test_scales_of_scales_are_written_as_text(make_model, tmp_path):
-    given = compressor(make_model("llama", hidden_size=64, intermediate_size=96))
+    shaped = compressor(make_model("llama", hidden_size=64, intermediate_size=96))
     said, bytes_ = both(
-        given, "bitsandbytes(dtype=nf4, blocksize=32, double_quant=true)", "auto", tmp_path / "out"
+        shaped, "bitsandbytes(dtype=nf4, blocksize=32, double_quant=true)", "auto", tmp_path / "out"
     )
     assert not said.exact
     assert said.bytes == pytest.approx(bytes_, abs=50 * 14)
@@ -105,15 +105,15 @@ def test_one_file(tmp_path):
 
 
 def test_a_model_in_memory_is_not_copied_and_not_touched(make_model):
-    given = compressor(make_model("llama"))
-    before = {name: tensor.clone() for name, tensor in given.source.model.state_dict().items()}
-    meta = size.empty(given.source)
+    shaped = compressor(make_model("llama"))
+    before = {name: tensor.clone() for name, tensor in shaped.source.model.state_dict().items()}
+    meta = size.empty(shaped.source)
     assert all(tensor.is_meta for tensor in [*meta.parameters(), *meta.buffers()])
     assert {name: tensor.shape for name, tensor in meta.state_dict().items()} == {
         n: t.shape for n, t in before.items()
     }
     assert all(
         torch.equal(tensor, before[name])
-        for name, tensor in given.source.model.state_dict().items()
+        for name, tensor in shaped.source.model.state_dict().items()
     )
     assert meta.lm_head.weight is not meta.model.embed_tokens.weight

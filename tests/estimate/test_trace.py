@@ -37,10 +37,10 @@ def test_the_products_are_those_that_torch_counts(make_model, architecture, atte
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model(**TOKENS)
-    found = counted.get_flop_counts()
+    counts = counted.get_flop_counts()
     model.set_attn_implementation(attention)
     for name, cost in traced(model, TOKENS).items():
-        assert cost.products == sum(found[f"{type(model).__name__}.{name}"].values()) > 0
+        assert cost.products == sum(counts[f"{type(model).__name__}.{name}"].values()) > 0
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "regnet", "vit"])
@@ -50,9 +50,9 @@ def test_the_products_of_image_classifiers_too(make_image_model, architecture):
     batch = {"pixel_values": torch.zeros(2, 3, 16, 16)}
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model(**batch)
-    found = counted.get_flop_counts()
+    counts = counted.get_flop_counts()
     for name, cost in traced(model, batch).items():
-        assert cost.products == sum(found[f"{type(model).__name__}.{name}"].values()) > 0
+        assert cost.products == sum(counts[f"{type(model).__name__}.{name}"].values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_the_same_layers_share_an_input_as_in_a_walk(make_model, architecture):
         }
         plain = [n for n, leader in leaders.items() if n == leader and n not in routed]
         expected = sorted((len(statistics[n][SquaredNorms]), statistics[n].tokens) for n in plain)
-        found = sorted((each.width, each.rows) for each in cost.inputs)
-        assert [pair for pair in found if pair in expected] == expected
+        counts = sorted((read.width, read.rows) for read in cost.inputs)
+        assert [pair for pair in counts if pair in expected] == expected
         assert routed.isdisjoint(leaders) or routed & set(cost.leaders)
 
 
@@ -86,8 +86,8 @@ def test_a_convolution_reads_patches(make_image_model, architecture):
     for name, cost in traced(model, batch).items():
         leaders, statistics = seen[name]
         alone = [statistics[n] for n, leader in leaders.items() if n == leader]
-        expected = sorted((len(each[SquaredNorms]), each.tokens) for each in alone)
-        assert sorted((each.width, each.rows) for each in cost.inputs) == expected
+        expected = sorted((len(read[SquaredNorms]), read.tokens) for read in alone)
+        assert sorted((read.width, read.rows) for read in cost.inputs) == expected
 
 
 def test_what_waits_is_what_a_forward_has_made(make_model):
