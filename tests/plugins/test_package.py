@@ -1,42 +1,19 @@
 """A package of plug-ins by somebody else, installed by pip and used in processes of its own."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(install, tmp_path_factory):
     """`run("-m", "pytest", ...)`: the output of python in a process that has the package."""
-    folder = tmp_path_factory.mktemp("plugins")
-    source = shutil.copytree(HERE / "package", folder / "source")
-    site = folder / "site"
-    install = "-m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation"
-    variables = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join((str(site), str(ROOT))),
-    }
-
-    def python(*command):
-        done = subprocess.run(
-            [sys.executable, *map(str, command)],
-            env=variables,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout
-
-    python(*install.split(), "--no-index", "--target", site, source)
+    source = shutil.copytree(HERE / "package", tmp_path_factory.mktemp("source") / "package")
+    python = install(source)
     shutil.rmtree(source)
     return python
 
@@ -112,3 +89,27 @@ def test_all_kinds_follow_each_other(results):
     everything = results["all kinds"]
     assert everything["intermediate_size"] == 96
     assert everything["zeros"] >= 0.5
+
+
+CRATES = """
+import sys
+import torch
+from optimum_order import JointCompressor
+from optimum_order.artifact.convert import convert
+from optimum_order.artifact.verify import verify
+from transformers import AutoModelForCausalLM
+
+model, folder = sys.argv[1:]
+compressed = JointCompressor.from_pretrained(model).compress("rtn:4", progress=False)
+assert compressed.save_pretrained(f"{folder}/crate", format="crated") == "crated"
+assert verify(f"{folder}/crate") == []
+convert(f"{folder}/crate", f"{folder}/dense", "dense")
+loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/dense", dtype="auto")
+for name, tensor in compressed.model.state_dict().items():
+    assert torch.equal(loaded.state_dict()[name], tensor), name
+"""
+
+
+def test_a_container_is_one_file(run, tiny_llama_folder, tmp_path):
+    run("-c", CRATES, tiny_llama_folder, tmp_path)
+    assert [file.name for file in (tmp_path / "crate").glob("model*")] == ["model.crate"]
