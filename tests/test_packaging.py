@@ -377,30 +377,40 @@ def plugin(tmp_path_factory) -> Path:
 def test_a_third_party_backend_and_format_are_used_by_their_names(
     plugin, tiny_llama_folder, text_file, tmp_path
 ):
-    environment = os.environ | {"PYTHONPATH": f"{plugin}{os.pathsep}{ROOT}"}
-    program = [sys.executable, "-c", "from optimum_order.cli import main; main()"]
-    listed = json.loads(run(*program, "methods", "--json", env=environment))
-    (stripes,) = [method for method in listed["methods"] if method["name"] == "stripes"]
-    assert stripes["options"][0]["allowed"] == "2 or more"
-    assert "plain" in [entry["name"] for entry in listed["formats"]]
-
     out = tmp_path / "out"
     small = ["--calibration", text_file, "--calibration-samples", 2, "--sequence-length", 64]
     order = ["--order", "stripes:4 > gptq:4 > stripes:8", "--format", "plain"]
-    done = run(
-        *program, "compress", tiny_llama_folder, out, *order, *small, "--json", env=environment
-    )
-    result = json.loads(done)
-    assert (result["format"], result["sparsity"]) == ("plain", 0.25)
-    assert run(*program, "verify", out, env=environment)
-
+    compress = ["compress", tiny_llama_folder, out, *order, *small]
+    commands = [["methods", "--json"], [*compress, "--json"], ["verify", out]]
     code = """
+        import contextlib
+        import io
+        import json
         import sys
+        from optimum_order.cli import main
+
+        for command in json.loads(sys.argv[1]):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                try:
+                    main(command)
+                except SystemExit as ended:
+                    assert ended.code == 0, command
+            print(json.dumps(printed.getvalue()))
+
         import transformers
-        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2])
         print(model.model.layers[1].mlp.up_proj.weight[:, ::4].count_nonzero().item())
     """
-    assert run(sys.executable, "-c", textwrap.dedent(code), out).strip() == "0"
+    words = [[str(word) for word in command] for command in commands]
+    environment = os.environ | {"PYTHONPATH": f"{plugin}{os.pathsep}{ROOT}"}
+    program = [sys.executable, "-c", textwrap.dedent(code), json.dumps(words), out]
+    methods, result, _, count = run(*program, env=environment).splitlines()
+    listed, result = (json.loads(json.loads(line)) for line in (methods, result))
+    (stripes,) = [method for method in listed["methods"] if method["name"] == "stripes"]
+    assert stripes["options"][0]["allowed"] == "2 or more"
+    assert "plain" in [entry["name"] for entry in listed["formats"]]
+    assert (result["format"], result["sparsity"]) == ("plain", 0.25)
+    assert count == "0"
 
 
 def test_without_the_package_its_names_are_unknown():
