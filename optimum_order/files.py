@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import secrets
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,12 @@ INDEX = "model.safetensors.index.json"
 PARTIAL = ".*.partial"
 """Glob pattern of files that a killed process left unfinished."""
 _MAX_BYTES = 256 * 2**20
+_PREFIX = 40
+"""Characters of a name that a hidden name beside it begins with."""
+_NAME_BYTES = 255
+_PATH_BYTES = 4095
+_INSIDE_BYTES = 160
+"""Bytes that the names of files in a folder may take."""
 
 
 @contextlib.contextmanager
@@ -67,6 +76,119 @@ def lock(file: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """Return a new hidden name beside a path, short enough for any name that a path may have.
+
+    Args:
+        path: A file or folder.
+        suffix: The end of the new name.
+    """
+    return path.with_name(f".{path.name[:_PREFIX]}.{secrets.token_hex(4)}.{suffix}")
+
+
+def leftovers(path: Path, suffix: str) -> Iterator[Path]:
+    """Yield what a process that was killed left under names from `beside`."""
+    return path.parent.glob(f".{glob.escape(path.name[:_PREFIX])}.*.{suffix}")
+
+
+def too_long(path: Path) -> str | None:
+    """Return why no file system takes a path and the files in that folder, or None.
+
+    Args:
+        path: A folder that is to be made.
+
+    Returns:
+        A sentence.
+    """
+    path = Path(os.path.abspath(path))
+    for part in path.parts:
+        size = len(os.fsencode(part))
+        if size > _NAME_BYTES:
+            return (
+                f"'{part[:_PREFIX]}...' has {size} bytes, and a name has at most {_NAME_BYTES}. "
+                "Give a shorter one."
+            )
+    size = len(os.fsencode(path))
+    if size > _PATH_BYTES - _INSIDE_BYTES:
+        return (
+            f"The path '...{path.name[-_PREFIX:]}' has {size} bytes, and the path of a folder may "
+            f"have {_PATH_BYTES - _INSIDE_BYTES}. Give a shorter one."
+        )
+    return None
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether a path is a folder; a name that no system takes is none."""
+    try:
+        return Path(path).is_dir()
+    except OSError:  # "File name too long" is no answer for `is_dir`
+        return False
+
+
+def entries(folder: Path) -> tuple[set[str], dict[str, str]]:
+    """Return what lies in a folder from elsewhere, without following a link or opening a file.
+
+    A link counts as a file only inside the Hub's cache, which stores files so. Entries whose names
+    begin with a dot, and what lies in them, are left out.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The paths of regular files inside the folder, and by path a sentence for everything that is
+        neither such a file nor a folder of such files.
+    """
+    names: set[str] = set()
+    others: dict[str, str] = {}
+    folders = [folder]
+    while folders:
+        for entry in sorted(os.scandir(folders.pop()), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            path = Path(entry.path)
+            name = path.relative_to(folder).as_posix()
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif is_plain(path, folder):
+                names.add(name)
+            elif entry.is_symlink():
+                others[name] = f"{name} is a link: nothing outside the folder is read."
+            else:
+                others[name] = f"{name} is a {_kind(path)}, and only files are read."
+    return names, others
+
+
+def is_plain(file: Path, folder: Path) -> bool:
+    """Return whether a path is a regular file, or a link into the Hub's cache that holds a folder.
+
+    Args:
+        file: A path in the folder.
+        folder: The folder.
+    """
+    try:
+        mode = file.lstat().st_mode
+        if not stat.S_ISLNK(mode):
+            return stat.S_ISREG(mode)
+        snapshots = folder.resolve().parent
+        blobs = (snapshots.parent / "blobs").resolve()
+        blob = file.resolve(strict=True)
+    except (OSError, RuntimeError):  # missing, or links that lead in a circle
+        return False
+    return snapshots.name == "snapshots" and blob.is_relative_to(blobs) and blob.is_file()
+
+
+def _kind(path: Path) -> str:
+    mode = path.lstat().st_mode
+    kinds = {
+        stat.S_IFIFO: "pipe",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFCHR: "device",
+        stat.S_IFBLK: "device",
+        stat.S_IFDIR: "folder",
+    }
+    return kinds.get(stat.S_IFMT(mode), "special file")
 
 
 def digest(parts: Iterable[str | bytes | memoryview]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,12 +17,22 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from optimum_order import formats
+from optimum_order import files, formats
 from optimum_order.artifact import manifest
-from optimum_order.errors import OutputError
-from optimum_order.files import digest, sha256
+from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.formats import Codec, Contents
 from optimum_order.layers.state import tensor_bytes
+
+_PREFIX = 40
+"""Characters of a name that the name of a result beside a taken place begins with."""
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_HIDDEN = {".gitattributes", ".cache", ".DS_Store"}
+"""Hidden entries that downloads and file managers leave beside a model."""
+_MODEL_FILE = re.compile(
+    r".*\.(json|safetensors|bin|model|jinja|py|msgpack|h5|gguf|onnx|tiktoken)"
+    r"|(README|USE_POLICY)\.md|(LICENSE|NOTICE)(\.\w+)?|(vocab|merges)\.txt"
+)
+"""Names of the files of a model that this package did not write."""
 
 
 @contextlib.contextmanager
@@ -36,11 +48,11 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_output(path, overwrite=overwrite)
     path = path.resolve()  # a link stays, the folder behind it is replaced
-    scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    scratch = files.beside(path, "partial")
     try:
         scratch.mkdir(parents=True)
         yield scratch
-        _replace(path, scratch)
+        _replace(path, scratch, overwrite=overwrite)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):
             raise
@@ -54,24 +66,36 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _replace(path: Path, scratch: Path) -> None:
-    """Put a folder in the place of another, or leave both as they are.
+def _replace(path: Path, scratch: Path, *, overwrite: bool) -> None:
+    """Put a finished folder in its place, or leave the place as it is.
 
     Args:
-        path: The place, which may hold a folder.
+        path: The place.
         scratch: The folder.
+        overwrite: Whether the place may hold a folder that is not empty.
+
+    Raises:
+        OutputError: If the place was taken meanwhile. The finished folder is then beside it.
     """
-    if not path.exists():
-        scratch.rename(path)
-        return
-    old = path.parent / f".{path.name}.{secrets.token_hex(4)}.old"
-    path.rename(old)
+    old = files.beside(path, "old")
+    if overwrite and path.exists():
+        path.rename(old)
     try:
+        # A rename takes the place of an empty folder, and of nothing else.
         scratch.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+    except OSError as error:
+        if old.exists():
+            with contextlib.suppress(OSError):
+                old.rename(path)
+        if not os.path.lexists(path) or error.errno not in _TAKEN:
+            raise
+        result = path.with_name(f"{path.name[:_PREFIX]}-{secrets.token_hex(4)}")
+        scratch.rename(result)
+        raise OutputError(
+            f"'{path}' was filled by another program meanwhile and stays as it is; the finished "
+            f"result is in '{result}'."
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -79,25 +103,50 @@ def check_output(path: Path, *, overwrite: bool) -> None:
 
     Args:
         path: The folder.
-        overwrite: Whether a folder that is not empty may be replaced.
+        overwrite: Whether an artifact or a model in the folder may be replaced.
 
     Raises:
         OutputError: If it could not.
     """
-    if path.exists() and not path.is_dir():
+    if problem := files.too_long(path):
+        raise OutputError(problem)
+    if os.path.lexists(path) and not path.is_dir():
         raise OutputError(f"'{path}' is a file; give a folder.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise OutputError(
-            f"'{path}' is not empty. Choose another folder, or pass overwrite=True (--overwrite)."
-        )
     path = path.resolve()
     if path == Path.cwd() or path in Path.cwd().parents:
         raise OutputError(
             f"'{path}' holds the current folder and cannot be replaced; choose another folder."
         )
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(
+                f"'{path}' is not empty. Choose another folder, or pass overwrite=True "
+                "(--overwrite)."
+            )
+        if stranger := _stranger(path):
+            raise OutputError(
+                f"'{path}' holds '{stranger}', which is no file of an artifact or a model, so the "
+                "folder is not replaced. Choose another folder, or move that away."
+            )
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"Nothing can be made in '{parent}'; choose another folder.")
+
+
+def _stranger(folder: Path) -> str | None:
+    """Return the name of something that an artifact or a saved model does not hold, if any."""
+    hidden = {entry.name for entry in folder.iterdir() if entry.name.startswith(".")}
+    names, others = files.entries(folder)
+    try:
+        listed = {manifest.FILE, *manifest.load(folder)["files"]}
+        strangers = {name for name in names - listed if not manifest.DOCUMENTS.fullmatch(name)}
+    except ArtifactError:
+        if "config.json" in names:
+            strangers = {name for name in names if not _MODEL_FILE.fullmatch(Path(name).name)}
+        else:
+            strangers = names
+    strangers |= hidden - _HIDDEN | set(others)
+    return min(strangers, default=None)
 
 
 def save(
@@ -141,16 +190,18 @@ def save(
             name: layer | {"stored": written.stored.get(name)}
             for name, layer in facts["layers"].items()
         }
-        files = {
-            str(file.relative_to(folder)): {"sha256": sha256(file), "bytes": file.stat().st_size}
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
+        listed = {
+            name: {
+                "sha256": files.sha256(folder / name),
+                "bytes": (folder / name).stat().st_size,
+            }
+            for name in sorted(files.entries(folder)[0])
         }
         added = {
             "format": codec.name,
             "layers": layers,
             "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits},
-            "files": files,
+            "files": listed,
         }
         return manifest.write(facts | added, folder)
 
@@ -183,4 +234,4 @@ def values_digest(weight: Tensor) -> str:
     Args:
         weight: (out, in).
     """
-    return digest([tensor_bytes(weight)])
+    return files.digest([tensor_bytes(weight)])

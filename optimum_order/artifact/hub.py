@@ -24,6 +24,7 @@ from optimum_order import __version__, formats
 from optimum_order.artifact import card, manifest
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, HubError, chainable, redacted
+from optimum_order.files import is_folder
 from optimum_order.models.source import auto_class
 
 _PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken")
@@ -197,7 +198,7 @@ def locate(path: str | Path, *, revision: str | None = None, manifest_only: bool
         HubError: As in `pull`.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if is_folder(folder):
         if revision is not None:
             raise ArtifactError(
                 f"'{path}' is a folder; a revision is for a model on the Hub. Leave it out."

@@ -8,6 +8,7 @@ the order.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from importlib.metadata import version
@@ -91,9 +92,12 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: If there is none, or it is not one that this version can read.
     """
-    file = Path(path) / FILE
-    if not file.is_file():
+    folder = Path(path)
+    file = folder / FILE
+    if not files.is_folder(folder) or not os.path.lexists(file):
         raise ArtifactError(f"'{path}' has no {FILE}: it is not a folder that optimum-order wrote.")
+    if not files.is_plain(file, folder):
+        raise ArtifactError(f"'{file}' is a link or no file at all, and is not read.")
     manifest = files.read_json(file)
     schema = manifest.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:

@@ -13,7 +13,7 @@ from optimum_order import formats
 from optimum_order.artifact import manifest
 from optimum_order.artifact.folder import values_digest
 from optimum_order.errors import ArtifactError
-from optimum_order.files import read_json, sha256
+from optimum_order.files import entries, is_folder, read_json, sha256
 from optimum_order.formats import Container
 from optimum_order.layers.state import LayerState
 
@@ -31,7 +31,7 @@ def verify(path: str | Path) -> list[str]:
         ArtifactError: If there is no such folder.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise ArtifactError(f"There is no folder '{path}'.")
     try:
         facts = manifest.load(folder)
@@ -61,8 +61,8 @@ def _files(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
         folder: The folder.
         files: Size and sha256 by name.
     """
-    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    present = {name for name in names if not name.startswith(".") and "/." not in name}
+    present, others = entries(folder)
+    yield from others.values()
     for name in sorted(present - set(files) - {manifest.FILE}):
         if not manifest.DOCUMENTS.fullmatch(name):
             yield f"{name} is in the folder and not in the manifest."
@@ -71,28 +71,15 @@ def _files(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
         path = Path(name)
         if path.is_absolute() or ".." in path.parts or not isinstance(entry, dict):
             yield f"the manifest names a file it may not: {name!r}."
+        elif name in others:
+            continue
         elif name not in present:  # no system is asked about a name that it may not even take
             yield f"{name} is missing."
-        elif _leads_out(folder, file):
-            yield f"the manifest names a file it may not: {name!r}."
         elif file.stat().st_size != entry.get("bytes"):
             size = file.stat().st_size
             yield f"{name} has {size} bytes, the manifest says {entry.get('bytes')}."
         elif sha256(file) != entry.get("sha256"):
             yield f"{name} was changed after it was written: its sha256 does not match."
-
-
-def _leads_out(folder: Path, file: Path) -> bool:
-    """Return whether a file is a link, other than into the Hub's cache that holds the folder.
-
-    Args:
-        folder: The folder.
-        file: A file in it.
-    """
-    snapshots = folder.resolve().parent
-    blobs = (snapshots.parent / "blobs").resolve()
-    cached = snapshots.name == "snapshots" and file.resolve().is_relative_to(blobs)
-    return file.is_symlink() and not cached
 
 
 def _orders(folder: Path, facts: Mapping[str, Any], container: Container) -> Iterator[str]:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -73,7 +72,7 @@ class WorkDir:
         """Go on from what is there, or begin."""
         check(self.folder, resume=resume)  # once more: now nobody else can change it
         (self.folder / _PROCESS).unlink(missing_ok=True)
-        for removed in self.folder.parent.glob(f".{self.folder.name}.*.old"):
+        for removed in files.leftovers(self.folder, "old"):
             shutil.rmtree(removed, ignore_errors=True)
         for unfinished in self.folder.glob(files.PARTIAL):  # of a process that was killed
             unfinished.unlink()
@@ -276,6 +275,8 @@ def check(folder: Path, *, resume: bool) -> None:
         OutputError: If the folder is a file, is not a work dir, or holds a run that nobody asked
             to resume, or nothing to resume.
     """
+    if problem := files.too_long(folder):
+        raise OutputError(f"The work dir cannot be made: {problem}")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"'{folder}' is a file; give a folder as the work dir.")
     if not folder.is_dir():
@@ -355,7 +356,7 @@ def remove(folder: Path) -> None:
         OutputError: If another process uses the folder.
     """
     with contextlib.closing(_locked(folder)):
-        aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+        aside = files.beside(folder, "old")
         folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 

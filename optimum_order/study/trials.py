@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_order.errors import OutputError
+from optimum_order.files import too_long
 
 TRIALS = "trials.sqlite"
 ORIGINAL = "original"
@@ -161,6 +162,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         OutputError: If the folder cannot be made or written.
     """
+    if problem := too_long(folder):
+        raise OutputError(f"The folder of the study cannot be made: {problem}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -20,10 +20,10 @@ def test_staging_leaves_nothing_behind_when_it_fails(tmp_path):
 def test_staging_replaces_only_on_success(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("")
+    (out / "config.json").write_text("")
     with pytest.raises(RuntimeError), artifact.staging(out, overwrite=True):
         raise RuntimeError
-    assert (out / "old").exists()
+    assert (out / "config.json").exists()
     with artifact.staging(out, overwrite=True) as folder:
         (folder / "new").write_text("")
     assert [file.name for file in out.iterdir()] == ["new"]
@@ -33,7 +33,7 @@ def test_staging_replaces_only_on_success(tmp_path):
 def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("")
+    (out / "config.json").write_text("")
     rename = type(out).rename
 
     def fails(self, target):
@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
     monkeypatch.setattr(type(out), "rename", fails)
     with pytest.raises(OutputError, match="No space left"), artifact.staging(out, overwrite=True):
         pass
-    assert (out / "old").exists() and list(tmp_path.iterdir()) == [out]
+    assert (out / "config.json").exists() and list(tmp_path.iterdir()) == [out]
 
 
 def test_outputs_that_cannot_be_are_refused(tmp_path):
@@ -62,7 +62,7 @@ def test_outputs_that_cannot_be_are_refused(tmp_path):
 def test_a_link_is_followed_and_the_current_folder_kept(tmp_path, monkeypatch):
     real = tmp_path / "real"
     real.mkdir()
-    (real / "old").write_text("")
+    (real / "config.json").write_text("")
     (tmp_path / "link").symlink_to(real)
     with artifact.staging(tmp_path / "link", overwrite=True) as folder:
         (folder / "new").write_text("")
@@ -73,6 +73,77 @@ def test_a_link_is_followed_and_the_current_folder_kept(tmp_path, monkeypatch):
     for path in (real, tmp_path):
         with pytest.raises(OutputError, match="current folder"):
             artifact.check_output(path, overwrite=True)
+
+
+def test_only_an_artifact_or_a_model_is_replaced(tmp_path):
+    for number, names in enumerate(
+        [
+            ["thesis/final.tex"],
+            ["config.json", "thesis/final.tex"],
+            ["config.json", "notes.txt"],
+            [".git/HEAD", "config.json"],
+            ["main.py"],
+        ]
+    ):
+        out = tmp_path / str(number)
+        for name in names:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("{}")
+        with pytest.raises(OutputError, match="is no file of an artifact or a model"):
+            artifact.check_output(out, overwrite=True)
+    model = tmp_path / "model"
+    (model / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "vocab.txt", "1_Pooling/config.json"):
+        (model / name).write_text("{}")
+    (model / ".gitattributes").write_text("")
+    artifact.check_output(model, overwrite=True)
+    (model / "link.json").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match=r"'link\.json'"):
+        artifact.check_output(model, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_filled_meanwhile_stays_and_the_result_is_beside_it(
+    tmp_path, monkeypatch, overwrite
+):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(OutputError, match="the finished result is in") as error,
+        artifact.staging(out, overwrite=overwrite) as folder,
+    ):
+        (folder / "result").write_text("")
+        if overwrite:  # filled between the last look and the rename
+            rename = type(out).rename
+
+            def slow(self, target):
+                if self == folder and target == out:
+                    out.mkdir()
+                    (out / "precious.txt").write_text("precious")
+                return rename(self, target)
+
+            monkeypatch.setattr(type(out), "rename", slow)
+        else:
+            out.mkdir()
+            (out / "precious.txt").write_text("precious")
+    assert (out / "precious.txt").read_text() == "precious"
+    (result,) = set(tmp_path.iterdir()) - {out}
+    assert f"'{result}'" in str(error.value)
+    assert [file.name for file in result.iterdir()] == ["result"]
+
+
+def test_names_of_any_length_fit_or_are_refused_at_once(tmp_path):
+    longest = tmp_path / ("n" * 255)
+    with artifact.staging(longest, overwrite=False) as folder:
+        (folder / "config.json").write_text("{}")
+    with artifact.staging(longest, overwrite=True) as folder:
+        (folder / "config.json").write_text("{}")
+    assert list(tmp_path.iterdir()) == [longest]
+    for path in (tmp_path / ("n" * 256), tmp_path / ("ü" * 128), tmp_path / ("n" * 300) / "out"):
+        with pytest.raises(OutputError, match="a name has at most 255"):
+            artifact.check_output(path, overwrite=False)
+    deep = tmp_path.joinpath(*["d" * 200] * 20)
+    with pytest.raises(OutputError, match="may have"):
+        artifact.check_output(deep, overwrite=False)
 
 
 def test_the_digest_of_values_is_of_their_bits():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import struct
@@ -211,9 +212,37 @@ def test_a_link_is_only_followed_inside_a_cache_of_the_hub(saved, tmp_path):
     assert verify(snapshot) == []
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(saved / "config.json")
-    assert verify(snapshot) == ["the manifest names a file it may not: 'config.json'."]
-    problems = verify(elsewhere)
-    assert problems and all("names a file it may not" in problem for problem in problems)
+    assert verify(snapshot) == ["config.json is a link: nothing outside the folder is read."]
+    (problem,) = verify(elsewhere)
+    assert "is a link" in problem
+
+
+def test_what_is_no_file_is_named_and_never_read(saved, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("hf_secret")
+
+    def link(path):
+        path.symlink_to(secret)
+
+    def dangling(path):
+        path.symlink_to(tmp_path / "nowhere")
+
+    def circle(path):
+        path.symlink_to(path)
+
+    kinds = {link: "link", dangling: "link", circle: "link", os.mkfifo: "pipe"}
+    names = ("README.md", "LICENSE", "NOTICE", "optimum_order.png", "config.json", manifest.FILE)
+    for number, (make, word) in enumerate(kinds.items()):
+        for name in names:
+            folder = shutil.copytree(saved, tmp_path / f"{number}-{name}")
+            (folder / name).unlink(missing_ok=True)
+            make(folder / name)
+            (problem,) = verify(folder)
+            assert word in problem if name != manifest.FILE else "is not read" in problem
+    folder = shutil.copytree(saved, tmp_path / "folder")
+    (folder / "README.md").mkdir()
+    (folder / "README.md" / "x").write_text("")
+    assert verify(folder) == ["README.md/x is in the folder and not in the manifest."]
 
 
 # The manifest

@@ -191,8 +191,11 @@ def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(program, arg
     done = program(*arguments)
     assert done.code == 2 and "--overwrite" in done.err
     assert (tmp_path / "out" / "precious.txt").read_text() == "precious"
+    done = program(*arguments, "--overwrite")
+    assert done.code == 2 and "'precious.txt'" in done.err
+    (tmp_path / "out" / "precious.txt").rename(tmp_path / "out" / "config.json")
     assert program(*arguments, "--overwrite").code == 0
-    assert not (tmp_path / "out" / "precious.txt").exists()
+    assert (tmp_path / "out" / "optimum_order.json").exists()
 
 
 # Errors
