@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Mapping
@@ -15,12 +16,15 @@ from transformers import PreTrainedModel
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import hub, manifest
+from optimum_order.backends.base import IDLE
+from optimum_order.calibration.stability import unchanged
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
 from optimum_order.evaluation import Measurement
 from optimum_order.layers.state import LayerState
+from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.units import Target
 from optimum_order.search.plan import Plan
 
@@ -171,7 +175,8 @@ class CompressedModel:
         if codec.runs_dense:
             home = self.model.device
             self.model.to(self._session.device)  # type: ignore[arg-type]
-            measurement = measure(self.model)
+            with unchanged(self.model, "its forward"):
+                measurement = measure(self.model)
             # States and model are compared when they are saved.
             self.model.to(home)  # type: ignore[arg-type]
         else:
@@ -252,12 +257,21 @@ class CompressedModel:
         contents = self._contents()
         codec = formats.choose(contents, format)
         facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
-        return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
+        memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
+        with memory:
+            return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
 
     def _contents(self) -> formats.Contents:
         layers = formats.Layers(self._targets, self.layers)
-        processor = self._session.source.processor
-        return formats.Contents(self.model, layers, self._tensors, processor)
+        source = self._session.source
+        return formats.Contents(
+            model=self.model,
+            layers=layers,
+            tensors=self._tensors,
+            processor=source.processor,
+            unloaded=source.unloaded,
+            documents=source.documents,
+        )
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:
         """Return what was measured by name; for an artifact, on the values that load from it."""
@@ -279,6 +293,9 @@ class CompressedModel:
         pruned = sum(layer["pruned"] for layer in layers.values())
         total = sum(math.prod(layer["shape"]) for layer in layers.values())
         plan = {} if provenance.plan is None else {"plan": provenance.plan.as_dict()}
+        tensors = session.source.unloaded
+        unloaded = {"tensors": len(tensors), "bytes": tensors.bytes}
+        idle = sum(any(IDLE in note for note in layer["notes"]) for layer in layers.values())
         return {
             "schema": manifest.SCHEMA,
             "base_model": provenance.base_model,
@@ -294,8 +311,15 @@ class CompressedModel:
             "ignore": session.ignore,
             "versions": manifest.versions(),
             "sparsity": round(pruned / total, 6),
+            "coverage": {
+                "weights": self.model.num_parameters(),
+                "compressed": total,
+                "layers": len(layers),
+                "idle": idle,
+            },
             "layers": layers,
             "bytes": {"before": session.source.bytes},
+            **({"unloaded": unloaded} if unloaded["tensors"] else {}),
         }
 
     def _layer_facts(self, name: str, state: LayerState) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_order import estimate
+from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.engine import workdir
 from optimum_order.engine.recipe import Recipe, canonical
@@ -19,6 +20,8 @@ from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Measurement
+from optimum_order.models import hf
+from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.source import Checkpoint
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
@@ -138,11 +141,16 @@ class JointCompressor(Session):
         if samples and samples.note:
             logger.warning(samples.note)
         batches = samples.inputs() if samples else []
+        hf.check_savable(model)
+        if batches:
+            whole = estimate.empty(self.source) if weights is not None else model
+            check_forward(whole, batches[0])
         pause = self.pause_for(pause, recipe, batches, low_memory=low_memory)
         execution = self.execution(model, pause, progress=progress)
         base = self.base_model(model, model.state_dict() if weights is None else weights)
         tensors = None
-        with contextlib.ExitStack() as stack:
+        memory = giving_memory_back() if low_memory else contextlib.nullcontext()
+        with memory, contextlib.ExitStack() as stack:
             work = None
             if work_dir is not None:
                 fingerprint = self.fingerprint(base, recipe, samples, execution, model.config)
@@ -231,7 +239,10 @@ class JointCompressor(Session):
         execution = dataclasses.replace(self.execution(model, pause), device=self.device)
         result = estimate.estimate(model, units, recipe, batches, execution, format=format)
         return dataclasses.replace(
-            result, before=self.source.bytes, loading=result.loading + drawing
+            result,
+            before=self.source.bytes,
+            loading=result.loading + drawing,
+            steps=tuple(step.carrying(self.source.unloaded.bytes) for step in result.steps),
         )
 
     def evaluate(
@@ -374,7 +385,8 @@ class JointCompressor(Session):
                 self.draw(
                     max(numbers)
                 )  # all in one reading, and an error now if there is too little
-                calibration = self.draw(0).describe() | {"seed": self.seed}
+                dtype = str(runner.dtype).removeprefix("torch.")
+                calibration = self.draw(0).describe() | {"seed": self.seed, "dtype": dtype}
                 if note := calibration.pop("note"):
                     logger.warning(note)
             study = Study(

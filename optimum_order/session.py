@@ -229,6 +229,7 @@ class Session:
             "architecture": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "digest": weights_digest(tensors),
+            **({"remote_code": True} if getattr(model.config, "auto_map", None) else {}),
         }
 
     def fingerprint(

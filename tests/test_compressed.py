@@ -1,6 +1,7 @@
 """A compressed model keeps its promises, is measured on the values that load, and loads in stock transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from optimum_order import JointCompressor
+from optimum_order.artifact import manifest
+from optimum_order.artifact.convert import convert
 from optimum_order.artifact.verify import verify
 from optimum_order.calibration import precision
 from optimum_order.data.images import digits
@@ -248,8 +251,11 @@ class TestSave:
         with pytest.raises(OutputError, match="not empty"):
             compressed.save_pretrained(tmp_path / "out")
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious.txt"]
+        with pytest.raises(OutputError, match="'precious.txt'"):
+            compressed.save_pretrained(tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
+        (tmp_path / "out" / "precious.txt").rename(tmp_path / "out" / "config.json")
         compressed.save_pretrained(tmp_path / "out", overwrite=True)
-        assert not (tmp_path / "out" / "precious.txt").exists()
         assert verify(tmp_path / "out") == []
 
     def test_sparsity_is_that_of_all_layers(self, compressor):
@@ -325,3 +331,42 @@ class TestManifest:
         classify = pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
         images, labels = digits("evaluation")[:2]
         assert classify(Image.fromarray(images[0]))[0]["label"] == str(labels[0])
+
+
+# What the model does not load
+
+
+@pytest.fixture(scope="module")
+def with_extra(tiny_llama_folder, tmp_path_factory):
+    """`tiny_llama_folder` with a block that its config does not count, and a value head."""
+    folder = shutil.copytree(tiny_llama_folder, tmp_path_factory.mktemp("extra") / "llama")
+    tensors = load_file(folder / "model.safetensors")
+    extra = {
+        "model.layers.2.mlp.up_proj.weight": torch.randn(8, 8),
+        "model.layers.2.mlp.eh_proj.weight": torch.randn(8, 16).bfloat16(),
+        "v_head.summary.bias": torch.tensor([1, 2, 3], dtype=torch.int64),
+    }
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, extra
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_weights_that_nobody_loads_are_carried_over_and_counted(with_extra, tmp_path, low_memory):
+    folder, extra = with_extra
+    compressor = JointCompressor.from_pretrained(folder)
+    options = {"low_memory": True, "work_dir": tmp_path / "work"} if low_memory else {}
+    compressed = compressor.compress("rtn:8", progress=False, **options)
+    assert compressor.estimate("rtn:8").steps[-1].exact is False
+    saved = tmp_path / "saved"
+    compressed.save_pretrained(saved, format="compressed-tensors")
+    compressed.close()
+    convert(saved, tmp_path / "dense", "dense")
+    size = sum(tensor.nbytes for tensor in extra.values())
+    for result in (saved, tmp_path / "dense"):
+        assert verify(result) == []
+        assert manifest.load(result)["unloaded"] == {"tensors": 3, "bytes": size}
+        stored: dict[str, torch.Tensor] = {}
+        for file in result.glob("*.safetensors"):
+            stored |= load_file(file)
+        for name, tensor in extra.items():
+            assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor)

@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     ViTImageProcessorPil,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -344,3 +346,42 @@ def test_a_real_encoder(tmp_path):
     assert verify(tmp_path / "out") == []
     with pytest.raises(ModelError, match="No metric is the usual one for BertModel"):
         compressed.evaluate("builtin", progress=False)
+
+
+@pytest.fixture
+def rwkv():
+    """A model that divides weights by powers of two in its first forward."""
+    config = RwkvConfig(
+        vocab_size=64,
+        hidden_size=32,
+        attention_hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        rescale_every=2,
+        context_length=64,
+    )
+    return RwkvForCausalLM(config).eval()
+
+
+def test_such_a_model_is_refused_before_the_work_and_a_method_without_data_is_not(rwkv, tmp_path):
+    before = {name: tensor.clone() for name, tensor in rwkv.state_dict().items()}
+    samples = (torch.arange(64) % 64).view(4, 16)
+    compressor = JointCompressor(
+        rwkv, calibration=samples, calibration_samples=4, sequence_length=16
+    )
+    with pytest.raises(ModelError, match="changes 8 of its own weights in its forward"):
+        compressor.compress("wanda:0.5", progress=False)
+    rwkv.save_pretrained(tmp_path / "rwkv")
+    stored = JointCompressor.from_pretrained(
+        tmp_path / "rwkv", calibration=samples, calibration_samples=4, sequence_length=16
+    )
+    with pytest.raises(ModelError, match="changes"):
+        stored.compress("wanda:0.5", work_dir=tmp_path / "work", low_memory=True, progress=False)
+    with pytest.raises(ModelError, match="changes"):
+        compressor.study(
+            ["wanda:0.5"], tmp_path / "study", draws=1, evaluation=samples, progress=False
+        )
+    compressed = compressor.compress("rtn:8", progress=False)
+    assert all(torch.equal(rwkv.state_dict()[name], before[name]) for name in before)
+    with pytest.raises(ModelError, match="measure the saved model"):
+        compressed.evaluate(samples, progress=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from optimum_order import formats
@@ -17,6 +18,7 @@ from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
 from optimum_order.formats import Container, Contents, Layers
 from optimum_order.models import hf
+from optimum_order.models.documents import documents
 from optimum_order.models.source import auto_class, load_processor
 from optimum_order.models.units import find_targets
 
@@ -56,10 +58,16 @@ def convert(
     facts = manifest.load(folder)
     source = formats.available()[facts["format"]]
     container = formats.container(source.name)
-    model = _load(folder, container)
+    model, unloaded = _load(folder, container)
     layers = _layers(folder, container, facts["layers"], model)
     hub = {"revision": None, "token": None, "trust_remote_code": False}
-    contents = Contents(model, layers, processor=load_processor(str(folder), hub))
+    contents = Contents(
+        model=model,
+        layers=layers,
+        processor=load_processor(str(folder), hub),
+        unloaded=unloaded,
+        documents=documents(str(folder), hub, model.config),
+    )
     try:
         codec = formats.choose(contents, format)
     except FormatError as error:
@@ -73,28 +81,38 @@ def convert(
     return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
 
 
-def _load(folder: Path, container: Container) -> PreTrainedModel:
+def _load(folder: Path, container: Container) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Load the model of an artifact as an ordinary one, with zeros in place of encoded layers.
 
     Args:
         folder: The artifact.
         container: Its container.
 
+    Returns:
+        The model, and the tensors that the model does not load.
+
     Raises:
-        ArtifactError: If the tensors do not fill the model.
+        ArtifactError: If the model needs code of its own, or the tensors do not fill the model.
     """
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ArtifactError(
+            f"'{folder}' has a config.json that cannot be used: {reason}"
+        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     auto: Any = auto_class(config)
     with torch.device("meta"):
-        skeleton = auto.from_config(config)
+        skeleton = auto.from_config(config, trust_remote_code=False)
     shapes = hf.to_checkpoint(skeleton, skeleton.state_dict())
     tensors, encoded = container.plain(folder)
     if unknown := encoded - set(shapes):
         raise ArtifactError(
             f"'{folder}' has a layer '{min(unknown)}', which {type(skeleton).__name__} has not."
         )
+    unloaded = {key: tensors.pop(key) for key in set(tensors) - set(shapes)}
     for key in encoded:
         tensors[key] = torch.zeros(shapes[key].shape, dtype=shapes[key].dtype)
     model, info = type(skeleton).from_pretrained(
@@ -107,7 +125,7 @@ def _load(folder: Path, container: Container) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     loaded: PreTrainedModel = model.eval()
-    return loaded
+    return loaded, unloaded
 
 
 def _layers(

@@ -182,6 +182,10 @@ def save(
         )
         if contents.processor is not None:
             _save_processor(contents.processor, folder)
+        for name, file in contents.documents.items():
+            if not (folder / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, folder / name)
         _name_order(folder / "config.json", facts["order"])
         weights = sum(file.stat().st_size for file in container.files(folder))
         count = sum(math.prod(layer["shape"]) for layer in facts["layers"].values())
@@ -196,6 +200,7 @@ def save(
                 "bytes": (folder / name).stat().st_size,
             }
             for name in sorted(files.entries(folder)[0])
+            if not manifest.DOCUMENTS.fullmatch(name)  # people and the Hub edit these
         }
         added = {
             "format": codec.name,

@@ -336,7 +336,7 @@ def _pages(
     """
     metadata = {} if card_text is None else _metadata(card_text)
     try:
-        auto = auto_class(AutoConfig.from_pretrained(folder))
+        auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         made = card.make(facts, repo_id, auto, revision=revision, metadata=metadata)
         return {_CARD: str(made).encode(), manifest.PLOT: card.plot(facts)}
     except KeyError as error:

@@ -17,6 +17,15 @@ from optimum_order.files import entries, is_folder, read_json, sha256
 from optimum_order.formats import Container
 from optimum_order.layers.state import LayerState
 
+_CONFIGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+"""Files in which transformers looks for code to run."""
+
 
 def verify(path: str | Path) -> list[str]:
     """Return everything in which a saved folder differs from its manifest; empty if nothing does.
@@ -47,6 +56,7 @@ def verify(path: str | Path) -> list[str]:
         return problems  # a file that cannot be trusted is not worth decoding
     try:
         container = formats.container(facts["format"])
+        problems += _code(folder, facts)
         problems += _orders(folder, facts, container)
         problems += _layers(folder, facts, container)
     except ArtifactError as error:
@@ -80,6 +90,21 @@ def _files(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} has {size} bytes, the manifest says {entry.get('bytes')}."
         elif sha256(file) != entry.get("sha256"):
             yield f"{name} was changed after it was written: its sha256 does not match."
+
+
+def _code(folder: Path, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the files that have transformers ask for code, unless the manifest says so.
+
+    Args:
+        folder: The folder.
+        facts: The manifest.
+    """
+    if facts["base_model"].get("remote_code") is True:
+        return
+    for name in _CONFIGS:
+        file = folder / name
+        if file.is_file() and "auto_map" in read_json(file):
+            yield f"{name} names code to run (auto_map), and the manifest says nothing of code."
 
 
 def _orders(folder: Path, facts: Mapping[str, Any], container: Container) -> Iterator[str]:

@@ -25,6 +25,8 @@ from optimum_order.order import Stage, matches
 
 KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
 """Values of `Method.kind`."""
+IDLE = "no calibration token reached this layer"
+"""In the notes of a layer that was compressed without data, by a method that uses data."""
 
 
 def option(
@@ -316,10 +318,7 @@ class Backend(Method):
                 )
         if self.needs and statistics.tokens == 0:
             statistics = statistics.isotropic()
-            note = (
-                f"{self.stage}: no calibration token reached this layer; "
-                "its inputs were taken as white noise"
-            )
+            note = f"{self.stage}: {IDLE}; its inputs were taken as white noise"
             state = dataclasses.replace(state, notes=(*state.notes, note))
         result = self.compress(state, statistics)
         before, after = state.weight, result.weight

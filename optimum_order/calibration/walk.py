@@ -227,9 +227,7 @@ def walk(
             a way that is not understood.
     """
     # A block may run more than once on the same arguments, which a cache would not survive.
-    text_config = model.config.get_text_config()
-    caches = getattr(text_config, "use_cache", None) is not None
-    options = {"use_cache": False} if caches else {}
+    options = hf.uncached(model)
 
     def run(batch: Mapping[str, Tensor]) -> Callable[[], Any]:
         return lambda: model(**placed(batch, model), **options)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from optimum_order.errors import OptimumOrderError, OrderError
 
 if TYPE_CHECKING:
     from optimum_order.compressor import JointCompressor
 
+
+_RECENT = 60.0
+"""Seconds for which an empty file counts as made by this command."""
 SOURCE = (
     "a .txt, .jsonl or .parquet file, or for a model that reads images a folder of them, with a "
     "subfolder for each class; a dataset of the Hub as id[:config][:split][:column]; or 'builtin' "
@@ -43,6 +51,38 @@ def saved_model(parser: argparse.ArgumentParser) -> None:
         "namespace/name",
     )
     parser.add_argument("--revision", help="of a model on the Hub: branch, tag or commit")
+
+
+def refuse_redirection(order: str) -> None:
+    """Refuse an order whose '>' the shell took for itself, because it was not quoted.
+
+    Args:
+        order: The order that arrived.
+
+    Raises:
+        OrderError: If the output of this process goes, or just went, to a file named like a stage.
+    """
+    from optimum_order.engine.recipe import method
+    from optimum_order.order import Order
+
+    names = [Path(os.path.realpath("/proc/self/fd/1")).name]
+    with contextlib.suppress(OSError):
+        recent = time.time() - _RECENT
+        names += [
+            entry.name
+            for entry in os.scandir()
+            if entry.is_file() and not entry.stat().st_size and entry.stat().st_mtime > recent
+        ]
+    for name in names:
+        try:
+            stages = Order.parse(name).stages
+            method(stages[0])
+        except OptimumOrderError:
+            continue
+        raise OrderError(
+            f"The shell wrote a file named '{name}': it took the '>' of the order for itself. "
+            f'Quote the order, --order "{order} > {name}", and remove the file.'
+        )
 
 
 def stages(parser: argparse.ArgumentParser, help: str, *, required: bool = False) -> None:

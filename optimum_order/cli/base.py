@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import io
 import json
+import os
 import signal
 import sys
 import threading
+import traceback
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from optimum_order.errors import OptimumOrderError
+from optimum_order.errors import OptimumOrderError, redacted
+
+_ISSUES = "https://github.com/optimum-order/optimum-order/issues"
+_REPLACEMENTS = {
+    "→": "->",
+    "−": "-",
+    "–": "-",
+    "…": "...",
+    "×": "x",
+    "·": ".",
+    "≥": ">=",
+    "≤": "<=",
+}
 
 
 class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no types
@@ -46,6 +62,9 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         parser.epilog = cls.epilog
         cls.add_arguments(parser)
         parser.add_argument("--json", action="store_true", help=cls.json_help)
+        parser.add_argument(
+            "--debug", action="store_true", help="show the traceback of an unexpected error"
+        )
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -72,31 +91,74 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         return ""
 
     def run(self) -> NoReturn:
-        """Do the work and exit: 0 done, 1 bad news, 2 impossible, 130 interrupted, 143 terminated.
+        """Do the work and exit.
+
+        The exit code is 0 if all is done, 1 for bad news, 2 for what is impossible, 70 for an error
+        that nobody expected, 130 if interrupted, 143 if terminated.
 
         Raises:
             SystemExit: Always.
         """
+        _let_consoles_replace()
         try:
             # stdout holds the result and nothing else
             with contextlib.redirect_stdout(sys.stderr), _terminable():
                 result = self.work()
         except OptimumOrderError as error:
             self._fail(2, f"error: {error}")
+        except OSError as error:
+            if error.filename is None:
+                self._fail_unexpectedly(error)
+            self._fail(2, f"error: '{error.filename}': {error.strerror}.")
         except _Terminated:
             self._fail(143, "terminated")
         except KeyboardInterrupt:
             self._fail(130, "interrupted")
-        if self.args.json:
-            print(json.dumps(result, indent=2, allow_nan=False))
-        else:
-            self.show(result)
+        except Exception as error:
+            self._fail_unexpectedly(error)
+        try:
+            if self.args.json:
+                print(json.dumps(result, indent=2, allow_nan=False))
+            else:
+                self.show(result)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(self.exit_code(result))
+
+    def _fail_unexpectedly(self, error: Exception) -> NoReturn:
+        """Report an error that is a fault of this package."""
+        if getattr(self.args, "debug", False):
+            traceback.print_exception(error)
+        reason = redacted(" ".join(str(error).split()))[:300]
+        self._fail(
+            70,
+            f"unexpected {type(error).__name__}: {reason} This is a fault of optimum-order: please "
+            f"report it at {_ISSUES}, with what --debug shows.",
+        )
 
     def _fail(self, code: int, message: str) -> NoReturn:
         for line in filter(None, (self.advice(), message)):
             print("optimum-order: " + printable(" ".join(line.splitlines())), file=sys.stderr)
         sys.exit(code)
+
+
+def _let_consoles_replace() -> None:
+    """Have consoles that know few characters print others for those that they lack."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors=_REPLACING)
+
+
+def _replacement(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_REPLACEMENTS.get(character, "?") for character in lacking), error.end
+
+
+_REPLACING = "optimum_order.replace"
+codecs.register_error(_REPLACING, _replacement)
 
 
 class _Terminated(KeyboardInterrupt):

@@ -249,6 +249,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             )
         if args.order is None:
             return None, None
+        arguments.refuse_redirection(args.order)
         if args.stages is None:
             return canonical(Order.parse(args.order)), None
         for option in ("dry_run", "low_memory"):
@@ -320,8 +321,8 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             "sparsity": manifest["sparsity"],
             "metrics": metric_values(manifest["metrics"]),
         }
-        if "plan" in manifest:
-            result["plan"] = manifest["plan"]
+        fields = ("plan", "coverage", "unloaded")
+        result |= {field: manifest[field] for field in fields if field in manifest}
         if self.args.push_to_hub:
             result["url"] = self._push()
         return result

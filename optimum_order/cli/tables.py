@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_IDLE_ADVICE = "give more --calibration-samples, or --ignore these"
+
+
 def console() -> Console:
     """Return a console that prints text unchanged, for text from elsewhere is no markup."""
     from rich.console import Console
@@ -43,9 +46,21 @@ def outcome_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((name, f"{before} → {values['after']:.4g}"))
     bytes_ = manifest["bytes"]
     before = size(bytes_["before"]) if bytes_["before"] else "unknown"
-    return [
-        *rows,
+    rows += [
         ("weights on disk", f"{before} → {size(bytes_['after'])}"),
         ("bits per compressed weight", f"{bytes_['per_weight_bits']:.2f}"),
-        ("sparsity", f"{manifest['sparsity']:.1%}"),
     ]
+    sparsity = f"{manifest['sparsity']:.1%}"
+    coverage = manifest.get("coverage")  # 0.1.0 did not count
+    if coverage is not None:
+        share = coverage["compressed"] / coverage["weights"]
+        rows.append(("compressed", f"{share:.1%} of {coverage['weights']:,} weights"))
+        sparsity += f" of these, {share * manifest['sparsity']:.1%} of all"
+    rows.append(("sparsity", sparsity))
+    if coverage is not None and coverage["idle"]:
+        text = f"{coverage['idle']} of {coverage['layers']} layers: {_IDLE_ADVICE}"
+        rows.append(("no calibration token", text))
+    if unloaded := manifest.get("unloaded"):
+        text = f"{unloaded['tensors']} tensors, {size(unloaded['bytes'])}: copied as they are"
+        rows.append(("not loaded by the model", text))
+    return rows

@@ -25,17 +25,21 @@ and N:M pattern. Exit code 0 if all agrees, 1 if anything differs.
         arguments.saved_model(parser)
 
     def work(self) -> dict[str, Any]:
-        from optimum_order.artifact import hub
+        from optimum_order.artifact import hub, manifest
         from optimum_order.artifact.verify import verify
 
         folder = hub.locate(self.args.path, revision=self.args.revision)
-        return {"path": self.args.path, "problems": verify(folder)}
+        problems = verify(folder)
+        code = not problems and bool(manifest.load(folder)["base_model"].get("remote_code"))
+        return {"path": self.args.path, "problems": problems, "remote_code": code}
 
     def show(self, result: dict[str, Any]) -> None:
         for problem in result["problems"]:
             print(printable(problem))
         if not result["problems"]:
-            print(f"{result['path']} is what its manifest says.")
+            print(printable(f"{result['path']} is what its manifest says."))
+        if result["remote_code"]:
+            print("The model needs code of its own, which nothing here runs.")
 
     def exit_code(self, result: dict[str, Any]) -> int:
         return 1 if result["problems"] else 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optimum_order import files
 from optimum_order.calibration.execution import Execution
+from optimum_order.calibration.stability import check_forward, unchanged
 from optimum_order.data.samples import Samples
 from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import Recipe
@@ -181,7 +182,10 @@ class Runner:
         if samples is not None:
             return self._batches(draw, samples)
         if self._drawn is None or self._drawn[0] != draw:
-            self._drawn = (draw, self._batches(draw, None))
+            batches = self._batches(draw, None)
+            if self._drawn is None:
+                check_forward(self.model, batches[0])
+            self._drawn = (draw, batches)
         return self._drawn[1]
 
     def reset(self) -> None:
@@ -231,6 +235,10 @@ class Runner:
             metric: The metric.
             samples: What it is measured on.
             batch_size: Samples in one forward.
+
+        Raises:
+            ModelError: If a forward changes the model's weights.
         """
         progress = self.execution.progress
-        return metric.measure(self.model, samples, batch_size=batch_size, progress=progress)
+        with unchanged(self.model, "its forward"):
+            return metric.measure(self.model, samples, batch_size=batch_size, progress=progress)

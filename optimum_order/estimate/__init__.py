@@ -78,6 +78,16 @@ class Step:
     forward: float
     gram: float
 
+    def carrying(self, unloaded: int) -> Step:
+        """Return the same step for a checkpoint with tensors that the model does not load.
+
+        Args:
+            unloaded: Bytes of these tensors; their place in the files is not counted.
+        """
+        if not unloaded:
+            return self
+        return dataclasses.replace(self, bytes=self.bytes + unloaded, exact=False)
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:

@@ -165,8 +165,7 @@ def trace(
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in meta.items()
     }
-    text_config = model.config.get_text_config()
-    arguments = {"use_cache": False} if getattr(text_config, "use_cache", None) is not None else {}
+    arguments = hf.uncached(model)
     try:
         with torch.no_grad(), counter, spy:
             model(**meta, **arguments)

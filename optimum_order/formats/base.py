@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -53,12 +53,17 @@ class Contents:
         layers: Every layer that was compressed.
         tensors: The tensors of the model by name, if the model is empty.
         processor: Tokenizer or image processor, or None.
+        unloaded: Tensors of the checkpoint that the model does not load, by stored name; they are
+            written as they are.
+        documents: Files beside the model that go with it, by their path in the folder.
     """
 
     model: PreTrainedModel
     layers: Layers
     tensors: Mapping[str, Tensor] | None = None
     processor: Any = None
+    unloaded: Mapping[str, Tensor] = field(default_factory=dict)
+    documents: Mapping[str, Path] = field(default_factory=dict)
 
     @cached_property
     def layout(self) -> Layout:

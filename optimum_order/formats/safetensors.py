@@ -55,7 +55,8 @@ class Safetensors(Container):
         model.save_pretrained(folder, state_dict={})  # all but the weights
         dense = hf.tensors_to_save(model)
         on_meta = {name: torch.empty_like(t, device="meta") for name, t in dense.items()}
-        missing = set(hf.to_checkpoint(model, on_meta))
+        on_disk = frozenset(hf.to_checkpoint(model, on_meta))
+        missing = set(on_disk)
         limit = convert_file_size_to_int(max_shard_size)
         if contents.tensors is not None:  # then hold two blocks at most
             sizes = [sum(dense[name].nbytes for name in block) for block in blocks(dense)]
@@ -70,6 +71,10 @@ class Safetensors(Container):
                     raise InvariantError(f"'{key}' is not what transformers would save, or twice.")
                 missing.remove(key)
                 shards.add(encoder.encode(key, tensor) or {key: tensor})
+        for key in contents.unloaded:
+            if key in on_disk:
+                raise InvariantError(f"'{key}' is loaded by the model, and was to be copied.")
+            shards.add({key: contents.unloaded[key]})
         missing |= encoder.missing
         if missing:
             raise InvariantError(f"'{min(missing)}' is missing from what transformers would save.")

@@ -13,6 +13,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +35,8 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQu
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import hub
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_order.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,13 +169,42 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
 # Loading
 
 
+def uncached(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the arguments that keep a forward from making a cache of keys and values."""
+    text_config = model.config.get_text_config()
+    caches = getattr(text_config, "use_cache", None) is not None
+    return {"use_cache": False} if caches else {}
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Save all but the weights of a model to nowhere, as is done with the weights in the end.
+
+    Raises:
+        ModelError: If transformers refuses, as it does with a generation config that contradicts
+            itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+        except (ValueError, TypeError, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise ModelError(
+                f"transformers will not save this {type(model).__name__}: {reason} Correct "
+                "model.generation_config or model.config first."
+            ) from error
+
+
+_LOADING = threading.RLock()
+"""Held by the thread whose loading is replaced."""
+
+
 @contextlib.contextmanager
 def weight_loader(
     load: Callable[[PreTrainedModel, Sequence[str], Any, bool], Any],
 ) -> Iterator[None]:
     """Have `from_pretrained` call `load` in place of its own loading of weights, while active.
 
-    The replacement is global: not for two threads at once.
+    Only this thread's calls: other threads load as usual, and wait here for their turn.
 
     Args:
         load: Called with the model on the meta device, the checkpoint files, transformers' load
@@ -179,18 +212,22 @@ def weight_loader(
     """
     from transformers.modeling_utils import PreTrainedModel
 
-    original = PreTrainedModel._load_pretrained_model
+    with _LOADING:
+        original = PreTrainedModel._load_pretrained_model
+        ours = threading.get_ident()
 
-    def replacement(
-        model: Any, state_dict: Any, files: Any, config: Any, *others: Any, **more: Any
-    ) -> tuple[Any, None]:
-        return load(model, files or (), config, bool(others or more)), None
+        def replacement(
+            model: Any, state_dict: Any, files: Any, config: Any, *others: Any, **more: Any
+        ) -> tuple[Any, Any]:
+            if threading.get_ident() != ours:
+                return original(model, state_dict, files, config, *others, **more)
+            return load(model, files or (), config, bool(others or more)), None
 
-    PreTrainedModel._load_pretrained_model = staticmethod(replacement)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        PreTrainedModel._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
+        PreTrainedModel._load_pretrained_model = staticmethod(replacement)  # type: ignore[assignment,method-assign]
+        try:
+            yield
+        finally:
+            PreTrainedModel._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
 
 
 class CheckpointNames:

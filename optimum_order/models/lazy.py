@@ -57,6 +57,8 @@ class Plan:
     sources: list[Source] = field(default_factory=list)
     files: dict[str, Any] = field(default_factory=dict)
     """The open file of each stored tensor."""
+    unloaded: tuple[str, ...] = ()
+    """Stored tensors that transformers loads into nothing."""
 
     def read(self, source: Source, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the tensors that a source makes, by name in the model, on the CPU.
@@ -97,13 +99,7 @@ class Plan:
         Raises:
             ModelError: If torch has no such dtype.
         """
-        stored = self.files[key].get_slice(key)
-        own = hf.stored_dtype(stored.get_dtype())
-        if own is None:
-            raise ModelError(
-                f"The weight '{key}' is of type {stored.get_dtype()}, which torch does not have."
-            )
-        return torch.empty(stored.get_shape(), dtype=dtype or own, device="meta")
+        return _empty(self.files[key], key, dtype)
 
     def equal(self, one: Source, other: Source) -> bool:
         """Return whether two stored tensors are the same in the model, some rows at a time."""
@@ -120,6 +116,17 @@ class Plan:
         )
 
 
+def _empty(file: Any, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a stored tensor without values, as `Plan.empty` does."""
+    stored = file.get_slice(key)
+    own = hf.stored_dtype(stored.get_dtype())
+    if own is None:
+        raise ModelError(
+            f"The weight '{key}' is of type {stored.get_dtype()}, which torch does not have."
+        )
+    return torch.empty(stored.get_shape(), dtype=dtype or own, device="meta")
+
+
 def _convert(
     source: Source, model: PreTrainedModel, load: Callable[[str, torch.dtype], Tensor]
 ) -> dict[str, Tensor]:
@@ -134,7 +141,7 @@ def planned() -> Iterator[Plan]:
     """Have `from_pretrained` leave every stored tensor on the meta device, while active.
 
     Everything else about the model is as usual: its class, dtypes, ties, generation config, and the
-    buffers that no checkpoint holds. Not for two threads at once.
+    buffers that no checkpoint holds. Only this thread's calls do so.
 
     Raises:
         ModelError: From within `from_pretrained`, if the weights of the checkpoint cannot be read
@@ -168,7 +175,9 @@ def _plan(plan: Plan, model: PreTrainedModel, files: Sequence[str], config: Any)
                 f"'{file}' cannot be read: {error}. Get the checkpoint again."
             ) from error
         plan.files |= dict.fromkeys(opened.keys(), opened)
-    sources = _sources(plan, model, hf.CheckpointNames(model, config))
+    names = hf.CheckpointNames(model, config)
+    plan.unloaded = tuple(key for key in plan.files if names.destination(key) is None)
+    sources = _sources(plan, model, names)
     info = hf.load_without_values(model, {key: plan.empty(key) for key in plan.files}, config)
     if info.mismatched_keys or info.conversion_errors:
         return info  # transformers says what is wrong
@@ -222,6 +231,43 @@ def _tie(plan: Plan, model: PreTrainedModel, info: Any) -> None:
                     source,
                 )
                 ties.pop(target)
+
+
+class Unloaded(Mapping[str, Tensor]):
+    """The stored tensors that transformers loads into nothing, each read when it is asked for.
+
+    Args:
+        files: The open file of each tensor, by the stored name.
+    """
+
+    def __init__(self, files: Mapping[str, Any]):
+        self._files = files
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return one stored tensor, bit for bit.
+
+        Raises:
+            KeyError: If there is none of that name.
+            ModelError: If its file cannot be read.
+        """
+        opened = self._files[key]
+        try:
+            return cast(Tensor, opened.get_tensor(key))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"The weight '{key}' cannot be read: {error}. Get the checkpoint again."
+            ) from error
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all of them; no value is read."""
+        return sum(_empty(self._files[key], key).nbytes for key in self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 class Weights(Mapping[str, Tensor]):

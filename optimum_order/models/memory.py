@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _M_MMAP_THRESHOLD = -3
 """The name of the setting in glibc's malloc.h."""
 
 
-def give_memory_back() -> None:
-    """Have the C library return memory to the system when it is freed, in this process from now on.
+@contextmanager
+def giving_memory_back() -> Iterator[None]:
+    """Have the C library return memory to the system when it is freed, while active.
 
     glibc holds freed blocks of less than 32 MB for later, in gaps that the next tensor does not
     fit into: the memory of a run that loads and drops blocks would grow with the number of blocks.
     """
+    _set_threshold(2**18)
+    try:
+        yield
+    finally:
+        # Where glibc's own threshold ends up in a process that has freed large tensors.
+        _set_threshold(2**25)
+
+
+def _set_threshold(size: int) -> None:
     with suppress(AttributeError):  # other C libraries have no such setting
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, size)
 
 
 def trim() -> None:

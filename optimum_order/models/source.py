@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
@@ -21,9 +22,10 @@ from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, c
 from optimum_order.files import digest, weight_bytes
 from optimum_order.layers.state import tensor_bytes
 from optimum_order.models import hf
-from optimum_order.models.lazy import Weights, planned
-from optimum_order.models.memory import give_memory_back
+from optimum_order.models.documents import documents
+from optimum_order.models.lazy import Unloaded, Weights, planned
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 EMBEDDED = ("tiny-llama", "tiny-resnet", "tiny-vit")
 """Models that ship inside the package and can be named like a Hub id."""
 
@@ -145,10 +147,33 @@ class Checkpoint:
         Raises:
             ModelError: As in `load`; also if the weights cannot be read a block at a time.
         """
-        give_memory_back()
         with planned() as plan:
             model = self._from_pretrained()
         return Weights(model, plan, device)
+
+    @functools.cached_property
+    def unloaded(self) -> Unloaded:
+        """The stored tensors that the model does not load, such as heads for other tasks.
+
+        Raises:
+            ModelError: As in `load_empty`.
+        """
+        if self._runs_code:
+            return Unloaded(
+                {}
+            )  # the class of the model may read files in ways that nobody can follow
+        with planned() as plan:
+            self._from_pretrained()
+        return Unloaded({key: plan.files[key] for key in plan.unloaded})
+
+    @functools.cached_property
+    def documents(self) -> dict[str, Path]:
+        """Files beside the model that go with it, by their path in the folder."""
+        return documents(self._path, self._hub, self.config)
+
+    @property
+    def _runs_code(self) -> bool:
+        return bool(self._hub["trust_remote_code"] and getattr(self.config, "auto_map", None))
 
     def _from_pretrained(self) -> PreTrainedModel:
         try:
@@ -212,6 +237,9 @@ class InMemory:
     revision: str | None = None
     commit: str | None = None
     embedded: bool = False
+    unloaded: ClassVar[Unloaded] = Unloaded({})
+    documents: ClassVar[Mapping[str, Path]] = {}
+    """A model in memory is all there is."""
 
     @classmethod
     def of(cls, model: nn.Module, processor: Any = None) -> InMemory:
@@ -222,13 +250,15 @@ class InMemory:
             processor: Its tokenizer or image processor.
 
         Raises:
-            ModelError: If the model is not a transformers model, or is already quantized.
+            ModelError: If the model is not a transformers model, is already quantized, has an
+                adapter, or if some of its weights are not in memory.
         """
-        if not isinstance(model, PreTrainedModel):
-            raise ModelError(f"A transformers model is needed, got {type(model).__name__}.")
+        model = _unwrapped(model)
         name = model.config.name_or_path or type(model).__name__
         refuse_quantized(model.config, name)
         copied = copy.deepcopy(model)
+        for module in copied.modules():
+            module._compiled_call_impl = None  # of `model.compile()`
         copied.train(False).to("cpu", memory_format=torch.contiguous_format)
         return cls(copied, processor, _public_name(name))
 
@@ -250,6 +280,35 @@ class InMemory:
     def load(self) -> PreTrainedModel:
         """Return a copy of the model."""
         return copy.deepcopy(self.model)
+
+
+def _unwrapped(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside what torch wraps around a model.
+
+    Raises:
+        ModelError: If there is none, or it cannot be taken as it is.
+    """
+    while isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel):
+        inner = getattr(model, "_orig_mod", None)  # torch.compile
+        if inner is None and isinstance(model, _PARALLEL):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{type(model).__name__} has an adapter, whose weights are no layers to compress: "
+            "merge it first, with model = model.merge_and_unload()."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"A transformers model is needed, got {type(model).__name__}.")
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ModelError(
+            f"{len(absent)} weights of the model are not in memory, such as '{absent[0]}': it is "
+            "offloaded or empty. Load it without offloading, or give its folder and low_memory."
+        )
+    return model
 
 
 def weights_digest(model: nn.Module | Mapping[str, Tensor]) -> str:

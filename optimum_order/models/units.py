@@ -160,6 +160,13 @@ def find_units(
             wanted = any(matches(layer.name, pattern) for pattern in targets)
         if wanted and not any(matches(layer.name, pattern) for pattern in ignore):
             chosen.append(layer)
+    for layer in chosen:
+        if layer.attribute not in layer.module._parameters:
+            raise ModelError(
+                f"The weight of layer '{layer.name}' is computed from other tensors: it is pruned "
+                "by torch.nn.utils.prune, or parametrized. Make it permanent first, with "
+                "torch.nn.utils.prune.remove or parametrize.remove_parametrizations."
+            )
     if not chosen:
         raise ModelError(
             f"{type(model).__name__} has no layer to compress. What can be compressed are "

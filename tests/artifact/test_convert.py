@@ -1,5 +1,6 @@
 """From format to format with the same values, or an error that says why not."""
 
+import io
 import json
 import shutil
 
@@ -228,6 +229,37 @@ def test_a_format_that_cannot_hold_it_says_why(saved, tmp_path):
         with pytest.raises(FormatError, match=reason):
             convert(saved / source, tmp_path / "out", format)
     assert convert(saved / "sparse", tmp_path / "out")["format"] == "compressed-tensors"
+
+
+def test_code_is_never_asked_for_or_run(saved, tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    (tmp_path / "evil").mkdir()
+    code = f"open({str(ran)!r}, 'w')\nfrom transformers import LlamaConfig as Own\n"
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
+    for number, model_type in enumerate(("llama", "unheard-of")):
+        folder = shutil.copytree(saved / "dense", tmp_path / str(number))
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"auto_map": {"AutoConfig": "own.Own"}, "model_type": model_type}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "own.py").write_text(code)
+        facts = manifest.load(folder)
+        for name in ("config.json", "own.py"):
+            size = (folder / name).stat().st_size
+            facts["files"][name] = {"sha256": sha256(folder / name), "bytes": size}
+        manifest.write(facts, folder)
+        assert any("names code to run (auto_map)" in problem for problem in verify(folder))
+        with pytest.raises(ArtifactError, match="auto_map"):
+            convert(folder, tmp_path / f"out-{number}", "dense")
+        facts["base_model"]["remote_code"] = True
+        manifest.write(facts, folder)
+        assert verify(folder) == []
+        if model_type == "llama":
+            convert(folder, tmp_path / f"out-{number}", "dense")
+        else:
+            with pytest.raises(ArtifactError, match="cannot be used"):
+                convert(folder, tmp_path / "other", "dense")
+    assert not ran.exists()
 
 
 def test_what_does_not_verify_is_not_converted(saved, tmp_path):

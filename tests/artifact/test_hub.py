@@ -182,6 +182,21 @@ def test_what_does_not_verify_is_not_sent(hub, copy):
     assert hub.server.requests == []
 
 
+def test_nothing_outside_the_folder_is_sent(hub, copy, tmp_path):
+    secret = tmp_path / "token"
+    secret.write_text("hf_secretsecret")
+    for name in ("README.md", "LICENSE", "NOTICE", "optimum_order.png", "config.json"):
+        before = (copy / name).read_bytes() if (copy / name).exists() else None
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(secret)
+        refused = hub.fail("push", copy, "me/model")
+        assert refused["error"] == "ArtifactError" and f"{name} is a link" in refused["message"]
+        (copy / name).unlink()
+        if before is not None:
+            (copy / name).write_bytes(before)
+    assert hub.server.requests == []
+
+
 def test_an_artifact_of_a_version_that_said_less_is_told_so_before_anything_is_sent(hub, copy):
     facts = manifest.load(copy)
     manifest.write({key: value for key, value in facts.items() if key != "sequence_length"}, copy)

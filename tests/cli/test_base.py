@@ -1,6 +1,7 @@
 """How results, errors and signals become output and an exit code."""
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -84,9 +85,49 @@ def test_advice_stands_before_the_last_line(capsys):
         assert capsys.readouterr().err.splitlines()[0] == "optimum-order: try again"
 
 
-def test_a_bug_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        command(lambda: 1 / 0).run()
+def test_a_fault_of_ours_is_said_to_be_one_and_debug_shows_where(capsys):
+    for debug in (False, True):
+        faulty = failing(ZeroDivisionError("division by\nzero with hf_abcdefghijk"))
+        faulty.args.debug = debug
+        with pytest.raises(SystemExit) as end:
+            faulty.run()
+        out, err = capsys.readouterr()
+        assert end.value.code == 70 and out == ""
+        last = err.splitlines()[-1]
+        assert "unexpected ZeroDivisionError: division by zero with ***" in last
+        assert "please report" in last and "--debug" in last
+        assert ("Traceback" in err) is debug
+
+
+def test_what_the_system_refuses_is_one_line(capsys, tmp_path):
+    for name in ("n" * 300, "missing"):
+        with pytest.raises(SystemExit) as end:
+            command(lambda name=name: (tmp_path / name).read_text()).run()
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("optimum-order: error: '")
+
+
+def test_a_console_of_few_characters_prints_others(monkeypatch):
+    for encoding, expected in (("cp1252", b"29 -> 38 \xe9\n"), ("ascii", b"29 -> 38 ?\n")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="\n")
+        monkeypatch.setattr(sys, "stdout", stream)
+        shown = command(dict)
+        shown.show = lambda result: print("29 → 38 é")
+        with pytest.raises(SystemExit) as end:
+            shown.run()
+        stream.flush()
+        assert end.value.code == 0 and stream.buffer.getvalue() == expected
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as end:
+            command(dict).run()
+        assert end.value.code == 0
 
 
 def test_json_is_alone_on_stdout(capsys):

@@ -7,6 +7,8 @@ import json
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,6 +201,19 @@ def test_a_folder_that_is_not_empty_is_replaced_only_with_overwrite(program, arg
 
 
 # Errors
+
+
+def test_an_order_that_the_shell_cut_off_is_refused(arguments, tmp_path):
+    words = ["compress", *map(str, arguments[1:3]), "--order", "wanda:0.5"]
+    code = f"from optimum_order.cli import main; main({words!r})"
+    for redirections in ("> gptq:4", "> gptq:4 > log.txt"):
+        folder = tmp_path / redirections.replace(" ", "")
+        folder.mkdir()
+        command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {redirections}"
+        done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 2 and '--order "wanda:0.5 > gptq:4"' in done.stderr
+    assert not (tmp_path / "out").exists()
+
 
 AUTO = ["--order", "auto", "--stages"]
 BAD = [

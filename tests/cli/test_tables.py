@@ -29,5 +29,18 @@ def test_the_rows_of_an_outcome():
         ("bits per compressed weight", "4.25"),
         ("sparsity", "50.0%"),
     ]
+    counted = manifest | {
+        "coverage": {"weights": 1000, "compressed": 250, "layers": 4, "idle": 3},
+        "unloaded": {"tensors": 10, "bytes": 1200},
+    }
+    assert outcome_rows(counted)[-4:] == [
+        ("compressed", "25.0% of 1,000 weights"),
+        ("sparsity", "50.0% of these, 12.5% of all"),
+        (
+            "no calibration token",
+            "3 of 4 layers: give more --calibration-samples, or --ignore these",
+        ),
+        ("not loaded by the model", "10 tensors, 1.2 kB: copied as they are"),
+    ]
     sizes["before"] = None
     assert ("weights on disk", "unknown → 999 bytes") in outcome_rows(manifest)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -331,3 +332,20 @@ def test_a_block_at_a_time_takes_a_block_of_memory_from_a_folder_or_the_hubs_cac
     )
     assert done.stdout.split() == [weights_digest(model)] * 2, done.stderr
     assert done.returncode != 0
+
+
+def test_another_thread_loads_its_own_model_meanwhile(tiny_llama_folder):
+    expected = transformers.LlamaForCausalLM.from_pretrained(tiny_llama_folder).state_dict()
+    loaded = {}
+
+    def load():
+        loaded.update(transformers.LlamaForCausalLM.from_pretrained(tiny_llama_folder).state_dict())
+
+    with planned() as plan:
+        other = threading.Thread(target=load)
+        other.start()
+        other.join()
+        ours = transformers.LlamaForCausalLM.from_pretrained(tiny_llama_folder)
+    assert plan.sources and all(parameter.is_meta for parameter in ours.parameters())
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())

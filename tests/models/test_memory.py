@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(
 
 HEAD = """
 import os
-from optimum_order.models.memory import give_memory_back, trim
+from optimum_order.models.memory import giving_memory_back, trim
 
 def megabytes():
     with open("/proc/self/statm") as file:
@@ -48,4 +48,6 @@ def test_blocks_are_given_back_as_they_are_freed():
     """A large block makes the C library keep all smaller ones from then on, unless it is told."""
     large = "bytearray(30 * 2**20); start = megabytes(); fences = fill(4 * 2**20)"
     assert retained(large) > 48
-    assert retained(f"give_memory_back(); {large}") < 16
+    inside = f"with giving_memory_back(): {large}"
+    assert retained(inside) < 16
+    assert retained(f"with giving_memory_back(): pass\n{large}") > 48, "it ends with the context"

@@ -5,14 +5,20 @@ import shutil
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as prune_methods
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optimum_order import JointCompressor
 from optimum_order.errors import ModelError
 from optimum_order.models.source import EMBEDDED, Checkpoint, InMemory, auto_class, weights_digest
+from optimum_order.models.units import find_units
 
 
 def open_checkpoint(model, **kwargs):
@@ -201,3 +207,51 @@ def test_in_memory_copies_once_and_loads_copies(tiny_llama_folder):
     assert source.load().lm_head.weight.any()
     with pytest.raises(ModelError, match="transformers model"):
         InMemory.of(torch.nn.Linear(2, 2))
+
+
+# Models in memory, as people have them
+
+
+def test_what_torch_wraps_around_a_model_is_taken_off(make_model):
+    model = make_model("llama")
+    expected = model.state_dict()
+    in_place = make_model("llama")
+    in_place.load_state_dict(expected)
+    in_place.compile(backend="eager")
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model), in_place):
+        loaded = InMemory.of(wrapped).load()
+        assert type(loaded) is type(model)
+        assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
+        assert loaded(torch.arange(4)[None]).logits.isfinite().all()
+
+
+def test_weights_that_are_elsewhere_or_computed_are_refused_in_one_line(make_model):
+    offloaded = accelerate.cpu_offload(make_model("llama"))
+    with pytest.raises(ModelError, match="not in memory"):
+        InMemory.of(offloaded)
+    adapted = make_model("llama")
+    adapted.peft_config = {}
+    with pytest.raises(ModelError, match="merge it first"):
+        InMemory.of(adapted)
+    with pytest.raises(ModelError, match="transformers model is needed"):
+        InMemory.of(nn.Linear(2, 2))
+
+    def prune(layer):
+        prune_methods.l1_unstructured(layer, "weight", amount=0.5)
+
+    def parametrize(layer):
+        parametrizations.weight_norm(layer)
+
+    for change in (prune, parametrize):
+        model = make_model("llama")
+        change(model.model.layers[0].mlp.up_proj)
+        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj' is computed"):
+            find_units(model)
+        assert find_units(model, ignore=["*.up_proj"])
+
+
+def test_what_transformers_would_not_save_is_found_before_the_work(make_model):
+    model = make_model("llama")
+    model.generation_config.temperature = 0.7
+    with pytest.raises(ModelError, match=r"will not save this LlamaForCausalLM: .*generation"):
+        JointCompressor(model).compress("rtn:4", progress=False)

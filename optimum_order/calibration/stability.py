@@ -1,0 +1,79 @@
+"""Whether a model's forward leaves its weights alone.
+
+A few architectures change parameters in place while they run: RWKV divides some by powers of two.
+Weights that were compressed, or are about to be, must not change so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_order.data.samples import placed
+from optimum_order.errors import ModelError
+from optimum_order.models import hf
+
+_TOKENS = 16
+"""Tokens of a sequence that a forward needs to show what it does."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextlib.contextmanager
+def unchanged(model: PreTrainedModel, doing: str) -> Iterator[None]:
+    """Refuse a model whose parameters change while the context is active.
+
+    Args:
+        model: The model. On the meta device, only changes in place can be seen.
+        doing: What is done in the context, for the error: "a forward".
+
+    Raises:
+        ModelError: If a parameter has other bits, or was written to.
+    """
+    before = _marks(model)
+    yield
+    after = _marks(model)
+    changed = sorted(name for name in before if before[name] != after.get(name))
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} changes {len(changed)} of its own weights in {doing}, such as "
+            f"'{changed[0]}': what would be calibrated and saved is not what was loaded. Use "
+            "methods without data, such as magnitude, rtn or bitsandbytes, and measure the saved "
+            "model."
+        )
+
+
+def check_forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Run a model on the first sample of a batch, and refuse it if its weights change.
+
+    Args:
+        model: In evaluation mode.
+        batch: The arguments of a forward, samples first.
+
+    Raises:
+        ModelError: If a parameter changes.
+    """
+    lengths = {tensor.shape[1] for tensor in batch.values() if tensor.ndim == 2}
+    few = slice(_TOKENS) if len(lengths) == 1 else slice(None)
+    first = {
+        name: tensor[:1, few] if tensor.ndim == 2 else tensor[:1] for name, tensor in batch.items()
+    }
+    options = hf.uncached(model)
+    with torch.no_grad(), unchanged(model, "its forward"):
+        model(**placed(first, model), **options)
+
+
+def _marks(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return for each parameter how often it was written to, and the sum of its bits."""
+    return {
+        name: (parameter._version, 0 if parameter.is_meta else _sum(parameter.detach()))
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _sum(tensor: Tensor) -> int:
+    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
