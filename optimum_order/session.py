@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,15 +15,18 @@ from optimum_order.artifact import manifest
 from optimum_order.calibration import precision
 from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.data.draws import Draws
-from optimum_order.data.load import load_evaluation, load_samples, reads_images
+from optimum_order.data.fit import fitted, usable_length
+from optimum_order.data.load import load_evaluation, load_samples, reads_images, reads_text
 from optimum_order.data.samples import Samples
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
 from optimum_order.estimate.waiting import in_flight
 from optimum_order.evaluation import Measurement, Metric
+from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, InMemory, weights_digest
 
+_LENGTH = 512
 _WINDOWS = 64
 _IMAGES = 1000
 """Samples that orders are compared on: enough for differences that matter, few enough for hundreds
@@ -42,8 +46,8 @@ class Session:
             images or uint8 arrays, or a tensor of pixels. None is an error only if a stage needs
             data.
         calibration_samples: Windows of text, or images.
-        sequence_length: Tokens in a window, of calibration and of evaluation; less where the model
-            has fewer positions.
+        sequence_length: Tokens in a window, of calibration and of evaluation. By default 512, or
+            all that the model can read at once where that is less.
         seed: Which windows or images are drawn.
         calibration_dtype: What calibration multiplies matrices in: "auto" takes bfloat16 for a
             float32 model where the processor has units for it; "float32" or "bfloat16" insist.
@@ -65,7 +69,7 @@ class Session:
         *,
         calibration: Any = None,
         calibration_samples: int = 128,
-        sequence_length: int = 512,
+        sequence_length: int | None = None,
         seed: int = 0,
         calibration_dtype: str = "auto",
         device: str = "auto",
@@ -79,11 +83,12 @@ class Session:
             self.calibration = "builtin"
         numbers = {"calibration_samples": calibration_samples, "sequence_length": sequence_length}
         for name, value in numbers.items():
+            if name == "sequence_length" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise DataError(f"'{name}' must be a positive integer, got {value!r}.")
         self.calibration_samples = calibration_samples
-        positions = getattr(self.source.config, "max_position_embeddings", None)
-        self.sequence_length = min(sequence_length, positions or sequence_length)
+        self._wanted_length = sequence_length
         self.seed = seed
         self.device = _device(device)
         self.calibration_dtype = calibration_dtype
@@ -94,14 +99,46 @@ class Session:
         """The model before compression, by metric and digest of the samples."""
         self._draws = Draws(self._load, calibration_samples)
 
+    @functools.cached_property
+    def outline(self) -> PreTrainedModel | None:
+        """The model without weights; None where it can only be made with them."""
+        return outline(self.source)
+
+    @functools.cached_property
+    def sequence_length(self) -> int:
+        """Tokens in a window: as many as were asked for, or as the model can read at once."""
+        wanted = self._wanted_length or _LENGTH
+        if not reads_text(self.source) or self.outline is None:
+            stated = getattr(self.source.config, "max_position_embeddings", None) or wanted
+            return min(wanted, stated) if stated > 0 else wanted
+        return usable_length(self.outline, wanted)
+
+    def _length(self) -> int:
+        """Return the sequence length.
+
+        Raises:
+            DataError: If the user asked for more tokens than the model can read.
+        """
+        if self.sequence_length < (self._wanted_length or 0) and reads_text(self.source):
+            raise DataError(
+                f"The model '{self.source.id}' reads at most {self.sequence_length} tokens at "
+                f"once, got a sequence length of {self._wanted_length}. Ask for "
+                f"{self.sequence_length} or fewer (--sequence-length), or leave the length out."
+            )
+        return self.sequence_length
+
+    def _fitted(self, samples: Samples) -> Samples:
+        return samples if self.outline is None else fitted(samples, self.outline)
+
     def _load(self, samples: int) -> Samples:
-        return load_samples(
+        loaded = load_samples(
             self.source,
             self.calibration,
             samples=samples,
-            length=self.sequence_length,
+            length=self._length(),
             seed=self.seed,
         )
+        return self._fitted(loaded)
 
     def draw(self, number: int = 0, samples: int | None = None) -> Samples:
         """Return a calibration draw, or its first few samples.
@@ -125,8 +162,8 @@ class Session:
         Raises:
             DataError: If the source cannot be used.
         """
-        length = self.sequence_length
-        return load_evaluation(self.source, source, length=length, samples=samples)
+        length = self._length()
+        return self._fitted(load_evaluation(self.source, source, length=length, samples=samples))
 
     @property
     def usual_samples(self) -> int:

@@ -3,6 +3,7 @@
 import psutil
 import pytest
 import torch
+import transformers
 
 from optimum_order import JointCompressor
 from optimum_order import session as module
@@ -10,6 +11,30 @@ from optimum_order.calibration import precision
 from optimum_order.engine.recipe import Recipe
 from optimum_order.errors import DataError, ModelError, OptimumOrderError, OrderError
 from optimum_order.order import Order
+
+T5 = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 64}
+BART = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "max_position_embeddings": 48,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+CLIP = {
+    "text_config": TOWER | {"vocab_size": 64, "max_position_embeddings": 40},
+    "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
+    "projection_dim": 16,
+}
 
 
 @pytest.fixture
@@ -48,7 +73,15 @@ class TestSettings:
         assert "\n" not in str(refusal.value)
 
     def test_windows_are_no_longer_than_the_model_has_positions(self, make_compressor):
-        assert make_compressor(sequence_length=1000).sequence_length == 128
+        assert make_compressor(sequence_length=None).sequence_length == 128
+        session = make_compressor(sequence_length=1000)
+        assert session.sequence_length == 128
+        message = (
+            r"reads at most 128 tokens at once, got a sequence length of 1000\. Ask for 128 or"
+        )
+        for ask in (session.draw, lambda: session.evaluation_samples("builtin")):
+            with pytest.raises(DataError, match=message):
+                ask()
 
     def test_an_embedded_model_has_embedded_calibration(self, make_compressor):
         assert JointCompressor.from_pretrained("tiny-resnet").calibration == "builtin"
@@ -62,6 +95,67 @@ class TestSettings:
         assert told.dtype == torch.bfloat16
         assert told.pause == "group"
         assert told.device is None, "the model is where it is"
+
+
+class TestModelsOfAllKinds:
+    """In memory, from token ids: each is calibrated, or refused before the work."""
+
+    SIZES = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+
+    def compressor(self, name, calibration=None, **settings):
+        model_class = getattr(transformers, name)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = model_class(model_class.config_class(**settings))
+        ids = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+        given = ids if calibration is None else calibration
+        return JointCompressor(model, calibration=given, sequence_length=16, device="cpu")
+
+    def test_a_classifier_without_a_pad_token_is_pruned_by_the_inputs_of_its_layers(self):
+        for pause in ("block", "group"):
+            pruned = []
+            for token in (None, 0):
+                compressor = self.compressor(
+                    "LlamaForSequenceClassification", **self.SIZES, pad_token_id=token
+                )
+                compressed = compressor.compress("wanda:0.5", pause=pause, progress=False)
+                pruned.append({name: state.pruned for name, state in compressed.layers.items()})
+            assert all(torch.equal(mask, pruned[1][name]) for name, mask in pruned[0].items())
+        fidelity = compressed.evaluate(compressor.calibration, metric="fidelity", progress=False)
+        assert fidelity.value > 0
+
+    def test_models_without_a_head_and_with_a_decoder(self):
+        for name, settings in (
+            ("T5Model", T5),
+            ("T5ForConditionalGeneration", T5),
+            ("BartModel", BART),
+            ("RobertaModel", self.SIZES | {"max_position_embeddings": 18}),
+        ):
+            compressed = self.compressor(name, **settings).compress("wanda:0.5", progress=False)
+            assert compressed.layers, name
+
+    def test_what_cannot_be_read_is_refused_before_a_layer_is_touched(self, monkeypatch):
+        monkeypatch.setattr("optimum_order.compressor.run", None)
+        ids = torch.full((4, 16), 70)
+        for name, settings, source, message in (
+            ("BertModel", self.SIZES, ids, "knows tokens 0 to 63, got token 70"),
+            ("LlamaForCausalLM", self.SIZES, ids, "knows tokens 0 to 63, got token 70"),
+            ("CLIPModel", CLIP, None, "takes input_ids, pixel_values"),
+            (
+                "RobertaModel",
+                self.SIZES | {"max_position_embeddings": 17},
+                None,
+                "at most 15 tokens at once, got a sequence length of 16",
+            ),
+        ):
+            with pytest.raises(DataError, match=message):
+                self.compressor(name, source, **settings).compress("wanda:0.5", progress=False)
 
 
 class TestDraws:

@@ -119,8 +119,8 @@ def calibration(parser: argparse.ArgumentParser) -> None:
         "--sequence-length",
         metavar="N",
         type=int,
-        default=512,
-        help="tokens in a window of text, in calibration and evaluation (default %(default)s)",
+        help="tokens in a window of text, in calibration and evaluation (default 512, or all that "
+        "the model can read at once)",
     )
     parser.add_argument(
         "--seed",

@@ -77,3 +77,8 @@ def load_evaluation(
 def reads_images(reader: Reader) -> bool:
     """Return whether a model's main input is an image."""
     return reader.main_input_name == "pixel_values"
+
+
+def reads_text(reader: Reader) -> bool:
+    """Return whether a model's main input is token ids."""
+    return reader.main_input_name == "input_ids"

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order.errors import DataError
+from optimum_order.models.rehearsal import stated_positions, table_positions
 
 Purpose = Literal["calibration", "evaluation"]
 """The use of a source: many sources have one part for calibration and another for evaluation."""
@@ -29,6 +31,9 @@ class Samples(ABC):
 
     A subclass gives its `tensors`; batches, digest and description follow from them.
     """
+
+    largest_batch: int | None = None
+    """The most samples that the model takes in one forward; None where any number will do."""
 
     source: str
     """The source as the user named it; only the last part of a local path."""
@@ -86,7 +91,12 @@ class Samples(ABC):
         return len(next(iter(self.tensors.values())))
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Yield `tensors` in slices of at most `batch_size` samples, in order."""
+        """Yield `tensors` in slices of at most `batch_size` samples, in order.
+
+        No slice is larger than `largest_batch`.
+        """
+        if self.largest_batch is not None:
+            batch_size = min(batch_size, self.largest_batch)
         for start in range(0, len(self), batch_size):
             stop = start + batch_size
             yield {name: tensor[start:stop] for name, tensor in self.tensors.items()}
@@ -112,6 +122,10 @@ class Windows(Samples):
             window; None if not known.
         dropped: Tokens of the text that are in no window.
         note: A remark for the user, or "".
+        largest_batch: The most windows that the model takes in one forward, or None.
+        decoder_start: The token that begins the input of a decoder, where the model has one beside
+            its encoder. The decoder then reads the window itself, one token later: as in training
+            to reproduce the window.
     """
 
     ids: Tensor
@@ -119,11 +133,17 @@ class Windows(Samples):
     bytes: int | None = None
     dropped: int = 0
     note: str = ""
+    largest_batch: int | None = None
+    decoder_start: int | None = None
     unit = "window"
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {"input_ids": self.ids}
+        if self.decoder_start is None:
+            return {"input_ids": self.ids}
+        begin = torch.full((len(self.ids), 1), self.decoder_start)
+        decoder = torch.cat([begin, self.ids[:, :-1]], dim=1)
+        return {"input_ids": self.ids, "decoder_input_ids": decoder}
 
     @property
     def batch_size(self) -> int:
@@ -143,21 +163,15 @@ class Windows(Samples):
     def check(self, model: PreTrainedModel) -> None:
         _check_input(model, "input_ids", f"{self.source}, which is text")
         name = type(model).__name__
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limits = filter(None, (stated_positions(model), table_positions(model)))
+        longest = min(limits, default=None)
         length = self.ids.shape[1]
         if longest is not None and length > longest:
             raise DataError(
                 f"{name} reads at most {longest} tokens at once, got windows of {length}. Use a "
                 f"sequence length of at most {longest}."
             )
-        embedding: Any = model.get_input_embeddings()
-        vocabulary = embedding.weight.shape[0]
-        largest = int(self.ids.max())
-        if largest >= vocabulary:
-            raise DataError(
-                f"{name} knows tokens 0 to {vocabulary - 1}, got token {largest} from "
-                f"{self.source}. Use the tokenizer that belongs to the model."
-            )
+        check_tokens(model, self.ids, self.source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +183,14 @@ class Images(Samples):
         source: The source as the user named it; only the folder name of a local path.
         labels: (samples,) int64 class numbers of the model, or None.
         note: A remark for the user, or "".
+        largest_batch: The most images that the model takes in one forward, or None.
     """
 
     pixels: Tensor
     source: str
     labels: Tensor | None = None
     note: str = ""
+    largest_batch: int | None = None
     unit = "image"
 
     @property
@@ -223,6 +239,31 @@ def placed(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Ten
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in batch.items()
     }
+
+
+def check_tokens(model: PreTrainedModel, ids: Tensor, source: str) -> None:
+    """Refuse tokens for which a model has no embedding.
+
+    Args:
+        model: The model, on any device.
+        ids: Token ids of any shape.
+        source: The name of the source of the ids.
+
+    Raises:
+        DataError: If an id is negative, or beyond the last row of the embedding.
+    """
+    try:
+        table: Any = model.get_input_embeddings()
+        vocabulary = table.weight.shape[0]
+    except (NotImplementedError, AttributeError):
+        return  # a model with several vocabularies, or with none
+    for token in (int(ids.max()), int(ids.min())):
+        if not 0 <= token < vocabulary:
+            raise DataError(
+                f"{type(model).__name__} knows tokens 0 to {vocabulary - 1}, got token {token} "
+                f"from {source}. Use the tokenizer that belongs to the model, or give the model "
+                "rows for all its tokens: model.resize_token_embeddings(len(tokenizer))."
+            )
 
 
 def _check_input(model: PreTrainedModel, name: str, samples: str) -> None:
