@@ -1,5 +1,6 @@
 """Joint model compression: prune and quantize a model, in the order that hurts the model least."""
 
+import warnings
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -71,10 +72,17 @@ _HOME = {
 }
 
 
-@when_imported("transformers.modeling_utils")
+@when_imported("transformers.quantizers.auto")
 def _register(_module: ModuleType) -> None:
-    """Have transformers load our own encoding, as soon as transformers can load anything."""
-    import_module("optimum_order.formats.transformers_hook")
+    """Have transformers load our own encodings, as soon as transformers knows about any."""
+    try:
+        import_module("optimum_order.models.quantizer")
+    except ImportError as error:  # nobody's `import transformers` fails because of this package
+        warnings.warn(
+            f"optimum_order cannot register its encodings with this transformers: {error}. Those "
+            "of its folders that need them do not load; upgrade transformers.",
+            stacklevel=2,
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -102,7 +102,8 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
-    """Name after `--format`, and the `quant_method` in config.json."""
+    """Name after `--format`, and the `quant_method` in config.json; or the `encoding` there, beside
+    the `quant_method` "optimum_order"."""
     summary: ClassVar[str]
     """One line for lists of formats."""
     container: ClassVar[str] = "safetensors"

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Codec, Config, Layers, Size, grid_of, outline
 from optimum_order.formats.layout import Layout
+from optimum_order.formats.names import Names
 from optimum_order.layers.grids.bitsandbytes import (
     BLOCKSIZES,
     NESTED_BLOCKSIZE,
@@ -88,9 +89,10 @@ class BitsAndBytes(Codec):
                 f"All layers must have one data type, these have {len(schemes)}: "
                 f"{', '.join(schemes)}."
             )
+        names = Names(layout.model)
         skipped = hf.modules_left_dense(layout.model, self._skip(layout, layers))
         for name in layers.states:
-            if hf.is_left_dense(name, skipped):
+            if any(hf.is_left_dense(spelling, skipped) for spelling in names.spellings(name)):
                 return (
                     f"transformers would load layer '{name}' dense: it cannot be told apart from "
                     "those left alone."
@@ -252,12 +254,16 @@ class BitsAndBytes(Codec):
 
     @staticmethod
     def _skip(layout: Layout, layers: Layers) -> list[str]:
-        """Return the modules that transformers would replace if it were not told to skip them."""
-        return [
-            name
-            for name, module in layout.model.named_modules()
-            if isinstance(module, (nn.Linear, hf.Conv1D)) and name not in layers.states
-        ]
+        """Return the modules that transformers would replace if it were not told to skip them.
+
+        They are named as without a head: transformers compares the ends of names.
+        """
+        names = Names(layout.model)
+        skip: list[str] = []
+        for name, module in layout.model.named_modules():
+            if isinstance(module, (nn.Linear, hf.Conv1D)) and name not in layers.states:
+                skip += [names.inner(name)] if names.is_unique(name) else names.spellings(name)
+        return skip
 
 
 def _facts(state: Tensor) -> dict[str, Any]:

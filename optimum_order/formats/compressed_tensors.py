@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Codec, Config, Layers, Size, grid_of
 from optimum_order.formats.layout import Layout
+from optimum_order.formats.names import Names, ends_with, suffix_of, suffix_pattern
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
@@ -141,6 +142,7 @@ class CompressedTensors(Codec):
         return LayerState(grid.dequantize(codes), grid=grid)
 
     def quantization_config(self, layout: Layout, layers: Layers) -> Config | None:
+        names_of = Names(layout.model)
         by_scheme = _groups(layers)
         groups = {}
         for index, ((bits, size), names) in enumerate(by_scheme.items()):
@@ -151,12 +153,14 @@ class CompressedTensors(Codec):
                 strategy="channel" if size == -1 else "group",
                 group_size=None if size == -1 else size,
             )
-            targets = dict.fromkeys(
-                _EXPERTS if layers.targets[name].kind == "expert" else name for name in names
-            )
+            # One group is written the way everybody writes it; engines match several by name.
+            targets: list[str] = ["Linear"]
+            if len(by_scheme) > 1:
+                kinds = {name: layers.targets[name].kind for name in names}
+                targets = [_EXPERTS] if "expert" in kinds.values() else []
+                targets += _targets([n for n in names if kinds[n] != "expert"], names_of)
             groups[f"group_{index}"] = QuantizationScheme(
-                # One group is written the way everybody writes it; engines match several by name.
-                targets=["Linear"] if len(by_scheme) == 1 else list(targets),
+                targets=targets,
                 weights=weights,
                 format="pack-quantized",
             )
@@ -167,9 +171,15 @@ class CompressedTensors(Codec):
             config_groups=groups,
             format="pack-quantized",
             quantization_status="compressed",
-            ignore=[name for name in linear if name not in layers.states],
+            ignore=_targets([name for name in linear if name not in layers.states], names_of),
         )
-        return {"version": __version__, **config.model_dump(mode="json")}
+        entry: Config = {"version": __version__, **config.model_dump(mode="json")}
+        if len(by_scheme) == 1:
+            # transformers then decodes every layer while it loads, in place of at the first
+            # forward. Whoever looks for a `.weight` finds one: PEFT, new heads, and modules that
+            # multiply by it. It would decode several schemes by the first alone.
+            entry["dequantize"] = True
+        return entry
 
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         try:
@@ -184,10 +194,11 @@ class CompressedTensors(Codec):
         names = list(names)
         named = [
             group
+            for matches in _MATCHES
             for group in groups
-            if any(_matches(target, name) for target in group.targets for name in names)
+            if any(matches(target, name) for target in group.targets for name in names)
         ]
-        group = next(iter(named or [group for group in groups if "Linear" in group.targets]), None)
+        group = next(iter(named), None)
         if group is None or group.weights is None:
             raise ArtifactError("quantization_config has no config group for it")
         weights = group.weights
@@ -225,6 +236,46 @@ def _groups(layers: Layers) -> dict[tuple[int, int], list[str]]:
     return groups
 
 
-def _matches(target: str, name: str) -> bool:
-    # Never any other pattern: a file could hold one that takes forever to match.
-    return target == name or (target == _EXPERTS and re.match(_EXPERTS[3:], name) is not None)
+def _targets(names: Iterable[str], names_of: Names) -> list[str]:
+    """Return what engines know these layers by, with their head and without.
+
+    Args:
+        names: Names of the layers.
+        names_of: Names of the model.
+    """
+    targets: list[str] = []
+    for name in names:
+        inner = names_of.inner(name)
+        # A pattern that contains the word would be taken for the one of fused experts; and a layer
+        # outside the base model has one name.
+        if "experts" in name or not names_of.is_unique(name):
+            targets += names_of.spellings(name)
+        elif "." not in inner and inner == name:
+            targets.append(name)
+        else:
+            targets.append(f"re:{suffix_pattern(inner)}")
+    return targets
+
+
+# Never any other pattern than ours: a file could hold one that takes forever to match.
+
+
+def _is_name(target: str, name: str) -> bool:
+    return target == name
+
+
+def _is_suffix(target: str, name: str) -> bool:
+    suffix = suffix_of(target.removeprefix("re:")) if target.startswith("re:") else None
+    return suffix is not None and ends_with(name, suffix)
+
+
+def _is_expert(target: str, name: str) -> bool:
+    return target == _EXPERTS and re.match(_EXPERTS[3:], name) is not None
+
+
+def _is_class(target: str, name: str) -> bool:
+    return target == "Linear"
+
+
+_MATCHES = (_is_name, _is_suffix, _is_expert, _is_class)
+"""Whether a target means a layer; the first kind that does wins, as it does in the library."""

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Codec, Config, Layers, Size, grid_of
 from optimum_order.formats.layout import Layout
+from optimum_order.formats.names import Names, ends_with, suffix_of, suffix_pattern
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
@@ -225,10 +226,11 @@ class GPTQ(Codec):
             "desc_act": False,
             "sym": symmetric,
         }
+        names = Names(layout.model)
         dense = [name for name in _linear(layout.model) if name not in schemes]
-        dynamic: dict[str, dict[str, int]] = {f"-:{_pattern(name)}": {} for name in dense}
+        dynamic: dict[str, dict[str, int]] = {f"-:{_pattern(name, names)}": {} for name in dense}
         dynamic |= {
-            f"+:{_pattern(name)}": {"bits": other[0], "group_size": other[1]}
+            f"+:{_pattern(name, names)}": {"bits": other[0], "group_size": other[1]}
             for name, other in schemes.items()
             if other != (bits, size)
         }
@@ -236,7 +238,9 @@ class GPTQ(Codec):
             entry["dynamic"] = dynamic
         if dense:
             # transformers does not know `dynamic`, and would put zeros where it expects codes.
-            entry["modules_in_block_to_quantize"] = [list(schemes)]
+            # It compares the ends of names.
+            inner = [names.inner(name) if names.is_unique(name) else name for name in schemes]
+            entry["modules_in_block_to_quantize"] = [inner]
         return entry
 
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -257,16 +261,17 @@ class GPTQ(Codec):
                 f"sym={str(symmetric).lower()}, got {str(entry['checkpoint_format'])[:300]!r}"
             )
         dynamic = entry.get("dynamic", {})
-        if not isinstance(dynamic, dict) or not all(_is_literal(pattern) for pattern in dynamic):
-            # Never match a pattern: a file could hold one that takes forever, or means something
-            # else to a reader.
-            raise ArtifactError("'dynamic' must name single layers, as '+:^name$' or '-:^name$'")
-        patterns = [_pattern(name) for name in names]
-        if any(f"-:{pattern}" in dynamic for pattern in patterns):
-            raise ArtifactError("'dynamic' says that it is not quantized")
-        override: Any = next(
-            (dynamic[f"+:{pattern}"] for pattern in patterns if f"+:{pattern}" in dynamic), {}
-        )
+        if not isinstance(dynamic, dict):
+            raise ArtifactError("'dynamic' must be a JSON object")
+        names = list(names)
+        override: Any = {}
+        for pattern, change in dynamic.items():
+            if not _means_one_of(pattern, names):
+                continue
+            if pattern.startswith("-:"):
+                raise ArtifactError("'dynamic' says that it is not quantized")
+            override = change
+            break
         if not isinstance(override, dict) or not set(override) <= {"bits", "group_size"}:
             raise ArtifactError("'dynamic' may change its bits and group_size, nothing else")
         scheme = {key: override.get(key, entry[key]) for key in ("bits", "group_size")}
@@ -342,14 +347,34 @@ def _linear(model: nn.Module) -> list[str]:
     ]
 
 
-def _pattern(name: str) -> str:
-    """Return the regular expression that means this layer alone.
+def _pattern(name: str, names: Names) -> str:
+    """Return the regular expression that means this layer alone, under any head if possible.
 
     Readers match `dynamic` against full names.
     """
+    if names.is_unique(name):
+        return f"^{suffix_pattern(names.inner(name))}"
     return f"^{re.escape(name)}$"
 
 
-def _is_literal(pattern: str) -> bool:
-    name = re.sub(r"\\(.)", r"\1", pattern[3:-1])
-    return pattern in (f"+:{_pattern(name)}", f"-:{_pattern(name)}")
+def _means_one_of(pattern: str, names: Iterable[str]) -> bool:
+    """Return whether a key of `dynamic` means a layer of one of these names.
+
+    A pattern is never run: a file could hold one that takes forever, or means something else to a
+    reader.
+
+    Args:
+        pattern: The key, which nobody has checked.
+        names: The names of one layer.
+
+    Raises:
+        ArtifactError: If it is not a pattern of one layer as `_pattern` writes them.
+    """
+    body = pattern[3:]
+    suffix = suffix_of(body)
+    if suffix is not None and pattern[:3] in ("+:^", "-:^"):
+        return any(ends_with(name, suffix) for name in names)
+    name = re.sub(r"\\(.)", r"\1", body[:-1])
+    if pattern not in (f"+:^{re.escape(name)}$", f"-:^{re.escape(name)}$"):
+        raise ArtifactError("'dynamic' must name single layers, as '+:^name$' or '-:^name$'")
+    return name in names

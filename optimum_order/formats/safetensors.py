@@ -28,6 +28,7 @@ from optimum_order.formats.base import Codec, Container, Contents, Layers, Writt
 from optimum_order.formats.layout import Piece, as_matrix, blocks
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
+from optimum_order.models.quantizer import encoding
 
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8")
 """Allowed dtypes of a layer's tensors, as safetensors names them: torch cannot use all others."""
@@ -306,7 +307,7 @@ class _Checkpoint:
         entry = self.config.get("quantization_config")
         name = "dense" if entry is None else None
         if isinstance(entry, dict):
-            name = entry.get("quant_method")
+            name = encoding(entry)
         if not isinstance(name, str) or name not in available():
             raise ArtifactError(
                 f"{folder / _CONFIG} names the quantization {name!r}, which is none of "

@@ -39,6 +39,7 @@ from optimum_order.formats.base import Codec, Config, Layers, Size
 from optimum_order.formats.layout import Layout, Piece
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState, integers
+from optimum_order.models.quantizer import METHOD
 from optimum_order.models.units import Target
 
 _Bytes = NDArray[np.uint8]
@@ -231,7 +232,7 @@ class Sparse(Codec):
         return LayerState(parts.decode(pruned), pruned=pruned, grid=parts.grid)
 
     def quantization_config(self, layout: Layout, layers: Layers) -> Config | None:
-        return {"quant_method": self.name}
+        return {"quant_method": METHOD, "encoding": self.name}
 
 
 def decode_weight(payload: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 `tests/models/test_hf.py` has a test of each name, and says in which version of transformers the
 behavior was seen. When a new version breaks this package, that file says which name needs work.
 
-`transformers.modeling_utils` is imported inside functions only: its import runs our hook for
-loading sparse checkpoints, which needs this module whole.
+`transformers.modeling_utils` and `transformers.quantizers` are imported inside functions only: the
+import of the second, which the first runs too, calls our hook, which needs this module whole.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import hub
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -40,6 +37,7 @@ from optimum_order.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.quantizers.base import HfQuantizer
 
 __all__ = [
     "CheckpointNames",
@@ -56,8 +54,7 @@ __all__ = [
     "is_left_dense",
     "load_without_values",
     "modules_left_dense",
-    "register_quantization_config",
-    "register_quantizer",
+    "register_quantization",
     "remember_conversions",
     "replaced_on_load",
     "sorted_keys",
@@ -65,6 +62,7 @@ __all__ = [
     "tensors_to_save",
     "ties",
     "to_checkpoint",
+    "translate_quantization",
     "weight_loader",
 ]
 
@@ -362,6 +360,72 @@ def remember_conversions(model: PreTrainedModel, conversions: Sequence[Any]) -> 
 # Quantizers
 
 
+def __getattr__(name: str) -> Any:
+    """Return `HfQuantizer`, imported when it is asked for."""
+    if name != "HfQuantizer":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    from transformers.quantizers.base import HfQuantizer
+
+    return HfQuantizer
+
+
+def register_quantization(
+    method: str, config: type[QuantizationConfigMixin], quantizer: type[HfQuantizer]
+) -> None:
+    """Have transformers load a quantization method, unless somebody else has registered it.
+
+    Args:
+        method: The `quant_method` in config.json.
+        config: The class of its `quantization_config`.
+        quantizer: The class that loads it.
+    """
+    from transformers.quantizers import auto
+
+    if method in auto.AUTO_QUANTIZATION_CONFIG_MAPPING or method in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(method)(config)
+    auto.register_quantizer(method)(quantizer)
+
+
+def translate_quantization(
+    method: str, translate: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> None:
+    """Have transformers read a `quantization_config` as another while nobody owns its method.
+
+    Args:
+        method: The `quant_method`.
+        translate: Return the `quantization_config` to read in place of one; or that one itself.
+    """
+    from transformers.quantizers import auto
+
+    places: list[tuple[Any, str]] = [
+        (auto.AutoQuantizationConfig, "from_dict"),
+        (auto.AutoHfQuantizer, "supports_quant_method"),
+    ]
+    for owner, function in places:
+        original = getattr(owner, function)
+        if getattr(original, "translates", None) != method:  # else this package is imported again
+            setattr(owner, function, staticmethod(_translating(original, method, translate)))
+
+
+def _translating(
+    original: Callable[..., Any],
+    method: str,
+    translate: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> Callable[..., Any]:
+    """Return a function of a `quantization_config` that translates it first."""
+    from transformers.quantizers import auto
+
+    @functools.wraps(original)
+    def function(quantization_config_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+            quantization_config_dict = translate(quantization_config_dict)
+        return original(quantization_config_dict, *args, **kwargs)
+
+    function.translates = method  # type: ignore[attr-defined]
+    return function
+
+
 def replaced_on_load(model: nn.Module, method: str) -> str | None:
     """Name the first module that transformers swaps for one of another layout on loading a format.
 
@@ -372,6 +436,8 @@ def replaced_on_load(model: nn.Module, method: str) -> str | None:
     Returns:
         The name and class of the module, or None if transformers swaps none.
     """
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
     for name, module in model.named_modules():
         patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
         if patch is not None and method in cast("list[str]", patch["quantization_methods"]):
@@ -389,6 +455,8 @@ def modules_left_dense(model: PreTrainedModel, skip: list[str]) -> list[str]:
     Returns:
         Those patterns, and those of modules that the architecture keeps in float32.
     """
+    from transformers.quantizers.base import HfQuantizer
+
     in_float32 = cast("list[str] | None", model._keep_in_fp32_modules)
     patterns = HfQuantizer.get_modules_to_not_convert(model, skip, in_float32)
     return cast("list[str]", patterns)
@@ -401,4 +469,6 @@ def is_left_dense(name: str, patterns: list[str]) -> bool:
         name: The name of the module.
         patterns: From `modules_left_dense`.
     """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     return not should_convert_module(name, patterns)

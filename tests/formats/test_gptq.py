@@ -271,10 +271,15 @@ def test_other_widths_and_dense_layers_are_named_one_by_one(compressed):
     config, states = config_of(compressed(llama(), "rtn(bits=4, group_size=64)", None, special))
     entry = config["quantization_config"]
     assert entry["dynamic"] == {
-        r"+:^model\.layers\.1\.mlp\.up_proj$": {"bits": 8, "group_size": 16},
-        **{rf"-:^model\.layers\.{i}\.self_attn\.{name}_proj$": {} for i in (0, 1) for name in "vo"},
+        r"+:^(?:.*\.)?layers\.1\.mlp\.up_proj$": {"bits": 8, "group_size": 16},
+        **{
+            rf"-:^(?:.*\.)?layers\.{i}\.self_attn\.{name}_proj$": {}
+            for i in (0, 1)
+            for name in "vo"
+        },
     }
-    assert entry["modules_in_block_to_quantize"] == [list(states)]
+    inner = [name.removeprefix("model.") for name in states]
+    assert entry["modules_in_block_to_quantize"] == [inner]
     for name, state in states.items():
         scheme = CODEC.scheme_in(config, [name])
         assert (scheme["bits"], scheme["sym"]) == (state.grid.bits, True)

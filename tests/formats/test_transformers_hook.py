@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import optimum_order
 from optimum_order import formats
+from optimum_order.errors import ArtifactError
+from optimum_order.formats import transformers_hook
 from optimum_order.formats.layout import Layout
-from optimum_order.formats.transformers_hook import METHOD, SparseConfig, SparseQuantizer
+from optimum_order.formats.transformers_hook import METHOD
+from optimum_order.models.quantizer import OwnConfig, OwnQuantizer
 from optimum_order.testing import same_bits
 
 ORDER = "magnitude:0.5 > rtn:4"
@@ -156,13 +159,13 @@ def test_a_damaged_layer_does_not_load(make_model, save, tmp_path, damage):
 def test_nothing_is_compressed_while_it_loads(saved, tmp_path):
     saved[0].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
-        load(tmp_path, quantization_config=SparseConfig())
+        load(tmp_path, quantization_config=OwnConfig())
 
 
 def test_a_transformers_that_is_too_old_is_named(monkeypatch):
     monkeypatch.delattr(transformers.quantizers.base.HfQuantizer, "get_new_dtype")
     with pytest.raises(ImportError, match=r"needs transformers 5\.21 or newer to load, got"):
-        SparseQuantizer(SparseConfig()).validate_environment()
+        OwnQuantizer(OwnConfig()).validate_environment()
 
 
 WITHOUT = """
@@ -205,6 +208,11 @@ def test_the_package_may_be_imported_again(saved):
     assert same(load(saved[1]), saved[0])
 
 
-def test_the_config_says_no_more_than_the_method(saved):
+def test_the_config_says_no_more_than_the_method_and_the_encoding(saved):
     config = json.loads((saved[1] / "config.json").read_text())
-    assert config["quantization_config"] == {"quant_method": METHOD}
+    assert config["quantization_config"] == {"quant_method": METHOD, "encoding": "sparse"}
+
+
+def test_an_encoding_that_is_not_known_is_named():
+    with pytest.raises(ArtifactError, match="Unknown encoding 'spares'. Did you mean 'sparse'"):
+        transformers_hook.decode("spares", torch.zeros(28, dtype=torch.uint8))

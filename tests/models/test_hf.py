@@ -363,13 +363,12 @@ def test_modules_left_dense_are_those_that_a_quantizer_leaves_dense(make_model, 
 
 
 def test_a_quantizer_of_our_own_is_used_to_load(make_model, tmp_path):
-    """`register_quantizer`, and the hooks of `HfQuantizer` that loading calls.
+    """`register_quantization`, and the hooks of `HfQuantizer` that loading calls.
 
     Seen in transformers 5.24.0.
     """
     called = []
 
-    @hf.register_quantization_config("test-hf")
     class Config(hf.QuantizationConfigMixin):
         dequantize = True
 
@@ -382,7 +381,6 @@ def test_a_quantizer_of_our_own_is_used_to_load(make_model, tmp_path):
             assert isinstance(model, transformers.LlamaForCausalLM)
             return {key: [-tensor for tensor in tensors] for key, tensors in input_dict.items()}
 
-    @hf.register_quantizer("test-hf")
     class Quantizer(hf.HfQuantizer):
         requires_calibration = True
         is_trainable = True
@@ -407,6 +405,8 @@ def test_a_quantizer_of_our_own_is_used_to_load(make_model, tmp_path):
             called.append("_process_model_after_weight_loading")
             return model
 
+    hf.register_quantization("test-hf", Config, Quantizer)
+    hf.register_quantization("test-hf", Config, hf.HfQuantizer)  # the first is its owner
     model = make_model("llama")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -419,21 +419,47 @@ def test_a_quantizer_of_our_own_is_used_to_load(make_model, tmp_path):
     assert not hasattr(loaded.config, "quantization_config")
 
 
+def test_a_quantization_is_read_as_another_while_nobody_owns_its_method(monkeypatch):
+    """`AutoQuantizationConfig.from_dict` and `AutoHfQuantizer.supports_quant_method`.
+
+    Seen in transformers 5.24.0.
+    """
+    from transformers.quantizers import auto
+
+    for owner, name in [
+        (auto.AutoQuantizationConfig, "from_dict"),
+        (auto.AutoHfQuantizer, "supports_quant_method"),
+    ]:
+        monkeypatch.setattr(owner, name, staticmethod(getattr(owner, name)))
+    for _ in range(2):
+        hf.translate_quantization("test-old", lambda entry: {"quant_method": "optimum_order"})
+    read = auto.AutoQuantizationConfig.from_dict
+    assert read({"quant_method": "test-old"}).quant_method == "optimum_order"
+    assert auto.AutoHfQuantizer.supports_quant_method({"quant_method": "test-old"})
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "test-old", transformers.AwqConfig)
+    assert isinstance(read({"quant_method": "test-old"}), transformers.AwqConfig)
+
+
 def test_this_module_and_our_hook_can_be_imported_in_any_order():
-    """What `hf` imports does not import `transformers.modeling_utils`.
+    """What `hf` imports does not import `transformers.quantizers`.
 
     Seen in transformers 5.24.0.
     """
     code = """
 import sys
 import optimum_order.models.hf
+assert "transformers.quantizers" not in sys.modules
+assert "optimum_order.models.quantizer" not in sys.modules
+from transformers.quantizers import auto
+assert "optimum_order.models.quantizer" in sys.modules
 assert "transformers.modeling_utils" not in sys.modules
-assert "optimum_order.formats.transformers_hook" not in sys.modules
+assert "optimum_order" in auto.AUTO_QUANTIZER_MAPPING
 from transformers import PreTrainedModel
-assert "optimum_order.formats.transformers_hook" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-    first = "from transformers import AutoModelForCausalLM\nimport optimum_order.models.hf"
+    first = "from transformers import AutoModelForCausalLM\nimport optimum_order.models.quantizer"
+    direct = "import optimum_order.models.quantizer\nfrom transformers import PreTrainedModel"
+    subprocess.run([sys.executable, "-c", direct], check=True)
     subprocess.run([sys.executable, "-c", f"import optimum_order\n{first}"], check=True)
     subprocess.run([sys.executable, "-c", first], check=True)
 
