@@ -25,6 +25,7 @@ from optimum_order.errors import ModelError
 from optimum_order.evaluation import Measurement
 from optimum_order.layers.state import LayerState
 from optimum_order.models.memory import giving_memory_back
+from optimum_order.models.source import bytes_of
 from optimum_order.models.units import Target
 from optimum_order.search.plan import Plan
 
@@ -294,7 +295,7 @@ class CompressedModel:
         total = sum(math.prod(layer["shape"]) for layer in layers.values())
         plan = {} if provenance.plan is None else {"plan": provenance.plan.as_dict()}
         tensors = session.source.unloaded
-        unloaded = {"tensors": len(tensors), "bytes": tensors.bytes}
+        unloaded = {"tensors": len(tensors), "bytes": bytes_of(tensors)}
         idle = sum(any(IDLE in note for note in layer["notes"]) for layer in layers.values())
         return {
             "schema": manifest.SCHEMA,
@@ -304,6 +305,7 @@ class CompressedModel:
             "schedule": self.schedule,
             "pause": provenance.pause,
             **plan,
+            **({"continues": session.source.continues} if session.source.continues else {}),
             "calibration": provenance.calibration,
             "sequence_length": session.sequence_length,
             "seed": session.seed,

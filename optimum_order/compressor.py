@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from optimum_order import estimate
+from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.engine import workdir
 from optimum_order.engine.recipe import Recipe, canonical
-from optimum_order.engine.run import Subject, run
+from optimum_order.engine.run import Result, Subject, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Measurement
 from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
-from optimum_order.models.source import Checkpoint
+from optimum_order.models.source import Checkpoint, bytes_of
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
@@ -69,7 +70,7 @@ class JointCompressor(Session):
         Raises:
             ModelError: If there is no such model, or it cannot be compressed.
         """
-        checkpoint = Checkpoint(
+        checkpoint = open_checkpoint(
             model, revision=revision, token=token, dtype=dtype, trust_remote_code=trust_remote_code
         )
         return cls(checkpoint, **settings)
@@ -161,7 +162,8 @@ class JointCompressor(Session):
                 streamed = Streamed(weights, units, work, activation_limit)
                 execution = dataclasses.replace(execution, residency=streamed)
             subject = Subject(model, units, batches, self.source.load)
-            result = run(subject, recipe, execution, work=work)
+            start = Result.of(units, self.source.states) if self.source.states else None
+            result = run(subject, recipe, execution, start=start, work=work)
             if weights is not None:
                 targets = {target.name: target for unit in units for target in unit.targets}
                 tensors = weights.overlaid(targets, result.states)
@@ -242,7 +244,7 @@ class JointCompressor(Session):
             result,
             before=self.source.bytes,
             loading=result.loading + drawing,
-            steps=tuple(step.carrying(self.source.unloaded.bytes) for step in result.steps),
+            steps=tuple(step.carrying(bytes_of(self.source.unloaded)) for step in result.steps),
         )
 
     def evaluate(

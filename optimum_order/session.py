@@ -93,8 +93,8 @@ class Session:
         self.device = _device(device)
         self.calibration_dtype = calibration_dtype
         precision.choose(calibration_dtype, torch.float32, self.device)  # an error now, if unknown
-        self.targets = list(targets) if targets else None
-        self.ignore = list(ignore) if ignore else None
+        self.targets = list(targets) if targets else self.source.targets
+        self.ignore = list(ignore) if ignore else self.source.ignore
         self.measured: dict[tuple[str, str], Measurement] = {}
         """The model before compression, by metric and digest of the samples."""
         self._draws = Draws(self._load, calibration_samples)
@@ -260,6 +260,7 @@ class Session:
             model: The model.
             tensors: Its state dict.
         """
+        continues = self.source.continues
         return {
             "id": self.source.id,
             "revision": self.source.commit or self.source.revision,
@@ -267,6 +268,7 @@ class Session:
             "dtype": str(model.dtype).removeprefix("torch."),
             "digest": weights_digest(tensors),
             **({"remote_code": True} if getattr(model.config, "auto_map", None) else {}),
+            **({"continues": continues["digest"]} if continues else {}),
         }
 
     def fingerprint(

@@ -44,12 +44,13 @@ def classifiers():
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """A list that grows with each forward of a Llama."""
+    """A list that grows with each forward of a Llama that has weights."""
     calls = []
     forward = LlamaForCausalLM.forward
 
     def counting(self, *args, **kwargs):
-        calls.append(1)
+        if self.device.type != "meta":
+            calls.append(1)
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", counting)
@@ -195,10 +196,12 @@ class TestPause:
         forward = LlamaDecoderLayer.forward
 
         def counting(self, *args, **kwargs):
-            calls.append(1)
+            if self.mlp.up_proj.weight.device.type != "meta":
+                calls.append(1)
             return forward(self, *args, **kwargs)
 
         monkeypatch.setattr(LlamaDecoderLayer, "forward", counting)
+        monkeypatch.setattr("optimum_order.compressor.check_forward", lambda *_: None)
         for pause, expected in (("block", 3), ("group", 2)):
             calls.clear()
             compressor.compress("gptq:4", pause=pause, progress=False)
@@ -262,8 +265,9 @@ class TestRefusals:
 
     def test_of_a_compressed_model_say_so(self, compressor, tmp_path):
         compressor.compress("rtn:4", progress=False).save_pretrained(tmp_path / "out")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         with pytest.raises(ModelError, match="already quantized"):
-            JointCompressor.from_pretrained(tmp_path / "out")
+            JointCompressor(model)
 
 
 class TestEvaluate:

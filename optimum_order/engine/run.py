@@ -14,7 +14,7 @@ from optimum_order.engine.passes import Passes
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.streamed import refuse_infinite
 from optimum_order.engine.workdir import WorkDir
-from optimum_order.errors import OutputError
+from optimum_order.errors import ModelError, OutputError
 from optimum_order.layers.packed import States
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.models.units import Unit
@@ -58,12 +58,28 @@ class Result:
         return Order(self.stages)
 
     @classmethod
-    def of(cls, units: Sequence[Unit]) -> Result:
-        """Return the layers as they are in the model, before any stage."""
-        states = {
-            target.name: LayerState(target.read()) for unit in units for target in unit.targets
+    def of(cls, units: Sequence[Unit], states: Mapping[str, LayerState] | None = None) -> Result:
+        """Return the layers as they are in the model, before any stage.
+
+        Args:
+            units: The blocks of the model.
+            states: The layers that are compressed already, if any.
+
+        Raises:
+            ModelError: If one of these is no layer of the blocks.
+        """
+        targets = {target.name: target for unit in units for target in unit.targets}
+        before = states or {}
+        if others := set(before) - set(targets):
+            raise ModelError(
+                f"Layer '{min(others)}' is compressed already, and targets or ignore leave it "
+                "out. Leave these out, and say of each stage what it is for, as in "
+                "gptq(bits=4, targets=*.mlp.*)."
+            )
+        start = {
+            name: before.get(name) or LayerState(target.read()) for name, target in targets.items()
         }
-        return cls(states, {name: [] for name in states})
+        return cls(start, {name: [] for name in start})
 
     def write(self, units: Sequence[Unit]) -> None:
         """Put the layers' weights into the model."""

@@ -154,7 +154,7 @@ class Runner:
         self.dtype = execution.matmul_dtype(self.model)
         self.execution = replace(execution, device=None, dtype=self.dtype)
         self.units = find_units(self.model, targets, ignore)
-        self.original = Result.of(self.units)
+        self.original = Result.of(self.units, source.states)
         self._batches = batches
         self._drawn: tuple[int, Batches] | None = None
 

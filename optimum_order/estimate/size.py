@@ -58,7 +58,7 @@ def empty(source: Checkpoint | InMemory) -> PreTrainedModel:
         with torch.device("meta"):
             model = source.auto.from_config(source.config, trust_remote_code=trusted).eval()
         return model
-    model = source.load_empty().model.to("meta")  # type: ignore[arg-type]
+    model = source.skeleton().to("meta")  # type: ignore[arg-type]
     return model
 
 

@@ -258,11 +258,6 @@ class Unloaded(Mapping[str, Tensor]):
                 f"The weight '{key}' cannot be read: {error}. Get the checkpoint again."
             ) from error
 
-    @property
-    def bytes(self) -> int:
-        """The bytes of all of them; no value is read."""
-        return sum(_empty(self._files[key], key).nbytes for key in self)
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

@@ -96,7 +96,7 @@ def outline(source: Checkpoint | InMemory) -> PreTrainedModel | None:
         model = copy.deepcopy(source.model, memo)
         return model
     try:
-        model = source.load_empty().model
+        model = source.skeleton()
     except OptimumOrderError:
         # the error is raised again, or does not arise, where weights are loaded
         return None

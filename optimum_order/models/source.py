@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, chainable, redacted
 from optimum_order.files import digest, weight_bytes
-from optimum_order.layers.state import tensor_bytes
+from optimum_order.layers.state import LayerState, tensor_bytes
 from optimum_order.models import hf
 from optimum_order.models.documents import documents
 from optimum_order.models.lazy import Unloaded, Weights, planned
 
+_ADAPTER = "adapter_config.json"
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 EMBEDDED = ("tiny-llama", "tiny-resnet", "tiny-vit")
 """Models that ship inside the package and can be named like a Hub id."""
@@ -112,7 +113,12 @@ class Checkpoint:
             "token": token,
             "trust_remote_code": trust_remote_code,
         }
+        self._refuse_adapter()
         self.commit: str | None = None
+        self.continues: dict[str, Any] | None = None
+        """What the manifest of a compressed model says of the runs that made it."""
+        self.targets: list[str] | None = None
+        self.ignore: list[str] | None = None
         try:
             if not Path(self._path).is_dir():  # a branch may move between two loads
                 file: Any = hf.cached_file(
@@ -125,9 +131,37 @@ class Checkpoint:
             raise ModelError(
                 f"Cannot read the model '{name}': {_first_line(error, token)}"
             ) from chainable(error, token)
-        refuse_quantized(self.config, self.id)
+        self.check_dense()
         self.auto = auto_class(self.config)
         self.processor = load_processor(self._path, self._hub)
+
+    def _refuse_adapter(self) -> None:
+        """Refuse a folder or a repository with an adapter, of which half would be compressed.
+
+        Raises:
+            ModelError: If there is one.
+        """
+        revision, token = self._hub["revision"], self._hub["token"]
+        try:
+            adapter = hf.cached_file(
+                self._path, _ADAPTER, revision=revision, token=token, required=False
+            )
+        except (OSError, ValueError):
+            return  # reading the model says what is wrong
+        if adapter:
+            raise ModelError(
+                f"'{self.id}' holds an adapter ({_ADAPTER}), whose weights belong to layers of "
+                "another model. Merge both first: peft.AutoPeftModel.from_pretrained(...)"
+                ".merge_and_unload().save_pretrained(FOLDER), and compress FOLDER."
+            )
+
+    def check_dense(self) -> None:
+        """Check that the weights of the model are no codes.
+
+        Raises:
+            ModelError: If they are.
+        """
+        refuse_quantized(self.config, self.id)
 
     def load(self) -> PreTrainedModel:
         """Return the model, fresh from the checkpoint, in evaluation mode on the CPU.
@@ -151,8 +185,21 @@ class Checkpoint:
             model = self._from_pretrained()
         return Weights(model, plan, device)
 
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model without weights, its parameters on the meta device.
+
+        Raises:
+            ModelError: As in `load_empty`.
+        """
+        return self.load_empty().model
+
+    @property
+    def states(self) -> Mapping[str, LayerState]:
+        """The layers that are compressed already, by name: none."""
+        return {}
+
     @functools.cached_property
-    def unloaded(self) -> Unloaded:
+    def unloaded(self) -> Mapping[str, Tensor]:
         """The stored tensors that the model does not load, such as heads for other tasks.
 
         Raises:
@@ -237,7 +284,11 @@ class InMemory:
     revision: str | None = None
     commit: str | None = None
     embedded: bool = False
-    unloaded: ClassVar[Unloaded] = Unloaded({})
+    unloaded: ClassVar[Mapping[str, Tensor]] = {}
+    states: ClassVar[Mapping[str, LayerState]] = {}
+    continues: ClassVar[None] = None
+    targets: ClassVar[None] = None
+    ignore: ClassVar[None] = None
     documents: ClassVar[Mapping[str, Path]] = {}
     """A model in memory is all there is."""
 
@@ -326,6 +377,11 @@ def weights_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
             yield tensor_bytes(tensor)
 
     return digest(parts())
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the bytes of tensors, of which one at a time is read."""
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

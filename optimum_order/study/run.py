@@ -212,9 +212,8 @@ class Study:
         """Measure the model as it is now."""
         wall = time.perf_counter()
         cpu = time.process_time()
-        measurement = self.metric.measure(
-            self.runner.model, self.samples, batch_size=self.samples.batch_size, progress=False
-        )
+        batch_size = self.samples.batch_size
+        measurement = self.runner.measure(self.metric, self.samples, batch_size=batch_size)
         return {
             "value": measurement.value,
             "performance": measurement.performance,

@@ -481,8 +481,10 @@ def test_a_model_on_the_hub_is_compressed_and_pushed(hub, tiny_llama_folder):
     }
     data = ModelCard(hub.server.files("me/small")["README.md"].decode()).data
     assert (data["base_model"], data["base_model_relation"]) == ("me/base", "quantized")
-    again = hub.fail("compress", "me/small", "rtn:4")
-    assert again["error"] == "ModelError" and "already quantized" in again["message"]
+    again = hub.call("compress", "me/small", "magnitude:0.5", push_to="me/smaller")["manifest"]
+    assert again["base_model"]["id"] == "me/small"
+    assert again["continues"]["digest"] == stated["digest"]
+    assert again["continues"]["base_model"]["id"] == "me/base"
 
 
 def test_names_that_are_neither_folder_nor_id_are_refused(saved, tmp_path, monkeypatch):

@@ -21,7 +21,17 @@ from optimum_order.cli.compress import CompressCommand
 from optimum_order.data.builtin import digits
 from optimum_order.evaluation.perplexity import Perplexity
 
-KEYS = ["output", "order", "format", "schedule", "seconds", "bytes", "sparsity", "metrics"]
+KEYS = [
+    "output",
+    "order",
+    "format",
+    "schedule",
+    "seconds",
+    "bytes",
+    "sparsity",
+    "metrics",
+    "coverage",
+]
 
 
 @pytest.fixture

@@ -255,3 +255,11 @@ def test_what_transformers_would_not_save_is_found_before_the_work(make_model):
     model.generation_config.temperature = 0.7
     with pytest.raises(ModelError, match=r"will not save this LlamaForCausalLM: .*generation"):
         JointCompressor(model).compress("rtn:4", progress=False)
+
+
+def test_a_folder_with_an_adapter_is_named_as_one(copy, tmp_path):
+    (tmp_path / "lora").mkdir()
+    for folder in (copy, tmp_path / "lora"):
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
+        with pytest.raises(ModelError, match="holds an adapter"):
+            JointCompressor.from_pretrained(folder)
