@@ -40,8 +40,9 @@ class Session:
         model: A transformers model in memory, whose weights are copied once, or a checkpoint.
         processor: Its tokenizer or image processor; needed for text or images and saved with the
             result.
-        calibration: A .txt, .jsonl or .parquet path, a Hub dataset as
-            `id[:config][:split][:column]`, `builtin`, a list of texts, or a tensor of token ids.
+        calibration: A .txt, .csv, .json, .jsonl or .parquet path, a Hub dataset as
+            `id[:config][:split][:column]`, `wikitext2`, `c4`, `ultrachat`, `builtin`, a list of
+            texts or conversations, or a tensor of token ids.
             For a model that reads images a folder of images, a dataset, `builtin`, a list of PIL
             images or uint8 arrays, or a tensor of pixels. None is an error only if a stage needs
             data.

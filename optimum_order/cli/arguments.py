@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 _RECENT = 60.0
 """Seconds for which an empty file counts as made by this command."""
 SOURCE = (
-    "a .txt, .jsonl or .parquet file, or for a model that reads images a folder of them, with a "
-    "subfolder for each class; a dataset of the Hub as id[:config][:split][:column]; or 'builtin' "
+    "a .txt, .csv, .json, .jsonl or .parquet file, with :column where more than one holds text or "
+    "conversations, or for a model that reads images a folder of them, with a subfolder for each "
+    "class; a dataset of the Hub as id[:config][:split][:column], or wikitext2, c4, ultrachat; or "
+    "'builtin' "
     "(no network: Python's own documentation, or scikit-learn's digits)"
 )
 

@@ -1,8 +1,9 @@
 """Text and token ids -> windows of tokens.
 
-A source is a .txt, .jsonl or .parquet file, a dataset `id[:config][:split][:column]`, `builtin`, a
-list of strings or a tensor of ids. Text is only ever read: no message, log or file of ours holds
-any.
+A source is a file (`tables.KINDS`), a dataset `id[:config][:split][:column]`, `builtin`, a list of
+strings, of rows or of conversations, or a tensor of ids. Conversations become text through the chat
+template of the tokenizer. Of a dataset of the Hub only as many documents are downloaded as are
+needed. Text is only ever read: no message, log or file of ours holds any.
 
 Calibration windows are drawn at random from one stream in which the documents follow one another,
 separated by the BOS token, or by EOS where the tokenizer has no BOS. Evaluation windows are the
@@ -12,11 +13,10 @@ has one: without BOS, a Llama or Gemma is another model.
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,25 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_order.data.builtin import reference_topics, standard_library_docstrings
+from optimum_order.data.chat import Conversations
 from optimum_order.data.draws import choose, shortage
+from optimum_order.data.rows import SAMPLE, Rows, choose_column, numbered
 from optimum_order.data.samples import Purpose, Windows
-from optimum_order.data.splits import find_column, load_split
+from optimum_order.data.splits import Split, load_split
+from optimum_order.data.tables import KINDS, File
 from optimum_order.errors import DataError
 
-_FILE = re.compile(r"(?P<path>.+\.(?P<kind>(?i:txt|jsonl|parquet)))(:(?P<column>[^:/\\]+))?")
 _MOST_CHARACTERS = 2**26
 """A calibration reads a stretch of a larger corpus: some 16 million tokens."""
+_STREAMED_CHARACTERS = 2**22
+"""Of a dataset that is streamed: some million tokens, enough for many draws."""
+_CHARACTERS_PER_TOKEN = 8
+_SHUFFLED_ROWS = 1000
 _DOCUMENTS_AT_ONCE = 1024
 _LONGEST_SOURCE = 500
+_NUMBERS = {"bool", "float16", "float32", "float64"} | {
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,54 @@ class _Stream:
         ids: (tokens,) int64.
         widths: (tokens,) int64, the UTF-8 bytes that each token spells; None if not known.
         first: The token that begins each window, or None.
+        note: A remark for the user, or "".
     """
 
     name: str
     ids: Tensor
     widths: Tensor | None = None
     first: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a source is read.
+
+    Args:
+        processor: The model's tokenizer, or a processor that has one.
+        seed: The seed of a calibration.
+        purpose: The use of the text.
+        tokens: Tokens that will be taken; None for all.
+    """
+
+    processor: Any
+    seed: int
+    purpose: Purpose
+    tokens: int | None
+
+    @property
+    def characters(self) -> int:
+        """Characters to read of a dataset that is streamed.
+
+        They depend on the tokens in coarse steps only, so that the draws of one seed are parts of
+        one permutation, however many of them a run takes.
+        """
+        characters = _STREAMED_CHARACTERS
+        while characters < _CHARACTERS_PER_TOKEN * (self.tokens or 0):
+            characters *= 2
+        return characters
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """Return the tokenizer.
+
+        Args:
+            name: The name of the source, for messages.
+
+        Raises:
+            DataError: If there is none.
+        """
+        return _tokenizer(self.processor, name)
 
 
 def load(
@@ -67,10 +118,11 @@ def load(
     """Return windows of tokens of any source of text.
 
     Args:
-        source: A .txt, .jsonl or .parquet path (the latter two may name their column:
-            `path.jsonl:column`), a dataset as `id[:config][:split][:column]`, "builtin", a list of
-            strings (one document each), or ids as a (tokens,) or (samples, length) integer tensor,
-            which are taken unchanged.
+        source: A path of one of the kinds of `tables.KINDS` (a table may name its column:
+            `path.jsonl:column`), a dataset as `id[:config][:split][:column]`, also a folder that
+            `save_to_disk` wrote, a shortcut (wikitext2, c4, ultrachat), "builtin", a list of
+            strings (one document each), of rows or of conversations, a `datasets.Dataset`, or ids
+            as a (tokens,) or (samples, length) integer tensor, which are taken unchanged.
         processor: The model's tokenizer, or a processor that has one; ids need none.
         samples: Windows to take; None takes every full one. A text with fewer windows, but at least
             one, gives all of them and a note.
@@ -91,7 +143,8 @@ def load(
     if isinstance(source, Tensor):
         stream = _Stream("ids in memory", _checked_ids(source, length))
     else:
-        stream = _read(source, processor, seed, purpose)
+        tokens = None if samples is None else samples * length
+        stream = _read(source, _Reading(processor, seed, purpose, tokens))
     return _cut(stream, samples, length, seed if purpose == "calibration" else None)
 
 
@@ -116,7 +169,8 @@ def _cut(stream: _Stream, samples: int | None, length: int, seed: int | None) ->
         # the first token of a window is not predicted
         size = int(widths.sum() if begins else widths[:, 1:].sum())
     dropped = len(stream.ids) - len(index) * content
-    return Windows(ids, stream.name, size, dropped, shortage(stream.name, count, samples, "window"))
+    notes = filter(None, (stream.note, shortage(stream.name, count, samples, "window")))
+    return Windows(ids, stream.name, size, dropped, "; ".join(notes))
 
 
 def _checked_ids(ids: Tensor, length: int) -> Tensor:
@@ -136,16 +190,16 @@ def _checked_ids(ids: Tensor, length: int) -> Tensor:
 # --- text -> one stream of tokens ----------------------------------------------------------------
 
 
-def _read(source: Any, processor: Any, seed: int, purpose: Purpose) -> _Stream:
-    name, texts = _documents(source, purpose)
+def _read(source: Any, reading: _Reading) -> _Stream:
+    name, texts, note = _documents(source, reading)
     documents = [text for text in texts if text.strip()]
-    tokenizer = _tokenizer(processor, name)
-    if purpose == "calibration":
-        documents = _stretch(documents, seed)
+    tokenizer = reading.tokenizer(name)
+    if reading.purpose == "calibration":
+        documents = _stretch(documents, reading.seed)
     else:
         documents = ["\n\n".join(documents)] if documents else []
     ids, widths = _encode(tokenizer, documents, name)
-    return _Stream(name, ids, widths, tokenizer.bos_token_id)
+    return _Stream(name, ids, widths, tokenizer.bos_token_id, note)
 
 
 def _tokenizer(processor: Any, name: str) -> PreTrainedTokenizerBase:
@@ -229,34 +283,133 @@ def _byte_ends(text: str) -> np.ndarray[Any, Any]:
 # --- source -> documents -------------------------------------------------------------------------
 
 
-def _documents(source: Any, purpose: Purpose) -> tuple[str, Sequence[str]]:
-    """Return the name of a source, and its texts."""
-    if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
-        return f"{len(source)} documents in memory", source
+def _documents(source: Any, reading: _Reading) -> tuple[str, Sequence[str], str]:
+    """Return the name of a source, its texts, and a remark for the user, or ""."""
+    if isinstance(source, (list, tuple)):
+        return _from_memory(source, reading)
+    if type(source).__module__.split(".")[0] == "datasets":
+        return _from_dataset(Split("a dataset in memory", source, None), reading)
     if not isinstance(source, (str, Path)):
-        raise DataError(
-            "Data is a .txt, .jsonl or .parquet path, a dataset of the Hub, 'builtin', a list of "
-            f"strings or a tensor of ids, got {type(source).__name__}."
-        )
+        raise _no_data(source)
     source = os.path.expanduser(str(source))
     _check_name(source)
     if source == "builtin":
-        if purpose == "calibration":
-            return source, standard_library_docstrings()
-        return source, reference_topics()
-    if match := _FILE.fullmatch(source):
-        return _from_file(Path(match["path"]), match["kind"].lower(), match["column"])
+        if reading.purpose == "calibration":
+            return source, standard_library_docstrings(), ""
+        return source, reference_topics(), ""
+    if file := File.named(source):
+        content = file.read()
+        if isinstance(content, Rows):
+            texts, note = _texts(content, reading)
+            return file.name, texts, note
+        return file.name, content, ""
     if Path(source).is_file():
+        raise DataError(f"'{Path(source).name}' is not a {KINDS} file. Convert it to one of these.")
+    split = load_split(source, reading.purpose, f"a {KINDS} file", stream=True)
+    return _from_dataset(split, reading)
+
+
+def _from_memory(source: Sequence[Any], reading: _Reading) -> tuple[str, Sequence[str], str]:
+    name = f"{len(source)} documents in memory"
+    if all(isinstance(text, str) for text in source):
+        return name, source, ""
+    if all(isinstance(turns, (list, tuple)) for turns in source):
+        source = [{"messages": turns} for turns in source]
+        name = f"{len(source)} conversations in memory"
+    if not all(isinstance(row, Mapping) for row in source):
+        raise _no_data(source)
+    texts, note = _texts(Rows.of(name, source), reading)
+    return name, texts, note
+
+
+def _from_dataset(split: Split, reading: _Reading) -> tuple[str, Sequence[str], str]:
+    """Return the texts of a dataset; of one that is streamed, only the first ones."""
+    data = split.data
+    if isinstance(data, dict):
         raise DataError(
-            f"'{Path(source).name}' is not a .txt, .jsonl or .parquet file. Convert it to one."
+            f"The dataset in memory has the splits {', '.join(data)}. Give one of them: "
+            "dataset['train']."
         )
-    split = load_split(source, purpose, "a .txt, .jsonl or .parquet file")
-    textual = {
-        name: getattr(feature, "dtype", None) in ("string", "large_string")
-        for name, feature in split.data.features.items()
-    }
-    column = _text_column(textual, split.column, split.name)
-    return split.name, [text for text in split.data[column] if text]
+    streamed = not hasattr(data, "__len__")
+    if streamed and reading.purpose == "calibration":
+        data = data.shuffle(seed=reading.seed, buffer_size=_SHUFFLED_ROWS)
+    features = data.features
+    if features is not None:  # pictures and sounds are not decoded
+        data = data.select_columns([name for name in features if _may_hold_text(features[name])])
+    name = split.name
+    try:
+        if streamed:
+            rows = Rows.streamed(name, data, split.column)
+        else:
+            sample = Rows.of(name, list(itertools.islice(data, SAMPLE)), split.column)
+            rows = sample if len(data) <= SAMPLE else _whole(sample, data)
+        texts, note = _texts(rows, reading, reading.characters if streamed else None)
+    except DataError:
+        raise
+    except Exception as error:  # a stream may raise anything; its message may hold the text
+        raise DataError(
+            f"'{name}' could not be read to its end: {type(error).__name__}. Check the connection, "
+            f"or give a {KINDS} file."
+        ) from None
+    return name, texts, note
+
+
+def _whole(sample: Rows, data: Any) -> Rows:
+    """Return all rows of a dataset, with the one column that its first rows say is to be read."""
+    column, _ = choose_column(sample)
+    columns = data.select_columns([column])
+    return replace(sample, read=lambda: numbered(columns))
+
+
+def _may_hold_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) not in _NUMBERS and type(feature).__name__ not in (
+        "Audio",
+        "Image",
+        "Video",
+    )
+
+
+def _texts(rows: Rows, reading: _Reading, characters: int | None = None) -> tuple[list[str], str]:
+    """Return the documents of a table, and a remark for the user, or "".
+
+    Args:
+        rows: The table.
+        reading: How to read it.
+        characters: Stop after so many; None reads all.
+    """
+    kind, values = rows.values()
+    conversations = None
+    if kind == "chat":
+        tokenizer = reading.tokenizer(rows.name)
+        template = getattr(reading.processor, "chat_template", None)
+        conversations = Conversations(rows.name, tokenizer, template)
+    texts = []
+    size = 0
+    for place, value in values:
+        if conversations is not None:
+            text = conversations.render(place, value)
+        else:
+            text = _text(rows.name, place, value)
+        if not text:
+            continue
+        texts.append(text)
+        size += len(text)
+        if characters is not None and size >= characters:
+            break
+    return texts, conversations.note() if conversations is not None else ""
+
+
+def _text(name: str, place: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise DataError(f"'{name}', {place}: the text must be a string, got {type(value).__name__}.")
+
+
+def _no_data(source: Any) -> DataError:
+    return DataError(
+        f"Data is a {KINDS} path, a dataset of the Hub, 'builtin', a list of strings, of rows or "
+        f"of conversations, or a tensor of ids, got {type(source).__name__}."
+    )
 
 
 def _check_name(source: str) -> None:
@@ -268,78 +421,3 @@ def _check_name(source: str) -> None:
     else:
         return
     raise DataError(f"Data is named by a path, a dataset of the Hub or 'builtin', got {got}.")
-
-
-def _from_file(path: Path, kind: str, column: str | None) -> tuple[str, Sequence[str]]:
-    name = path.name if column is None else f"{path.name}:{column}"
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(
-            f"The file '{path}' {problem}. Give the path of a .txt, .jsonl or .parquet file."
-        )
-    if column is not None and kind == "txt":
-        raise DataError(
-            f"'{path.name}' is plain text and has no column '{column}'. Leave ':{column}' out."
-        )
-    try:
-        if kind == "parquet":
-            return name, _from_parquet(path, column)
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{path.name}' is not UTF-8 text: see byte {error.start}. Convert it to UTF-8."
-        ) from None
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise DataError(f"'{path.name}' cannot be read: {reason}.") from None
-    return name, [text] if kind == "txt" else _from_json_lines(text, column, path.name)
-
-
-def _from_json_lines(text: str, wanted: str | None, name: str) -> list[str]:
-    rows: list[tuple[int, dict[str, Any]]] = []
-    textual: dict[str, bool] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:  # its message and its cause would hold the line
-            row = None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"'{name}', line {number}: expected a JSON object such as {{\"text\": ...}}."
-            )
-        rows.append((number, row))
-        for key, value in row.items():
-            textual[key] = textual.get(key, False) or isinstance(value, str)
-    if not rows:
-        return []
-    column = _text_column(textual, wanted, name)
-    for number, row in rows:
-        value = row.get(column)
-        if not isinstance(value, (str, type(None))):
-            raise DataError(
-                f"'{name}', line {number}: '{column}' must be a string, got {type(value).__name__}."
-            )
-    return [row[column] for _, row in rows if row.get(column)]
-
-
-def _from_parquet(path: Path, wanted: str | None) -> list[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        schema = parquet.read_schema(path)
-        kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string)
-        textual = {field.name: any(is_(field.type) for is_ in kinds) for field in schema}
-        column = _text_column(textual, wanted, path.name)
-        texts: list[str] = parquet.read_table(path, columns=[column])[0].drop_null().to_pylist()
-    except pyarrow.ArrowInvalid:
-        raise DataError(
-            f"'{path.name}' is not a parquet file, or it is damaged. Write it anew."
-        ) from None
-    return texts
-
-
-def _text_column(textual: dict[str, bool], wanted: str | None, name: str) -> str:
-    return find_column(textual, wanted, usual="text", content="text", name=name)

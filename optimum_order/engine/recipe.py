@@ -158,7 +158,7 @@ class Recipe:
             if not calibrated and method.needs_data:
                 raise DataError(
                     f"Stage '{method.stage}' needs calibration data and none was given. Pass "
-                    "calibration=... (a .txt, .jsonl or .parquet path, a Hub dataset, or "
+                    "calibration=... (a .txt, .csv, .jsonl or .parquet path, a Hub dataset, or "
                     "'builtin'), or use only magnitude, rtn and bitsandbytes."
                 )
 

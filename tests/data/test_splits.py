@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from optimum_order.data.splits import find_column, load_split
+from optimum_order.data.splits import _split_name, find_column, load_split
 from optimum_order.errors import DataError
 
 
@@ -74,3 +74,51 @@ def test_the_column_is_the_named_the_usual_or_the_only_one():
     ]:
         with pytest.raises(DataError, match=message):
             find_column(columns, wanted, **names)
+
+
+def test_a_shortcut_names_a_dataset_its_config_and_its_splits(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or "data"
+    )
+    for source, purpose, arguments, split in [
+        ("wikitext2:::x", "evaluation", ("Salesforce/wikitext", "wikitext-2-raw-v1"), None),
+        ("c4::validation", "calibration", ("allenai/c4", "en"), "validation"),
+        ("c4:de", "calibration", ("allenai/c4", "de"), None),
+        ("ultrachat", "calibration", ("HuggingFaceH4/ultrachat_200k", None), "train_sft"),
+        ("ultrachat", "evaluation", ("HuggingFaceH4/ultrachat_200k", None), "test_sft"),
+    ]:
+        loaded = load_split(source, purpose, "a file", stream=True)
+        assert loaded.data == "data" and loaded.name == source
+        assert asked.pop() == (arguments, {"split": split, "streaming": True})
+    # a part of a split has no name in a stream
+    load_split("c4::train[:9]", "calibration", "a file", stream=True)
+    assert asked.pop() == (("allenai/c4", "en"), {"split": "train[:9]"})
+
+
+def test_without_a_network_the_cache_is_read(monkeypatch):
+    import datasets
+
+    def load_dataset(*args, streaming=False, **options):
+        if streaming:
+            raise ConnectionError
+        return {"train": "cached"}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_split("a/b", "calibration", "a file", stream=True).data == "cached"
+
+
+def test_a_split_with_a_longer_name_is_that_of_a_purpose():
+    names = ["train_sft", "train_gen", "test_sft"]
+    assert _split_name("a", names, "evaluation") == "test_sft"
+    assert _split_name("a", ["train_sft", "test"], "calibration") == "train_sft"
+    with pytest.raises(DataError, match="no split 'train' for calibration.*train_sft, train_gen"):
+        _split_name("a", names, "calibration")
+
+
+def test_a_folder_named_like_a_shortcut_is_a_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    folder.rename("c4")
+    assert len(load_split("c4", "calibration", "a file", stream=True).data) == 20

@@ -303,6 +303,88 @@ class TestDatasets:
         with pytest.raises(DataError, match=r"no column 'nope' of text.*are: title, text"):
             text(f"{folder}:::nope", "calibration")
 
+    def streamed(self, count, column="text", make=lambda n: f"document number {n}"):
+        """A dataset that comes row by row, and the rows that were asked for."""
+        import datasets
+
+        pulled = []
+
+        def generate():
+            for number in range(count):
+                pulled.append(number)
+                yield {"id": f"a{number}", column: make(number)}
+
+        return datasets.IterableDataset.from_generator(generate), pulled
+
+    def test_of_a_hub_dataset_only_what_is_needed_is_read(self, tokenizer, monkeypatch):
+        import datasets
+
+        asked = []
+
+        def load_dataset(*args, **options):
+            asked.append((args, options))
+            return {"train": data, "validation": data}
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr("optimum_order.data.text._STREAMED_CHARACTERS", 2000)
+        monkeypatch.setattr("optimum_order.data.text._SHUFFLED_ROWS", 50)
+        data, pulled = self.streamed(10**6)
+        windows = load("c4", tokenizer, samples=4, length=16)
+        assert asked == [(("allenai/c4", "en"), {"split": None, "streaming": True})]
+        assert windows.source == "c4" and len(windows) == 4
+        assert 100 < len(pulled) < 400, "of a million documents"
+        draws = load("c4", tokenizer, samples=8, length=16)
+        assert torch.equal(draws.ids[:4], windows.ids), "more samples only add to fewer"
+        other = load("c4", tokenizer, samples=4, length=16, seed=1)
+        assert other.digest != windows.digest
+        long = load("c4", tokenizer, samples=100, length=16)
+        assert len(long) == 100, "a longer stretch for more tokens"
+        first = load("c4", tokenizer, samples=2, length=16, purpose="evaluation")
+        assert tokenizer.decode(first.ids[0]).startswith("<s>document number 0\n\nd")
+
+    def test_a_stream_that_breaks_is_one_line(self, tokenizer):
+        def make(number):
+            if number == 99:
+                raise RuntimeError(SECRET)
+            return "two words"
+
+        data, _ = self.streamed(200, make=make)
+        TestErrors.fail(data, tokenizer, "'a dataset in memory' could not be read to its end: Run")
+
+    def test_a_folder_that_save_to_disk_wrote(self, tokenizer, tmp_path):
+        import datasets
+
+        texts = [f"document number {n}" for n in range(99)]
+        data = datasets.Dataset.from_dict({"id": [f"a{n}" for n in range(99)], "body": texts})
+        data.save_to_disk(tmp_path / "one")
+        datasets.DatasetDict(train=data, other=data.select([0])).save_to_disk(tmp_path / "splits")
+        expected = load(texts, tokenizer, samples=None, length=8).digest
+        for source in ("one", "one:::body", "splits", "splits::train", "splits::train:body"):
+            windows = load(str(tmp_path / source), tokenizer, samples=None, length=8)
+            assert windows.digest == expected and windows.source == source
+        assert load(data, tokenizer, samples=None, length=8).digest == expected
+        few = load(str(tmp_path / "splits::other"), tokenizer, samples=None, length=4)
+        assert few.dropped + few.ids[:, 1:].numel() < 20
+        message = "has the splits train, other, got 'nope'"
+        TestErrors.fail(str(tmp_path / "splits::nope"), tokenizer, message)
+        splits = datasets.DatasetDict(train=data)
+        TestErrors.fail(splits, tokenizer, r"has the splits train\. Give one of them")
+
+    def test_conversations_of_a_dataset(self, tokenizer, tmp_path, monkeypatch):
+        import datasets
+
+        turns = [{"from": "human", "value": "what is it"}, {"from": "gpt", "value": "a tree"}]
+        data = datasets.Dataset.from_dict({"id": ["a7f3"] * 70, "conversations": [turns] * 70})
+        data.save_to_disk(tmp_path / "chats")
+        monkeypatch.setattr(
+            tokenizer,
+            "chat_template",
+            "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}",
+        )
+        windows = load(str(tmp_path / "chats"), tokenizer, samples=None, length=32)
+        text = tokenizer.decode(windows.ids[0])
+        assert "user: what is it assistant: a tree" in text and "a7f3" not in text
+
 
 class TestErrors:
     """One line that says what to do, and nothing of the text: not even in the chain of causes."""
@@ -340,8 +422,8 @@ class TestErrors:
         self.fail(tmp_path / "b.txt", tokenizer, "is a folder")
 
     def test_unknown_extension(self, tokenizer, tmp_path):
-        (tmp_path / "a.csv").write_text(SECRET, encoding="utf-8")
-        self.fail(tmp_path / "a.csv", tokenizer, r"'a.csv' is not a .txt, .jsonl or .parquet file")
+        (tmp_path / "a.xml").write_text(SECRET, encoding="utf-8")
+        self.fail(tmp_path / "a.xml", tokenizer, r"'a.xml' is not a .txt, .csv, .*.parquet file")
 
     def test_encoding(self, tokenizer, tmp_path):
         for file in ("a.txt", "a.jsonl"):
@@ -363,7 +445,7 @@ class TestErrors:
         (tmp_path / "a.jsonl").write_text(
             f'{{"text": "{SECRET}"}}\n{{"text": ["{SECRET}"]}}', encoding="utf-8"
         )
-        self.fail(tmp_path / "a.jsonl", tokenizer, "line 2: 'text' must be a string, got list")
+        self.fail(tmp_path / "a.jsonl", tokenizer, "line 2: the text must be a string, got list")
 
     def test_columns(self, tokenizer, tmp_path):
         def write(file, **columns):
@@ -400,7 +482,9 @@ class TestErrors:
 
     def test_no_source_at_all(self, tokenizer):
         for source in (3, None, [1, 2], {"text": SECRET}):
-            self.fail(source, tokenizer, "Data is a .txt, .jsonl or .parquet path")
+            self.fail(
+                source, tokenizer, "Data is a .txt, .csv, .tsv, .json, .jsonl or .parquet path"
+            )
 
     def test_ids(self):
         long = torch.long
