@@ -94,8 +94,9 @@ def same_hidden_states(model, folder, classes):
         heads = ("score", "class", "pooler")
         assert [name for name in info["missing_keys"] if not name.startswith(heads)] == []
         with torch.no_grad():
-            hidden = loaded.eval().base_model(ids).last_hidden_state
-            expected = model.base_model(ids).last_hidden_state
+            # The first forward of the whole model unpacks layers of several widths.
+            hidden = loaded.eval()(ids, output_hidden_states=True).hidden_states[-1]
+            expected = model(ids, output_hidden_states=True).hidden_states[-1]
         assert same_bits(hidden, expected), cls
 
 
