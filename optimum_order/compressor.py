@@ -23,6 +23,7 @@ from optimum_order.errors import DataError, ModelError, OrderError, OutputError
 from optimum_order.evaluation import Measurement
 from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
+from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, bytes_of
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
@@ -144,8 +145,10 @@ class JointCompressor(Session):
         batches = samples.inputs() if samples else []
         hf.check_savable(model)
         if batches:
-            whole = estimate.empty(self.source) if weights is not None else model
-            check_forward(whole, batches[0])
+            # A model may change in its first forward only, so the outline is a new one.
+            whole = model if weights is None else outline(self.source)
+            if whole is not None:
+                check_forward(whole, batches[0])
         pause = self.pause_for(pause, recipe, batches, low_memory=low_memory)
         execution = self.execution(model, pause, progress=progress)
         base = self.base_model(model, model.state_dict() if weights is None else weights)

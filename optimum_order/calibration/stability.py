@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from optimum_order.data.samples import placed
 from optimum_order.errors import ModelError
 from optimum_order.models import hf
+from optimum_order.models.rehearsal import rehearse
 
 _TOKENS = 16
 """Tokens of a sequence that a forward needs to show what it does."""
@@ -50,7 +51,7 @@ def check_forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     """Run a model on the first sample of a batch, and refuse it if its weights change.
 
     Args:
-        model: In evaluation mode.
+        model: In evaluation mode; may be an outline without weights.
         batch: The arguments of a forward, samples first.
 
     Raises:
@@ -61,9 +62,11 @@ def check_forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     first = {
         name: tensor[:1, few] if tensor.ndim == 2 else tensor[:1] for name, tensor in batch.items()
     }
-    options = hf.uncached(model)
     with torch.no_grad(), unchanged(model, "its forward"):
-        model(**placed(first, model), **options)
+        if model.device.type == "meta":
+            rehearse(model, first)  # as far as a forward goes without values
+        else:
+            model(**placed(first, model), **hf.uncached(model))
 
 
 def _marks(model: PreTrainedModel) -> dict[str, tuple[int, int]]:

@@ -28,5 +28,6 @@ def test_any_way_of_changing_a_weight_is_seen(make_model):
     model = make_model("llama")
     check_forward(model, IDS)
     meta = model.to("meta")
+    check_forward(meta, IDS)
     with pytest.raises(ModelError), torch.no_grad(), unchanged(meta, "a test"):
         meta.model.layers[0].mlp.up_proj.weight.mul_(2)

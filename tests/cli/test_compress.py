@@ -516,7 +516,7 @@ def test_a_dry_run_writes_nothing_and_is_right_about_the_bytes(program, argument
     done = program(*arguments, "--dry-run", "--json")
     assert done.code == 0, done.err
     estimate = json.loads(done.out)
-    keys = ["order", "schedule", "format", "before", "loading", "steps", "total", "rates"]
+    keys = ["order", "schedule", "pause", "format", "before", "loading", "steps", "total", "rates"]
     assert list(estimate) == keys
     assert [step["stages"] for step in estimate["steps"]] == ["wanda:0.5", "gptq:4"]
     assert not (tmp_path / "out").exists()

@@ -381,7 +381,7 @@ class TestDevice:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(type(units[0].module), "forward", watched)
                 recipe = Recipe.of(Order.parse(order))
-                execution = Execution(device=torch.device(where), pause=pause)
+                execution = Execution(device=torch.device(where), dtype=torch.float32, pause=pause)
                 result = run_recipe(Subject(model, units, batches), recipe, execution)
             assert devices == (set() if order == "rtn:4" else {(kind, kind)})
             assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
@@ -390,6 +390,6 @@ class TestDevice:
                 weight = result.states[name].weight
                 assert weight.device.type == "cpu"
                 assert weight.data_ptr() not in addresses
-                same = (weight == state.weight).float().mean()
+                same = (weight == state.weight).float().mean().item()
                 assert same == 1 if kind == "cpu" else same > 0.95
             assert not torch.is_inference(next(model.parameters()))
