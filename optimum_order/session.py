@@ -53,7 +53,7 @@ class Session:
         calibration_dtype: What calibration multiplies matrices in: "auto" takes bfloat16 for a
             float32 model where the processor has units for it; "float32" or "bfloat16" insist.
             Sums are float32, and metrics are measured on the model as it is.
-        device: "auto" for the CPU, or a device such as "cuda".
+        device: "auto" for a CUDA device or else the CPU, or a device such as "cuda:1".
         targets: Patterns of the layers to compress (`*.q_proj`, `re:...`); by default all layers
             inside the blocks.
         ignore: Patterns of layers to leave alone.
@@ -313,9 +313,9 @@ class Session:
 
 
 def _device(name: str) -> torch.device:
-    """Return a device that is there; "auto" is the CPU, the only one that is tested so far."""
+    """Return a device that is there; "auto" is a CUDA device if there is one, else the CPU."""
     if name == "auto":
-        return torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -185,7 +185,7 @@ def loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto (default) is the CPU; or cpu, cuda, cuda:N. GPUs are untested",
+        help="auto (default) takes a CUDA device or else the CPU; or cpu, cuda, cuda:N",
     )
     parser.add_argument(
         "--dtype",

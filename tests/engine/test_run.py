@@ -390,6 +390,11 @@ class TestDevice:
                 weight = result.states[name].weight
                 assert weight.device.type == "cpu"
                 assert weight.data_ptr() not in addresses
-                same = (weight == state.weight).float().mean().item()
-                assert same == 1 if kind == "cpu" else same > 0.95
+                if kind == "cpu":
+                    assert torch.equal(weight, state.weight)
+                    continue
+                # Other sums round some weights of a random model the other way, and as well.
+                errors = [record.relative_error for record in expected.records[name]]
+                others = [record.relative_error for record in result.records[name]]
+                assert others == pytest.approx(errors, rel=0.05)
             assert not torch.is_inference(next(model.parameters()))
