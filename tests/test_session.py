@@ -1,5 +1,7 @@
 """The settings of a session are checked once, and decide what a run is."""
 
+import shutil
+
 import psutil
 import pytest
 import torch
@@ -82,6 +84,18 @@ class TestSettings:
         for ask in (session.draw, lambda: session.evaluation_samples("builtin")):
             with pytest.raises(DataError, match=message):
                 ask()
+
+    def test_a_tokenizer_that_cannot_be_read_stops_only_who_reads_text(
+        self, tiny_llama_folder, text_file, tmp_path
+    ):
+        folder = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+        (folder / "tokenizer.json").write_text('{"pre_tokenizer": {"type": "FromTheFuture"}}')
+        settings = {"calibration": str(text_file), "device": "cpu"}
+        compressor = JointCompressor.from_pretrained(folder, **settings)
+        assert compressor.compress("rtn:4", progress=False).layers
+        for order in ("wanda:0.5", "gptq:4"):
+            with pytest.raises(ModelError, match=r"'tokenizer\.json' that cannot be used"):
+                compressor.compress(order, progress=False)
 
     def test_an_embedded_model_has_embedded_calibration(self, make_compressor):
         assert JointCompressor.from_pretrained("tiny-resnet").calibration == "builtin"

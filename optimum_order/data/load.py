@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from optimum_order.data import images, text
 from optimum_order.data.draws import spread
-from optimum_order.data.samples import Purpose, Samples
+from optimum_order.data.samples import MissingProcessorError, Purpose, Samples
+from optimum_order.errors import ModelError
 
 
 class Reader(Protocol):
@@ -14,6 +15,9 @@ class Reader(Protocol):
 
     @property
     def processor(self) -> Any: ...
+
+    @property
+    def processor_error(self) -> ModelError | None: ...
 
     @property
     def config(self) -> Any: ...
@@ -43,13 +47,18 @@ def load_samples(
 
     Raises:
         DataError: If the source cannot be read, or is too short.
+        ModelError: If the source needs the processor of the model, and that cannot be used.
     """
     processor = reader.processor
-    if reads_images(reader):
-        return images.load(
-            source, processor, reader.config, samples=samples, seed=seed, purpose=purpose
-        )
-    return text.load(source, processor, samples=samples, length=length, seed=seed, purpose=purpose)
+    options: Any = {"samples": samples, "seed": seed, "purpose": purpose}
+    try:
+        if reads_images(reader):
+            return images.load(source, processor, reader.config, **options)
+        return text.load(source, processor, length=length, **options)
+    except MissingProcessorError:
+        if reader.processor_error is not None:
+            raise reader.processor_error from None
+        raise
 
 
 def load_evaluation(
