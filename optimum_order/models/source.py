@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -453,6 +454,10 @@ def load_processor(path: str, hub: dict[str, Any]) -> Any:
     }
     if not files:
         return None
+    if files.keys() <= {"preprocessor_config.json", "processor_config.json"}:
+        # the processor of a speech model may be its feature extractor alone
+        with contextlib.suppress(Exception):
+            return transformers.AutoFeatureExtractor.from_pretrained(path, **hub)
     name = next((name for name, file in files.items() if not _is_readable(file)), next(iter(files)))
     reason = _first_line(error, token)
     if name == "preprocessor_config.json" and find_spec("PIL") is None:

@@ -169,6 +169,28 @@ def test_a_processor_that_cannot_be_read_is_an_error_that_names_its_file(copy):
     assert checkpoint.processor is None and checkpoint.processor_error is None
 
 
+def test_a_feature_extractor_alone_is_a_processor(tmp_path):
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        conv_dim=[8],
+        conv_kernel=[4],
+        conv_stride=[2],
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
+    transformers.Wav2Vec2FeatureExtractor(sampling_rate=4000).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.processor.sampling_rate == 4000
+    assert checkpoint.main_input_name == "input_values"
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    assert "'preprocessor_config.json'" in str(open_checkpoint(tmp_path).processor_error)
+
+
 def test_a_local_path_is_not_given_away(tiny_llama_folder):
     assert open_checkpoint(tiny_llama_folder).id == tiny_llama_folder.name
 
