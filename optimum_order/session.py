@@ -44,7 +44,9 @@ class Session:
             `id[:config][:split][:column]`, `wikitext2`, `c4`, `ultrachat`, `builtin`, a list of
             texts or conversations, or a tensor of token ids.
             For a model that reads images a folder of images, a dataset, `builtin`, a list of PIL
-            images or uint8 arrays, or a tensor of pixels. None is an error only if a stage needs
+            images or uint8 arrays, or a tensor of pixels. For a model that reads sounds a folder of
+            .wav files, a dataset or a list of arrays. For any model the arguments of its forward,
+            as a dict of tensors or a .safetensors file. None is an error only if a stage needs
             data.
         calibration_samples: Windows of text, or images.
         sequence_length: Tokens in a window, of calibration and of evaluation. By default 512, or

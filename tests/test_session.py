@@ -1,9 +1,12 @@
 """The settings of a session are checked once, and decide what a run is."""
 
+import shutil
+
 import psutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from optimum_order import JointCompressor
 from optimum_order import session as module
@@ -23,6 +26,19 @@ BART = {
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
     "max_position_embeddings": 48,
+}
+WAV2VEC2 = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "conv_dim": [16, 16],
+    "conv_kernel": [10, 4],
+    "conv_stride": [8, 4],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 30,
 }
 TOWER = {
     "hidden_size": 32,
@@ -83,6 +99,18 @@ class TestSettings:
             with pytest.raises(DataError, match=message):
                 ask()
 
+    def test_a_tokenizer_that_cannot_be_read_stops_only_who_reads_text(
+        self, tiny_llama_folder, text_file, tmp_path
+    ):
+        folder = shutil.copytree(tiny_llama_folder, tmp_path / "model")
+        (folder / "tokenizer.json").write_text('{"pre_tokenizer": {"type": "FromTheFuture"}}')
+        settings = {"calibration": str(text_file), "device": "cpu"}
+        compressor = JointCompressor.from_pretrained(folder, **settings)
+        assert compressor.compress("rtn:4", progress=False).layers
+        for order in ("wanda:0.5", "gptq:4"):
+            with pytest.raises(ModelError, match=r"'tokenizer\.json' that cannot be used"):
+                compressor.compress(order, progress=False)
+
     def test_an_embedded_model_has_embedded_calibration(self, make_compressor):
         assert JointCompressor.from_pretrained("tiny-resnet").calibration == "builtin"
         assert make_compressor(calibration=None).calibration is None
@@ -139,6 +167,23 @@ class TestModelsOfAllKinds:
         ):
             compressed = self.compressor(name, **settings).compress("wanda:0.5", progress=False)
             assert compressed.layers, name
+
+    def test_arguments_of_a_forward_calibrate_any_model(self, tmp_path):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, 64, (4, 16), generator=generator)
+        pixels = torch.rand(4, 3, 16, 16, generator=generator)
+        clip = {"input_ids": ids, "pixel_values": pixels}
+        save_file(clip, tmp_path / "inputs.safetensors")
+        sounds = {"input_values": torch.rand(4, 2000, generator=generator)}
+        for name, settings, source in (
+            ("CLIPModel", CLIP, clip),
+            ("CLIPModel", CLIP, str(tmp_path / "inputs.safetensors")),
+            ("T5Model", T5, {"input_ids": ids, "decoder_input_ids": ids[:, :5]}),
+            ("Wav2Vec2Model", WAV2VEC2, sounds),
+        ):
+            compressor = self.compressor(name, source, **settings)
+            assert compressor.compress("wanda:0.5", progress=False).layers, name
+            assert compressor.estimate("wanda:0.5")
 
     def test_what_cannot_be_read_is_refused_before_a_layer_is_touched(self, monkeypatch):
         monkeypatch.setattr("optimum_order.compressor.run", None)

@@ -21,8 +21,9 @@ _RECENT = 60.0
 SOURCE = (
     "a .txt, .csv, .json, .jsonl or .parquet file, with :column where more than one holds text or "
     "conversations, or for a model that reads images a folder of them, with a subfolder for each "
-    "class; a dataset of the Hub as id[:config][:split][:column], or wikitext2, c4, ultrachat; or "
-    "'builtin' "
+    "class, or for one that reads sounds a folder of .wav files; a .safetensors file with the "
+    "arguments of a forward; a dataset of the Hub as id[:config][:split][:column], or wikitext2, "
+    "c4, ultrachat; or 'builtin' "
     "(no network: Python's own documentation, or scikit-learn's digits)"
 )
 

@@ -7,7 +7,6 @@ read its calibration data is refused before anything is computed.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +72,19 @@ def fitted(samples: Samples, model: PreTrainedModel) -> Samples:
 
 
 def _run(samples: Samples, model: PreTrainedModel, count: int) -> Rehearsal:
-    few = samples.take(torch.arange(min(count, len(samples))))
-    inputs: dict[str, Any] = without_labels(few.tensors)
-    dtype = model.dtype
+    """Rehearse some samples, first those with the largest ids."""
+    tensors = without_labels(samples.tensors)
+    rows = [
+        int(tensor.reshape(len(tensor), -1).amax(1).argmax())
+        for tensor in tensors.values()
+        if not tensor.is_floating_point() and tensor.numel()
+    ]
+    rows = list(dict.fromkeys([*rows, *range(count)]))
+    index = torch.tensor(rows[:count] if count == 1 else rows)
+    few = samples.take(index[index < len(samples)])
     inputs = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in inputs.items()
+        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in without_labels(few.tensors).items()
     }
     return rehearse(model, inputs)
 

@@ -25,7 +25,7 @@ from transformers import BaseImageProcessor
 
 from optimum_order.data.builtin import INSTALL_VISION, digits
 from optimum_order.data.draws import choose, shortage
-from optimum_order.data.samples import Images, Purpose
+from optimum_order.data.samples import Images, MissingProcessorError, Purpose
 from optimum_order.data.splits import find_column, load_split
 from optimum_order.errors import DataError
 
@@ -152,7 +152,7 @@ def _image_processor(processor: Any, name: str) -> Any:
         return processor
     prepare = getattr(processor, "image_processor", None)
     if prepare is None:
-        raise DataError(
+        raise MissingProcessorError(
             f"The images of {name} need an image processor, and there is none with the model. Save "
             "one beside the model, pass one as 'processor', or give pixels."
         )

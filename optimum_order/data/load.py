@@ -1,12 +1,13 @@
-"""Loading samples of the kind that a model reads: windows of text, or images."""
+"""Loading samples of the kind that a model reads: text, images, sounds or tensors."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from optimum_order.data import images, text
+from optimum_order.data import arguments, audio, images, text
 from optimum_order.data.draws import spread
-from optimum_order.data.samples import Purpose, Samples
+from optimum_order.data.samples import MissingProcessorError, Purpose, Samples
+from optimum_order.errors import ModelError
 
 
 class Reader(Protocol):
@@ -14,6 +15,9 @@ class Reader(Protocol):
 
     @property
     def processor(self) -> Any: ...
+
+    @property
+    def processor_error(self) -> ModelError | None: ...
 
     @property
     def config(self) -> Any: ...
@@ -31,11 +35,15 @@ def load_samples(
     seed: int = 0,
     purpose: Purpose = "calibration",
 ) -> Samples:
-    """Return images for a model whose main input is "pixel_values", else windows of text.
+    """Return images for a model whose main input is "pixel_values", sounds for one of speech.
+
+    For any other model the samples are windows of text. Arguments of a forward are taken as they
+    are, for every model.
 
     Args:
         reader: The model, or its checkpoint.
-        source: Text or images, as `text.load` and `images.load` take them.
+        source: Text, images or sounds, as `text.load`, `images.load` and `audio.load` take them, or
+            arguments of a forward, as `arguments.load` takes them.
         samples: Samples to take; None takes all.
         length: Tokens in a window of text.
         seed: The permutation that a calibration draws from.
@@ -43,13 +51,22 @@ def load_samples(
 
     Raises:
         DataError: If the source cannot be read, or is too short.
+        ModelError: If the source needs the processor of the model, and that cannot be used.
     """
     processor = reader.processor
-    if reads_images(reader):
-        return images.load(
-            source, processor, reader.config, samples=samples, seed=seed, purpose=purpose
-        )
-    return text.load(source, processor, samples=samples, length=length, seed=seed, purpose=purpose)
+    options: Any = {"samples": samples, "seed": seed, "purpose": purpose}
+    if arguments.is_source(source):
+        return arguments.load(source, **options)
+    try:
+        if reads_audio(reader):
+            return audio.load(source, reader, **options)
+        if reads_images(reader):
+            return images.load(source, processor, reader.config, **options)
+        return text.load(source, processor, length=length, **options)
+    except MissingProcessorError:
+        if reader.processor_error is not None:
+            raise reader.processor_error from None
+        raise
 
 
 def load_evaluation(
@@ -82,3 +99,8 @@ def reads_images(reader: Reader) -> bool:
 def reads_text(reader: Reader) -> bool:
     """Return whether a model's main input is token ids."""
     return reader.main_input_name == "input_ids"
+
+
+def reads_audio(reader: Reader) -> bool:
+    """Return whether a model's main input is a sound."""
+    return reader.main_input_name in audio.INPUTS

@@ -26,6 +26,10 @@ _PIXELS_PER_BATCH = 2**22
 _IMAGES_PER_BATCH = 64
 
 
+class MissingProcessorError(DataError):
+    """Data that needs a tokenizer or an image processor, and there is none with the model."""
+
+
 class Samples(ABC):
     """Inputs of one model, all of one shape, each of which the model reads on its own.
 

@@ -29,7 +29,7 @@ from optimum_order.data.builtin import reference_topics, standard_library_docstr
 from optimum_order.data.chat import Conversations
 from optimum_order.data.draws import choose, shortage
 from optimum_order.data.rows import SAMPLE, Rows, choose_column, numbered
-from optimum_order.data.samples import Purpose, Windows
+from optimum_order.data.samples import MissingProcessorError, Purpose, Windows
 from optimum_order.data.splits import Split, load_split
 from optimum_order.data.tables import KINDS, File
 from optimum_order.errors import DataError
@@ -207,7 +207,7 @@ def _tokenizer(processor: Any, name: str) -> PreTrainedTokenizerBase:
         return processor
     tokenizer: PreTrainedTokenizerBase | None = getattr(processor, "tokenizer", None)
     if tokenizer is None:
-        raise DataError(
+        raise MissingProcessorError(
             f"The text of {name} needs a tokenizer, and there is none with the model. Save one "
             "beside the model, pass one as 'processor', or give token ids."
         )

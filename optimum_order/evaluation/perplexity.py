@@ -23,6 +23,10 @@ from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation.base import Metric
 
 _LARGEST = 700.0  # exp of more is no float64
+_FEW = 16
+"""Tokens by which a model is seen to look ahead."""
+_MOVED = 1e-5
+"""Relative change of a logit vector that no rounding makes at every position at once."""
 
 
 class Perplexity(Metric):
@@ -35,7 +39,9 @@ class Perplexity(Metric):
     @classmethod
     def is_usual(cls, model: PreTrainedModel) -> bool:
         """Return whether the model is a causal language model."""
-        return bool(model.can_generate() and not model.config.is_encoder_decoder)
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            return False
+        return _causal_flags(model) != {False}
 
     def check(self, model: PreTrainedModel, samples: Samples) -> None:
         if not self.is_usual(model):
@@ -50,6 +56,11 @@ class Perplexity(Metric):
                 "Give text or token ids."
             )
         super().check(model, samples)
+        if not _causal_flags(model) and _looks_ahead(model, samples.ids[:1, :_FEW]):
+            raise ModelError(
+                f"Perplexity is for causal language models; {type(model).__name__} reads the "
+                "tokens that it would have to predict. Use another metric, such as fidelity."
+            )
 
     def score(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         ids = batch["input_ids"]
@@ -75,3 +86,36 @@ class Perplexity(Metric):
             predicted = samples.tokens - len(samples)
             figures["bits_per_byte"] = mean * predicted / math.log(2) / samples.bytes
         return figures
+
+
+def _causal_flags(model: PreTrainedModel) -> set[bool]:
+    """Return what the attentions of a model say of themselves; nothing where they say nothing.
+
+    BERT with a causal head, for example, is causal only as a decoder.
+    """
+    flags = {getattr(module, "is_causal", None) for module in model.modules()}
+    return {flag for flag in flags if isinstance(flag, bool)}
+
+
+@torch.inference_mode()
+def _looks_ahead(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Return whether the logits of every position depend on the last token.
+
+    Args:
+        model: The model; its mode is restored.
+        ids: (1, tokens).
+    """
+    if ids.shape[1] < 2:
+        return False
+    others = ids.clone()
+    others[0, -1] = others[0, -1] - 1 if others[0, -1] > 0 else 1
+    training = model.training
+    model.train(False)
+    try:
+        before, after = (
+            model(input_ids=tokens.to(model.device), use_cache=False).logits[0, :-1].float()
+            for tokens in (ids, others)
+        )
+    finally:
+        model.train(training)
+    return bool(((before - after).norm(dim=-1) > _MOVED * before.norm(dim=-1)).all())

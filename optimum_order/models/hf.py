@@ -86,7 +86,19 @@ def auto_classes() -> dict[str, dict[str, tuple[str, ...]]]:
         "AutoModelForTokenClassification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         "AutoModelForQuestionAnswering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
         "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSpeechSeq2Seq": auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        "AutoModelForCTC": auto.MODEL_FOR_CTC_MAPPING_NAMES,
+        "AutoModelForAudioClassification": auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForImageTextToText": auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "AutoModelForMultipleChoice": auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+        "AutoModelForNextSentencePrediction": (
+            auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES
+        ),
+        "AutoModelForMaskedImageModeling": auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES,
+        "AutoModelForPreTraining": auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
         "AutoModel": auto.MODEL_MAPPING_NAMES,
+        "AutoModelForTextEncoding": auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
     }
     return {
         name: {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,20 +37,26 @@ EMBEDDED = ("tiny-llama", "tiny-resnet", "tiny-vit")
 def auto_class(config: Any) -> Any:
     """Return the transformers auto class that loads a model with this config.
 
+    A config that names no architecture is that of a base model, unless the model type is one of
+    decoders: an encoder such as BERT has a causal head in transformers too, and is none.
+
     Raises:
         ModelError: If transformers has no such architecture.
     """
     architecture = next(iter(config.architectures or []), None)
-    for name, classes in hf.auto_classes().items():
-        candidates = classes.get(config.model_type, ())
-        if (architecture is None and candidates) or architecture in candidates:
-            return getattr(transformers, name)
-        if name in getattr(config, "auto_map", {}):
+    by_type = {name: classes.get(config.model_type) for name, classes in hf.auto_classes().items()}
+    if architecture is None:
+        is_decoder = not (config.is_encoder_decoder or by_type["AutoModelForMaskedLM"])
+        preferred = ("AutoModelForCausalLM", "AutoModel") if is_decoder else ("AutoModel",)
+        for name in (*preferred, *by_type):
+            if by_type[name] or name in (getattr(config, "auto_map", None) or {}):
+                return getattr(transformers, name)
+    for name, candidates in by_type.items():
+        if architecture in (candidates or ()) or name in (getattr(config, "auto_map", None) or {}):
             return getattr(transformers, name)
     raise ModelError(
         f"The architecture {architecture!r} (model type {config.model_type!r}) is not one that "
-        f"transformers {transformers.__version__} loads as a causal LM, classifier, encoder or "
-        "masked LM."
+        f"transformers {transformers.__version__} loads with any of {', '.join(by_type)}."
     )
 
 
@@ -133,7 +142,13 @@ class Checkpoint:
             ) from chainable(error, token)
         self.check_dense()
         self.auto = auto_class(self.config)
-        self.processor = load_processor(self._path, self._hub)
+        self.processor: Any = None
+        self.processor_error: ModelError | None = None
+        """Why the processor that comes with the model cannot be used: raised where data is read."""
+        try:
+            self.processor = load_processor(self._path, self._hub)
+        except ModelError as error:
+            self.processor_error = error
 
     def _refuse_adapter(self) -> None:
         """Refuse a folder or a repository with an adapter, of which half would be compressed.
@@ -290,6 +305,7 @@ class InMemory:
     targets: ClassVar[None] = None
     ignore: ClassVar[None] = None
     documents: ClassVar[Mapping[str, Path]] = {}
+    processor_error: ClassVar[ModelError | None] = None
     """A model in memory is all there is."""
 
     @classmethod
@@ -402,10 +418,16 @@ _PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -422,21 +444,43 @@ def load_processor(path: str, hub: dict[str, Any]) -> Any:
     for auto in (transformers.AutoProcessor, transformers.AutoTokenizer):
         try:
             return auto.from_pretrained(path, **hub)
-        except (OSError, ValueError) as caught:
+        except Exception as caught:  # a damaged file can raise anything, `Exception` itself too
             error = caught
     revision, token = hub["revision"], hub["token"]
-    for name in _PROCESSOR_FILES:
-        if hf.cached_file(path, name, revision=revision, token=token, required=False):
-            reason = _first_line(error, token)
-            if name == "preprocessor_config.json" and find_spec("PIL") is None:
-                reason = (
-                    "it needs the library Pillow. Install it with "
-                    "pip install 'optimum-order[vision]'"
-                )
-            raise ModelError(
-                f"The model has a '{name}' that cannot be used: {reason}"
-            ) from chainable(error, token)
-    return None
+    files = {
+        name: file
+        for name in _PROCESSOR_FILES
+        if (file := hf.cached_file(path, name, revision=revision, token=token, required=False))
+    }
+    if not files:
+        return None
+    if files.keys() <= {"preprocessor_config.json", "processor_config.json"}:
+        # the processor of a speech model may be its feature extractor alone
+        with contextlib.suppress(Exception):
+            return transformers.AutoFeatureExtractor.from_pretrained(path, **hub)
+    name = next((name for name, file in files.items() if not _is_readable(file)), next(iter(files)))
+    reason = _first_line(error, token)
+    if name == "preprocessor_config.json" and find_spec("PIL") is None:
+        reason = "it needs the library Pillow. Install it with pip install 'optimum-order[vision]'"
+    raise ModelError(
+        f"The model has a '{name}' that cannot be used: {reason.rstrip('.')}. Repair it, pass a "
+        "'processor', give token ids or pixels, or use methods that need no data: magnitude, rtn, "
+        "bitsandbytes."
+    ) from chainable(error, token)
+
+
+def _is_readable(file: str) -> bool:
+    """Return whether a file of a processor is what its name says, as far as that is known."""
+    try:
+        if Path(file).name == "tokenizer.json":
+            Tokenizer.from_file(file)
+        elif file.endswith(".json"):
+            json.loads(Path(file).read_text(encoding="utf-8"))
+        elif file.endswith(".txt"):
+            Path(file).read_text(encoding="utf-8")
+    except Exception:  # tokenizers raises `Exception` itself
+        return False
+    return True
 
 
 def _first_line(error: BaseException, token: str | None) -> str:

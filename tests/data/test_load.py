@@ -10,12 +10,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM, ViTImageProcessorPil
 from optimum_order.data import images as images_module
 from optimum_order.data.load import load_evaluation, load_samples
 from optimum_order.data.samples import Images, Windows
+from optimum_order.errors import DataError, ModelError
 
 
 @dataclasses.dataclass
 class Reader:
     model: Any
     processor: Any = None
+    processor_error: Any = None
 
     @property
     def config(self):
@@ -76,3 +78,17 @@ def test_an_evaluation_decodes_only_the_images_it_takes(vision, monkeypatch):
     monkeypatch.setattr(images_module, "_upright", lambda i: decoded.append(i) or upright(i))
     some = load_evaluation(vision, "builtin", length=2, samples=5)
     assert len(some) == len(decoded) == 5
+
+
+def test_a_processor_that_cannot_be_used_matters_only_where_it_is_needed(language, vision, prose):
+    error = ModelError("The model has a 'tokenizer.json' that cannot be used")
+    for reader, source, own in (
+        (language, [prose], torch.arange(20)),
+        (vision, "builtin", torch.rand(9, 3, 16, 16)),
+    ):
+        broken = Reader(reader.model, None, error)
+        with pytest.raises(ModelError, match=r"'tokenizer\.json' that cannot be used"):
+            load_samples(broken, source, samples=2, length=8)
+        assert len(load_samples(broken, own, samples=2, length=8)) == 2
+        with pytest.raises(DataError, match="there is none with the model"):
+            load_samples(Reader(reader.model), source, samples=2, length=8)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 from transformers import (
     AutoTokenizer,
@@ -118,6 +119,44 @@ def test_only_causal_language_models(model, windows):
         message = f"for causal language models.*{type(other).__name__}"
         with pytest.raises(ModelError, match=message):
             measure(other, windows)
+
+
+def test_a_model_that_reads_what_it_would_predict_has_no_perplexity(windows):
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    for name, settings in (
+        ("BertLMHeadModel", sizes),
+        ("RobertaForCausalLM", sizes),
+        (
+            "XLNetLMHeadModel",
+            {"vocab_size": 400, "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48},
+        ),
+        ("BigBirdForCausalLM", sizes),
+    ):
+        model_class = getattr(transformers, name)
+        for dtype in (torch.float32, torch.bfloat16):
+            other = model_class(model_class.config_class(**settings)).to(dtype)
+            with pytest.raises(ModelError, match=f"causal language models.*{name}|{name} reads"):
+                measure(other, windows)
+            assert other.training, "the mode of the model is its own"
+    # the same classes as decoders, and experts whose batches round differently
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    heads = {"num_key_value_heads": 2, "head_dim": 16}
+    for name, settings in (
+        ("BertLMHeadModel", sizes | {"is_decoder": True}),
+        ("Qwen3MoeForCausalLM", sizes | moe | heads),
+        ("MambaForCausalLM", {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1}),
+    ):
+        model_class = getattr(transformers, name)
+        for dtype in (torch.float32, torch.bfloat16):
+            other = model_class(model_class.config_class(**settings)).to(dtype)
+            assert Perplexity.is_usual(other)
+            assert measure(other, windows).value > 1
 
 
 def test_samples_that_are_refused(model):

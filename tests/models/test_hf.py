@@ -35,7 +35,17 @@ def test_auto_classes_list_what_each_auto_class_loads():
         "AutoModelForTokenClassification",
         "AutoModelForQuestionAnswering",
         "AutoModelForMaskedLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSpeechSeq2Seq",
+        "AutoModelForCTC",
+        "AutoModelForAudioClassification",
+        "AutoModelForImageTextToText",
+        "AutoModelForMultipleChoice",
+        "AutoModelForNextSentencePrediction",
+        "AutoModelForMaskedImageModeling",
+        "AutoModelForPreTraining",
         "AutoModel",
+        "AutoModelForTextEncoding",
     ]
     assert classes["AutoModelForCausalLM"]["llama"] == ("LlamaForCausalLM",)
     assert "DeiTForImageClassification" in classes["AutoModelForImageClassification"]["deit"]

@@ -66,18 +66,17 @@ def test_an_image_processor_without_pillow_says_what_to_install(tmp_path):
 import sys
 sys.modules["PIL"] = sys.modules["PIL.Image"] = None
 from optimum_order import JointCompressor
-from optimum_order.errors import ModelError
+from optimum_order.errors import OptimumOrderError
+compressor = JointCompressor.from_pretrained("tiny-vit")
 try:
-    JointCompressor.from_pretrained("tiny-vit")
-except ModelError as error:
+    compressor.draw()
+except OptimumOrderError as error:
     print(error)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert (
-        "'preprocessor_config.json' that cannot be used: it needs the library Pillow" in done.stdout
-    )
+    assert "needs the library Pillow" in done.stdout
     assert "pip install 'optimum-order[vision]'" in done.stdout
 
 
@@ -138,13 +137,58 @@ def test_missing_weights_are_refused_not_made_up(copy):
         open_checkpoint(copy).load()
 
 
-def test_a_tokenizer_that_is_there_and_broken_is_an_error(copy):
-    (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match=r"tokenizer.*cannot be used"):
-        open_checkpoint(copy)
+def test_a_processor_that_cannot_be_read_is_an_error_that_names_its_file(copy):
+    whole = {file.name: file.read_bytes() for file in copy.glob("tokenizer*")}
+    unknown = json.loads(whole["tokenizer.json"])
+    unknown["pre_tokenizer"] = {"type": "FromTheFuture"}
+    broken = [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", json.dumps(unknown).encode()),
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer_config.json", b"[1"),
+        ("special_tokens_map.json", b"{"),
+        ("processor_config.json", b"{"),
+    ]
+    for name, content in broken:
+        (copy / name).write_bytes(content)
+        checkpoint = open_checkpoint(copy)
+        if checkpoint.processor is None:
+            message = str(checkpoint.processor_error)
+            assert message.startswith(f"The model has a '{name}' that cannot be used: "), message
+            assert "\n" not in message and "magnitude, rtn" in message
+        else:
+            assert name in ("special_tokens_map.json", "processor_config.json"), name
+        (copy / name).unlink()
+        if name in whole:
+            (copy / name).write_bytes(whole[name])
+    assert open_checkpoint(copy).processor is not None
     for file in copy.glob("tokenizer*"):
         file.unlink()
-    assert open_checkpoint(copy).processor is None
+    checkpoint = open_checkpoint(copy)
+    assert checkpoint.processor is None and checkpoint.processor_error is None
+
+
+def test_a_feature_extractor_alone_is_a_processor(tmp_path):
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        conv_dim=[8],
+        conv_kernel=[4],
+        conv_stride=[2],
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    transformers.Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
+    transformers.Wav2Vec2FeatureExtractor(sampling_rate=4000).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.processor.sampling_rate == 4000
+    assert checkpoint.main_input_name == "input_values"
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    assert "'preprocessor_config.json'" in str(open_checkpoint(tmp_path).processor_error)
 
 
 def test_a_local_path_is_not_given_away(tiny_llama_folder):
@@ -170,26 +214,40 @@ def test_code_in_a_repository_is_not_run(copy):
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("model_type", "architectures", "expected"),
     [
-        (
-            transformers.LlamaConfig(architectures=["LlamaForCausalLM"]),
-            transformers.AutoModelForCausalLM,
-        ),
-        (transformers.LlamaConfig(), transformers.AutoModelForCausalLM),
-        (transformers.BertConfig(architectures=["BertModel"]), transformers.AutoModel),
-        (
-            transformers.BertConfig(architectures=["BertForMaskedLM"]),
-            transformers.AutoModelForMaskedLM,
-        ),
-        (
-            transformers.ViTConfig(architectures=["ViTForImageClassification"]),
-            transformers.AutoModelForImageClassification,
-        ),
+        ("llama", ["LlamaForCausalLM"], "AutoModelForCausalLM"),
+        ("bert", ["BertModel"], "AutoModel"),
+        ("bert", ["BertForMaskedLM"], "AutoModelForMaskedLM"),
+        ("bert", ["BertLMHeadModel"], "AutoModelForCausalLM"),
+        ("vit", ["ViTForImageClassification"], "AutoModelForImageClassification"),
+        ("t5", ["T5ForConditionalGeneration"], "AutoModelForSeq2SeqLM"),
+        ("t5", ["T5EncoderModel"], "AutoModelForTextEncoding"),
+        ("whisper", ["WhisperForConditionalGeneration"], "AutoModelForSpeechSeq2Seq"),
+        ("wav2vec2", ["Wav2Vec2ForCTC"], "AutoModelForCTC"),
+        # no name: a decoder is a causal LM, all else a base model
+        ("llama", None, "AutoModelForCausalLM"),
+        ("gpt2", [], "AutoModelForCausalLM"),
+        ("bert", None, "AutoModel"),
+        ("roberta", None, "AutoModel"),
+        ("xlm-roberta", [], "AutoModel"),
+        ("modernbert", None, "AutoModel"),
+        ("t5", None, "AutoModel"),
+        ("bart", None, "AutoModel"),
+        ("pegasus", None, "AutoModel"),
+        ("whisper", None, "AutoModel"),
+        ("vit", None, "AutoModel"),
+        ("clip", None, "AutoModel"),
     ],
 )
-def test_the_auto_class_follows_the_architecture(config, expected):
-    assert auto_class(config) is expected
+def test_the_auto_class_follows_the_architecture(model_type, architectures, expected):
+    config = transformers.AutoConfig.for_model(model_type, architectures=architectures)
+    assert auto_class(config) is getattr(transformers, expected)
+
+
+def test_an_encoder_that_says_decoder_and_no_architecture_is_a_base_model():
+    config = transformers.BertConfig(is_decoder=True)
+    assert auto_class(config) is transformers.AutoModel
 
 
 def test_an_unknown_architecture_is_refused():
