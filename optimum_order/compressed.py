@@ -141,6 +141,7 @@ class CompressedModel:
         metric: str = "auto",
         *,
         format: str = "auto",
+        unproven: bool = False,
         progress: bool = True,
     ) -> Measurement:
         """Measure the compressed model, on what will load.
@@ -154,6 +155,7 @@ class CompressedModel:
             metric: "perplexity", "accuracy", "fidelity", or "auto" for the usual one of the
                 model's kind.
             format: The format it is to be saved in.
+            unproven: As in `save_pretrained`.
             progress: Whether to show a bar on stderr.
 
         Raises:
@@ -167,7 +169,7 @@ class CompressedModel:
                 "measure that."
             )
         samples = self._session.evaluation_samples(source)
-        codec = formats.choose(self._contents(), format)
+        codec = formats.choose(self._contents(), format, unproven=unproven)
 
         def measure(model: PreTrainedModel) -> Measurement:
             chosen = self._session.metric(model, metric)
@@ -182,13 +184,18 @@ class CompressedModel:
             self.model.to(home)  # type: ignore[arg-type]
         else:
             with tempfile.TemporaryDirectory() as folder:
-                self._save(Path(folder) / "model", format=codec.name)
+                self._save(Path(folder) / "model", format=codec.name, unproven=unproven)
                 measurement = measure(type(self.model).from_pretrained(Path(folder) / "model"))
         self._measured.append((codec.runs_dense, measurement))
         return measurement
 
     def save_pretrained(
-        self, path: str | Path, format: str = "auto", *, overwrite: bool = False
+        self,
+        path: str | Path,
+        format: str = "auto",
+        *,
+        overwrite: bool = False,
+        unproven: bool = False,
     ) -> str:
         """Write a folder that stock `from_pretrained` loads, and `optimum-order verify` checks.
 
@@ -196,16 +203,18 @@ class CompressedModel:
             path: The folder; made if missing, refused if not empty.
             format: A format's name, or "auto" for the smallest that holds every layer exactly.
             overwrite: Whether a folder that is not empty may be replaced.
+            unproven: Whether the format may be one that is not proven to load for this
+                architecture.
 
         Returns:
             The name of the format.
 
         Raises:
             FormatError: If the format cannot hold a layer exactly; the message names those that
-                can.
+                can. Or if it is not proven to load.
             OutputError: If the folder cannot be written. Nothing is left half-written.
         """
-        written = self._save(path, format=format, overwrite=overwrite)
+        written = self._save(path, format=format, overwrite=overwrite, unproven=unproven)
         fields = ("format", "bytes", "files", "layers", "metrics")
         self._saved = {field: written[field] for field in fields}
         return str(written["format"])
@@ -215,6 +224,7 @@ class CompressedModel:
         repo_id: str,
         format: str = "auto",
         *,
+        unproven: bool = False,
         private: bool = False,
         revision: str | None = None,
         create_pr: bool = False,
@@ -228,6 +238,7 @@ class CompressedModel:
         Args:
             repo_id: `namespace/name`, or `name` for your own namespace; made if missing.
             format: As in `save_pretrained`.
+            unproven: As in `save_pretrained`.
             private: Whether a new repository is private. A public one is then refused.
             revision: The branch to commit to, made if missing; the main branch by default.
             create_pr: Whether to open a pull request in place of committing to the branch.
@@ -243,7 +254,7 @@ class CompressedModel:
             HubError: If the Hub cannot be reached or refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "model", format)
+            self.save_pretrained(Path(folder) / "model", format, unproven=unproven)
             return hub.push(
                 Path(folder) / "model",
                 repo_id,
@@ -254,9 +265,11 @@ class CompressedModel:
                 commit_message=commit_message,
             )
 
-    def _save(self, path: str | Path, *, format: str, overwrite: bool = False) -> dict[str, Any]:
+    def _save(
+        self, path: str | Path, *, format: str, overwrite: bool = False, unproven: bool = False
+    ) -> dict[str, Any]:
         contents = self._contents()
-        codec = formats.choose(contents, format)
+        codec = formats.choose(contents, format, unproven=unproven)
         facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:

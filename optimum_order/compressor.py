@@ -19,7 +19,8 @@ from optimum_order.engine.recipe import Recipe, canonical
 from optimum_order.engine.run import Result, Subject, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
-from optimum_order.errors import DataError, ModelError, OrderError, OutputError
+from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
+from optimum_order.estimate.fit import check_format
 from optimum_order.evaluation import Measurement
 from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
@@ -87,6 +88,8 @@ class JointCompressor(Session):
         resume: bool = False,
         low_memory: bool = False,
         activation_limit: int = 2**30,
+        format: str = "auto",
+        unproven: bool = False,
         progress: bool = True,
     ) -> CompressedModel:
         """Apply the stages of an order, first to last, to a fresh copy of the model.
@@ -112,12 +115,16 @@ class JointCompressor(Session):
                 of pause="block".
             activation_limit: With `low_memory`, bytes of activations between blocks that stay in
                 memory; more go to the disk.
+            format: What the result is to be saved as: a format that could not hold it, or that is
+                not proven to load for this architecture, is refused before anything is computed.
+            unproven: Whether the format may be one that is not proven to load.
             progress: Whether to show a bar on stderr.
 
         Raises:
             OrderError: If the order cannot be run on this model. Nothing is computed first.
             DataError: If a stage needs calibration data that is missing or too short.
             ModelError: If the model cannot be loaded, walked or compressed.
+            FormatError: If the format is refused.
             OutputError: If the work dir cannot be used: its disk is full, another process uses it,
                 or it holds another run, and then the message says in what they differ.
         """
@@ -139,6 +146,7 @@ class JointCompressor(Session):
         model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
+        check_format(model, units, recipe, self.source.states, format, unproven=unproven)
         samples = self.draw() if recipe.needs_data else None
         if samples and samples.note:
             logger.warning(samples.note)
@@ -187,6 +195,42 @@ class JointCompressor(Session):
         return CompressedModel(
             self, subject, result, provenance, tensors, work if tensors is not None else None
         )
+
+    def check_format(
+        self,
+        order: Stages,
+        format: str,
+        *,
+        stages: Iterable[Stage | str] | None = None,
+        unproven: bool = False,
+    ) -> None:
+        """Refuse a format that `compress` would refuse. No weight is read.
+
+        Args:
+            order: As in `compress`.
+            format: What the result is to be saved as.
+            stages: As in `compress`; then only what no order of them could be saved as is refused.
+            unproven: Whether the format may be one that is not proven to load.
+
+        Raises:
+            OrderError, ModelError: As in `compress`.
+            FormatError: If the format is refused.
+        """
+        if format in ("auto", "dense"):
+            return
+        orders = [Order.of(order)] if stages is None else permutations(stages)
+        model = estimate.empty(self.source)
+        units = find_units(model, self.targets, self.ignore)
+        refusals = []
+        for candidate in orders:
+            recipe = Recipe.of(candidate)
+            recipe.check(units, calibrated=self.calibration is not None)
+            try:
+                check_format(model, units, recipe, self.source.states, format, unproven=unproven)
+            except FormatError as error:
+                refusals.append(error)
+        if len(refusals) == len(orders):
+            raise refusals[0]
 
     def _plan_for(
         self,

@@ -17,7 +17,12 @@ from optimum_order.models.source import load_processor
 
 
 def convert(
-    folder: str | Path, path: str | Path, format: str = "auto", *, overwrite: bool = False
+    folder: str | Path,
+    path: str | Path,
+    format: str = "auto",
+    *,
+    overwrite: bool = False,
+    unproven: bool = False,
 ) -> dict[str, Any]:
     """Save an artifact in another format, every weight with the value it has, to the bit.
 
@@ -31,6 +36,7 @@ def convert(
         path: The folder to write.
         format: Name of a format, or "auto" for the smallest that holds every layer exactly.
         overwrite: Whether a folder that is not empty may be replaced.
+        unproven: Whether the format may be one that is not proven to load for this architecture.
 
     Returns:
         The new manifest.
@@ -60,7 +66,7 @@ def convert(
         documents=documents(str(folder), hub, loaded.model.config),
     )
     try:
-        codec = formats.choose(contents, format)
+        codec = formats.choose(contents, format, unproven=unproven)
     except FormatError as error:
         if source.name != "dense":
             raise

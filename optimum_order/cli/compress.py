@@ -22,6 +22,7 @@ _WITHOUT_ORDER = {
     "output",
     "order",
     "format",
+    "unproven",
     "overwrite",
     "push_to_hub",
     "private",
@@ -64,6 +65,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
 """
 
     _began = False
+    _refused = False
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -81,7 +83,13 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             "--format",
             default="auto",
             help="how to store it; auto (default) takes the smallest format that holds every layer "
-            "exactly and needs nothing but transformers to load; 'optimum-order methods' lists all",
+            "exactly, needs nothing but transformers to load and is proven to load for the "
+            "architecture; 'optimum-order methods' lists all",
+        )
+        parser.add_argument(
+            "--unproven",
+            action="store_true",
+            help="take the --format even if it is not proven to load for the architecture",
         )
         arguments.calibration(parser)
         parser.add_argument(
@@ -159,6 +167,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                 "measure OUTPUT where there is room for it."
             )
         compressor = arguments.compressor(args)
+        compressor.check_format(order, args.format, stages=stages, unproven=args.unproven)
         if args.dry_run:
             return compressor.estimate(
                 order,
@@ -179,12 +188,22 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             work_dir=self._work_dir,
             resume=args.resume,
             low_memory=args.low_memory,
+            format=args.format,
+            unproven=args.unproven,
         )
         watch.lap("compress")
-        if args.evaluate:
-            compressed.evaluate(args.evaluate, args.metric, format=args.format)
-            watch.lap("evaluate_after")
-        format = compressed.save_pretrained(self._output, format=args.format, overwrite=overwrite)
+        try:
+            if args.evaluate:
+                compressed.evaluate(
+                    args.evaluate, args.metric, format=args.format, unproven=args.unproven
+                )
+                watch.lap("evaluate_after")
+            format = compressed.save_pretrained(
+                self._output, format=args.format, overwrite=overwrite, unproven=args.unproven
+            )
+        except FormatError:
+            self._refused = True  # by the values of a layer, which nobody knew before
+            raise
         manifest = compressed.manifest | {"format": format}
         compressed.close()
         workdir.remove(self._work_dir)
@@ -200,6 +219,8 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         command = ["optimum-cli", *sys.argv[1:]] if words is None else ["optimum-order", *words]
         if "--resume" not in command:
             command.append("--resume")
+        if self._refused:
+            command += ["--format", "auto"]  # the last of several counts
         return f"the finished blocks are in '{self._work_dir}'; to resume: {shlex.join(command)}"
 
     def show(self, result: dict[str, Any]) -> None:
@@ -305,7 +326,13 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                     "is only stored anew."
                 )
         watch = _Stopwatch()
-        converted = convert(source, self._output, args.format, overwrite=args.overwrite)
+        converted = convert(
+            source,
+            self._output,
+            args.format,
+            overwrite=args.overwrite,
+            unproven=args.unproven,
+        )
         return self._finish(converted, watch)
 
     def _finish(self, manifest: dict[str, Any], watch: _Stopwatch) -> dict[str, Any]:

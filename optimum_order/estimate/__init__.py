@@ -42,7 +42,7 @@ from optimum_order.models.lazy import embedding_parameters
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
 
-__all__ = ["Estimate", "Step", "empty", "estimate"]
+__all__ = ["Estimate", "Step", "empty", "estimate", "guessed"]
 
 LIMIT = 2**30
 """Bytes of waiting activations beyond which low memory puts them on disk."""
@@ -408,7 +408,7 @@ class _Walks:
         tried = tuple(allocator.backends)
         needs = needs_of(allocator.backends.values())
         self.walks.append(_Walk(f"{allocator.stage}: measuring", {}, tried, needs))
-        return list(_guessed(allocator, self._units, self._costs, self._laboratory))
+        return list(guessed(allocator, self._units, self._costs, self._laboratory))
 
     def reshape(self, reshaper: Reshaper) -> None:
         """Refuse a stage that no estimate covers."""
@@ -429,13 +429,20 @@ def _refuse(method: Method) -> None:
     )
 
 
-def _guessed(
+def guessed(
     allocator: Allocator,
     units: Sequence[Unit],
     costs: Mapping[str, UnitCost],
     laboratory: Laboratory,
 ) -> Iterator[Measured]:
-    """Guess an allocator's table: an error of 4^-bits for every weight."""
+    """Guess an allocator's table: an error of 4^-bits for every weight.
+
+    Args:
+        allocator: The allocator.
+        units: The model's blocks.
+        costs: What running each block takes.
+        laboratory: Tries methods.
+    """
     groups: dict[str, list[Target]] = defaultdict(list)
     for unit in units:
         for target in unit.targets:

@@ -97,6 +97,15 @@ class Laboratory:
         """Such a layer after all of these stages, of which there may be none."""
         return self._state(history, self.rows, self._narrow(history, inputs))
 
+    def apply(self, stage: Stage, state: LayerState) -> LayerState:
+        """Return a layer after a stage that is given made-up statistics.
+
+        Args:
+            stage: A concrete stage.
+            state: The layer.
+        """
+        return self._compress(stage, state, self._statistics(stage, state.weight.shape[1]))
+
     def _narrow(self, history: tuple[Stage, ...], inputs: int) -> int:
         groups = [getattr(method(stage).options, "group_size", None) for stage in history]
         least = max(

@@ -96,27 +96,28 @@ def stored(
     Raises:
         FormatError: If the format cannot hold the model.
     """
-    grown = {
-        (id(sample), target.view.shape): _grown(sample, *target.view.shape)
+    large = {
+        (id(sample), target.view.shape): grown(sample, *target.view.shape)
         for target, sample in layers.values()
     }
     targets = {name: target for name, (target, _) in layers.items()}
     states = {
-        name: grown[id(sample), target.view.shape] for name, (target, sample) in layers.items()
+        name: large[id(sample), target.view.shape] for name, (target, sample) in layers.items()
     }
     contents = formats.Contents(model, formats.Layers(targets, states))
     encoded: dict[tuple[Any, ...], tuple[dict[str, Tensor], bool]] = {}
     replaced: dict[str, dict[str, Tensor]] = {}
     exact = True
     with Counter():  # answers what formats ask of numbers that are not there
-        chosen = formats.choose(contents, format)
+        # Whether the folder is proven to load is no matter of its size.
+        chosen = formats.choose(contents, format, unproven=True)
         for name, (target, sample) in layers.items():
             rows, inputs = target.view.shape
             for piece in contents.layout.pieces(target) if chosen.encodes(states[name]) else ():
                 whole = piece.rows == (inputs if target.transposed else rows)
                 like = id(sample), rows if whole else piece.rows, inputs
                 if like not in encoded:
-                    encoded[like] = _encoded(chosen, sample, _grown(sample, *like[1:]))
+                    encoded[like] = _encoded(chosen, sample, grown(sample, *like[1:]))
                 tensors, sure = encoded[like]
                 prefix, exact = piece.key.removesuffix("weight"), exact and sure
                 replaced.setdefault(piece.key, {}).update(
@@ -134,8 +135,14 @@ def stored(
     return Stored(chosen.name, sum(_file_bytes(part, header) for part in files), exact)
 
 
-def _grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
-    """A layer of this shape with all else like the sample's, on the meta device."""
+def grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
+    """Return a layer of this shape with all else like the sample's, on the meta device.
+
+    Args:
+        sample: A small layer.
+        rows: Outputs of the layer.
+        inputs: Inputs of the layer.
+    """
     dtype = sample.weight.dtype
     pruned = None
     if (

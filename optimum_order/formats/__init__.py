@@ -5,6 +5,7 @@ A codec, in the group `optimum_order.formats`, holds one layer; its container, i
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from optimum_order.formats.base import (
     outline,
 )
 from optimum_order.formats.layout import Layout, Piece
+from optimum_order.formats.proven import why_unproven
 from optimum_order.layers.state import LayerState
 from optimum_order.registry import discover
 
@@ -38,6 +40,8 @@ __all__ = [
     "containers",
     "outline",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -73,10 +77,17 @@ def container(format: str) -> Container:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Why a codec cannot hold a model, or None if it can, and the bytes of all layers."""
+    """How a codec fits a model.
+
+    Args:
+        refusal: Why it cannot hold the model, or None if it can.
+        bytes: Bytes of all layers.
+        doubt: Why it is not proven that the folder would load, or None if it is.
+    """
 
     refusal: str | None
     bytes: int = 0
+    doubt: str | None = None
 
 
 def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
@@ -102,35 +113,56 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
             sizes[name] += codec.size(state).bytes
     for name, codec in open_.items():
         layers = Layers(contents.layers.targets, encoded[name])
-        fits[name] = _Fit(codec.why_not_model(contents.layout, layers), sizes[name])
+        refusal = codec.why_not_model(contents.layout, layers)
+        doubt = None if refusal else why_unproven(contents.model, codec, layers)
+        fits[name] = _Fit(refusal, sizes[name], doubt)
     return fits
 
 
-def choose(contents: Contents, name: str = "auto") -> Codec:
+def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) -> Codec:
     """Return the codec to save a model with.
 
     Args:
         contents: The model and its layers, or outlines of them: then nothing is compressed yet, and
             what shapes and grids rule out is refused in time.
         name: A format, or "auto" for the one of the fewest bytes among those that hold every layer
-            exactly and that stock transformers loads with nothing else installed.
+            exactly, that stock transformers loads with nothing else installed, and that are proven
+            to load for this architecture.
+        unproven: Whether a format that was named may be one that is not proven to load.
 
     Raises:
-        FormatError: If the format does not exist or cannot hold a layer.
+        FormatError: If the format does not exist, cannot hold a layer or is not proven.
     """
     codecs = {key: codec() for key, codec in available().items()}
     if name == "auto":
         fits = _fits([codec for codec in codecs.values() if codec.stock], contents)
-        fitting = [key for key, fit in fits.items() if fit.refusal is None]
-        return codecs[min(fitting, key=lambda key: (fits[key].bytes, key != "dense"))]
+        fitting = sorted(
+            (key for key, fit in fits.items() if fit.refusal is None),
+            key=lambda key: (fits[key].bytes, key != "dense"),
+        )
+        chosen = next(key for key in fitting if fits[key].doubt is None or key == "dense")
+        if fitting[0] != chosen:
+            _say(f"Stored as '{chosen}', not as '{fitting[0]}': {fits[fitting[0]].doubt}")
+        return codecs[chosen]
     if name not in codecs:
         raise FormatError(unknown("format", name, ["auto", *codecs]))
-    refusal = _fits([codecs[name]], contents)[name].refusal
-    if refusal is not None:
+    fit = _fits([codecs[name]], contents)[name]
+    if fit.refusal is not None:
         fits = _fits(codecs.values(), contents)
-        fitting = [key for key in codecs if fits[key].refusal is None]
+        fitting = [key for key in codecs if fits[key].refusal is None and fits[key].doubt is None]
         raise FormatError(
-            f"Format '{name}' cannot hold this model. {refusal} {', '.join(fitting)} can; "
+            f"Format '{name}' cannot hold this model. {fit.refusal} {', '.join(fitting)} can; "
             f"choose '{fitting[0]}' or 'auto'."
         )
+    if fit.doubt is not None and not unproven:
+        raise FormatError(
+            f"Format '{name}' is not proven to load for this model. {fit.doubt} Choose 'dense' or "
+            "'auto', or insist with unproven=True (--unproven)."
+        )
     return codecs[name]
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Log a line once."""
+    logger.warning(text)

@@ -207,6 +207,22 @@ class Codec(ABC):
         """
         return None
 
+    def variant(self, layers: Layers) -> str:
+        """Return the name under which the census tried what loading these layers takes.
+
+        Args:
+            layers: The layers that this codec encodes, as outlines.
+        """
+        return self.name
+
+    def loads_dense(self, layers: Layers) -> bool:
+        """Return whether loading decodes every layer, so that the model is an ordinary dense one.
+
+        Args:
+            layers: The layers that this codec encodes, as outlines.
+        """
+        return False
+
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """Return what a config.json says about one encoded layer, as `scheme` does.
 

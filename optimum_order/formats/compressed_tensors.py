@@ -141,6 +141,12 @@ class CompressedTensors(Codec):
         codes = unpack_from_int32(packed, bits, (rows, inputs)).short()
         return LayerState(grid.dequantize(codes), grid=grid)
 
+    def variant(self, layers: Layers) -> str:
+        return self.name if self.loads_dense(layers) else f"{self.name}, several widths"
+
+    def loads_dense(self, layers: Layers) -> bool:
+        return len(_groups(layers)) == 1
+
     def quantization_config(self, layout: Layout, layers: Layers) -> Config | None:
         names_of = Names(layout.model)
         by_scheme = _groups(layers)

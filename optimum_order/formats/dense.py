@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats.base import Codec
+from optimum_order.formats.base import Codec, Layers
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import Target
 
@@ -39,3 +39,6 @@ class Dense(Codec):
                 f"{weight.dtype} with {weight.ndim} dimensions"
             )
         return LayerState(weight)
+
+    def loads_dense(self, layers: Layers) -> bool:
+        return True

@@ -231,6 +231,9 @@ class Sparse(Codec):
             pruned = torch.empty(parts.header.rows, parts.header.inputs, dtype=torch.bool)
         return LayerState(parts.decode(pruned), pruned=pruned, grid=parts.grid)
 
+    def loads_dense(self, layers: Layers) -> bool:
+        return True
+
     def quantization_config(self, layout: Layout, layers: Layers) -> Config | None:
         return {"quant_method": METHOD, "encoding": self.name}
 

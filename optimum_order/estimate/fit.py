@@ -1,0 +1,161 @@
+"""Whether a format will hold what an order makes of a model, asked before anything is compressed.
+
+Small layers of random weights go through the stages of the order; formats then see outlines of
+layers that were treated like them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_order import formats
+from optimum_order.backends import Allocator, Backend, Measured, Recovery, Reshaper, Transform
+from optimum_order.backends.base import needs_of
+from optimum_order.engine.recipe import Recipe
+from optimum_order.estimate.laboratory import Laboratory
+from optimum_order.estimate.rates import Rates
+from optimum_order.estimate.size import grown
+from optimum_order.estimate.trace import Counter, UnitCost
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram, SquaredNorms
+from optimum_order.models.units import Target, Unit
+from optimum_order.order import Stage
+
+_ROWS = 64
+"""Outputs of a layer that is tried."""
+
+
+def check_format(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    recipe: Recipe,
+    start: Mapping[str, LayerState],
+    format: str,
+    *,
+    unproven: bool = False,
+) -> None:
+    """Refuse a format that cannot hold the result of a recipe, or is not proven to load.
+
+    What only the values of a layer can rule out is found when the model is saved.
+
+    Args:
+        model: The model; it may be empty.
+        units: Its blocks.
+        recipe: What is to be done; checked.
+        start: Layers that are compressed already.
+        format: The name of a format; "auto" always holds.
+        unproven: Whether the format may be one that is not proven to load for this architecture.
+
+    Raises:
+        FormatError: If the format does not exist, cannot hold a layer or is not proven.
+    """
+    if format in ("auto", "dense"):
+        return
+    prediction = _Prediction(units)
+    for step in recipe.steps:
+        step.run(prediction)
+    if not prediction.is_sure:
+        return
+    states = prediction.states(start)
+    contents = formats.Contents(model, formats.Layers(prediction.targets, states))
+    with Counter():  # answers what formats ask of numbers that are not there
+        formats.choose(contents, format, unproven=unproven)
+
+
+class _Prediction:
+    """Notes what each layer gets in place of running it: an `Engine` of `backends.base`.
+
+    Args:
+        units: The model's blocks.
+
+    Attributes:
+        targets: Every layer by name.
+        is_sure: Whether the layers at the end can be predicted.
+    """
+
+    def __init__(self, units: Sequence[Unit]):
+        self.targets = {target.name: target for unit in units for target in unit.targets}
+        self.is_sure = True
+        self._units = units
+        self._stages: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
+        nothing = Rates(**{field.name: 1.0 for field in dataclasses.fields(Rates)})
+        self._laboratory = Laboratory(list(self.targets.values()), torch.device("cpu"), nothing)
+        self._laboratory.rows = min(self._laboratory.rows, _ROWS)
+
+    def apply(self, backends: Sequence[Backend]) -> None:
+        """Note backends for every layer that they cover."""
+        if not needs_of(backends) <= {Gram, SquaredNorms}:
+            self.is_sure = False  # a plug-in asks for statistics that nothing here can make up
+        for name in self.targets:
+            self._stages[name] += tuple(b.stage for b in backends if b.covers(name))
+
+    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
+        """Note the backends that an allocator chose."""
+        for name, backend in backends.items():
+            self._stages[name] += (backend.stage,)
+
+    def measure(self, allocator: Allocator) -> list[Measured]:
+        """Guess the table of an allocator."""
+        from optimum_order.estimate import guessed
+
+        costs = {unit.name: UnitCost() for unit in self._units}
+        return list(guessed(allocator, self._units, costs, self._laboratory))
+
+    def reshape(self, reshaper: Reshaper) -> None:
+        """Give up: nobody knows which layers there will be."""
+        self.is_sure = False
+
+    def transform(self, transform: Transform) -> None:
+        """Do nothing: layers keep their shapes."""
+
+    def recover(self, recovery: Recovery) -> None:
+        """Do nothing: layers keep their masks and grids."""
+
+    def states(self, start: Mapping[str, LayerState]) -> dict[str, LayerState]:
+        """Return the layers at the end, without values.
+
+        Args:
+            start: Layers that are compressed already.
+        """
+        samples: dict[object, LayerState] = {}
+        states = {}
+        for name, target in self.targets.items():
+            first = start.get(name)
+            key = (*self._kind(first), self._stages[name], target.view.shape)
+            if key not in samples:
+                samples[key] = self._sample(target, self._stages[name], first)
+            states[name] = grown(samples[key], *target.view.shape)
+        return states
+
+    @staticmethod
+    def _kind(state: LayerState | None) -> tuple[object, ...]:
+        grid = None if state is None else state.grid
+        pruned = state is not None and state.pruned is not None
+        return type(grid), getattr(grid, "bits", None), getattr(grid, "unit", None), pruned
+
+    def _sample(
+        self, target: Target, stages: tuple[Stage, ...], first: LayerState | None
+    ) -> LayerState:
+        """Return a small layer after some stages.
+
+        Args:
+            target: The layer that it stands for.
+            stages: What it gets, first to last.
+            first: What the layer is at the start, if it is compressed already.
+        """
+        inputs = target.view.shape[1]
+        if first is None or (first.grid is None and first.pruned is None):
+            return self._laboratory.state(stages, inputs)
+        rows = slice(0, min(_ROWS, len(first.weight)))
+        state = LayerState(
+            first.weight[rows],
+            pruned=None if first.pruned is None else first.pruned[rows],
+            grid=None if first.grid is None else first.grid.take(rows),
+        )
+        for stage in stages:
+            state = self._laboratory.apply(stage, state)
+        return state
