@@ -16,12 +16,15 @@ DOCS_STAMP := .venv-docs/.installed
 DOCS_EXTRA := import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
 	print(c["options.extras_require"]["docs"])
 
-.PHONY: demo test lint format docs peers clean
+.PHONY: demo test test-all lint format docs peers clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 lint: $(STAMP)

@@ -160,6 +160,24 @@ def entries(folder: Path) -> tuple[set[str], dict[str, str]]:
     return names, others
 
 
+def special(folder: Path) -> str | None:
+    """Return the name of an entry that reading could wait for without end, or None.
+
+    Links are followed: people keep models behind links.
+
+    Args:
+        folder: The folder of a model.
+    """
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        try:
+            mode = entry.stat().st_mode
+        except OSError:  # a link to nothing is as good as missing
+            continue
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return entry.name
+    return None
+
+
 def is_plain(file: Path, folder: Path) -> bool:
     """Return whether a path is a regular file, or a link into the Hub's cache that holds a folder.
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from optimum_order.cli import main
 from optimum_order.errors import OutputError
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
 VERSIONS = [folder.name.removeprefix("artifact-") for folder in sorted(FIXTURES.glob("artifact-*"))]

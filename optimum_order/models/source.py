@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, chainable, redacted
-from optimum_order.files import digest, weight_bytes
+from optimum_order.files import digest, is_folder, special, weight_bytes
 from optimum_order.layers.state import LayerState, tensor_bytes
 from optimum_order.models import hf
 from optimum_order.models.documents import documents
@@ -110,7 +110,7 @@ class Checkpoint:
         )
         if not self.embedded and (name.startswith((".", "/", "~")) or name.count("/") > 1):
             self._path = str(Path(name).expanduser())
-            if not Path(self._path).is_dir():
+            if not is_folder(self._path):
                 raise ModelError(
                     f"There is no folder '{name}'. Give a folder, a Hub id, or one of "
                     f"{list(EMBEDDED)}."
@@ -122,6 +122,11 @@ class Checkpoint:
             "token": token,
             "trust_remote_code": trust_remote_code,
         }
+        if is_folder(self._path) and (entry := special(Path(self._path))):
+            raise ModelError(
+                f"'{entry}' in '{self._path}' is a pipe, a socket or a device, and only files are "
+                "read: remove it."
+            )
         self._refuse_adapter()
         self.commit: str | None = None
         self.continues: dict[str, Any] | None = None
@@ -129,7 +134,7 @@ class Checkpoint:
         self.targets: list[str] | None = None
         self.ignore: list[str] | None = None
         try:
-            if not Path(self._path).is_dir():  # a branch may move between two loads
+            if not is_folder(self._path):  # a branch may move between two loads
                 file: Any = hf.cached_file(
                     self._path, "config.json", revision=revision, token=token
                 )
@@ -411,7 +416,7 @@ def _read_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _public_name(path: str) -> str:
     """Return what a manifest may call a model: of a local folder its name only."""
-    return Path(path).resolve().name if Path(path).is_dir() else path
+    return Path(path).resolve().name if is_folder(path) else path
 
 
 _PROCESSOR_FILES = (

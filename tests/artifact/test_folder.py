@@ -171,6 +171,7 @@ for limit in map(int, limits):
 """
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_one_clear_error_and_leaves_nothing(tiny_llama_folder, tmp_path):
     limits = ["100", "5000", "100000"]  # fails in the config, the tokenizer, the weights
     command = [sys.executable, "-c", NO_ROOM, tiny_llama_folder, tmp_path / "out", *limits]
@@ -232,6 +233,7 @@ for name in names:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.slow
 def test_a_model_is_saved_and_verified_in_the_memory_of_a_few_blocks(large_llama, tmp_path):
     """100 MB of weights where 56 MB may be taken."""
     model, folder = large_llama

@@ -70,6 +70,7 @@ for command in (["verify", "me/model"], ["inspect", "me/model"]):
 """
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_pulled_verified_run_and_shown_in_a_fresh_process(hub, saved, tmp_path):
     url = hub.call("push", saved, "me/model")
     (made,) = hub.server.repositories["me/model"].commits[1:]
@@ -92,6 +93,7 @@ def test_what_is_pushed_is_pulled_verified_run_and_shown_in_a_fresh_process(hub,
     assert "wanda:0.5 → gptq:4" in text and "yes" in text.split("verifies")[1]
 
 
+@pytest.mark.slow
 def test_a_push_that_is_cut_off_commits_nothing_and_the_next_completes_it(hub, saved):
     for at in range(REQUESTS):
         name = f"me/cut{at}"
@@ -521,6 +523,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("format", sorted(formats.available()))
+@pytest.mark.slow
 def test_the_code_in_the_card_runs_in_a_fresh_process(
     hub, compressor, tiny_llama_folder, tmp_path, format
 ):

@@ -301,6 +301,7 @@ def progress(folder):
     return 2 * max(passes) + passes.count(max(passes)) if passes else 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_three_times_ends_byte_for_byte_as_one_that_was_not(
     program, start, command, tmp_path
 ):
@@ -437,6 +438,7 @@ def pushed(hub, tiny_llama_folder, tmp_path):
     return lambda *options: hub.call("program", *command, "--order", *options)
 
 
+@pytest.mark.slow
 def test_a_model_is_pushed_once_it_is_saved(hub, pushed, tmp_path):
     done = pushed("rtn:4", "--push-to-hub", "me/model", "--private")
     assert done["code"] == 0

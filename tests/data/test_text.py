@@ -263,6 +263,7 @@ class TestSources:
             == load([prose], tokenizer, samples=2, length=8).digest
         )
 
+    @pytest.mark.slow
     def test_builtin(self, tokenizer, monkeypatch):
         monkeypatch.setattr("optimum_order.data.text._MOST_CHARACTERS", 2**20)
         calibration = load("builtin", tokenizer, samples=64, length=64)

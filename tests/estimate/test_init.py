@@ -24,7 +24,7 @@ def compressor(tiny_llama_folder):
 
 
 def test_a_walk_runs_every_block_twice_and_the_last_once(compressor):
-    step, second = compressor.estimate("sparsegpt:0.5 > gptq:4").steps
+    step, second = compressor.estimate("sparsegpt:0.5 > gptq:4", pause="block").steps
     assert step.stages == "sparsegpt:0.5" and second.stages == "gptq:4"
     assert step.forward == second.forward == 3 * PRODUCTS
     # qkv, o, gate and up, and down read something different each
@@ -33,9 +33,19 @@ def test_a_walk_runs_every_block_twice_and_the_last_once(compressor):
 
 
 def test_a_schedule_of_blocks_is_one_walk(compressor):
-    (step,) = compressor.estimate("wanda:0.5 > gptq:4", "block").steps
+    (step,) = compressor.estimate("wanda:0.5 > gptq:4", "block", pause="block").steps
     assert step.stages == "wanda:0.5 > gptq:4"
     assert step.forward == 3 * PRODUCTS
+
+
+def test_groups_need_one_forward_and_all_activations_at_once(compressor):
+    (block,) = compressor.estimate("gptq:4", pause="block").steps
+    estimate = compressor.estimate("gptq:4", pause="group")
+    (group,) = estimate.steps
+    assert estimate.as_dict()["pause"] == "group"
+    assert (block.forward, group.forward) == (3 * PRODUCTS, 2 * PRODUCTS)
+    assert group.gram == block.gram and group.bytes == block.bytes
+    assert group.memory > block.memory
 
 
 def test_methods_that_need_no_data_see_none(tiny_llama_folder):

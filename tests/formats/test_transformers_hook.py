@@ -191,12 +191,14 @@ def run(code, folder):
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.slow
 def test_without_the_import_it_fails_and_loads_nothing_at_random(saved):
     done = run(WITHOUT, saved[1])
     assert len(re.findall("ignore_mismatched_sizes", done.stdout)) == 6
     assert f"Unknown quantization type, got {METHOD}" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_import_may_come_before_or_after_that_of_transformers(saved):
     expected = sum(parameter.double().abs().sum().item() for parameter in saved[0].parameters())
     for first in ("optimum_order", "torch, transformers; transformers.LlamaForCausalLM"):

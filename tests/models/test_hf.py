@@ -450,6 +450,7 @@ def test_a_quantization_is_read_as_another_while_nobody_owns_its_method(monkeypa
     assert isinstance(read({"quant_method": "test-old"}), transformers.AwqConfig)
 
 
+@pytest.mark.slow
 def test_this_module_and_our_hook_can_be_imported_in_any_order():
     """What `hf` imports does not import `transformers.quantizers`.
 

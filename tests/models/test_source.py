@@ -1,6 +1,7 @@
 """Where a model comes from: what can be loaded is, what cannot is refused with a reason."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -321,3 +322,16 @@ def test_a_folder_with_an_adapter_is_named_as_one(copy, tmp_path):
         (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
         with pytest.raises(ModelError, match="holds an adapter"):
             JointCompressor.from_pretrained(folder)
+
+
+def test_a_pipe_is_not_waited_for_and_a_long_name_is_no_folder(copy, tmp_path):
+    os.mkfifo(copy / "chat_template.jinja")
+    with pytest.raises(ModelError, match=r"'chat_template\.jinja' in .* is a pipe"):
+        JointCompressor.from_pretrained(copy)
+    (copy / "chat_template.jinja").unlink()
+    (copy / "added_tokens.json").symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match="a device"):
+        JointCompressor.from_pretrained(copy)
+    for name in ("n" * 300, f"./{'n' * 300}", str(tmp_path.joinpath(*["d" * 200] * 21))):
+        with pytest.raises(ModelError):
+            JointCompressor.from_pretrained(name)

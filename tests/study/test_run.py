@@ -178,6 +178,7 @@ def stages_run(monkeypatch):
     return stages
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(
     finished, study, tiny_llama_folder, text_file, tmp_path, read_rows, stages_run
 ):
