@@ -20,6 +20,7 @@ from optimum_order.models.rehearsal import rehearse
 
 _TOKENS = 16
 """Tokens of a sequence that a forward needs to show what it does."""
+_LONGEST_REASON = 300
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -55,7 +56,7 @@ def check_forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
         batch: The arguments of a forward, samples first.
 
     Raises:
-        ModelError: If a parameter changes.
+        ModelError: If a parameter changes, or the forward fails.
     """
     tokens = {
         name
@@ -71,7 +72,28 @@ def check_forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
         if model.device.type == "meta":
             rehearse(model, first)  # as far as a forward goes without values
         else:
-            model(**placed(first, model), **hf.uncached(model))
+            try:
+                model(**placed(first, model), **hf.uncached(model))
+            except Exception:  # some models take whole multiples of a length only
+                _run_whole(model, {name: tensor[:1] for name, tensor in batch.items()})
+
+
+def _run_whole(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> None:
+    """Run a model on a sample of its calibration data, before all others.
+
+    Raises:
+        ModelError: If the forward raises any error.
+    """
+    try:
+        model(**placed(sample, model), **hf.uncached(model))
+    except Exception as error:
+        names = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sample.items())
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:_LONGEST_REASON]
+        raise ModelError(
+            f"The forward of {type(model).__name__} fails on the calibration data ({names}): "
+            f"{reason.rstrip('.')}. Give data that the model reads, or use methods without data: "
+            "magnitude, rtn, bitsandbytes."
+        ) from error
 
 
 def _marks(model: PreTrainedModel) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from optimum_order.calibration.stability import check_forward, unchanged
 from optimum_order.errors import ModelError
@@ -31,3 +32,28 @@ def test_any_way_of_changing_a_weight_is_seen(make_model):
     check_forward(meta, IDS)
     with pytest.raises(ModelError), torch.no_grad(), unchanged(meta, "a test"):
         meta.model.layers[0].mlp.up_proj.weight.mul_(2)
+
+
+def test_a_forward_that_fails_is_one_line_before_the_work():
+    config = transformers.GPTJConfig(
+        vocab_size=64, n_embd=32, n_head=4, n_layer=1, n_positions=64, rotary_dim=64
+    )
+    model = transformers.GPTJForCausalLM(config).eval()
+    message = r"GPTJForCausalLM fails on the calibration data \(input_ids \(1, 9\)\): The size of"
+    with pytest.raises(ModelError, match=message) as error:
+        check_forward(model, {"input_ids": torch.full((2, 9), 5)})
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_takes_whole_windows_only_is_no_failure(monkeypatch):
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_head=4, n_layer=1)
+    ).eval()
+    forward = model.forward
+
+    def whole(input_ids, **options):
+        assert input_ids.shape == (1, 32)
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", whole)
+    check_forward(model, {"input_ids": torch.full((2, 32), 5)})
