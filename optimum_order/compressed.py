@@ -215,7 +215,7 @@ class CompressedModel:
             OutputError: If the folder cannot be written. Nothing is left half-written.
         """
         written = self._save(path, format=format, overwrite=overwrite, unproven=unproven)
-        fields = ("format", "bytes", "files", "layers", "metrics")
+        fields = ("format", "requires", "bytes", "files", "layers", "metrics")
         self._saved = {field: written[field] for field in fields}
         return str(written["format"])
 

@@ -111,7 +111,7 @@ def make(
         repo_id=repo_id,
         task=task,
         format=codec,
-        packages=("transformers", "torch", *codec.packages),
+        packages=("transformers", "torch", *map(shlex.quote, codec.packages)),
         arguments=arguments,
         base=_base(manifest["base_model"]),
         diagram=diagram(manifest),

@@ -21,6 +21,7 @@ from optimum_order import files, formats
 from optimum_order.artifact import manifest
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.formats import Codec, Contents
+from optimum_order.formats.older import keep_tokenizer
 from optimum_order.layers.state import tensor_bytes
 
 _PREFIX = 40
@@ -182,6 +183,7 @@ def save(
         )
         if contents.processor is not None:
             _save_processor(contents.processor, folder)
+            keep_tokenizer(contents.processor, folder)
         for name, file in contents.documents.items():
             if not (folder / name).exists():
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -204,6 +206,7 @@ def save(
         }
         added = {
             "format": codec.name,
+            "requires": list(codec.packages),
             "layers": layers,
             "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits},
             "files": listed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optimum_order.cli import arguments
@@ -100,8 +100,19 @@ def _overview_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("order", arrows(manifest["order"])),
         ("schedule", manifest["schedule"]),
         ("format", manifest["format"]),
+        ("loads with", ", ".join(("transformers", *_packages(manifest)))),
         *outcome_rows({**manifest, "metrics": metric_values(manifest["metrics"])}),
     ]
+
+
+def _packages(manifest: Mapping[str, Any]) -> Sequence[str]:
+    """Return the packages that loading needs; 0.1.0 did not write them down."""
+    from optimum_order import formats
+
+    if "requires" in manifest:
+        return [str(package) for package in manifest["requires"]]
+    codec = formats.available().get(manifest["format"])
+    return () if codec is None else codec.packages
 
 
 def _layer_rows(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -34,7 +34,8 @@ class CompressedTensors(Codec):
     """Packed codes, the scales in the model's dtype, and the shape."""
 
     name = "compressed-tensors"
-    packages = ("compressed-tensors",)
+    # Older ones read 3, 5, 6 and 7 bits wrongly, without a word.
+    packages = ("compressed-tensors>=0.18",)
     summary = "pack-quantized, 2-8 bit symmetric integers; read by transformers and vLLM"
     tensors = ("weight_packed", "weight_scale", "weight_shape")
 

@@ -26,6 +26,7 @@ from optimum_order.files import INDEX, SINGLE, read_json, weight_files
 from optimum_order.formats import available
 from optimum_order.formats.base import Codec, Container, Contents, Layers, Written, outline
 from optimum_order.formats.layout import Piece, as_matrix, blocks
+from optimum_order.formats.older import with_older_keys
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
 from optimum_order.models.quantizer import encoding
@@ -81,10 +82,11 @@ class Safetensors(Container):
             raise InvariantError(f"'{min(missing)}' is missing from what transformers would save.")
         shards.close({"total_parameters": model.num_parameters()})
         layers = Layers(contents.layers.targets, encoder.outlines)
+        config = with_older_keys(read_json(folder / _CONFIG), model.config)
         entry = codec.quantization_config(contents.layout, layers)
         if entry is not None:
-            config = read_json(folder / _CONFIG) | {"quantization_config": entry}
-            _dump_json(folder / _CONFIG, config)
+            config["quantization_config"] = entry
+        _dump_json(folder / _CONFIG, config)
         return Written(encoder.stored, encoder.bytes)
 
     def read(
