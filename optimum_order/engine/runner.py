@@ -228,6 +228,20 @@ class Runner:
         node.result.write(self.units)
         return node
 
+    def check_metric(self, metric: Metric, samples: Samples) -> None:
+        """Refuse a metric that cannot measure the model, and a model that changes meanwhile.
+
+        Args:
+            metric: The metric.
+            samples: What it is to be measured on.
+
+        Raises:
+            ModelError: If the metric does not suit the model, or a forward changes its weights.
+            DataError: If the samples do not suit the model or the metric.
+        """
+        with unchanged(self.model, "its forward"):
+            metric.check(self.model, samples)
+
     def measure(self, metric: Metric, samples: Samples, *, batch_size: int = 8) -> Measurement:
         """Return what a metric says of the model as it is now.
 

@@ -326,6 +326,13 @@ class InMemory:
                 adapter, or if some of its weights are not in memory.
         """
         model = _unwrapped(model)
+        made = getattr(model.config, "optimum_order", None)
+        if made is not None:
+            order = made.get("order") if isinstance(made, dict) else made
+            raise ModelError(
+                f"The model was compressed by '{order}', and in memory its masks and grids are "
+                "lost: give its folder, to go on from there."
+            )
         name = model.config.name_or_path or type(model).__name__
         refuse_quantized(model.config, name)
         copied = copy.deepcopy(model)

@@ -56,7 +56,7 @@ def plan(
     if strategy not in STRATEGIES:
         raise OrderError(unknown("strategy", strategy, STRATEGIES))
     orders = [runner.check(order) for order in permutations(stages)]
-    scoring.metric.check(runner.model, scoring.samples)
+    runner.check_metric(scoring.metric, scoring.samples)
     task = Task(runner, orders, scoring, effort, progress)
     wall = time.perf_counter()
     cpu = time.process_time()

@@ -72,7 +72,7 @@ class Study:
         folder: str | Path,
         settings: Mapping[str, Any] | None = None,
     ):
-        metric.check(runner.model, samples)
+        runner.check_metric(metric, samples)
         if len(samples) < 2:
             raise DataError(
                 f"A study needs at least two {samples.unit}s to measure on, got {len(samples)} "
