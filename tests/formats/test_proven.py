@@ -37,12 +37,13 @@ ALL = {
 
 def test_the_data_is_of_the_names_that_codecs_have():
     census = proven.census()
+    public = set(dir(transformers))
     assert census["transformers"].startswith("5.")
     assert len(census["classes"]) > 100
     for name, answers in census["classes"].items():
         assert set(answers) == set(ALL), name
         assert all(isinstance(answer, str) and answer for answer in answers.values())
-        assert hasattr(transformers, name)
+        assert name in public
     proved = [name for name, answers in census["classes"].items() if answers["dense"] == "ok"]
     assert len(proved) > 0.9 * len(census["classes"])
 
