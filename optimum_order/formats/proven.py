@@ -48,10 +48,13 @@ def why_unproven(model: PreTrainedModel, codec: Codec, layers: Layers) -> str | 
     if not layers.states or case not in _cases():
         return None  # nothing but a dense model, or a format of somebody else's
     cls = type(model)
-    verdicts = census()["classes"].get(cls.__name__)
-    if verdicts is None or not cls.__module__.startswith("transformers."):
-        if codec.loads_dense(layers):
-            return None  # the class is not asked: it gets an ordinary dense model
+    custom = not cls.__module__.startswith("transformers.")
+    verdicts = None if custom else census()["classes"].get(cls.__name__)
+    if verdicts is None:
+        # Custom code gets an ordinary dense model. A class of transformers may have conversions of
+        # its own, which only our decoding is put before.
+        if codec.loads_dense(layers) and (custom or not codec.stock):
+            return None
         return f"{cls.__name__} is none of the architectures with which '{case}' was tried."
     verdict = verdicts[case]
     if verdict == OK:
