@@ -17,6 +17,8 @@ from optimum_order.formats.base import Codec, Layers
 
 FILE = "census.json"
 OK = "ok"
+NOT_TRIED = "not tried: "
+"""How the verdict on a case begins that a tiny model could not be stored in."""
 
 
 @functools.cache
@@ -59,6 +61,11 @@ def why_unproven(model: PreTrainedModel, codec: Codec, layers: Layers) -> str | 
     verdict = verdicts[case]
     if verdict == OK:
         return None
+    if verdict.startswith(NOT_TRIED):
+        if not codec.stock and codec.loads_dense(layers):
+            return None
+        reason = verdict.removeprefix(NOT_TRIED).rstrip(".")
+        return f"'{case}' could not be tried with {cls.__name__} ({reason})."
     return (
         f"With transformers {census()['transformers']}, a {cls.__name__} stored as '{case}' did "
         f"not load ({verdict.rstrip('.')})."
