@@ -13,10 +13,12 @@ STAMP := .venv/.installed
 # the packages of the extra `docs` and nothing else.
 DOCS := .venv-docs/bin
 DOCS_STAMP := .venv-docs/.installed
+# Where `make census` writes; what is there already is not tried again.
+CENSUS := optimum_order/formats/census.json
 DOCS_EXTRA := import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
 	print(c["options.extras_require"]["docs"])
 
-.PHONY: demo test test-all lint format docs clients peers clean
+.PHONY: demo test test-all lint format docs clients peers census clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -38,6 +40,10 @@ format: $(STAMP)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+
+# hours: every architecture that a tiny config can build, in every format; begun where it was cut off
+census: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/census.py $(CENSUS)
 
 # llm-compressor pins other versions of our dependencies, so it has an environment of its own
 peers: $(STAMP) .venv-peers/.installed

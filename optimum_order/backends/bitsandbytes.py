@@ -15,15 +15,18 @@ from torch import Tensor
 from optimum_order.backends.base import Backend, option
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.base import Grid
-from optimum_order.layers.grids.bitsandbytes import BLOCKSIZES, fit_blocks, fit_rows
+from optimum_order.layers.grids.bitsandbytes import (
+    BLOCKSIZES,
+    computes_right,
+    fit_blocks,
+    fit_rows,
+)
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Statistics
 from optimum_order.order import Stage
 
 _TILE = 32
-"""Outputs that the library's CPU kernel takes at a time; it cannot run a layer of any other number
-of outputs. Nor can it run a layer whose rows are not whole blocks, and decodes such a layer wrongly
-as well."""
+"""Outputs that the library's kernels for some processors take at a time."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,19 @@ class BitsAndBytes(Backend):
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         outputs, inputs = shape
         size = self.options.blocksize
-        if self.options.dtype == "int8":
+        if self.options.dtype == "int8" or (inputs % size == 0 and outputs % _TILE == 0):
             return None
-        if inputs % size:
-            sizes = [str(other) for other in BLOCKSIZES if inputs % other == 0]
-            advice = f"{' or '.join(sizes)} does" if sizes else "none does, int8 needs none"
-            return f"blocksize {size} does not divide its {inputs} inputs; {advice}"
-        if outputs % _TILE:
-            return (
-                f"the library's CPU kernel needs a multiple of {_TILE} outputs, it has {outputs}; "
-                "int8 does not"
-            )
-        return None
+        few = outputs % _TILE + _TILE
+        if computes_right(few, inputs, self.options.dtype, size):
+            return None
+        advice = "int8 takes any shape"
+        fitting = [str(other) for other in BLOCKSIZES if inputs % other == 0]
+        if outputs % _TILE == 0 and fitting:
+            advice = f"blocksize {' or '.join(fitting)} works, and {advice}"
+        return (
+            f"the library takes it on a GPU, but its kernels for this CPU do not compute "
+            f"{outputs} x {inputs} in blocks of {size}; {advice}"
+        )
 
     def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
         grid, codes = self._fit(state.weight)

@@ -17,6 +17,8 @@ from optimum_order.formats.base import Codec, Layers
 
 FILE = "census.json"
 OK = "ok"
+NOT_TRIED = "not tried: "
+"""How the verdict on a case begins that a tiny model could not be stored in."""
 
 
 @functools.cache
@@ -48,14 +50,22 @@ def why_unproven(model: PreTrainedModel, codec: Codec, layers: Layers) -> str | 
     if not layers.states or case not in _cases():
         return None  # nothing but a dense model, or a format of somebody else's
     cls = type(model)
-    verdicts = census()["classes"].get(cls.__name__)
-    if verdicts is None or not cls.__module__.startswith("transformers."):
-        if codec.loads_dense(layers):
-            return None  # the class is not asked: it gets an ordinary dense model
+    custom = not cls.__module__.startswith("transformers.")
+    verdicts = None if custom else census()["classes"].get(cls.__name__)
+    if verdicts is None:
+        # Custom code gets an ordinary dense model. A class of transformers may have conversions of
+        # its own, which only our decoding is put before.
+        if codec.loads_dense(layers) and (custom or not codec.stock):
+            return None
         return f"{cls.__name__} is none of the architectures with which '{case}' was tried."
     verdict = verdicts[case]
     if verdict == OK:
         return None
+    if verdict.startswith(NOT_TRIED):
+        if not codec.stock and codec.loads_dense(layers):
+            return None
+        reason = verdict.removeprefix(NOT_TRIED).rstrip(".")
+        return f"'{case}' could not be tried with {cls.__name__} ({reason})."
     return (
         f"With transformers {census()['transformers']}, a {cls.__name__} stored as '{case}' did "
         f"not load ({verdict.rstrip('.')})."

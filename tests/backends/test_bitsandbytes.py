@@ -11,10 +11,12 @@ from bitsandbytes.functional import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_order.backends import bitsandbytes as bitsandbytes_method
 from optimum_order.backends.bitsandbytes import BitsAndBytes
 from optimum_order.engine.recipe import canonical, method
 from optimum_order.errors import OrderError
 from optimum_order.layers.error import squared_error
+from optimum_order.layers.grids.bitsandbytes import computes_right
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Order, Stage
@@ -155,12 +157,53 @@ def test_bad_options_are_refused():
             method(Stage.parse(text))
 
 
-def test_shapes_that_the_library_cannot_run_are_refused():
-    for text, shape, reason in [
-        ("bitsandbytes:nf4", (64, 96), "blocksize 64 does not divide its 96 inputs; 32 does"),
-        ("bitsandbytes:nf4", (64, 50), "does not divide its 50 inputs; none does, int8 needs none"),
-        ("bitsandbytes:fp4", (61, 64), "needs a multiple of 32 outputs, it has 61; int8 does not"),
+SHAPES = [("nf4", (64, 352), 64), ("nf4", (61, 96), 64), ("fp4", (33, 65), 128)]
+
+
+@pytest.mark.parametrize(("data_type", "shape", "blocksize"), SHAPES)
+def test_any_shape_that_the_library_computes_right_is_what_the_library_makes_of_it(
+    data_type, shape, blocksize
+):
+    """Blocks run over the ends of rows, as in the library."""
+    stage = Stage("bitsandbytes", dtype=data_type, blocksize=blocksize)
+    if reason := method(stage).check_shape(shape):
+        assert "its kernels for this CPU do not compute" in reason
+        return
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    state = method(stage).apply(LayerState(weight))
+    packed, theirs = quantize_4bit(weight, blocksize=blocksize, quant_type=data_type)
+    assert torch.equal(state.weight, dequantize_4bit(packed, theirs))
+    pruned = method(Stage("magnitude", 0.5)).apply(state)
+    assert pruned.grid is state.grid and pruned.grid.holds(pruned.weight)
+
+
+def test_shapes_that_this_processor_cannot_run_are_refused_as_such(monkeypatch):
+    monkeypatch.setattr(bitsandbytes_method, "computes_right", lambda *shape: False)
+    cpu = "the library takes it on a GPU, but its kernels for this CPU do not compute"
+    for text, shape, advice in [
+        (
+            "bitsandbytes:nf4",
+            (64, 96),
+            "blocks of 64; blocksize 32 works, and int8 takes any shape",
+        ),
+        ("bitsandbytes:nf4", (64, 50), "64 x 50 in blocks of 64; int8 takes any shape"),
+        ("bitsandbytes:fp4", (61, 64), "61 x 64 in blocks of 64; int8 takes any shape"),
     ]:
-        assert method(Stage.parse(text)).check_shape(shape).endswith(reason)
+        reason = method(Stage.parse(text)).check_shape(shape)
+        assert reason.startswith(cpu) and reason.endswith(advice)
     assert method(Stage.parse("bitsandbytes:fp4")).check_shape((64, 64)) is None
     assert method(Stage.parse("bitsandbytes:int8")).check_shape((61, 50)) is None
+
+
+def test_a_kernel_that_is_wrong_is_found(monkeypatch):
+    computes_right.cache_clear()
+    assert computes_right(32, 64, "nf4", 64)
+    for broken in (lambda *a, **k: torch.zeros(32, 64), fails):
+        computes_right.cache_clear()
+        monkeypatch.setattr("bitsandbytes.functional.dequantize_4bit", broken)
+        assert not computes_right(32, 64, "nf4", 64)
+    computes_right.cache_clear()
+
+
+def fails(*args, **kwargs):
+    raise AssertionError("N must be divisible by block_n")

@@ -19,6 +19,7 @@ from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
 from optimum_order.cli.compress import CompressCommand
 from optimum_order.data.builtin import digits
+from optimum_order.errors import FormatError
 from optimum_order.evaluation.perplexity import Perplexity
 
 KEYS = [
@@ -264,6 +265,23 @@ def test_bad_input_is_one_line_and_writes_nothing(program, arguments, tmp_path):
         assert line.startswith("optimum-order: error: ") and message in line
         assert not any("Traceback" in text for text in progress)
     assert names(tmp_path) == []
+
+
+def test_a_format_that_only_the_values_rule_out_has_advice_that_works(
+    program, arguments, tmp_path, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise FormatError("Its values are rounded.")
+
+    command = [*arguments, "--order", "rtn:4", "--format", "compressed-tensors"]
+    with monkeypatch.context() as patched:
+        patched.setattr("optimum_order.compressed.CompressedModel.save_pretrained", refuse)
+        *_, advice, line = program(*command).err.splitlines()
+    assert line == "optimum-order: error: Its values are rounded."
+    words = shlex.split(advice.partition("; to resume: ")[2])
+    assert words[-2:] == ["--format", "auto"]
+    assert program(*words[1:]).code == 0
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_missing_model_is_one_line_after_the_order_was_read(program, tmp_path):

@@ -344,6 +344,42 @@ def fit_blocks(
     return grid, grid.settle(codes.masked_fill(empty, grid.zero))
 
 
+@functools.cache
+def computes_right(rows: int, inputs: int, data_type: str, blocksize: int) -> bool:
+    """Return whether the library's kernels for this processor compute a layer of a shape right.
+
+    The library takes any shape on a GPU. Its kernels for some processors (with AVX512-BF16) stop at
+    some shapes and decode others wrongly, those of other processors do not: so they are tried.
+
+    Args:
+        rows: Outputs of a layer; a small one will do that leaves the same rest when it is divided
+            by 32.
+        inputs: Inputs of the layer.
+        data_type: "nf4" or "fp4".
+        blocksize: Weights that share a scale.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, inputs, generator=generator)
+    grid, codes = fit_blocks(weight, data_type, blocksize, double_quant=False)
+    expected = grid.dequantize(codes)
+    try:
+        decoded = dequantize_4bit(*quantize_4bit(weight, blocksize=blocksize, quant_type=data_type))
+        layer = Linear4bit(inputs, rows, bias=False, quant_type=data_type)
+        layer.weight = Params4bit(
+            weight, requires_grad=False, blocksize=blocksize, quant_type=data_type
+        )
+        layer = layer.to("cpu").eval()
+        with torch.no_grad():
+            outputs = layer(torch.eye(inputs)).T
+    except (AssertionError, RuntimeError):
+        return False
+    limit = 0.02 * expected.abs().max()  # a kernel may compute in bfloat16
+    return all(bool((tried - expected).abs().max() < limit) for tried in (decoded, outputs))
+
+
 def fit_rows(weight: Tensor) -> tuple[RowGrid, Tensor]:
     """Return the library's int8 grid for a weight, and the codes (out, in) int16 it chose.
 
