@@ -164,7 +164,7 @@ def build(name, dtype):
 
 def write(contents, folder, format="auto", **options):
     """Write a folder in a format; what was written, with an empty header by default."""
-    codec = formats.choose(contents, format)
+    codec = formats.choose(contents, format, unproven=True)  # these tests are the proof
     return CONTAINER.write(contents, codec, folder, **{"header": {}} | options)
 
 
