@@ -189,6 +189,7 @@ from collections.abc import Mapping
 from optimum_order import JointCompressor, LayerState, formats
 from optimum_order.artifact.folder import save, values_digest
 from optimum_order.artifact.verify import verify
+from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.units import find_units
 
 folder, out, *names = sys.argv[1:]
@@ -198,6 +199,8 @@ source = JointCompressor.from_pretrained(folder).source
 with open("/proc/self/status") as status:
     taken = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (taken + 56 * 2**20, taken + 56 * 2**20))
+memory = giving_memory_back()  # as a run with low_memory does
+memory.__enter__()
 weights = source.load_empty()
 targets = {target.name: target for unit in find_units(weights.model) for target in unit.targets}
 
