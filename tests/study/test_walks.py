@@ -17,13 +17,14 @@ def study(make_study, tmp_path_factory):
 def test_statistics_are_of_the_original_model(study):
     """Whatever weights an earlier order left in the model."""
     runner = study.runner
+    batches = runner.batches(1)
     inputs = []
     hook = runner.model.model.layers[1].mlp.register_forward_hook(
         lambda module, args, output: inputs.append(args[0])
     )
     runner.reset()
     with torch.no_grad():
-        for batch in runner.batches(1):
+        for batch in batches:
             runner.model(**batch)
     hook.remove()
     rows = torch.cat([x.flatten(0, 1) for x in inputs])
