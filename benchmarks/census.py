@@ -583,7 +583,7 @@ def census(output: Path, only: list[str] | None, minutes: float) -> None:
         known.get("classes", {}) if known.get("transformers") == transformers.__version__ else {}
     )
     skipped = known.get("not_built", {}) if entries else {}
-    todo = [name for name in classes(only) if only or (name not in entries and name not in skipped)]
+    todo = [name for name in classes(only) if name not in entries and name not in skipped]
     needs_import = [c for c, (f, _) in CASES.items() if formats.available()[f].import_first]
     stock = [case for case in CASES if case not in needs_import]
     for first in range(0, len(todo), BATCH):
