@@ -91,7 +91,7 @@ def _run(samples: Samples, model: PreTrainedModel, count: int) -> Rehearsal:
 
 def _refuse(samples: Samples, model: PreTrainedModel, run: Rehearsal) -> None:
     name = type(model).__name__
-    given = " and ".join(f"'{argument}'" for argument in without_labels(samples.tensors))
+    arguments = " and ".join(f"'{argument}'" for argument in without_labels(samples.tensors))
     for overrun in run.overruns:
         raise DataError(
             f"{name} looks up row {overrun.index} of '{overrun.table}', which has {overrun.rows} "
