@@ -91,7 +91,7 @@ def _run(samples: Samples, model: PreTrainedModel, count: int) -> Rehearsal:
 
 def _refuse(samples: Samples, model: PreTrainedModel, run: Rehearsal) -> None:
     name = type(model).__name__
-    arguments = " and ".join(f"'{argument}'" for argument in without_labels(samples.tensors))
+    inputs = " and ".join(f"'{argument}'" for argument in without_labels(samples.tensors))
     for overrun in run.overruns:
         raise DataError(
             f"{name} looks up row {overrun.index} of '{overrun.table}', which has {overrun.rows} "
@@ -102,7 +102,7 @@ def _refuse(samples: Samples, model: PreTrainedModel, run: Rehearsal) -> None:
         arguments = takes(model)
         more = ", ..." if len(arguments) > _MOST_ARGUMENTS else ""
         raise DataError(
-            f"{name} cannot read {given} of {samples.source} alone ({run.refusal.rstrip('.')}). "
+            f"{name} cannot read {inputs} of {samples.source} alone ({run.refusal.rstrip('.')}). "
             f"Its forward takes {', '.join(arguments[:_MOST_ARGUMENTS])}{more}. Give these as "
             "tensors that its processor has made: calibration={'input_ids': ..., ...}, or a "
             ".safetensors file that holds them by name (--calibration inputs.safetensors); or use "
