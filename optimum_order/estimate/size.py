@@ -164,9 +164,7 @@ def _encoded(
     exact = format.size(formats.outline(grown)).exact
     try:
         return format.encode(grown), exact
-    except (
-        NotImplementedError
-    ):  # it wants to see the numbers: what becomes of the sample's is all that can be said
+    except NotImplementedError:  # torch has no numbers on meta: scale what the sample becomes
         ratio = grown.weight.numel() / sample.weight.numel()
         tensors = format.encode(sample)
         sizes = {local: round(tensor.numel() * ratio) for local, tensor in tensors.items()}

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from optimum_order.calibration.capture import PRODUCTS
+from optimum_order.errors import ModelError
 from optimum_order.models import hf
 from optimum_order.models.units import Target, Unit
 
@@ -150,6 +151,9 @@ def trace(
 
     Returns:
         The cost of each unit that the forward reached, by name.
+
+    Raises:
+        ModelError: If the forward needs numbers: every value that is looked at is zero here.
     """
     costs = {unit.name: UnitCost() for unit in units}
     counter = Counter()
@@ -169,6 +173,11 @@ def trace(
     try:
         with torch.no_grad(), counter, spy:
             model(**meta, **arguments)
+    except Exception as error:  # a model's own code may raise anything about numbers
+        raise ModelError(
+            f"What {type(model).__name__} takes cannot be told from shapes alone: its forward "
+            f"looks at numbers ({type(error).__name__}). Run it on a few samples, and measure."
+        ) from error
     finally:
         for module in [*(unit.module for unit in units), *experts]:
             del module.forward
