@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from optimum_order import evaluation
 from optimum_order.artifact import manifest
-from optimum_order.calibration import precision
 from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.data.draws import Draws
 from optimum_order.data.fit import fitted, usable_length
@@ -23,6 +22,7 @@ from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
 from optimum_order.estimate.waiting import in_flight
 from optimum_order.evaluation import Measurement, Metric
+from optimum_order.models import precision
 from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, InMemory, weights_digest
 

@@ -16,9 +16,9 @@ from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
 from optimum_order.artifact.convert import convert
 from optimum_order.artifact.verify import verify
-from optimum_order.calibration import precision
 from optimum_order.data.images import digits
 from optimum_order.errors import FormatError, ModelError, OutputError
+from optimum_order.models import precision
 
 SCRIPT = Path(__file__).parent / "reload_stock.py"
 INPUTS = torch.arange(1, 25).view(2, 12) % 61  # the inputs of reload_stock.py

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 
 from optimum_order import JointCompressor
 from optimum_order import session as module
-from optimum_order.calibration import precision
 from optimum_order.engine.recipe import Recipe
 from optimum_order.errors import DataError, ModelError, OptimumOrderError, OrderError
+from optimum_order.models import precision
 from optimum_order.order import Order
 
 T5 = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 64}

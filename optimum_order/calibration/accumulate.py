@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from optimum_order.calibration.precision import products
 from optimum_order.layers.statistics import Accumulator, Statistics
+from optimum_order.models.precision import products
 
 
 class Accumulation:

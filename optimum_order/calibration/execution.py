@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.calibration import precision
 from optimum_order.layers.state import LayerState
+from optimum_order.models import precision
 from optimum_order.models.units import Unit
 
 PAUSES = ("block", "group")

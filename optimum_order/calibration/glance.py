@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.calibration import precision
 from optimum_order.calibration.capture import Capture
 from optimum_order.data.samples import placed
 from optimum_order.layers.statistics import Gram, Statistics
-from optimum_order.models import hf
+from optimum_order.models import hf, precision
 from optimum_order.models.units import Target
 
 

@@ -29,14 +29,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from optimum_order.calibration import precision
 from optimum_order.calibration.accumulate import Accumulation
 from optimum_order.calibration.capture import Capture, Read, Watched, refuse_infinite_inputs
 from optimum_order.calibration.execution import Execution
 from optimum_order.data.samples import placed
 from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layers.statistics import Accumulator, Statistics
-from optimum_order.models import hf
+from optimum_order.models import hf, precision
 from optimum_order.models.units import Target, Unit
 
 _PROBES = 2

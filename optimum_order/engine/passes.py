@@ -21,7 +21,6 @@ from optimum_order.backends.base import (
     Transform,
     needs_of,
 )
-from optimum_order.calibration import precision
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.walk import Visit, walk
 from optimum_order.engine.recover import recover
@@ -32,6 +31,7 @@ from optimum_order.layers.error import relative_error
 from optimum_order.layers.packed import Packed, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Gram, Statistics
+from optimum_order.models import precision
 from optimum_order.models.memory import trim
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from optimum_order.backends import Backend
-from optimum_order.calibration import precision
 from optimum_order.engine.recipe import method
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
 from optimum_order.layers.error import relative_error
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
+from optimum_order.models import precision
 from optimum_order.models.units import Target
 from optimum_order.order import Stage
 

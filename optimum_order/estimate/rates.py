@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from optimum_order.calibration import precision
+from optimum_order.models import precision
 
 _SECONDS = 0.15
 """How long each rate is measured."""

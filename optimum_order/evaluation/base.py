@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from optimum_order.data.samples import Samples, placed
 from optimum_order.errors import ModelError
+from optimum_order.models import precision
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ class Metric(ABC):
             total=len(samples), desc=self.name, unit=samples.unit, disable=not progress
         ) as bar:
             for batch in samples.batches(batch_size):
-                part = self.score(model, placed(batch, model)).double().cpu()
+                with precision.forwards(model.dtype, model.dtype, model.device):
+                    part = self.score(model, placed(batch, model)).double().cpu()
                 if not part.isfinite().all():
                     number = count + int((~part.isfinite()).nonzero()[0]) + 1
                     raise ModelError(

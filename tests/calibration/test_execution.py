@@ -6,8 +6,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from optimum_order.calibration import precision
 from optimum_order.calibration.execution import Execution, InMemory
+from optimum_order.models import precision
 from optimum_order.models.units import find_units
 
 

@@ -23,6 +23,7 @@ from transformers import (
 from optimum_order.errors import DataError, ModelError
 from optimum_order.evaluation import Images, Windows
 from optimum_order.evaluation.perplexity import Perplexity
+from optimum_order.models import precision
 from optimum_order.testing import MetricContract
 
 
@@ -87,7 +88,7 @@ def test_no_bits_per_byte_without_bytes(model, windows):
 
 def test_the_loss_of_a_bfloat16_model_is_computed_in_float32(model, windows):
     model.to(torch.bfloat16)
-    with torch.no_grad():
+    with torch.no_grad(), precision.forwards(model.dtype, model.dtype, model.device):
         logits = model(input_ids=windows.ids).logits
     assert logits.dtype == torch.bfloat16
     expected = functional.cross_entropy(

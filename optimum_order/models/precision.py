@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from optimum_order.errors import DataError, unknown
 
@@ -53,7 +55,11 @@ def has_units(device: torch.device) -> bool:
 def forwards(
     dtype: torch.dtype, model_dtype: torch.dtype, device: torch.device, *, cache: bool = True
 ) -> contextlib.AbstractContextManager[Any]:
-    """Have a float32 model multiply in another dtype while the context is active.
+    """Have a model multiply as fast as its processor can while the context is active.
+
+    A float32 model multiplies in another dtype. A bfloat16 model on a processor without units for
+    bfloat16 has its products computed in float32: torch's own kernels are several times slower
+    there. The sums are float32 in both, and the results are rounded to bfloat16, as everywhere.
 
     Args:
         dtype: The other dtype.
@@ -61,9 +67,50 @@ def forwards(
         device: The model's.
         cache: Whether to cast each weight once: weights must not change meanwhile then.
     """
+    if model_dtype == torch.bfloat16 and device.type == "cpu" and not has_units(device):
+        return _InFloat32()  # type: ignore[no-untyped-call]  # of torch
     if dtype == model_dtype or model_dtype != torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype, cache_enabled=cache)
+
+
+_aten = torch.ops.aten
+_PRODUCTS = {
+    _aten.linear.default,
+    _aten.matmul.default,
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten.convolution.default,
+    _aten.scaled_dot_product_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}
+"""What `_InFloat32` computes. Under inference mode composite operators arrive whole."""
+
+
+class _InFloat32(TorchDispatchMode):
+    """Computes products of bfloat16 tensors in float32, and rounds the results to bfloat16."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func not in _PRODUCTS or all(tensor.dtype != torch.bfloat16 for tensor in tensors):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            return result.bfloat16()
+        # attention also gives the logarithms of its sums, which are float32 everywhere
+        return type(result)(
+            part.bfloat16() if isinstance(part, Tensor) and part.ndim == 4 else part
+            for part in result
+        )
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def restored(output: Any, dtype: torch.dtype, device: torch.device) -> Any:

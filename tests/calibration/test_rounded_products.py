@@ -1,4 +1,4 @@
-"""Calibration may multiply in bfloat16; sums stay float32, and the rest of the model sees no difference."""
+"""A walk may multiply in bfloat16; sums stay float32, and the rest of the model sees no difference."""
 
 import copy
 from contextlib import closing
@@ -6,47 +6,12 @@ from contextlib import closing
 import pytest
 import torch
 
-from optimum_order.calibration import precision
 from optimum_order.calibration.accumulate import Accumulation
 from optimum_order.calibration.execution import PAUSES
-from optimum_order.errors import DataError
 from optimum_order.layers.statistics import Gram, SquaredNorms
 from optimum_order.models.units import find_units
 
 CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "units", "expected"),
-    [
-        ("auto", torch.float32, True, torch.bfloat16),
-        ("auto", torch.float32, False, torch.float32),
-        ("auto", torch.bfloat16, False, torch.bfloat16),
-        ("auto", torch.float16, True, torch.float32),  # bfloat16 would lose three of its digits
-        ("float32", torch.float32, True, torch.float32),
-        ("bfloat16", torch.float32, False, torch.bfloat16),
-    ],
-)
-def test_bfloat16_where_it_costs_nothing_or_the_processor_is_made_for_it(
-    monkeypatch, name, dtype, units, expected
-):
-    monkeypatch.setattr(precision, "has_units", lambda device: units)
-    assert precision.choose(name, dtype, CPU) == expected
-
-
-def test_another_choice_is_refused():
-    with pytest.raises(DataError, match=r"'float16'\. .*auto, bfloat16, float32"):
-        precision.choose("float16", torch.float32, CPU)
-
-
-def test_the_precision_of_others_is_left_as_it_was():
-    before = torch.get_float32_matmul_precision()
-    with precision.products(torch.bfloat16):
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == before
-    with pytest.raises(ZeroDivisionError), precision.products(torch.bfloat16):
-        raise ZeroDivisionError
-    assert torch.get_float32_matmul_precision() == before
 
 
 def test_sums_stay_float32():
