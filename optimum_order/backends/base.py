@@ -341,6 +341,36 @@ class Backend(Method):
         engine.apply(joined)
 
 
+Profile = Mapping[str, Tensor]
+"""What a method wants to remember of a layer that it has seen, by names of its own."""
+Rewrite = Callable[[str, Tensor], Tensor]
+"""A weight (out, in) to try in place of a layer's own, from the layer's name and weight."""
+
+
+class Profiler(Backend):
+    """A backend that looks at all layers before it treats the first.
+
+    It divides among the layers what they have in common, such as a budget of bits. A subclass
+    calls `Engine.profile` in `run`.
+    """
+
+    profiled: ClassVar[int] = 8
+    """Calibration samples of which the statistics and gradients are taken for profiles."""
+
+    @abstractmethod
+    def profile(
+        self, state: LayerState, statistics: Statistics, sensitivity: Tensor | None
+    ) -> Profile:
+        """Return what is to be remembered of a layer.
+
+        Args:
+            state: The layer before.
+            statistics: Of its inputs on some calibration samples.
+            sensitivity: (samples, out) mean squared gradients of the loss by its outputs; None
+                where the layer is no module of its own or the run takes no gradients.
+        """
+
+
 class Allocator(Method):
     """A method that decides across layers, such as mixed precision.
 
@@ -524,12 +554,23 @@ class Engine(Protocol):
     def apply(self, backends: Sequence[Backend]) -> None:
         """Apply backends to every layer that they cover, on one walk."""
 
-    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
-        """Apply to each named layer the backend that an allocator chose, on one walk.
+    def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
+        """Apply to each named layer the backend that a method chose, on one walk.
 
         Args:
             backends: The backend of each layer, by the layer's name.
             allocator: The method that chose.
+        """
+
+    def profile(self, profiler: Profiler) -> Mapping[str, Profile] | None:
+        """Profile every layer that a method covers; None if the run cannot look ahead."""
+
+    def choose(self, method: Method, candidates: Sequence[Rewrite]) -> int:
+        """Return the number of the weights that change the model least on held-back samples.
+
+        Args:
+            method: The method that asks.
+            candidates: Each gives the weight of every layer.
         """
 
     def measure(self, allocator: Allocator) -> list[Measured]:

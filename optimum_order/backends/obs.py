@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from optimum_order.errors import InvariantError
-from optimum_order.layers.grids.base import Grid
+from optimum_order.layers.grids.base import Rounder
 from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Stage
 
@@ -28,6 +28,13 @@ BLOCK = 128
 """Columns whose corrections are applied together to the rest, and that share a SparseGPT mask."""
 STRIP = 16
 """Columns within a block whose corrections are applied one by one."""
+
+
+class Rounding(Protocol):
+    """What a sweep rounds to: a grid, or a grid with rules of its own."""
+
+    def rounder(self, columns: Tensor) -> Rounder:
+        """Return what rounds one column, see `Grid.rounder`."""
 
 
 def inverse_factor(
@@ -131,7 +138,7 @@ def sweep(
     weight: Tensor,
     U: Tensor,
     *,
-    grid: Grid | None,
+    grid: Rounding | None,
     choose: Callable[[Tensor, Tensor, int], Tensor],
     order: Tensor,
     span: int = BLOCK,

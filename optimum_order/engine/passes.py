@@ -16,12 +16,17 @@ from optimum_order.backends.base import (
     Allocator,
     Backend,
     Measured,
+    Method,
+    Profile,
+    Profiler,
     Recovery,
     Reshaper,
+    Rewrite,
     Transform,
     needs_of,
 )
 from optimum_order.calibration.execution import Execution
+from optimum_order.calibration.sensitivity import losses, output_sensitivities, single_samples
 from optimum_order.calibration.walk import Visit, walk
 from optimum_order.engine.recover import recover
 from optimum_order.engine.reshape import cut
@@ -38,6 +43,9 @@ from optimum_order.order import Stage
 
 if TYPE_CHECKING:
     from optimum_order.engine.run import Result, Subject
+
+_HELD_BACK = 4
+"""Calibration samples, the last ones, on which weights are tried."""
 
 
 class Passes:
@@ -86,8 +94,8 @@ class Passes:
             " > ".join(str(backend.stage) for backend in backends),
         )
 
-    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
-        """Apply to each named layer the backend that an allocator chose, on one walk."""
+    def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
+        """Apply to each named layer the backend that a method chose, on one walk."""
         self._compress({name: [mine] for name, mine in backends.items()}, str(allocator.stage))
 
     def _compress(self, backends: Mapping[str, Sequence[Backend]], label: str) -> None:
@@ -168,6 +176,64 @@ class Passes:
 
     def _brought(self, state: LayerState) -> LayerState:
         return state if self.execution.device is None else state.to(self.execution.device)
+
+    def profile(self, profiler: Profiler) -> Mapping[str, Profile] | None:
+        """Profile every layer that a method covers; None for a model that is streamed."""
+        if self.execution.streams:
+            return None
+        units = [u for u in self.subject.units if any(profiler.covers(t.name) for t in u.targets)]
+        passage = self._begin(units, f"{profiler.stage}: profiling")
+        profiles: dict[str, Profile] = {}
+        for unit in units:
+            if passage is not None and passage.has(unit.name):
+                profiles.update(passage.load(unit.name))
+        missing = [u for u in units if not any(t.name in profiles for t in u.targets)]
+        if not missing:
+            return profiles
+        samples = list(itertools.islice(single_samples(self.subject.batches), profiler.profiled))
+        sensitivities = output_sensitivities(self.subject.model, units, samples)
+        rows: dict[str, Profile] = {}
+        walked = walk(
+            self.subject.model,
+            self.subject.units,
+            samples,
+            needs=profiler.needs,
+            execution=self.execution,
+            wanted=[unit.name for unit in missing],
+        )
+        with contextlib.closing(walked) as visits:
+            for visit in visits:
+                for target in visit.targets:
+                    if profiler.covers(target.name):
+                        rows[target.name] = profiler.profile(
+                            self._brought(self.result.states[target.name]),
+                            visit.statistics[target.name],
+                            sensitivities.get(target.name),
+                        )
+                if visit.complete:
+                    if passage is not None:
+                        self._keep(passage, visit.unit, "measured", dict(rows))
+                    profiles.update(rows)
+                    rows.clear()
+                    self.bar.update()
+        return profiles
+
+    def choose(self, method: Method, candidates: Sequence[Rewrite]) -> int:
+        """Return the number of the weights that change the model least on held-back samples."""
+        units = self.subject.units
+        passage = self._begin(units[:1], f"{method.stage}: choosing")
+        if passage is not None and passage.has(units[0].name):
+            return int(passage.load(units[0].name)["chosen"])
+        samples = single_samples(self.subject.batches, last=True)
+        table = losses(
+            self.subject.model, units, list(itertools.islice(samples, _HELD_BACK)), candidates
+        )
+        sums = [sum(row) for row in table]
+        chosen = sums.index(min(sums))
+        if passage is not None:
+            self._keep(passage, units[0], "measured", {"chosen": chosen})
+        self.bar.update()
+        return chosen
 
     def measure(self, allocator: Allocator) -> list[Measured]:
         """Measure every candidate on every group of layers, with the rest of the model as it is."""

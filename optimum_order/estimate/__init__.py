@@ -23,11 +23,12 @@ from optimum_order.backends import (
     Backend,
     Measured,
     Method,
+    Profiler,
     Recovery,
     Reshaper,
     Transform,
 )
-from optimum_order.backends.base import needs_of
+from optimum_order.backends.base import Rewrite, needs_of
 from optimum_order.calibration.execution import Execution
 from optimum_order.engine.recipe import Recipe
 from optimum_order.errors import FormatError, OrderError
@@ -397,10 +398,10 @@ class _Walks:
         covered = {name: mine for name, mine in stages.items() if mine}
         self.walks.append(_Walk(label, covered, needs=needs_of(backends)))
 
-    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
+    def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
         """Note a walk of the backends that an allocator chose."""
         stages = {name: (backend.stage,) for name, backend in backends.items()}
-        needs = needs_of(allocator.backends.values())
+        needs = needs_of(backends.values())
         self.walks.append(_Walk(str(allocator.stage), stages, needs=needs))
 
     def measure(self, allocator: Allocator) -> list[Measured]:
@@ -409,6 +410,13 @@ class _Walks:
         needs = needs_of(allocator.backends.values())
         self.walks.append(_Walk(f"{allocator.stage}: measuring", {}, tried, needs))
         return list(guessed(allocator, self._units, self._costs, self._laboratory))
+
+    def profile(self, profiler: Profiler) -> None:
+        """Profile nothing: layers are as large whatever they share."""
+
+    def choose(self, method: Method, candidates: Sequence[Rewrite]) -> int:
+        """Take the first."""
+        return 0
 
     def reshape(self, reshaper: Reshaper) -> None:
         """Refuse a stage that no estimate covers."""

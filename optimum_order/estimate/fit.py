@@ -13,8 +13,17 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_order import formats
-from optimum_order.backends import Allocator, Backend, Measured, Recovery, Reshaper, Transform
-from optimum_order.backends.base import needs_of
+from optimum_order.backends import (
+    Allocator,
+    Backend,
+    Measured,
+    Method,
+    Profiler,
+    Recovery,
+    Reshaper,
+    Transform,
+)
+from optimum_order.backends.base import Rewrite, needs_of
 from optimum_order.engine.recipe import Recipe
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
@@ -93,7 +102,7 @@ class _Prediction:
         for name in self.targets:
             self._stages[name] += tuple(b.stage for b in backends if b.covers(name))
 
-    def assign(self, backends: Mapping[str, Backend], allocator: Allocator) -> None:
+    def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
         """Note the backends that an allocator chose."""
         for name, backend in backends.items():
             self._stages[name] += (backend.stage,)
@@ -104,6 +113,13 @@ class _Prediction:
 
         costs = {unit.name: UnitCost() for unit in self._units}
         return list(guessed(allocator, self._units, costs, self._laboratory))
+
+    def profile(self, profiler: Profiler) -> None:
+        """Profile nothing: layers are as large whatever they share."""
+
+    def choose(self, method: Method, candidates: Sequence[Rewrite]) -> int:
+        """Take the first."""
+        return 0
 
     def reshape(self, reshaper: Reshaper) -> None:
         """Give up: nobody knows which layers there will be."""

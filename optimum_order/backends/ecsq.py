@@ -1,0 +1,367 @@
+"""ECSQ, entropy-coded scalar quantization: integers whose entropy is the size of the layer.
+
+A fixed-width format stores a zero in as many bits as any other code. An entropy coder stores a
+code in its surprise, so pruning and quantization become one trade-off between bytes and error, and
+two rules give the best trade: a step for each column with equal distortion in every column, which
+is `U_jj` of the sweep itself (waterfilling), and a step for each row with equal effect on the loss
+in every row, which is the inverse root of the row's output sensitivity. One step for the whole
+model then sets the rate.
+
+Steps of columns are powers of two, which are exact in every floating-point format and can be folded
+into whatever stands before the layer.
+
+Source: Lifar et al. 2026, arXiv 2603.04956 (WaterSIC); Frantar et al. 2022, arXiv 2210.17323 (the
+sweep); Sullivan 1996 (dead zones).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from optimum_order.backends.base import Backend, Engine, Profile, Profiler, Rewrite, option
+from optimum_order.backends.obs import Factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.rate import Curve, Sketch, bisected, rounded
+from optimum_order.layers.grids.base import Rounder
+from optimum_order.layers.grids.dual_scale import DualScaleGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Gram, Statistics
+
+SENSITIVITIES = ("auto", "none", "within", "across")
+_SPREAD = 3.0
+"""Octaves by which a row's sensitivity may differ from the layer's mean, either way."""
+_LAYER_SPREAD = 2.0
+"""Octaves by which a layer's step may differ from that of its equal rate, either way."""
+
+_MARGIN = 1.25
+"""How far the corrections of a sweep may carry the largest weight of a column."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ECSQOptions:
+    """The rate, and what the steps follow."""
+
+    rate: float = option(
+        dataclasses.MISSING,
+        "bits of a weight after entropy coding, on average over the model",
+        check=lambda v: 0 < v <= 8,
+        allowed="a number above 0 and at most 8",
+    )
+    sensitivity: str = option(
+        "auto",
+        "what rows and layers differ by: their effect on the loss within a layer, across all "
+        "layers, or none; auto tries them on calibration samples that were held back",
+        check=lambda v: v in SENSITIVITIES,
+        allowed="auto, none, within or across",
+    )
+    columns: bool = option(True, "give each column a step of its own, a power of two")
+    dead_zone: float = option(
+        0.6,
+        "the part of a step below which a weight becomes zero",
+        check=lambda v: 0.5 <= v < 1,
+        allowed="at least 0.5 and below 1",
+    )
+    max_code: int = option(
+        127,
+        "the largest code; 7 lets 4-bit kernels run the result",
+        check=lambda v: v in (1, 3, 7, 15, 31, 63, 127),
+        allowed="1, 3, 7, 15, 31, 63 or 127",
+    )
+    damping: float = option(
+        0.01,
+        "added to diag(H), relative to its mean",
+        check=lambda v: 0 < v <= 1,
+        allowed="in (0, 1]",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a layer gets of the model's budget.
+
+    Args:
+        log_step: log2 of the step of a row and a column at the middle of the layer.
+        log_rows: (out,) log2 of the step of each row, over that.
+    """
+
+    log_step: float
+    log_rows: Tensor
+
+
+class ECSQ(Profiler):
+    """The OBS sweep with a dead zone, on steps that every row and every column has of its own."""
+
+    name = "ecsq"
+    summary = "round to integers of low entropy, at a rate in bits for the whole model"
+    kind = "quantize"
+    needs = frozenset({Gram})
+    Options = ECSQOptions
+    options: ECSQOptions
+    share: Share | None = None
+    """What this layer gets; None gives the layer the rate by itself."""
+
+    def run(self, engine: Engine, joined: Sequence[Backend]) -> None:
+        if len(joined) > 1 or self.options.sensitivity == "none":
+            engine.apply(joined)
+            return
+        shares = self._shares(engine)
+        if shares is None:
+            engine.apply(joined)
+            return
+        backends = {}
+        for name, share in shares.items():
+            backends[name] = copy.copy(self)
+            backends[name].share = share
+        engine.assign(backends, self)
+
+    # One layer
+
+    def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
+        options = self.options
+        weight = state.weight  # (out, in)
+        pruned = state.mask  # (out, in)
+        factor = Factor.of(statistics, options.damping)
+        exponent = self._exponents(factor.U)
+        share = self.share
+        if share is None:
+            sketch = Sketch.of(weight, exponent)
+            level = torch.zeros(len(weight), device=weight.device)
+            share = Share(sketch.log_step(options.rate, options.dead_zone), level)
+        grid = self._grid(weight, share, exponent)
+
+        def choose(w: Tensor, d: Tensor, start: int) -> Tensor:
+            """Remove what is removed already: w is (out, k)."""
+            return pruned[:, start : start + w.shape[1]]
+
+        swept, _ = sweep(
+            weight,
+            factor.U,
+            grid=_WithDeadZone(grid, options.dead_zone),
+            choose=choose,
+            order=factor.columns,
+        )
+        plain = grid.nearest(weight)
+        new, lost = keep_better_rows(swept.to(weight.dtype), plain, weight, statistics[Gram])
+        codes = grid.quantize(new)
+        grid = _refitted(grid, codes, weight, statistics[Gram])
+        notes = remarks(self.stage, options.damping, factor.damping, lost, len(weight))
+        return dataclasses.replace(
+            state, weight=grid.dequantize(codes), grid=grid, notes=state.notes + notes
+        )
+
+    def _exponents(self, U: Tensor) -> Tensor:
+        """Return log2 of the step of each column, (in,) int8, around zero."""
+        logs = U.diagonal().log2()
+        if not self.options.columns:
+            return torch.zeros_like(logs, dtype=torch.int8)
+        return (logs - logs.mean()).round_().clamp_(-30, 30).to(torch.int8)
+
+    def _grid(self, weight: Tensor, share: Share, exponent: Tensor) -> DualScaleGrid:
+        bits = max(2, self.options.max_code.bit_length() + 1)
+        steps = torch.exp2(share.log_rows.to(weight.device) + share.log_step)  # (out,)
+        # A column with huge inputs would have codes beyond the largest: its step is longer then.
+        largest = (weight.float().abs() / steps[:, None]).amax(0) * _MARGIN  # (in,)
+        fitting = (largest / self.options.max_code).clamp(min=2.0**-60).log2().ceil()
+        if self.options.columns:
+            exponent = torch.maximum(exponent, fitting.clamp(max=60).to(torch.int8))
+        least, most = DualScaleGrid.scale_range(weight.dtype, bits, exponent)
+        return DualScaleGrid(bits, steps.clamp(least, most).to(weight.dtype)[:, None], exponent)
+
+    # The whole model
+
+    def profile(
+        self, state: LayerState, statistics: Statistics, sensitivity: Tensor | None
+    ) -> Profile:
+        U = Factor.of(statistics, self.options.damping).U
+        exponent = self._exponents(U)
+        sketch = Sketch.of(state.weight, exponent)
+        profile = {
+            "values": sketch.values,
+            "size": sketch.size,
+            "row": sketch.row,
+            "shape": torch.tensor(sketch.shape),
+            "exponent": exponent,
+            "level": U.diagonal().log2().mean() + math.log2(max(1, statistics.tokens)) / 2,
+        }
+        if sensitivity is not None and statistics.tokens:
+            profile["sensitivity"] = sensitivity
+        return {name: tensor.cpu() for name, tensor in profile.items()}
+
+    def _shares(self, engine: Engine) -> dict[str, Share] | None:
+        """Return what each layer gets of the budget; None if the run cannot say."""
+        profiles = engine.profile(self)
+        if profiles is None:
+            return None
+        names = _CANDIDATES if self.options.sensitivity == "auto" else [self.options.sensitivity]
+        if not all("sensitivity" in profile for profile in profiles.values()):
+            names = ["none"]
+        budget = _Budget(profiles, self.options)
+        shares = [budget.shares(name) for name in names]
+        if len(shares) == 1:
+            return shares[0]
+
+        def rewritten(share: Mapping[str, Share]) -> Rewrite:
+            def rewrite(name: str, weight: Tensor) -> Tensor:
+                mine = share.get(name)
+                return weight if mine is None else self._plain(weight, mine, profiles[name])
+
+            return rewrite
+
+        return shares[engine.choose(self, [rewritten(share) for share in shares])]
+
+    def _plain(self, weight: Tensor, share: Share, profile: Profile) -> Tensor:
+        """Return a weight (out, in) rounded to its share's grid with no corrections."""
+        grid = self._grid(weight, share, profile["exponent"].to(weight.device))
+        steps = grid.scale.float() * torch.exp2(grid.exponent.float())
+        return (rounded(weight.float() / steps, self.options.dead_zone) * steps).to(weight.dtype)
+
+
+_CANDIDATES = ["none", "within", "half", "across"]
+"""What `sensitivity=auto` tries; "half" goes half the way from equal rates to one slope."""
+
+
+class _Budget:
+    """Divides a rate among layers.
+
+    Args:
+        profiles: Of all layers.
+        options: Of the stage.
+    """
+
+    def __init__(self, profiles: Mapping[str, Profile], options: ECSQOptions):
+        self.profiles = profiles
+        self.options = options
+
+    def shares(self, sensitivity: str) -> dict[str, Share]:
+        """Return what each layer gets.
+
+        Args:
+            sensitivity: One of `_CANDIDATES`.
+        """
+        rows = {name: self._rows(profile, sensitivity) for name, profile in self.profiles.items()}
+        curves = {}
+        for name, profile in self.profiles.items():
+            out, inputs = profile["shape"].tolist()
+            sketch = Sketch(profile["values"], profile["size"], profile["row"], (out, inputs))
+            curves[name] = Curve(sketch.with_rows(rows[name][0]), self.options.dead_zone)
+        rate = self.options.rate
+        equal = {name: curve.log_step(rate) for name, curve in curves.items()}
+        part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
+        if part == 0.0:
+            return {name: Share(equal[name], rows[name][0]) for name in curves}
+        sizes = {name: curve.sketch.weights for name, curve in curves.items()}
+        total = sum(sizes.values())
+        slope = {
+            name: float(profile["level"]) - rows[name][1] / 2
+            for name, profile in self.profiles.items()
+        }
+        apart = {name: slope[name] - equal[name] for name in curves}
+        mean = sum(apart[name] * sizes[name] for name in curves) / total
+        apart = {
+            name: min(max(part * (value - mean), -_LAYER_SPREAD), _LAYER_SPREAD)
+            for name, value in apart.items()
+        }
+
+        def average(shift: float) -> float:
+            rates = (
+                sizes[name] * curve.rate(equal[name] + apart[name] + shift)
+                for name, curve in curves.items()
+            )
+            return sum(rates) / total
+
+        shift = bisected(average, rate, -4.0, 4.0)
+        return {name: Share(equal[name] + apart[name] + shift, rows[name][0]) for name in curves}
+
+    @staticmethod
+    def _rows(profile: Profile, sensitivity: str) -> tuple[Tensor, float]:
+        """Return log2 of the step of each row, (out,), and log2 of the layer's sensitivity."""
+        rows = int(profile["shape"][0])
+        if sensitivity == "none" or "sensitivity" not in profile:
+            return torch.zeros(rows), 0.0
+        logs = shrunk(profile["sensitivity"])
+        mean = logs.mean()
+        return (mean - logs).clamp(-_SPREAD, _SPREAD) / 2, float(mean)
+
+
+def shrunk(samples: Tensor) -> Tensor:
+    """Return log2 of means of samples, moved towards their common mean by their sampling error.
+
+    Args:
+        samples: (samples, n), positive.
+
+    Returns:
+        (n,).
+
+    Source: James & Stein 1961, in the form of Efron & Morris 1975.
+    """
+    mean = samples.mean(0)
+    mean = mean.clamp(min=float(mean.mean()) * 2**-20 + 1e-30)
+    logs = mean.log2()
+    if len(samples) < 2:
+        return logs
+    relative = (samples / mean).var(0) / len(samples)
+    error = relative / math.log(2) ** 2
+    spread = (logs.var() - error.mean()).clamp(min=0.0)
+    trust = spread / (spread + error).clamp(min=1e-12)
+    return logs.mean() + trust * (logs - logs.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithDeadZone:
+    """Rounds to a grid with a dead zone, for a sweep.
+
+    Args:
+        grid: The grid.
+        dead_zone: See `rate.rounded`.
+    """
+
+    grid: DualScaleGrid
+    dead_zone: float
+
+    def rounder(self, columns: Tensor) -> Rounder:
+        """Return what rounds one column, as `Grid.rounder` does."""
+        grid = self.grid
+        powers = torch.exp2(grid.exponent[columns].float())
+        steps = (grid.scale[:, 0].float() * powers[:, None]).unbind()  # k of (out,)
+        low = -(2.0 ** (grid.bits - 1))
+        high = -low - 1
+        short = grid.dtype != torch.float32
+
+        def round_(i: int, w: Tensor, out: Tensor) -> None:
+            codes = rounded(w / steps[i], self.dead_zone).clamp_(low, high)
+            torch.mul(codes, steps[i], out=out)
+            if short:
+                out.copy_(out.to(grid.dtype))
+
+        return round_
+
+
+def _refitted(grid: DualScaleGrid, codes: Tensor, weight: Tensor, gram: Tensor) -> DualScaleGrid:
+    """Return the grid whose row scales give the least output error with the codes, and its width.
+
+    The best scale of a row is `w H z / z H z`.
+
+    Args:
+        grid: The grid of the codes.
+        codes: (out, in) int16.
+        weight: (out, in), before quantization.
+        gram: (in, in), of the layer's inputs.
+    """
+    size = int(codes.abs().max())
+    bits = min(8, max(2, size.bit_length() + 1))
+    if bits > 2 and int(codes.max()) < 2 ** (bits - 2) and int(codes.min()) >= -(2 ** (bits - 2)):
+        bits -= 1  # the lowest code has no positive twin
+    z = codes.float() * torch.exp2(grid.exponent.float())  # (out, in)
+    projected = z @ gram
+    over = torch.linalg.vecdot(projected, z)
+    ratio = torch.linalg.vecdot(projected, weight.float()) / over.clamp(min=1e-30)
+    before = grid.scale[:, 0].float()
+    least, most = DualScaleGrid.scale_range(grid.dtype, bits, grid.exponent)
+    fine = (over > 0) & (ratio > before / 2) & (ratio < before * 2)
+    scale = torch.where(fine, ratio, before).clamp(least, most)
+    return DualScaleGrid(bits, scale.to(grid.dtype)[:, None], grid.exponent)

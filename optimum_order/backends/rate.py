@@ -1,0 +1,202 @@
+"""The rate of a layer: the bits that an entropy coder spends on its codes, as the step changes.
+
+A coder knows how large the codes of each row and of each column are, and keeps one table of
+probabilities for each size. So the rate is the entropy of the codes given the size class, from a
+sample of the weights.
+
+Source: Gersho & Gray 1992, Vector Quantization and Signal Compression, chapter 9 (entropy-coded
+scalar quantization); Sullivan 1996 (dead zones).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+SAMPLE = 2**15
+"""Weights of a layer that its rate is estimated from."""
+_CLASSES_PER_OCTAVE = 2
+_SIDE_BITS = 20
+"""Bits of a row or column beside its codes: its scale or exponent, and its class."""
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A sample of the weights of a layer, in units of the steps of their rows and columns.
+
+    Args:
+        values: (n,) float32, each weight over the step of its row and of its column.
+        size: (n,) float32, log2 of the root mean square of such weights, as the row and the column
+            of each have it.
+        row: (n,) int32, the row of each.
+        shape: (out, in) of the layer.
+    """
+
+    values: Tensor
+    size: Tensor
+    row: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, weight: Tensor, log_columns: Tensor) -> Sketch:
+        """Draw a sample; the steps of all rows are 1.
+
+        Args:
+            weight: (out, in).
+            log_columns: (in,) log2 of the step of each column.
+        """
+        rows, inputs = weight.shape
+        scaled = weight.float() * torch.exp2(-log_columns.float())
+        squares = scaled.square()
+        of_rows = squares.mean(1)
+        of_rows = of_rows.clamp(min=float(of_rows.mean()) * 1e-6 + 1e-30)
+        of_columns = (squares / of_rows[:, None]).mean(0).clamp(min=1e-6)
+        size = of_rows.log2()[:, None] / 2 + of_columns.log2() / 2
+        drawn = torch.arange(weight.numel())
+        if weight.numel() > SAMPLE:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randint(weight.numel(), (SAMPLE,), generator=generator)
+        drawn = drawn.to(weight.device)
+        row = (drawn // inputs).int()
+        return cls(scaled.flatten()[drawn], size.flatten()[drawn], row, (rows, inputs))
+
+    def with_rows(self, log_rows: Tensor) -> Sketch:
+        """Return the sketch of the same layer with other steps of its rows.
+
+        Args:
+            log_rows: (out,) log2 of the step of each row.
+        """
+        steps = log_rows[self.row.long()]
+        values = self.values * torch.exp2(-steps)
+        return dataclasses.replace(self, values=values, size=self.size - steps)
+
+    @property
+    def weights(self) -> int:
+        """The number of weights of the layer."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def side(self) -> float:
+        """Bits for each weight that do not depend on the step."""
+        return _SIDE_BITS * sum(self.shape) / self.weights
+
+    def codes(self, log_step: float, dead_zone: float) -> Tensor:
+        """Return the codes of the sample with a step, (n,) float32.
+
+        Args:
+            log_step: log2 of the step.
+            dead_zone: See `rounded`.
+        """
+        return rounded(self.values * 2.0**-log_step, dead_zone)
+
+    def rate(self, log_step: float, dead_zone: float) -> float:
+        """Return the bits for each weight with a step, everything counted.
+
+        Args:
+            log_step: log2 of the step.
+            dead_zone: See `rounded`.
+        """
+        codes = self.codes(log_step, dead_zone).clamp(-127, 127)
+        classes = ((self.size - self.size.min()) * _CLASSES_PER_OCTAVE).round().long()
+        keys = classes * 256 + codes.long() + 128
+        counts = torch.bincount(keys, minlength=256 * (int(classes.max()) + 1))
+        return entropy(counts.view(-1, 256)) / len(codes) + self.side
+
+    def log_step(self, rate: float, dead_zone: float) -> float:
+        """Return log2 of the step with which the sample has a rate.
+
+        Args:
+            rate: In bits for each weight.
+            dead_zone: See `rounded`.
+        """
+        middle = float(self.size.median())
+        return bisected(lambda step: self.rate(step, dead_zone), rate, middle - 9, middle + 6)
+
+
+def rounded(steps: Tensor, dead_zone: float) -> Tensor:
+    """Round to integers, those nearest to zero to zero.
+
+    Args:
+        steps: Values in units of the step.
+        dead_zone: The least size that does not become zero, 0.5 to 1. Every other threshold lies
+            half as far beyond the middle between two integers as this one.
+    """
+    size = steps.abs()
+    shift = 0.5 - (dead_zone - 0.5) / 2
+    codes = (size + shift).floor_().mul_(size >= dead_zone)
+    return codes.copysign_(steps).add_(0.0)
+
+
+def entropy(counts: Tensor) -> float:
+    """Return the bits of an ideal coder with one table for each row of counts.
+
+    Args:
+        counts: (tables, symbols) integers.
+    """
+    counts = counts.double()
+    totals = counts.sum(1, keepdim=True)
+    bits: Tensor = counts * (totals.clamp(min=1).log2() - counts.clamp(min=1).log2())
+    return float(bits.sum())
+
+
+def bisected(falling: Callable[[float], float], value: float, low: float, high: float) -> float:
+    """Return where a falling function has a value; an end where it has none.
+
+    Args:
+        falling: The function.
+        value: Its value.
+        low: Where the function is larger.
+        high: Where the function is smaller.
+    """
+    for _ in range(24):
+        middle = (low + high) / 2
+        if falling(middle) > value:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The rate of a layer for every step, interpolated.
+
+    Args:
+        sketch: Of the layer.
+        dead_zone: See `rounded`.
+    """
+
+    sketch: Sketch
+    dead_zone: float
+
+    @cached_property
+    def _points(self) -> tuple[float, list[float]]:
+        """The first step, and the rates of steps a quarter of an octave apart."""
+        first = float(self.sketch.size.median()) - 9
+        steps = range(4 * 15)
+        return first, [self.sketch.rate(first + step / 4, self.dead_zone) for step in steps]
+
+    def rate(self, log_step: float) -> float:
+        """Return the bits for each weight with a step.
+
+        Args:
+            log_step: log2 of the step.
+        """
+        first, rates = self._points
+        at = min(max((log_step - first) * 4, 0.0), len(rates) - 1.001)
+        place = int(at)
+        return rates[place] + (at - place) * (rates[place + 1] - rates[place])
+
+    def log_step(self, rate: float) -> float:
+        """Return log2 of the step with which the layer has a rate.
+
+        Args:
+            rate: In bits for each weight.
+        """
+        first, rates = self._points
+        return bisected(self.rate, rate, first, first + len(rates) / 4)

@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+
+from optimum_order.backends.rate import Curve, Sketch, bisected, entropy, rounded
+
+
+def gaussian(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("zone", [0.5, 0.6, 0.8])
+def test_rounding_has_a_dead_zone_and_is_odd(zone):
+    x = torch.linspace(-6, 6, 10001)
+    codes = rounded(x, zone)
+    assert torch.equal(codes, codes.round())
+    assert torch.equal(codes, -rounded(-x, zone))
+    assert not codes[x.abs() < zone - 1e-3].any()
+    assert codes[x.abs() > zone + 1e-3].all()
+    assert (codes - x).abs().max() <= zone + 1e-5
+    assert not torch.signbit(codes[codes == 0]).any()
+    if zone == 0.5:
+        assert (codes - x).abs().max() <= 0.5 + 1e-5
+
+
+def test_entropy_is_that_of_the_textbook():
+    assert entropy(torch.tensor([[8, 8], [16, 0]])) == pytest.approx(16)
+    assert entropy(torch.tensor([[4, 2, 1, 1]])) == pytest.approx(8 * 1.75)
+
+
+@pytest.mark.parametrize("log_step", [-3.0, -2.0, -1.0])
+def test_the_rate_of_gaussian_weights_is_the_textbooks(log_step):
+    """At small steps an ideal coder spends log2(sigma / step) + log2(2 pi e) / 2 bits."""
+    sketch = Sketch.of(gaussian(512, 1024), torch.zeros(1024))
+    expected = -log_step + 0.5 * math.log2(2 * math.pi * math.e)
+    assert sketch.rate(log_step, 0.5) - sketch.side == pytest.approx(expected, abs=0.03)
+
+
+def test_sizes_of_rows_and_columns_are_known_to_the_coder():
+    """Scales that a coder knows cost nothing: the mean rate is that of the mean log2 scale."""
+    rows = gaussian(512)
+    columns = gaussian(1024) / 2
+    weight = gaussian(512, 1024) * torch.exp2(rows)[:, None] * torch.exp2(columns)
+    sketch = Sketch.of(weight, torch.zeros(1024))
+    even = Sketch.of(gaussian(512, 1024), torch.zeros(1024))
+    shift = float(rows.mean() + columns.mean())
+    known = sketch.rate(-3.0 + shift, 0.5)
+    assert known == pytest.approx(even.rate(-3.0, 0.5), abs=0.05)
+    moved = sketch.with_rows(rows)
+    assert moved.rate(-3.0 + float(columns.mean()), 0.5) == pytest.approx(known, abs=0.05)
+
+
+@pytest.mark.parametrize("rate", [1.0, 2.5, 5.0])
+def test_a_curve_finds_the_step_of_a_rate(rate):
+    sketch = Sketch.of(gaussian(256, 256) * 0.02, torch.zeros(256))
+    curve = Curve(sketch, 0.6)
+    assert sketch.rate(curve.log_step(rate), 0.6) == pytest.approx(rate, abs=0.02)
+    assert sketch.rate(sketch.log_step(rate, 0.6), 0.6) == pytest.approx(rate, abs=0.02)
+
+
+def test_a_function_is_inverted():
+    assert bisected(lambda x: -x, -0.3, 0.0, 1.0) == pytest.approx(0.3, abs=1e-6)
+    assert bisected(lambda x: -x, -7.0, 0.0, 1.0) == pytest.approx(1.0, abs=1e-6)
