@@ -23,7 +23,7 @@ def plain(model, units, samples):
         outputs = {}
         handles = [
             target.module.register_forward_hook(
-                lambda module, args, result, name=target.name: outputs.update({name: result})
+                lambda _, args, result, name=target.name, to=outputs: to.update({name: result})
             )
             for unit in units
             for target in unit.targets
