@@ -1,0 +1,117 @@
+"""The layers of a model on the grids of stock formats: the same codes, and the same outputs.
+
+A grid with steps of its own for each column is no grid of a stock format. Its steps are powers of
+two: they move into the norm or the layer that makes the input, where no bit of any output changes,
+and one scale for each row is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_order.errors import FormatError
+from optimum_order.formats import Layers
+from optimum_order.layers.grids.dual_scale import DualScaleGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models.folding import Fold, find_folds
+from optimum_order.models.units import find_units
+
+_WIDTHS = (4, 8)
+"""Widths that kernels run; a layer gets the narrowest that holds its codes."""
+
+
+def needs_transcoding(layers: Layers) -> bool:
+    """Return whether a layer has steps of its own for its columns."""
+    return any(isinstance(state.grid, DualScaleGrid) for state in layers.states.values())
+
+
+def transcode(model: PreTrainedModel, layers: Layers) -> Layers:
+    """Return the layers with one scale for each row; what makes their inputs is multiplied.
+
+    Args:
+        model: It holds the weights of the layers, and is changed with them.
+        layers: All layers that are compressed.
+
+    Returns:
+        The layers. `W[i, j]` is now what it was times a power of two of column j and of row i.
+
+    Raises:
+        FormatError: If the steps of a layer have no place to move to.
+    """
+    states = dict(layers.states)
+    for fold in find_folds(model, find_units(model), _sample(model)):
+        readers = [target.name for target in fold.readers if target.name in states]
+        grids = [states[name].grid for name in readers]
+        exponents = [grid.exponent for grid in grids if isinstance(grid, DualScaleGrid)]
+        if not any(exponent.any() for exponent in exponents):
+            continue
+        exponent = exponents[0].cpu()
+        alike = all(torch.equal(exponent, other.cpu()) for other in exponents[1:])
+        if len(exponents) == len(fold.readers) and alike and fold.holds(exponent):
+            _move(fold, exponent, states)
+    rows = {name: _with_rows_alone(name, state) for name, state in states.items()}
+    for name, state in rows.items():
+        layers.targets[name].write(state.weight)
+    return Layers(layers.targets, rows)
+
+
+def _move(fold: Fold, exponent: Tensor, states: dict[str, LayerState]) -> None:
+    """Take powers of two out of the columns of the readers, in the states and in the model."""
+    fold.multiply(exponent)
+    for target in fold.readers:
+        state = states[target.name]
+        assert isinstance(state.grid, DualScaleGrid)
+        grid = dataclasses.replace(state.grid, exponent=torch.zeros_like(state.grid.exponent))
+        weight = torch.ldexp(state.weight, -exponent.int())
+        states[target.name] = dataclasses.replace(state, weight=weight, grid=grid)
+    if fold.writer is not None and fold.writer.name in states:
+        states[fold.writer.name] = _scaled(states[fold.writer.name], fold.of_rows(exponent))
+
+
+def _scaled(state: LayerState, exponent: Tensor) -> LayerState:
+    """Return a layer whose rows are multiplied by powers of two, (out,)."""
+    grid = state.grid
+    powers = exponent.int()[:, None]
+    if isinstance(grid, (DualScaleGrid, UniformGrid)):
+        grid = dataclasses.replace(grid, scale=torch.ldexp(grid.scale, powers))
+    return dataclasses.replace(state, weight=torch.ldexp(state.weight, powers), grid=grid)
+
+
+def _with_rows_alone(name: str, state: LayerState) -> LayerState:
+    """Return a layer on a uniform grid of rows, of the narrowest width that kernels run.
+
+    Raises:
+        FormatError: If columns still have steps of their own.
+    """
+    grid = state.grid
+    if not isinstance(grid, DualScaleGrid):
+        return state
+    if grid.exponent.any():
+        raise FormatError(
+            f"Layer '{name}' has steps of its own for its columns, and nothing before the layer "
+            "can take them: no stock format holds it. Keep the format 'coded', or compress with "
+            "ecsq(columns=false)."
+        )
+    codes = grid.quantize(state.weight)
+    low, high = (int(end) for end in codes.aminmax())
+    width = next(bits for bits in _WIDTHS if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1))
+    uniform = dataclasses.replace(grid.folded(), bits=width)
+    return dataclasses.replace(state, grid=uniform)
+
+
+def _sample(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Return arguments of a forward."""
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        side = (size, size) if isinstance(size, int) else tuple(size)
+        generator = torch.Generator().manual_seed(0)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)}
+    return {"input_ids": torch.arange(16)[None] % config.get_text_config().vocab_size}
