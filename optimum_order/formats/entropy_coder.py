@@ -168,6 +168,23 @@ def estimate(codes: Tensor) -> float:
     return sum(_Encoder(part).estimated_bits() for part in _sections(codes))
 
 
+def most_bytes(rows: int, inputs: int, bits: float) -> int:
+    """Return more bytes than `encode` takes for any codes of this width.
+
+    Args:
+        rows: Outputs.
+        inputs: Inputs.
+        bits: Binary logarithm of the number of codes.
+    """
+    # A second table is there only if it is expected to make up for itself, so that all take what
+    # one would; what pcodec takes for a table, a page and its codes differs from that a little.
+    sections = -(-rows // _rows_of(_SECTION, inputs))
+    bands = sections + -(-rows // _rows_of(_BAND, inputs))
+    codes = max(bits * 1.02 / 8, 1 / _CODES_PER_BYTE) * rows * inputs
+    table = 3 * min(2**bits, rows * inputs)
+    return int(codes + rows + (inputs + table + 160) * sections) + 64 * bands
+
+
 def decode(data: Bytes) -> Codes:
     """Return the codes, (out, in) int8, decoded by as many threads as torch has.
 
