@@ -176,7 +176,7 @@ def test_registering_the_commands_and_their_help_import_no_torch():
 
 CORE = {
     *("accelerate", "bitsandbytes", "evaluate", "optimum", "safetensors", "torch", "transformers"),
-    *("compressed-tensors", "rich", "scipy", "wrapt"),
+    *("compressed-tensors", "pcodec", "rich", "scipy", "wrapt"),
 }
 """What `pip install optimum-order` must bring: the seven packages of the stack, then what
 `compress` and `save` import that no package of the core requires."""

@@ -83,11 +83,13 @@ class _Fit:
         refusal: Why it cannot hold the model, or None if it can.
         bytes: Bytes of all layers.
         doubt: Why it is not proven that the folder would load, or None if it is.
+        made_for: A kind of grid in the model for which the format is made, or None.
     """
 
     refusal: str | None
     bytes: int = 0
     doubt: str | None = None
+    made_for: str | None = None
 
 
 def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
@@ -96,6 +98,7 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
     fits: dict[str, _Fit] = {}
     encoded: dict[str, dict[str, LayerState]] = {name: {} for name in open_}
     sizes = dict.fromkeys(open_, 0)
+    made_for: dict[str, str] = {}
     for layer, target, state in contents.layers:
         outlined = outline(state)
         for name, codec in list(open_.items()):
@@ -110,12 +113,14 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
                 del open_[name]
                 continue
             encoded[name][layer] = outlined
+            if isinstance(state.grid, codec.made_for):
+                made_for[name] = type(state.grid).__name__
             sizes[name] += codec.size(state).bytes
     for name, codec in open_.items():
         layers = Layers(contents.layers.targets, encoded[name])
         refusal = codec.why_not_model(contents.layout, layers)
         doubt = None if refusal else why_unproven(contents.model, codec, layers)
-        fits[name] = _Fit(refusal, sizes[name], doubt)
+        fits[name] = _Fit(refusal, sizes[name], doubt, made_for.get(name))
     return fits
 
 
@@ -126,8 +131,8 @@ def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) ->
         contents: The model and its layers, or outlines of them: then nothing is compressed yet, and
             what shapes and grids rule out is refused in time.
         name: A format, or "auto" for the one of the fewest bytes among those that hold every layer
-            exactly, that stock transformers loads with nothing else installed, and that are proven
-            to load for this architecture.
+            exactly, that stock transformers loads with nothing else installed or that are made for
+            a grid of the model, and that are proven to load for this architecture.
         unproven: Whether a format that was named may be one that is not proven to load.
 
     Raises:
@@ -135,7 +140,12 @@ def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) ->
     """
     codecs = {key: codec() for key, codec in available().items()}
     if name == "auto":
-        fits = _fits([codec for codec in codecs.values() if codec.stock], contents)
+        candidates = [codec for codec in codecs.values() if codec.stock or codec.made_for]
+        fits = {
+            key: fit
+            for key, fit in _fits(candidates, contents).items()
+            if codecs[key].stock or fit.made_for
+        }
         fitting = sorted(
             (key for key, fit in fits.items() if fit.refusal is None),
             key=lambda key: (fits[key].bytes, key != "dense"),
@@ -143,6 +153,12 @@ def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) ->
         chosen = next(key for key in fitting if fits[key].doubt is None or key == "dense")
         if fitting[0] != chosen:
             _say(f"Stored as '{chosen}', not as '{fitting[0]}': {fits[fitting[0]].doubt}")
+        if not codecs[chosen].stock:
+            needed = codecs[chosen].import_first or ", ".join(codecs[chosen].packages)
+            _say(
+                f"Stored as '{chosen}', the format for layers of a {fits[chosen].made_for}: "
+                f"'import {needed}' before transformers loads it. '--format dense' needs no import."
+            )
         return codecs[chosen]
     if name not in codecs:
         raise FormatError(unknown("format", name, ["auto", *codecs]))
@@ -150,9 +166,10 @@ def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) ->
     if fit.refusal is not None:
         fits = _fits(codecs.values(), contents)
         fitting = [key for key in codecs if fits[key].refusal is None and fits[key].doubt is None]
+        advised = min(fitting, key=lambda key: not codecs[key].stock)
         raise FormatError(
             f"Format '{name}' cannot hold this model. {fit.refusal} {', '.join(fitting)} can; "
-            f"choose '{fitting[0]}' or 'auto'."
+            f"choose '{advised}' or 'auto'."
         )
     if fit.doubt is not None and not unproven:
         raise FormatError(

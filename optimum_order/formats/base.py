@@ -114,6 +114,9 @@ class Codec(ABC):
     """Whether transformers computes with decoded weights, as the model in memory does."""
     stock: ClassVar[bool] = True
     """Whether stock transformers loads it with nothing else installed; "auto" takes no other."""
+    made_for: ClassVar[tuple[type[Grid], ...]] = ()
+    """Kinds of grid that no stock format packs: "auto" takes this format for a model that has one,
+    though it is not stock."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages that loading needs besides torch and transformers."""
     import_first: ClassVar[str | None] = None

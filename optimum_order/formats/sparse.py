@@ -1,9 +1,6 @@
 """`sparse`: which weights survived pruning, and the codes or values of the survivors alone.
 
-A layer is one tensor of bytes under the name of the dense weight, `<layer>.weight`. So whatever
-transformers does to checkpoints of an architecture, renaming parameters and fusing experts, it does
-to these bytes too; and a reader that does not know the format stops, because one dimension of uint8
-fits no matrix. The bytes are, one after the other:
+The bytes of a layer, see `layer_bytes`, are, one after the other:
 
     header    28 bytes, see `_Header`
     scales    (out, groups) in the dtype of the weight, if the layer is quantized
@@ -35,18 +32,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats.base import Codec, Config, Layers, Size
-from optimum_order.formats.layout import Layout, Piece
+from optimum_order.formats.base import Size
+from optimum_order.formats.layer_bytes import DTYPES, MOST_INPUTS, LayerBytes, checked_bytes
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState, integers
-from optimum_order.models.quantizer import METHOD
 from optimum_order.models.units import Target
 
 _Bytes = NDArray[np.uint8]
 _Mask = NDArray[np.bool_]
 _Numbers = NDArray[Any]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NONE, _SURVIVORS, _INDEX, _NONZEROS = range(4)
 """Kinds of mask: every weight is stored; 1 where it survived; an N:M index; 1 where it is not zero.
 
@@ -54,8 +49,6 @@ The last leaves zeros out of a layer whose mask is unknown, and claims nothing a
 _LARGEST_M = 64
 _MOST_MASKS = 2**16
 """Of an N:M index: its numbers have at most 16 bits, and a table of all its masks 3 MB."""
-_MOST_INPUTS = 2**20
-"""Whole rows are decoded at a time, so one row alone bounds the memory of decoding."""
 _CHUNK = 2**16
 """Weights decoded at a time, few enough for the processor's cache."""
 
@@ -91,7 +84,7 @@ class _Header(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.precision]
+        return DTYPES[self.precision]
 
     @property
     def weights(self) -> int:
@@ -119,10 +112,10 @@ class _Header(NamedTuple):
         if not (
             (quantized or plain)
             and (index if self.mask == _INDEX else self.mask <= _NONZEROS and self.n == self.m == 0)
-            and self.precision < len(_DTYPES)
+            and self.precision < len(DTYPES)
             and self.reserved == 0
             and self.rows > 0
-            and 0 < self.inputs <= _MOST_INPUTS
+            and 0 < self.inputs <= MOST_INPUTS
             and self.inputs % (self.group_size or 1) == 0
             and self.inputs % (self.m or 1) == 0
         ):
@@ -132,7 +125,7 @@ class _Header(NamedTuple):
 _STRUCT = struct.Struct("<8B3IQ")
 
 
-class Sparse(Codec):
+class Sparse(LayerBytes):
     """A bit or less for each weight, and the survivors."""
 
     name = "sparse"
@@ -140,31 +133,12 @@ class Sparse(Codec):
         "masks and the survivors' 2-8 bit codes or values; read by transformers after 'import "
         "optimum_order'"
     )
-    stock = False
-    packages = ("optimum-order",)
-    import_first = "optimum_order"
+    nothing = "No layer is pruned or quantized."
 
     def why_not(self, target: Target, state: LayerState) -> str | None:
         if state.grid is not None and not isinstance(state.grid, UniformGrid):
             return f"its {type(state.grid).__name__} is not a grid of equal steps"
-        if state.weight.dtype not in _DTYPES:
-            return (
-                f"its weights are {state.weight.dtype}; they must be float32, bfloat16 or float16"
-            )
-        if state.weight.shape[1] > _MOST_INPUTS:
-            return f"it has {state.weight.shape[1]} inputs, and may have {_MOST_INPUTS} at most"
-        return None
-
-    def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
-        if not layers.states:
-            return "No layer is pruned or quantized."
-        for name, target, _ in layers:
-            if not _stored_alone(layout, target, layout.pieces(target)):
-                return (
-                    f"Layer '{name}' is not stored in tensors of its own in this model's "
-                    "checkpoints."
-                )
-        return None
+        return super().why_not(target, state)
 
     def encodes(self, state: LayerState) -> bool:
         if state.grid is not None or _is_pruned(state):
@@ -182,9 +156,6 @@ class Sparse(Codec):
         mask = _bytes_for(weights) if state.pruned is not None else 1
         most = _STRUCT.size + scales + mask + _bytes_for(weights * state.bits)
         return Size(most, exact=False)
-
-    def scheme(self, state: LayerState) -> dict[str, Any]:
-        return {}  # every layer describes itself
 
     def encode(self, state: LayerState) -> dict[str, Tensor]:
         grid = state.grid
@@ -207,7 +178,7 @@ class Sparse(Codec):
             values = integers(weight).numpy()
         mask, n, m, stored = _mask(state)
         survivors = values.ravel() if stored is None else values[stored]
-        precision = _DTYPES.index(weight.dtype)
+        precision = DTYPES.index(weight.dtype)
         rows, inputs = weight.shape
         header = _Header(
             1, precision, bits, affine, mask, n, m, 0, rows, inputs, group_size, survivors.size
@@ -221,21 +192,11 @@ class Sparse(Codec):
         return {"weight": torch.from_numpy(np.concatenate(parts))}
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
-        if set(tensors) != set(self.tensors):
-            raise ArtifactError(
-                f"a sparse layer has the tensor 'weight' alone, got {', '.join(sorted(tensors))}"
-            )
-        parts = _Parts.of(tensors["weight"])
+        parts = _Parts.of(self.payload(tensors))
         pruned = None
         if parts.header.mask in (_SURVIVORS, _INDEX):
             pruned = torch.empty(parts.header.rows, parts.header.inputs, dtype=torch.bool)
         return LayerState(parts.decode(pruned), pruned=pruned, grid=parts.grid)
-
-    def loads_dense(self, layers: Layers) -> bool:
-        return True
-
-    def quantization_config(self, layout: Layout, layers: Layers) -> Config | None:
-        return {"quant_method": METHOD, "encoding": self.name}
 
 
 def decode_weight(payload: Tensor) -> Tensor:
@@ -248,18 +209,6 @@ def decode_weight(payload: Tensor) -> Tensor:
         ArtifactError: If the bytes do not fit together.
     """
     return _Parts.of(payload).decode()
-
-
-def _stored_alone(layout: Layout, target: Target, pieces: tuple[Piece, ...]) -> bool:
-    """Return whether the tensors of a layer hold rows of its matrix and nothing else."""
-    one = len(pieces) == 1 and pieces[0].key not in layout.converted
-    if target.kind == "conv2d":
-        alone = one and target.rows is None
-    elif target.transposed:  # after loading, the module says so: it is a Conv1D
-        alone = one and target.kind == "conv1d"
-    else:
-        alone = len(pieces) > 0 and all(piece.whole for piece in pieces)
-    return alone and all(piece.key.endswith(".weight") for piece in pieces)
 
 
 @dataclass(frozen=True)
@@ -285,12 +234,7 @@ class _Parts:
         Raises:
             ArtifactError: If the bytes do not fit together.
         """
-        if payload.dtype != torch.uint8 or payload.ndim != 1 or len(payload) < _STRUCT.size:
-            raise ArtifactError(
-                f"a sparse layer is one dimension of at least {_STRUCT.size} uint8, got "
-                f"{payload.dtype} {tuple(payload.shape)}"
-            )
-        data = payload.numpy()
+        data = checked_bytes(payload, "sparse", _STRUCT.size)
         header = _Header._make(_STRUCT.unpack(data[: _STRUCT.size].tobytes()))
         header.check()
         groups = header.weights // header.group_size if header.bits else 0

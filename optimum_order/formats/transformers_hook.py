@@ -11,12 +11,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from optimum_order.errors import ArtifactError, unknown
-from optimum_order.formats import sparse
+from optimum_order.formats import coded, sparse
 from optimum_order.models.quantizer import METHOD, DecodeWeight, register
 
 __all__ = ["METHOD", "DecodeWeight", "decode", "register"]
 
-_ENCODINGS: dict[str, DecodeWeight] = {sparse.Sparse.name: sparse.decode_weight}
+_ENCODINGS: dict[str, DecodeWeight] = {
+    coded.Coded.name: coded.decode_weight,
+    sparse.Sparse.name: sparse.decode_weight,
+}
 
 
 def decode(encoding: str, payload: Tensor) -> Tensor:

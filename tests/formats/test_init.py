@@ -43,10 +43,12 @@ def build(name):
 
 def test_every_format_is_discovered_and_described():
     codecs = formats.available()
-    assert list(codecs) == ["bitsandbytes", "compressed-tensors", "dense", "gptq", "sparse"]
+    assert list(codecs) == [
+        *("bitsandbytes", "coded", "compressed-tensors", "dense", "gptq", "sparse")
+    ]
     assert all(cls.name == name and cls.summary for name, cls in codecs.items())
     assert [name for name, cls in codecs.items() if not cls.runs_dense] == ["bitsandbytes"]
-    assert [name for name, cls in codecs.items() if not cls.stock] == ["gptq", "sparse"]
+    assert [name for name, cls in codecs.items() if not cls.stock] == ["coded", "gptq", "sparse"]
     assert list(formats.containers()) == ["safetensors"]
     for name in codecs:
         assert formats.container(name).name == "safetensors"
