@@ -9,6 +9,7 @@ from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import manifest
 from optimum_order.artifact.loading import load
+from optimum_order.artifact.transcode import needs_transcoding, transcode
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
 from optimum_order.formats import Contents
@@ -30,6 +31,10 @@ def convert(
     measured on kernels that do not run the new format. What the old format did not store is not
     made up: the grid of a layer that was stored dense, and its mask unless "sparse" stored it, or
     exactly as many of its weights are zero as were pruned.
+
+    Layers with steps of their own for their columns, as ecsq makes them, have one scale for each
+    row in stock formats: powers of two move from the columns into the norm or the layer that makes
+    the input, and the model computes the same bits.
 
     Args:
         folder: The artifact; it has to be what its manifest says.
@@ -58,9 +63,12 @@ def convert(
     source = formats.available()[facts["format"]]
     loaded = load(folder, facts)
     hub = {"revision": None, "token": None, "trust_remote_code": False}
+    layers = loaded.layers
+    if format not in ("auto", "coded", "dense") and needs_transcoding(layers):
+        layers = transcode(loaded.model, layers)
     contents = Contents(
         model=loaded.model,
-        layers=loaded.layers,
+        layers=layers,
         processor=load_processor(str(folder), hub),
         unloaded=loaded.unloaded,
         documents=documents(str(folder), hub, loaded.model.config),

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order.calibration.folding import Fold, find_folds
 from optimum_order.errors import FormatError
 from optimum_order.formats import Layers
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.models.folding import Fold, find_folds
 from optimum_order.models.units import find_units
 
 _WIDTHS = (4, 8)
@@ -113,5 +113,7 @@ def _sample(model: PreTrainedModel) -> Mapping[str, Tensor]:
         side = (size, size) if isinstance(size, int) else tuple(size)
         generator = torch.Generator().manual_seed(0)
         channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)}
+        return {
+            "pixel_values": torch.randn(1, channels, *side, generator=generator).to(model.dtype)
+        }
     return {"input_ids": torch.arange(16)[None] % config.get_text_config().vocab_size}

@@ -359,7 +359,12 @@ class Profiler(Backend):
 
     @abstractmethod
     def profile(
-        self, state: LayerState, statistics: Statistics, sensitivity: Tensor | None
+        self,
+        state: LayerState,
+        statistics: Statistics,
+        *,
+        sensitivity: Tensor | None = None,
+        sources: Tensor | None = None,
     ) -> Profile:
         """Return what is to be remembered of a layer.
 
@@ -368,6 +373,10 @@ class Profiler(Backend):
             statistics: Of its inputs on some calibration samples.
             sensitivity: (samples, out) mean squared gradients of the loss by its outputs; None
                 where the layer is no module of its own or the run takes no gradients.
+            sources: (in,) int64, for each column the number of the norm's gain or of the row of
+                another layer that makes the input and could take a power of two of the column.
+                Columns with one number, of all layers together, have one source. None where
+                nothing can.
         """
 
 

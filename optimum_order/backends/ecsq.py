@@ -40,6 +40,11 @@ _LAYER_SPREAD = 2.0
 
 _MARGIN = 1.25
 """How far the corrections of a sweep may carry the largest weight of a column."""
+_TYPICAL = 4.0
+"""Root mean squares of a column that its largest code holds if codes are short: the few weights
+beyond are cut off, which costs less than a longer step for all."""
+_ROOMY = 63
+"""The least `max_code` with room for the largest weight of every column."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +90,14 @@ class Share:
     """What a layer gets of the model's budget.
 
     Args:
-        log_step: log2 of the step of a row and a column at the middle of the layer.
-        log_rows: (out,) log2 of the step of each row, over that.
+        log_step: log2 of the step where the other two are zero.
+        log_rows: (out,) log2 of the step of each row.
+        exponent: (in,) int8, log2 of the step of each column.
     """
 
     log_step: float
     log_rows: Tensor
+    exponent: Tensor
 
 
 class ECSQ(Profiler):
@@ -126,13 +133,7 @@ class ECSQ(Profiler):
         weight = state.weight  # (out, in)
         pruned = state.mask  # (out, in)
         factor = Factor.of(statistics, options.damping)
-        exponent = self._exponents(factor.U)
-        share = self.share
-        if share is None:
-            sketch = Sketch.of(weight, exponent)
-            level = torch.zeros(len(weight), device=weight.device)
-            share = Share(sketch.log_step(options.rate, options.dead_zone), level)
-        grid = self._grid(weight, share, exponent)
+        grid = self._grid(weight, self.share or self._alone(state, statistics))
 
         def choose(w: Tensor, d: Tensor, start: int) -> Tensor:
             """Remove what is removed already: w is (out, k)."""
@@ -154,40 +155,55 @@ class ECSQ(Profiler):
             state, weight=grid.dequantize(codes), grid=grid, notes=state.notes + notes
         )
 
-    def _exponents(self, U: Tensor) -> Tensor:
+    def _alone(self, state: LayerState, statistics: Statistics) -> Share:
+        """Return what a layer gets that has the rate by itself."""
+        budget = _Budget({"": self.profile(state, statistics)}, self.options)
+        return budget.shares("none")[""]
+
+    def _exponents(self, U: Tensor, sources: Tensor | None) -> Tensor:
         """Return log2 of the step of each column, (in,) int8, around zero."""
         logs = U.diagonal().log2()
         if not self.options.columns:
             return torch.zeros_like(logs, dtype=torch.int8)
+        if sources is not None:
+            _, groups = sources.to(logs.device).unique(return_inverse=True)
+            means = torch.zeros(int(groups.max()) + 1, device=logs.device)
+            logs = means.scatter_reduce(0, groups, logs, "mean", include_self=False)[groups]
         return (logs - logs.mean()).round_().clamp_(-30, 30).to(torch.int8)
 
-    def _grid(self, weight: Tensor, share: Share, exponent: Tensor) -> DualScaleGrid:
+    def _grid(self, weight: Tensor, share: Share) -> DualScaleGrid:
         bits = max(2, self.options.max_code.bit_length() + 1)
+        exponent = share.exponent.to(weight.device)
         steps = torch.exp2(share.log_rows.to(weight.device) + share.log_step)  # (out,)
-        # A column with huge inputs would have codes beyond the largest: its step is longer then.
-        largest = (weight.float().abs() / steps[:, None]).amax(0) * _MARGIN  # (in,)
-        fitting = (largest / self.options.max_code).clamp(min=2.0**-60).log2().ceil()
-        if self.options.columns:
-            exponent = torch.maximum(exponent, fitting.clamp(max=60).to(torch.int8))
         least, most = DualScaleGrid.scale_range(weight.dtype, bits, exponent)
         return DualScaleGrid(bits, steps.clamp(least, most).to(weight.dtype)[:, None], exponent)
 
     # The whole model
 
     def profile(
-        self, state: LayerState, statistics: Statistics, sensitivity: Tensor | None
+        self,
+        state: LayerState,
+        statistics: Statistics,
+        *,
+        sensitivity: Tensor | None = None,
+        sources: Tensor | None = None,
     ) -> Profile:
         U = Factor.of(statistics, self.options.damping).U
-        exponent = self._exponents(U)
+        exponent = self._exponents(U, sources)
         sketch = Sketch.of(state.weight, exponent)
+        squares = state.weight.float().square()
         profile = {
             "values": sketch.values,
             "size": sketch.size,
             "row": sketch.row,
             "shape": torch.tensor(sketch.shape),
             "exponent": exponent,
+            "largest": squares.amax(0).sqrt(),
+            "typical": squares.mean(0).sqrt(),
             "level": U.diagonal().log2().mean() + math.log2(max(1, statistics.tokens)) / 2,
         }
+        if sources is not None:
+            profile["sources"] = sources
         if sensitivity is not None and statistics.tokens:
             profile["sensitivity"] = sensitivity
         return {name: tensor.cpu() for name, tensor in profile.items()}
@@ -208,15 +224,15 @@ class ECSQ(Profiler):
         def rewritten(share: Mapping[str, Share]) -> Rewrite:
             def rewrite(name: str, weight: Tensor) -> Tensor:
                 mine = share.get(name)
-                return weight if mine is None else self._plain(weight, mine, profiles[name])
+                return weight if mine is None else self._plain(weight, mine)
 
             return rewrite
 
         return shares[engine.choose(self, [rewritten(share) for share in shares])]
 
-    def _plain(self, weight: Tensor, share: Share, profile: Profile) -> Tensor:
+    def _plain(self, weight: Tensor, share: Share) -> Tensor:
         """Return a weight (out, in) rounded to its share's grid with no corrections."""
-        grid = self._grid(weight, share, profile["exponent"].to(weight.device))
+        grid = self._grid(weight, share)
         steps = grid.scale.float() * torch.exp2(grid.exponent.float())
         return (rounded(weight.float() / steps, self.options.dead_zone) * steps).to(weight.dtype)
 
@@ -253,7 +269,7 @@ class _Budget:
         equal = {name: curve.log_step(rate) for name, curve in curves.items()}
         part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
         if part == 0.0:
-            return {name: Share(equal[name], rows[name][0]) for name in curves}
+            return self._fitted(equal, {name: mine[0] for name, mine in rows.items()})
         sizes = {name: curve.sketch.weights for name, curve in curves.items()}
         total = sum(sizes.values())
         slope = {
@@ -275,7 +291,41 @@ class _Budget:
             return sum(rates) / total
 
         shift = bisected(average, rate, -4.0, 4.0)
-        return {name: Share(equal[name] + apart[name] + shift, rows[name][0]) for name in curves}
+        steps = {name: equal[name] + apart[name] + shift for name in curves}
+        return self._fitted(steps, {name: mine[0] for name, mine in rows.items()})
+
+    def _fitted(self, steps: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, Share]:
+        """Return shares in which no column has codes beyond the largest.
+
+        A column with huge inputs has a short step and would have such codes. Columns that have one
+        source keep one exponent.
+
+        Args:
+            steps: log2 of the step of each layer.
+            rows: log2 of the steps of its rows.
+        """
+        exponents = {name: profile["exponent"] for name, profile in self.profiles.items()}
+        if self.options.columns:
+            for name, profile in self.profiles.items():
+                size = profile["typical"] * _TYPICAL
+                if self.options.max_code >= _ROOMY:
+                    size = profile["largest"] * _MARGIN
+                least = size.log2() - steps[name] - math.log2(self.options.max_code)
+                fitting = least.ceil().clamp(-100, 100).to(torch.int8)
+                exponents[name] = torch.maximum(exponents[name], fitting)
+            exponents = self._alike(exponents)
+        return {name: Share(step, rows[name], exponents[name]) for name, step in steps.items()}
+
+    def _alike(self, exponents: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the exponents, the largest of all columns that have one source."""
+        sources = {n: p["sources"] for n, p in self.profiles.items() if "sources" in p}
+        if not sources:
+            return exponents
+        most = torch.full((1 + max(int(s.max()) for s in sources.values()),), -128)
+        for name, source in sources.items():
+            most.scatter_reduce_(0, source, exponents[name].long(), "amax")
+        alike = {name: most[source].to(torch.int8) for name, source in sources.items()}
+        return exponents | alike
 
     @staticmethod
     def _rows(profile: Profile, sensitivity: str) -> tuple[Tensor, float]:

@@ -26,6 +26,7 @@ from optimum_order.backends.base import (
     needs_of,
 )
 from optimum_order.calibration.execution import Execution
+from optimum_order.calibration.folding import column_sources, find_folds
 from optimum_order.calibration.sensitivity import losses, output_sensitivities, single_samples
 from optimum_order.calibration.walk import Visit, walk
 from optimum_order.engine.recover import recover
@@ -192,6 +193,7 @@ class Passes:
             return profiles
         samples = list(itertools.islice(single_samples(self.subject.batches), profiler.profiled))
         sensitivities = output_sensitivities(self.subject.model, units, samples)
+        sources = column_sources(find_folds(self.subject.model, units, samples[0]))
         rows: dict[str, Profile] = {}
         walked = walk(
             self.subject.model,
@@ -208,7 +210,8 @@ class Passes:
                         rows[target.name] = profiler.profile(
                             self._brought(self.result.states[target.name]),
                             visit.statistics[target.name],
-                            sensitivities.get(target.name),
+                            sensitivity=sensitivities.get(target.name),
+                            sources=sources.get(target.name),
                         )
                 if visit.complete:
                     if passage is not None:

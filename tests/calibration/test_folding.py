@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from optimum_order.models.folding import find_folds
+from optimum_order.calibration.folding import find_folds
 from optimum_order.models.units import find_units
 
 SAMPLE = {"input_ids": torch.arange(12)[None]}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_order.models import hf
+from optimum_order.data.samples import placed
+from optimum_order.models import hf, precision
 from optimum_order.models.units import Target, Unit
 
 _SEED = 0
@@ -91,6 +92,21 @@ def find_folds(
     return folds
 
 
+def column_sources(folds: Iterable[Fold]) -> dict[str, Tensor]:
+    """Return for each reader of the folds what makes its columns, (in,) int64, by name.
+
+    Args:
+        folds: From `find_folds`. No two sources have one number.
+    """
+    first = 0
+    sources: dict[str, Tensor] = {}
+    for fold in folds:
+        for target in fold.readers:
+            sources[target.name] = fold.rows + first
+        first += int(fold.rows.max()) + 1
+    return sources
+
+
 def _tried(
     model: PreTrainedModel, folds: Sequence[Fold], sample: Mapping[str, Tensor]
 ) -> list[Tensor]:
@@ -118,7 +134,8 @@ def _move(fold: Fold, exponent: Tensor) -> None:
 
 
 def _outputs(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> list[Tensor]:
-    output = model(**sample, **hf.uncached(model))
+    with precision.forwards(model.dtype, model.dtype, model.device):
+        output = model(**placed(sample, model), **hf.uncached(model))
     return [value for value in output.values() if isinstance(value, Tensor)]
 
 
