@@ -40,6 +40,7 @@ FORMATS = {
     "bitsandbytes": "magnitude:0.5 > bitsandbytes(dtype=nf4, blocksize=32, double_quant=true)",
     "gptq": "magnitude:0.5 > rtn(bits=3, group_size=32)",
     "sparse": "magnitude(pattern=2:4) > rtn(bits=3, group_size=16)",
+    "coded": "magnitude:0.5 > rtn(bits=3, group_size=16, symmetric=false)",
 }
 INDEX = "model.safetensors.index.json"
 SPARE = 16 * 2**20

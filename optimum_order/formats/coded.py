@@ -33,7 +33,6 @@ from optimum_order.formats.base import Size
 from optimum_order.formats.entropy_coder import (
     MOST_NUMBERS,
     CodedMatrix,
-    Codes,
     decode_numbers,
     encode,
     encode_numbers,
@@ -289,16 +288,13 @@ class _Parts:
             ArtifactError: If a code is out of range, or the mask does not fit the codes.
         """
         weight = torch.empty(self.codes.rows, self.codes.inputs, dtype=self.header.dtype)
-
-        def put(rows: slice, codes: Codes) -> None:
+        for rows, codes in self.codes.decoded():
             if self.header.mask == _MARK:
                 marked = codes == self.header.mark
                 codes[marked] = 0
                 if pruned is not None:
                     pruned[rows] = torch.from_numpy(marked)
             self._dequantize(weight[rows], torch.from_numpy(codes), rows)
-
-        self.codes.each_band(put)
         if pruned is not None and self.header.mask in (_ZEROS, _BITS):
             torch.eq(weight, 0, out=pruned)
         if pruned is not None and self.header.mask == _BITS:

@@ -33,11 +33,12 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,11 +197,8 @@ def decode(data: Bytes) -> Codes:
     """
     coded = CodedMatrix.of(data)
     codes = np.empty((coded.rows, coded.inputs), np.int8)
-
-    def put(rows: slice, band: Codes) -> None:
+    for rows, band in coded.decoded():
         codes[rows] = band
-
-    coded.each_band(put)
     return codes
 
 
@@ -253,26 +251,28 @@ class CodedMatrix:
         section, band = self._bands[number]
         return section.decode(band)
 
-    def each_band(self, use: Callable[[slice, Codes], None]) -> None:
-        """Decode all bands, and call a function with the rows and the codes of each.
+    def decoded(self) -> Iterator[tuple[slice, Codes]]:
+        """Decode all bands by as many threads as torch has.
 
-        Args:
-            use: Called by as many threads as torch has, at the same time.
+        Yields:
+            The rows of each band and its codes, first to last. Few are held at a time.
 
         Raises:
             ArtifactError: If one cannot be decoded.
         """
-
-        def work(number: int) -> None:
-            use(self.bands[number], self.decode_band(number))
-
         threads = min(torch.get_num_threads(), len(self.bands))
         if threads < 2:
-            for number in range(len(self.bands)):
-                work(number)
+            for number, rows in enumerate(self.bands):
+                yield rows, self.decode_band(number)
             return
+        # The threads call nothing of torch, which would start as many threads in each of them.
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(len(self.bands))))
+            waiting: deque[Future[Codes]] = deque()
+            ahead = iter(range(len(self.bands)))
+            for rows in self.bands:
+                for number in islice(ahead, threads + 1 - len(waiting)):
+                    waiting.append(pool.submit(self.decode_band, number))
+                yield rows, waiting.popleft().result()
 
 
 def _sections(codes: Tensor) -> Iterator[Codes]:
@@ -412,8 +412,16 @@ class _Encoder:
         self._rows = _classes(rows)
         self._columns = _classes(columns / len(codes))
         counts = self._counts()
-        starts, self._bits = _tables(counts, len(self._bands))
+        starts, bits = _tables(counts, len(self._bands))
+        bits += self._classes_bits()
+        alone = _bits(counts.sum(0)[None])[0] + len(self._bands) * _PAGE_BITS
+        if alone <= bits:  # then nobody needs to know the classes
+            starts = [0]
+            bits = alone
+            self._rows[:] = 0
+            self._columns[:] = 0
         self._starts = np.array(starts)
+        self._bits = float(bits)
         self._limits, self._sizes = self._extent(counts)
 
     def _counts(self) -> _Integers:
@@ -427,6 +435,11 @@ class _Encoder:
             counts += np.bincount(keys.ravel(), minlength=len(counts))
         return counts.reshape(contexts, 256)
 
+    def _classes_bits(self) -> float:
+        """Return about how many bits the classes take."""
+        counts = [np.bincount(classes, minlength=256) for classes in (self._rows, self._columns)]
+        return float(_bits(np.stack(counts)).sum())
+
     def _extent(self, counts: _Integers) -> tuple[list[int], list[int]]:
         """Return the largest absolute code of each table, and how many codes it has."""
         sums = np.add.reduceat(counts, self._starts, axis=0)
@@ -436,11 +449,8 @@ class _Encoder:
 
     def estimated_bits(self) -> float:
         """Return about how many bits `encoded` takes."""
-        maps = 0.0
-        for classes in (self._rows, self._columns):
-            maps += float(_bits(np.bincount(classes)[None])[0])
         fixed = _STRUCT.size + 8 * len(self._bands) + 4 * len(self._starts) + 8 + 3 * _PCODEC + 4
-        bits = self._bits + maps + 8 * fixed
+        bits = self._bits + 8 * fixed
         return max(bits, 8 * -(-self._codes.size // _CODES_PER_BYTE))
 
     def encoded(self) -> Bytes:
@@ -718,9 +728,12 @@ class _Section:
             begin = at[table]
             at[table] += place.size
             place[:] = streams[table][begin : at[table]].reshape(place.shape)
-        codes: Codes = sorted_.take(self._places, axis=1)
-        order = np.argsort(rows, kind="stable")
-        return codes.take(np.argsort(order), axis=0)
+        codes = sorted_
+        if (self.columns != self.columns[0]).any():
+            codes = codes.take(self._places, axis=1)
+        if (rows != rows[0]).any():
+            codes = codes.take(np.argsort(np.argsort(rows, kind="stable")), axis=0)
+        return codes
 
     def _read(self, page: Bytes, counts: list[int]) -> list[Codes]:
         """Return the codes of each table in a band.

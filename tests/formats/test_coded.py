@@ -127,6 +127,18 @@ def test_any_layer_comes_back_as_it_was(state, band):
     assert default != band or same_bits(again["weight"], encoded["weight"])
 
 
+def test_a_power_that_float16_does_not_hold_is_no_less_exact():
+    exponent = torch.tensor([0, 5, 20], dtype=torch.int8)
+    least, most = DualScaleGrid.scale_range(torch.float16, 3, exponent)
+    scale = torch.tensor([[least], [1e-2], [most]], dtype=torch.float64)
+    grid = DualScaleGrid(3, scale.half().clamp(least, most), exponent)
+    grid.check()
+    codes = torch.tensor([[-4, 1, 3], [3, -1, -4], [2, 3, -3]], dtype=torch.int16)
+    state = LayerState(grid.dequantize(codes), grid=grid)
+    assert torch.isfinite(state.weight).all()
+    assert same_bits(decode_weight(CODEC.encode(state)["weight"]), state.weight)
+
+
 def kind_of(state):
     return module._Parts.of(CODEC.encode(state)["weight"]).header.mask
 
@@ -379,6 +391,9 @@ def test_codes_out_of_range_are_refused():
     for kind, bits in [("dual", 3), ("symmetric", 4), ("affine", 3)]:
         with pytest.raises(ArtifactError, match="out of range|zero points of 3 bits"):
             decode(signed(PAYLOADS[kind], bits=bits))
+    zeros = entropy_coder.encode_numbers(np.full(32, 7, np.int8))
+    with pytest.raises(ArtifactError, match="a code of 3 bits is out of range"):
+        decode(signed(with_numbers("affine", None, zeros), bits=3))
 
 
 def with_numbers(kind, scales=None, offsets=None):
