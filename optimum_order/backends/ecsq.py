@@ -43,6 +43,8 @@ _MARGIN = 1.25
 _TYPICAL = 4.0
 """Root mean squares of a column that its largest code holds if codes are short: the few weights
 beyond are cut off, which costs less than a longer step for all."""
+_ROUNDS = 4
+"""Most times that steps and the columns' exponents are set in turn."""
 _ROOMY = 63
 """The least `max_code` with room for the largest weight of every column."""
 
@@ -196,6 +198,7 @@ class ECSQ(Profiler):
             "values": sketch.values,
             "size": sketch.size,
             "row": sketch.row,
+            "column": sketch.column,
             "shape": torch.tensor(sketch.shape),
             "exponent": exponent,
             "largest": squares.amax(0).sqrt(),
@@ -256,65 +259,90 @@ class _Budget:
     def shares(self, sensitivity: str) -> dict[str, Share]:
         """Return what each layer gets.
 
+        Columns whose codes would be too large get longer steps, and then all steps are set anew.
+
         Args:
             sensitivity: One of `_CANDIDATES`.
         """
         rows = {name: self._rows(profile, sensitivity) for name, profile in self.profiles.items()}
-        curves = {}
-        for name, profile in self.profiles.items():
-            out, inputs = profile["shape"].tolist()
-            sketch = Sketch(profile["values"], profile["size"], profile["row"], (out, inputs))
-            curves[name] = Curve(sketch.with_rows(rows[name][0]), self.options.dead_zone)
-        rate = self.options.rate
-        equal = {name: curve.log_step(rate) for name, curve in curves.items()}
-        part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
-        if part == 0.0:
-            return self._fitted(equal, {name: mine[0] for name, mine in rows.items()})
-        sizes = {name: curve.sketch.weights for name, curve in curves.items()}
-        total = sum(sizes.values())
-        slope = {
+        log_rows = {name: mine[0] for name, mine in rows.items()}
+        slopes = {
             name: float(profile["level"]) - rows[name][1] / 2
             for name, profile in self.profiles.items()
         }
-        apart = {name: slope[name] - equal[name] for name in curves}
-        mean = sum(apart[name] * sizes[name] for name in curves) / total
-        apart = {
-            name: min(max(part * (value - mean), -_LAYER_SPREAD), _LAYER_SPREAD)
-            for name, value in apart.items()
-        }
+        part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
+        exponents = {name: profile["exponent"] for name, profile in self.profiles.items()}
+        steps: dict[str, float] = {}
+        for _ in range(_ROUNDS):
+            curves = {name: self._curve(name, log_rows[name], exponents[name]) for name in rows}
+            steps = self._steps(curves, slopes, part)
+            fitted = self._fitted(steps)
+            settled = all(torch.equal(fitted[name], exponents[name]) for name in rows)
+            exponents = fitted
+            if settled:
+                break
+        return {name: Share(steps[name], log_rows[name], exponents[name]) for name in rows}
+
+    def _curve(self, name: str, log_rows: Tensor, exponent: Tensor) -> Curve:
+        """Return the rate of a layer for every step."""
+        profile = self.profiles[name]
+        out, inputs = profile["shape"].tolist()
+        sketch = Sketch(
+            profile["values"], profile["size"], profile["row"], profile["column"], (out, inputs)
+        )
+        longer = exponent - profile["exponent"]
+        return Curve(sketch.with_steps(log_rows, longer), self.options.dead_zone)
+
+    def _steps(
+        self, curves: Mapping[str, Curve], slopes: Mapping[str, float], part: float
+    ) -> dict[str, float]:
+        """Return log2 of the step of each layer; together they have the rate.
+
+        Args:
+            curves: The rate of each layer.
+            slopes: log2 of the step at which all layers have one slope of the loss, but for what
+                they have in common.
+            part: How far to go from equal rates, 0, to one slope, 1.
+        """
+        rate = self.options.rate
+        equal = {name: curve.log_step(rate) for name, curve in curves.items()}
+        if part == 0.0:
+            return equal
+        sizes = {name: curve.sketch.weights for name, curve in curves.items()}
+        total = sum(sizes.values())
+        mean = sum((slopes[name] - equal[name]) * sizes[name] for name in curves) / total
+        steps = {}
+        for name, step in equal.items():
+            apart = part * (slopes[name] - step - mean)
+            steps[name] = step + min(max(apart, -_LAYER_SPREAD), _LAYER_SPREAD)
 
         def average(shift: float) -> float:
-            rates = (
-                sizes[name] * curve.rate(equal[name] + apart[name] + shift)
-                for name, curve in curves.items()
-            )
+            rates = (sizes[n] * curve.rate(steps[n] + shift) for n, curve in curves.items())
             return sum(rates) / total
 
         shift = bisected(average, rate, -4.0, 4.0)
-        steps = {name: equal[name] + apart[name] + shift for name in curves}
-        return self._fitted(steps, {name: mine[0] for name, mine in rows.items()})
+        return {name: step + shift for name, step in steps.items()}
 
-    def _fitted(self, steps: Mapping[str, float], rows: Mapping[str, Tensor]) -> dict[str, Share]:
-        """Return shares in which no column has codes beyond the largest.
+    def _fitted(self, steps: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return exponents with which no column has codes beyond the largest.
 
         A column with huge inputs has a short step and would have such codes. Columns that have one
-        source keep one exponent.
+        source have one exponent.
 
         Args:
             steps: log2 of the step of each layer.
-            rows: log2 of the steps of its rows.
         """
         exponents = {name: profile["exponent"] for name, profile in self.profiles.items()}
-        if self.options.columns:
-            for name, profile in self.profiles.items():
-                size = profile["typical"] * _TYPICAL
-                if self.options.max_code >= _ROOMY:
-                    size = profile["largest"] * _MARGIN
-                least = size.log2() - steps[name] - math.log2(self.options.max_code)
-                fitting = least.ceil().clamp(-100, 100).to(torch.int8)
-                exponents[name] = torch.maximum(exponents[name], fitting)
-            exponents = self._alike(exponents)
-        return {name: Share(step, rows[name], exponents[name]) for name, step in steps.items()}
+        if not self.options.columns:
+            return exponents
+        for name, profile in self.profiles.items():
+            size = profile["typical"] * _TYPICAL
+            if self.options.max_code >= _ROOMY:
+                size = profile["largest"] * _MARGIN
+            least = size.log2() - steps[name] - math.log2(self.options.max_code)
+            fitting = least.ceil().clamp(-100, 100).to(torch.int8)
+            exponents[name] = torch.maximum(exponents[name], fitting)
+        return self._alike(exponents)
 
     def _alike(self, exponents: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the exponents, the largest of all columns that have one source."""

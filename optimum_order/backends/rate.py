@@ -34,12 +34,14 @@ class Sketch:
         size: (n,) float32, log2 of the root mean square of such weights, as the row and the column
             of each have it.
         row: (n,) int32, the row of each.
+        column: (n,) int32, the column of each.
         shape: (out, in) of the layer.
     """
 
     values: Tensor
     size: Tensor
     row: Tensor
+    column: Tensor
     shape: tuple[int, int]
 
     @classmethod
@@ -63,15 +65,17 @@ class Sketch:
             drawn = torch.randint(weight.numel(), (SAMPLE,), generator=generator)
         drawn = drawn.to(weight.device)
         row = (drawn // inputs).int()
-        return cls(scaled.flatten()[drawn], size.flatten()[drawn], row, (rows, inputs))
+        column = (drawn % inputs).int()
+        return cls(scaled.flatten()[drawn], size.flatten()[drawn], row, column, (rows, inputs))
 
-    def with_rows(self, log_rows: Tensor) -> Sketch:
-        """Return the sketch of the same layer with other steps of its rows.
+    def with_steps(self, log_rows: Tensor, log_columns: Tensor) -> Sketch:
+        """Return the sketch of the same layer with longer steps.
 
         Args:
-            log_rows: (out,) log2 of the step of each row.
+            log_rows: (out,) log2 of the step of each row, over the step that the row has here.
+            log_columns: (in,) log2 of the step of each column, likewise.
         """
-        steps = log_rows[self.row.long()]
+        steps = log_rows[self.row.long()] + log_columns.float()[self.column.long()]
         values = self.values * torch.exp2(-steps)
         return dataclasses.replace(self, values=values, size=self.size - steps)
 

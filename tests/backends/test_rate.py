@@ -47,8 +47,10 @@ def test_sizes_of_rows_and_columns_are_known_to_the_coder():
     shift = float(rows.mean() + columns.mean())
     known = sketch.rate(-3.0 + shift, 0.5)
     assert known == pytest.approx(even.rate(-3.0, 0.5), abs=0.05)
-    moved = sketch.with_rows(rows)
+    moved = sketch.with_steps(rows, torch.zeros(1024))
     assert moved.rate(-3.0 + float(columns.mean()), 0.5) == pytest.approx(known, abs=0.05)
+    both = sketch.with_steps(rows, columns)
+    assert both.rate(-3.0, 0.5) == pytest.approx(known, abs=0.05)
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.5, 5.0])
