@@ -56,6 +56,8 @@ class JointCompressor(Session):
         revision: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
+        merge_adapter: bool = False,
+        base: str | Path | None = None,
         **settings: Any,
     ) -> JointCompressor:
         """Return a compressor for a Hub id, a local folder, or an embedded model (`tiny-llama`).
@@ -66,6 +68,10 @@ class JointCompressor(Session):
             revision: Branch, tag or commit.
             token: Hub token; it is never stored or printed.
             trust_remote_code: Whether to run code that comes with the model.
+            merge_adapter: Whether the model is a LoRA adapter: PEFT merges it into its base model,
+                and the result is compressed.
+            base: The base model of that adapter. By default the id on the Hub that its config
+                names; a path in a config is not followed.
             settings: `calibration`, `calibration_samples`, `sequence_length`, `seed`,
                 `calibration_dtype`, `device`, `targets` and `ignore`, as in the class.
 
@@ -73,7 +79,13 @@ class JointCompressor(Session):
             ModelError: If there is no such model, or it cannot be compressed.
         """
         checkpoint = open_checkpoint(
-            model, revision=revision, token=token, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            merge_adapter=merge_adapter,
+            base=base,
+            revision=revision,
+            token=token,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
         return cls(checkpoint, **settings)
 
