@@ -102,6 +102,7 @@ class JointCompressor(Session):
         activation_limit: int = 2**30,
         format: str = "auto",
         unproven: bool = False,
+        engine: str | None = None,
         progress: bool = True,
     ) -> CompressedModel:
         """Apply the stages of an order, first to last, to a fresh copy of the model.
@@ -130,6 +131,7 @@ class JointCompressor(Session):
             format: What the result is to be saved as: a format that could not hold it, or that is
                 not proven to load for this architecture, is refused before anything is computed.
             unproven: Whether the format may be one that is not proven to load.
+            engine: The engine that is to load the result, as in `save_pretrained`.
             progress: Whether to show a bar on stderr.
 
         Raises:
@@ -158,7 +160,8 @@ class JointCompressor(Session):
         model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
-        check_format(model, units, recipe, self.source.states, format, unproven=unproven)
+        states = self.source.states
+        check_format(model, units, recipe, states, format, unproven=unproven, engine=engine)
         samples = self.draw() if recipe.needs_data else None
         if samples and samples.note:
             logger.warning(samples.note)
@@ -215,7 +218,8 @@ class JointCompressor(Session):
         *,
         stages: Iterable[Stage | str] | None = None,
         unproven: bool = False,
-    ) -> None:
+        engine: str | None = None,
+    ) -> str:
         """Refuse a format that `compress` would refuse. No weight is read.
 
         Args:
@@ -223,26 +227,38 @@ class JointCompressor(Session):
             format: What the result is to be saved as.
             stages: As in `compress`; then only what no order of them could be saved as is refused.
             unproven: Whether the format may be one that is not proven to load.
+            engine: The engine that is to load the result.
+
+        Returns:
+            The name of the format; for an engine that of the one that "auto" will take for the
+            first order that can be saved.
 
         Raises:
             OrderError, ModelError: As in `compress`.
             FormatError: If the format is refused.
         """
-        if format in ("auto", "dense"):
-            return
+        if engine is None and format in ("auto", "dense"):
+            return format
         orders = [Order.of(order)] if stages is None else permutations(stages)
         model = estimate.empty(self.source)
         units = find_units(model, self.targets, self.ignore)
+        states = self.source.states
+        chosen: list[str] = []
         refusals = []
         for candidate in orders:
             recipe = Recipe.of(candidate)
             recipe.check(units, calibrated=self.calibration is not None)
             try:
-                check_format(model, units, recipe, self.source.states, format, unproven=unproven)
+                chosen.append(
+                    check_format(
+                        model, units, recipe, states, format, unproven=unproven, engine=engine
+                    )
+                )
             except FormatError as error:
                 refusals.append(error)
-        if len(refusals) == len(orders):
+        if not chosen:
             raise refusals[0]
+        return chosen[0]
 
     def _plan_for(
         self,
