@@ -516,6 +516,11 @@ def test_what_an_engine_does_not_load_is_one_line_before_the_work(
     assert names(tmp_path) == []
 
 
+def test_an_unknown_engine_is_the_first_error(program, tmp_path):
+    done = program("compress", tmp_path / "missing", tmp_path / "out", "--for", "vlm")
+    assert done.code == 2 and "Did you mean 'vllm'?" in done.err
+
+
 def test_an_engine_can_be_overruled(program, tmp_path):
     command = ["compress", "tiny-llama", tmp_path / "out", "--for", "vllm", "--order", "rtn:3"]
     done = program(*command, "--format", "compressed-tensors", "--unproven", "--json")

@@ -228,9 +228,14 @@ def test_the_result_is_saved_and_converted_for_an_engine(tmp_path):
     facts = convert(tmp_path / "out", tmp_path / "peft", engine="peft")
     assert facts["format"] == "compressed-tensors"
     compressed = compressor.compress("rtn:3", progress=False)
-    with pytest.raises(FormatError, match="does not load"):
-        compressed.save_pretrained(tmp_path / "three", engine="vllm")
-    assert not (tmp_path / "three").exists()
+    compressed.save_pretrained(tmp_path / "three")
+    for save in (
+        lambda: compressed.save_pretrained(tmp_path / "vllm", engine="vllm"),
+        lambda: convert(tmp_path / "three", tmp_path / "vllm", engine="vllm"),
+    ):
+        with pytest.raises(FormatError, match="does not load"):
+            save()
+        assert not (tmp_path / "vllm").exists()
 
 
 # The benchmark
