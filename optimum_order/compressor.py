@@ -56,6 +56,8 @@ class JointCompressor(Session):
         revision: str | None = None,
         token: str | None = None,
         trust_remote_code: bool = False,
+        merge_adapter: bool = False,
+        base: str | Path | None = None,
         **settings: Any,
     ) -> JointCompressor:
         """Return a compressor for a Hub id, a local folder, or an embedded model (`tiny-llama`).
@@ -66,6 +68,10 @@ class JointCompressor(Session):
             revision: Branch, tag or commit.
             token: Hub token; it is never stored or printed.
             trust_remote_code: Whether to run code that comes with the model.
+            merge_adapter: Whether the model is a LoRA adapter: PEFT merges it into its base model,
+                and the result is compressed.
+            base: The base model of that adapter. By default the id on the Hub that its config
+                names; a path in a config is not followed.
             settings: `calibration`, `calibration_samples`, `sequence_length`, `seed`,
                 `calibration_dtype`, `device`, `targets` and `ignore`, as in the class.
 
@@ -73,7 +79,13 @@ class JointCompressor(Session):
             ModelError: If there is no such model, or it cannot be compressed.
         """
         checkpoint = open_checkpoint(
-            model, revision=revision, token=token, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            merge_adapter=merge_adapter,
+            base=base,
+            revision=revision,
+            token=token,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
         return cls(checkpoint, **settings)
 
@@ -90,6 +102,7 @@ class JointCompressor(Session):
         activation_limit: int = 2**30,
         format: str = "auto",
         unproven: bool = False,
+        engine: str | None = None,
         progress: bool = True,
     ) -> CompressedModel:
         """Apply the stages of an order, first to last, to a fresh copy of the model.
@@ -118,6 +131,7 @@ class JointCompressor(Session):
             format: What the result is to be saved as: a format that could not hold it, or that is
                 not proven to load for this architecture, is refused before anything is computed.
             unproven: Whether the format may be one that is not proven to load.
+            engine: The engine that is to load the result, as in `save_pretrained`.
             progress: Whether to show a bar on stderr.
 
         Raises:
@@ -146,7 +160,8 @@ class JointCompressor(Session):
         model = self.source.load() if weights is None else weights.model
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
-        check_format(model, units, recipe, self.source.states, format, unproven=unproven)
+        states = self.source.states
+        check_format(model, units, recipe, states, format, unproven=unproven, engine=engine)
         samples = self.draw() if recipe.needs_data else None
         if samples and samples.note:
             logger.warning(samples.note)
@@ -203,7 +218,8 @@ class JointCompressor(Session):
         *,
         stages: Iterable[Stage | str] | None = None,
         unproven: bool = False,
-    ) -> None:
+        engine: str | None = None,
+    ) -> str:
         """Refuse a format that `compress` would refuse. No weight is read.
 
         Args:
@@ -211,26 +227,38 @@ class JointCompressor(Session):
             format: What the result is to be saved as.
             stages: As in `compress`; then only what no order of them could be saved as is refused.
             unproven: Whether the format may be one that is not proven to load.
+            engine: The engine that is to load the result.
+
+        Returns:
+            The name of the format; for an engine that of the one that "auto" will take for the
+            first order that can be saved.
 
         Raises:
             OrderError, ModelError: As in `compress`.
             FormatError: If the format is refused.
         """
-        if format in ("auto", "dense"):
-            return
+        if engine is None and format in ("auto", "dense"):
+            return format
         orders = [Order.of(order)] if stages is None else permutations(stages)
         model = estimate.empty(self.source)
         units = find_units(model, self.targets, self.ignore)
+        states = self.source.states
+        chosen: list[str] = []
         refusals = []
         for candidate in orders:
             recipe = Recipe.of(candidate)
             recipe.check(units, calibrated=self.calibration is not None)
             try:
-                check_format(model, units, recipe, self.source.states, format, unproven=unproven)
+                chosen.append(
+                    check_format(
+                        model, units, recipe, states, format, unproven=unproven, engine=engine
+                    )
+                )
             except FormatError as error:
                 refusals.append(error)
-        if len(refusals) == len(orders):
+        if not chosen:
             raise refusals[0]
+        return chosen[0]
 
     def _plan_for(
         self,

@@ -210,8 +210,9 @@ def test_everything_imported_is_declared():
 
 def test_all_brings_every_extra_that_is_used():
     extras = setup()["options.extras_require"]
-    assert extras["all"].strip() == "optimum-order[hub,plots,study,vision]"
+    assert extras["all"].strip() == "optimum-order[adapters,hub,plots,study,vision]"
     assert set(extras) == {
+        "adapters",
         "all",
         "dev",
         "docs",
@@ -261,6 +262,7 @@ EXTRA_MODULES = (
     "jinja2",
     "lm_eval",
     "matplotlib",
+    "peft",
     "pyarrow",
     "rich",
     "sklearn",

@@ -200,6 +200,8 @@ def _base(base: Mapping[str, Any]) -> str:
         name = f"[{base['id']}](https://huggingface.co/{base['id']})"
     if base["id"] in EMBEDDED:
         name += ", the small model that comes with optimum-order,"
+    if "adapter" in base:
+        name += f" with the LoRA adapter `{base['adapter']['id']}` merged into it"
     return name
 
 
@@ -325,8 +327,11 @@ def command(manifest: Manifest) -> str:
     calibration = manifest["calibration"]
     metrics = list(manifest["metrics"].values())
     options: list[tuple[str, ...]] = []
-    if base["revision"]:
-        options.append(("--revision", base["revision"]))
+    model = base.get("adapter", base)
+    if "adapter" in base:
+        options += [("--merge-adapter",), ("--base", base["id"])]
+    if model["revision"]:
+        options.append(("--revision", model["revision"]))
     options.append(("--order", manifest["order"]))
     options.append(("--format", manifest["format"]))
     options.append(("--schedule", manifest["schedule"]))
@@ -348,7 +353,7 @@ def command(manifest: Manifest) -> str:
         after = both["after"]
         options.append(("--evaluate", after["source"]))
         options.append(("--metric", after["name"]))
-    lines = [("optimum-order", "compress", base["id"], "OUTPUT"), *options]
+    lines = [("optimum-order", "compress", model["id"], "OUTPUT"), *options]
     return " \\\n    ".join(map(shlex.join, lines))
 
 

@@ -24,6 +24,7 @@ def convert(
     *,
     overwrite: bool = False,
     unproven: bool = False,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Save an artifact in another format, every weight with the value it has, to the bit.
 
@@ -42,6 +43,7 @@ def convert(
         format: Name of a format, or "auto" for the smallest that holds every layer exactly.
         overwrite: Whether a folder that is not empty may be replaced.
         unproven: Whether the format may be one that is not proven to load for this architecture.
+        engine: The engine that is to load the folder.
 
     Returns:
         The new manifest.
@@ -74,7 +76,7 @@ def convert(
         documents=documents(str(folder), hub, loaded.model.config),
     )
     try:
-        codec = formats.choose(contents, format, unproven=unproven)
+        codec = formats.choose(contents, format, unproven=unproven, engine=engine)
     except FormatError as error:
         if source.name != "dense":
             raise

@@ -21,6 +21,7 @@ from optimum_order.errors import ArtifactError, ModelError
 from optimum_order.files import is_folder, read_json
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
+from optimum_order.models.adapter import Merged
 from optimum_order.models.source import Checkpoint
 
 _CHAIN = ("order", "stages", "schedule", "base_model", "calibration", "versions", "digest")
@@ -113,16 +114,31 @@ class Origin(Checkpoint):
         return self._loaded
 
 
-def open_checkpoint(model: str | Path, **options: Any) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path,
+    *,
+    merge_adapter: bool = False,
+    base: str | Path | None = None,
+    **options: Any,
+) -> Checkpoint:
     """Return where a model comes from; a compressed one in a folder is an `Origin`.
 
     Args:
         model: A Hub id, a folder, or the name of an embedded model.
+        merge_adapter: Whether the model is a LoRA adapter, to be merged into its base model.
+        base: The base model of the adapter; by default the one that the adapter names.
         options: As in `Checkpoint`.
 
     Raises:
         ModelError: If there is no such model, or it cannot be compressed.
     """
+    if merge_adapter:
+        return Merged(model, base=base, **options)
+    if base is not None:
+        raise ModelError(
+            f"base={str(base)!r} (--base) is the base model of an adapter: give merge_adapter=True "
+            "(--merge-adapter) with it."
+        )
     folder = Path(model).expanduser()
     if is_folder(folder):
         quantized = (folder / "config.json").is_file() and "quantization_config" in _config(folder)

@@ -43,6 +43,17 @@ def model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
         "tiny-llama, tiny-resnet, tiny-vit",
     )
     parser.add_argument("--revision", help="of MODEL on the Hub: branch, tag or commit")
+    parser.add_argument(
+        "--merge-adapter",
+        action="store_true",
+        help="MODEL is a LoRA adapter: merge it into its base model first",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="with --merge-adapter: the base model, where it is not the id on the Hub that the "
+        "adapter names",
+    )
 
 
 def saved_model(parser: argparse.ArgumentParser) -> None:
@@ -236,6 +247,8 @@ def compressor(args: argparse.Namespace) -> JointCompressor:
         device=args.device,
         dtype=args.dtype,
         revision=args.revision,
+        merge_adapter=args.merge_adapter,
+        base=args.base,
         targets=args.targets,
         ignore=args.ignore,
     )

@@ -22,6 +22,7 @@ _WITHOUT_ORDER = {
     "output",
     "order",
     "format",
+    "engine",
     "unproven",
     "overwrite",
     "push_to_hub",
@@ -85,6 +86,14 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             help="how to store it; auto (default) takes the smallest format that holds every layer "
             "exactly, needs nothing but transformers to load and is proven to load for the "
             "architecture; 'optimum-order methods' lists all",
+        )
+        parser.add_argument(
+            "--for",
+            dest="engine",
+            metavar="ENGINE",
+            help="the engine that is to load OUTPUT: transformers, peft or vllm; --format auto "
+            "then takes a format that was seen to load there with these widths and groups, and "
+            "what it was not seen to load is refused before the work",
         )
         parser.add_argument(
             "--unproven",
@@ -167,13 +176,14 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                 "measure OUTPUT where there is room for it."
             )
         compressor = arguments.compressor(args)
-        compressor.check_format(order, args.format, stages=stages, unproven=args.unproven)
+        choice = {"unproven": args.unproven, "engine": args.engine}
+        format = compressor.check_format(order, args.format, stages=stages, **choice)
         if args.dry_run:
             return compressor.estimate(
                 order,
                 args.schedule,
                 pause="block" if args.low_memory else args.pause,
-                format=args.format,
+                format=format,
             ).as_dict()
         watch = _Stopwatch()
         if args.evaluate:
@@ -189,17 +199,15 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             resume=args.resume,
             low_memory=args.low_memory,
             format=args.format,
-            unproven=args.unproven,
+            **choice,
         )
         watch.lap("compress")
         try:
             if args.evaluate:
-                compressed.evaluate(
-                    args.evaluate, args.metric, format=args.format, unproven=args.unproven
-                )
+                compressed.evaluate(args.evaluate, args.metric, format=args.format, **choice)
                 watch.lap("evaluate_after")
             format = compressed.save_pretrained(
-                self._output, format=args.format, overwrite=overwrite, unproven=args.unproven
+                self._output, format=args.format, overwrite=overwrite, **choice
             )
         except FormatError:
             self._refused = True  # by the values of a layer, which nobody knew before
@@ -287,8 +295,11 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
 
     def _check_names(self) -> None:
         from optimum_order import evaluation, formats
+        from optimum_order.formats import engines
 
         args = self.args
+        if args.engine is not None:
+            engines.engine(args.engine)
         if args.format not in (names := ["auto", *formats.available()]):
             raise FormatError(unknown("format", args.format, names))
         if args.metric not in (names := ["auto", *evaluation.available()]):
@@ -332,6 +343,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             args.format,
             overwrite=args.overwrite,
             unproven=args.unproven,
+            engine=args.engine,
         )
         return self._finish(converted, watch)
 

@@ -97,6 +97,7 @@ def _overview_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     revision = f" at {base['revision']}" if base["revision"] else ""
     return [
         ("base model", base["id"] + revision),
+        *([("merged adapter", base["adapter"]["id"])] if "adapter" in base else []),
         ("order", arrows(manifest["order"])),
         ("schedule", manifest["schedule"]),
         ("format", manifest["format"]),

@@ -46,7 +46,8 @@ def check_format(
     format: str,
     *,
     unproven: bool = False,
-) -> None:
+    engine: str | None = None,
+) -> str:
     """Refuse a format that cannot hold the result of a recipe, or is not proven to load.
 
     What only the values of a layer can rule out is found when the model is saved.
@@ -58,21 +59,28 @@ def check_format(
         start: Layers that are compressed already.
         format: The name of a format; "auto" always holds.
         unproven: Whether the format may be one that is not proven to load for this architecture.
+        engine: The engine that is to load the result.
+
+    Returns:
+        The name of the format; for an engine that of the one that "auto" will take, if the layers
+        can be predicted.
 
     Raises:
-        FormatError: If the format does not exist, cannot hold a layer or is not proven.
+        FormatError: If the format does not exist, cannot hold a layer or is not proven; or if the
+            engine was not seen to load such a result.
     """
-    if format in ("auto", "dense"):
-        return
-    prediction = _Prediction(units)
+    if engine is None and format in ("auto", "dense"):
+        return format
+    prediction = _Prediction(units, any_choice=engine is not None)
     for step in recipe.steps:
         step.run(prediction)
     if not prediction.is_sure:
-        return
+        return format
     states = prediction.states(start)
     contents = formats.Contents(model, formats.Layers(prediction.targets, states))
     with Counter():  # answers what formats ask of numbers that are not there
-        formats.choose(contents, format, unproven=unproven)
+        codec = formats.choose(contents, format, unproven=unproven, engine=engine)
+    return format if engine is None else codec.name
 
 
 class _Prediction:
@@ -80,16 +88,21 @@ class _Prediction:
 
     Args:
         units: The model's blocks.
+        any_choice: Whether each candidate of an allocator is given to some layers, in place of the
+            likely ones: an engine must load whatever it chooses.
 
     Attributes:
         targets: Every layer by name.
         is_sure: Whether the layers at the end can be predicted.
     """
 
-    def __init__(self, units: Sequence[Unit]):
+    def __init__(self, units: Sequence[Unit], *, any_choice: bool = False):
         self.targets = {target.name: target for unit in units for target in unit.targets}
         self.is_sure = True
         self._units = units
+        self._any_choice = any_choice
+        self._groups: list[tuple[str, ...]] = []
+        """Layers that an allocator treats alike."""
         self._stages: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
         nothing = Rates(**{field.name: 1.0 for field in dataclasses.fields(Rates)})
         self._laboratory = Laboratory(list(self.targets.values()), torch.device("cpu"), nothing)
@@ -104,6 +117,8 @@ class _Prediction:
 
     def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
         """Note the backends that an allocator chose."""
+        if self._any_choice:
+            backends = self._dealt(allocator, backends)
         for name, backend in backends.items():
             self._stages[name] += (backend.stage,)
 
@@ -112,7 +127,19 @@ class _Prediction:
         from optimum_order.estimate import guessed
 
         costs = {unit.name: UnitCost() for unit in self._units}
-        return list(guessed(allocator, self._units, costs, self._laboratory))
+        table = list(guessed(allocator, self._units, costs, self._laboratory))
+        self._groups = list(dict.fromkeys(row.layers for row in table))
+        return table
+
+    def _dealt(self, allocator: Allocator, backends: Mapping[str, Backend]) -> dict[str, Backend]:
+        """Return the candidates of an allocator, dealt to its groups of layers in turn."""
+        candidates = list(allocator.backends.values())
+        dealt = {
+            name: candidates[index % len(candidates)]
+            for index, group in enumerate(self._groups)
+            for name in group
+        }
+        return {name: dealt[name] for name in backends}
 
     def profile(self, profiler: Profiler) -> None:
         """Profile nothing: layers are as large whatever they share."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optimum_order.errors import ArtifactError, FormatError, unknown
+from optimum_order.formats import engines
 from optimum_order.formats.base import (
     Codec,
     Container,
@@ -124,7 +125,13 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
     return fits
 
 
-def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) -> Codec:
+def choose(
+    contents: Contents,
+    name: str = "auto",
+    *,
+    unproven: bool = False,
+    engine: str | None = None,
+) -> Codec:
     """Return the codec to save a model with.
 
     Args:
@@ -134,11 +141,16 @@ def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) ->
             exactly, that stock transformers loads with nothing else installed or that are made for
             a grid of the model, and that are proven to load for this architecture.
         unproven: Whether a format that was named may be one that is not proven to load.
+        engine: The engine that is to load the folder; then "auto" takes the format of the fewest
+            bytes that was seen to load there.
 
     Raises:
-        FormatError: If the format does not exist, cannot hold a layer or is not proven.
+        FormatError: If the format does not exist, cannot hold a layer or is not proven; or if the
+            engine is unknown, or was not seen to load such a folder.
     """
     codecs = {key: codec() for key, codec in available().items()}
+    if engine is not None:
+        return _choose_for(engines.engine(engine), contents, name, unproven=unproven)
     if name == "auto":
         candidates = [codec for codec in codecs.values() if codec.stock or codec.made_for]
         fits = {
@@ -177,6 +189,83 @@ def choose(contents: Contents, name: str = "auto", *, unproven: bool = False) ->
             "'auto', or insist with unproven=True (--unproven)."
         )
     return codecs[name]
+
+
+def _choose_for(engine: engines.Engine, contents: Contents, name: str, *, unproven: bool) -> Codec:
+    """Return the codec to save a model with for an engine, as `choose` does."""
+    if name == "auto":
+        reasons = _reasons(engine, contents)
+        chosen = next((key for key, reason in reasons.items() if reason is None), None)
+        named, reason = next(iter(reasons.items()))
+    else:
+        chosen = named = choose(contents, name, unproven=unproven).name
+        reason = engine.why_not(contents.model, *_encoded(name, contents))
+        if reason is not None and unproven:
+            return available()[name]()
+        chosen = None if reason else name
+    if chosen is None:
+        raise FormatError(f"{reason} {_advice(engine, contents, named)}")
+    codec, layers = _encoded(chosen, contents)
+    if caution := engine.caution(contents.model, codec, layers):
+        _say(f"Stored as '{chosen}': {caution}")
+    return codec
+
+
+def _reasons(engine: engines.Engine, contents: Contents) -> dict[str, str | None]:
+    """Return why an engine is not known to load each format, or None if it is.
+
+    Formats that hold the model come first, the one of the fewest bytes before all others. A layer
+    that was quantized has its width for a reason, so "dense" is left out then; and so are formats
+    that only our own package makes loadable. Of those that do not hold the model, the ones that the
+    engine loads at some width say most.
+    """
+    usual = {format for names in engine.loaded_widths().values() for format in names}
+    quantized = any(state.grid is not None for _, _, state in contents.layers)
+    codecs = [
+        codec()
+        for key, codec in available().items()
+        if not codec.import_first and not (quantized and key == "dense")
+    ]
+    fits = _fits(codecs, contents)
+
+    def rank(key: str) -> tuple[bool, bool, int, bool]:
+        refused = fits[key].refusal is not None
+        return refused, refused and key not in usual, fits[key].bytes, key != "dense"
+
+    return {
+        key: fits[key].refusal
+        or fits[key].doubt
+        or engine.why_not(contents.model, *_encoded(key, contents))
+        for key in sorted(fits, key=rank)
+    }
+
+
+def _encoded(name: str, contents: Contents) -> tuple[Codec, Layers]:
+    """Return a codec and the layers that it encodes, as outlines."""
+    codec = available()[name]()
+    states = {layer: outline(state) for layer, _, state in contents.layers if codec.encodes(state)}
+    return codec, Layers(contents.layers.targets, states)
+
+
+def _advice(engine: engines.Engine, contents: Contents, named: str) -> str:
+    """Return what would load where a format does not.
+
+    Args:
+        engine: The engine that was asked for.
+        contents: The model and its layers.
+        named: The format to insist on.
+    """
+    widths = [f"{width} as {' or '.join(n)}" for width, n in engine.loaded_widths().items()]
+    loads = f"It loads {'; '.join(widths)}. " if widths else ""
+    others = [
+        other
+        for other in engines.content()["engines"]
+        if other != engine.name and None in _reasons(engines.engine(other), contents).values()
+    ]
+    choices = ["--format dense"] if engine.loads(engines.Case("dense")) else []
+    choices += [f"--for {' or '.join(others)}"] if others else []
+    choices.append(f"insist with --format {named} --unproven")
+    return f"{loads}Choose {', or '.join(choices)}."
 
 
 @functools.cache

@@ -28,7 +28,8 @@ from optimum_order.models import hf
 from optimum_order.models.documents import documents
 from optimum_order.models.lazy import Unloaded, Weights, planned
 
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
+"""The file that makes a folder one of an adapter."""
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 EMBEDDED = ("tiny-llama", "tiny-resnet", "tiny-vit")
 """Models that ship inside the package and can be named like a Hub id."""
@@ -129,6 +130,8 @@ class Checkpoint:
             )
         self._refuse_adapter()
         self.commit: str | None = None
+        self.adapter: dict[str, Any] | None = None
+        """What the manifest says of an adapter that was merged."""
         self.continues: dict[str, Any] | None = None
         """What the manifest of a compressed model says of the runs that made it."""
         self.targets: list[str] | None = None
@@ -164,15 +167,15 @@ class Checkpoint:
         revision, token = self._hub["revision"], self._hub["token"]
         try:
             adapter = hf.cached_file(
-                self._path, _ADAPTER, revision=revision, token=token, required=False
+                self._path, ADAPTER, revision=revision, token=token, required=False
             )
         except (OSError, ValueError):
             return  # reading the model says what is wrong
         if adapter:
             raise ModelError(
-                f"'{self.id}' holds an adapter ({_ADAPTER}), whose weights belong to layers of "
-                "another model. Merge both first: peft.AutoPeftModel.from_pretrained(...)"
-                ".merge_and_unload().save_pretrained(FOLDER), and compress FOLDER."
+                f"'{self.id}' holds an adapter ({ADAPTER}), whose weights belong to layers of "
+                "another model. Merge it into its base model with merge_adapter=True "
+                "(--merge-adapter)."
             )
 
     def check_dense(self) -> None:
@@ -306,6 +309,7 @@ class InMemory:
     embedded: bool = False
     unloaded: ClassVar[Mapping[str, Tensor]] = {}
     states: ClassVar[Mapping[str, LayerState]] = {}
+    adapter: ClassVar[None] = None
     continues: ClassVar[None] = None
     targets: ClassVar[None] = None
     ignore: ClassVar[None] = None

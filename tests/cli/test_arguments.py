@@ -12,6 +12,7 @@ from optimum_order.cli import arguments
 
 OPTIONS = {
     "--revision": ("main", "revision"),
+    "--base": ("some/base", "base"),
     "--calibration": ("builtin", "calibration"),
     "--calibration-samples": ("7", "calibration_samples"),
     "--sequence-length": ("96", "sequence_length"),
@@ -56,8 +57,8 @@ def test_defaults_are_those_of_python(parser, asked):
 
 def test_every_option_arrives(parser, asked):
     words = [word for flag, (value, _) in OPTIONS.items() for word in (flag, value)]
-    arguments.compressor(parser.parse_args(["tiny-llama", *words]))
-    assert asked.pop("name") == "tiny-llama"
+    arguments.compressor(parser.parse_args(["tiny-llama", "--merge-adapter", *words]))
+    assert (asked.pop("name"), asked.pop("merge_adapter")) == ("tiny-llama", True)
     assert set(asked) == {name for _, name in OPTIONS.values()}, "nothing else is asked for"
     for value, name in OPTIONS.values():
         arrived = asked[name]

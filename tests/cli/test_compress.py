@@ -483,6 +483,51 @@ def test_a_push_that_fails_leaves_the_folder_and_says_how_to_push_again(hub, pus
     assert hub.call("program", "push", str(tmp_path / "out"), "me/model")["code"] == 0
 
 
+# For an engine
+
+
+def test_for_an_engine_the_format_is_one_that_loads_there(program, tmp_path):
+    command = ["compress", "tiny-llama", tmp_path / "out", "--for", "vllm", "--order"]
+    done = program(*command, "rtn(bits=4, group_size=64)", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["format"] == "compressed-tensors"
+    done = program(*command, "rtn(bits=4, group_size=64)", "--json")
+    assert json.loads(done.out)["format"] == "compressed-tensors"
+    done = program("compress", tmp_path / "out", tmp_path / "again", "--for", "peft", "--json")
+    assert json.loads(done.out)["format"] == "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["--order", "rtn:3"], ["It loads 4 bits symmetric as", "--for peft or transformers"]),
+        (["--order", "rtn:4", "--ignore", "*.v_proj"], ["fuses q_proj, k_proj, v_proj"]),
+        (["--order", "rtn:4", "--for", "llama.cpp"], ["loads GGUF files"]),
+        (["--order", "rtn:4", "--for", "vlm"], ["Did you mean 'vllm'?"]),
+        (["--order", "rtn:3", "--dry-run"], ["does not load 'compressed-tensors, 3 bits"]),
+    ],
+)
+def test_what_an_engine_does_not_load_is_one_line_before_the_work(
+    program, tmp_path, options, messages
+):
+    done = program("compress", "tiny-llama", tmp_path / "out", "--for", "vllm", *options)
+    assert done.code == 2 and done.out == ""
+    assert all(message in done.err.splitlines()[-1] for message in messages), done.err
+    assert names(tmp_path) == []
+
+
+def test_an_unknown_engine_is_the_first_error(program, tmp_path):
+    done = program("compress", tmp_path / "missing", tmp_path / "out", "--for", "vlm")
+    assert done.code == 2 and "Did you mean 'vllm'?" in done.err
+
+
+def test_an_engine_can_be_overruled(program, tmp_path):
+    command = ["compress", "tiny-llama", tmp_path / "out", "--for", "vllm", "--order", "rtn:3"]
+    done = program(*command, "--format", "compressed-tensors", "--unproven", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["format"] == "compressed-tensors"
+
+
 # Without an order
 
 
