@@ -360,6 +360,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str):
         hub, url = self.server_hub, urlsplit(self.path)
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if url.path == "/api/agent-harnesses":  # the client asks once a day, whatever it does
+            return self._send(404, b"", {})
         with hub.lock:
             number = len(hub.requests)
             hub.requests.append(f"{self.command} {url.path}")

@@ -117,7 +117,7 @@ class _Prediction:
 
     def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
         """Note the backends that an allocator chose."""
-        if self._any_choice:
+        if self._any_choice and isinstance(allocator, Allocator):
             backends = self._dealt(allocator, backends)
         for name, backend in backends.items():
             self._stages[name] += (backend.stage,)

@@ -168,7 +168,7 @@ class Adapter:
         _refuse_tied(model, self)
         try:
             adapted: Any = get_peft_model(model, LoraConfig(**self.options))
-            result = set_peft_model_state_dict(adapted, dict(self.tensors))
+            result: Any = set_peft_model_state_dict(adapted, dict(self.tensors))
             missing = [key for key in result.missing_keys if "lora_" in key]
             if result.unexpected_keys or missing:
                 raise ValueError(f"no place for '{[*result.unexpected_keys, *missing][0]}'")
