@@ -66,7 +66,8 @@ def convert(
     loaded = load(folder, facts)
     hub = {"revision": None, "token": None, "trust_remote_code": False}
     layers = loaded.layers
-    if format not in ("auto", "coded", "dense") and needs_transcoding(layers):
+    packed = engine is not None or format not in ("auto", "coded", "dense")
+    if packed and needs_transcoding(layers):
         layers = transcode(loaded.model, layers)
     contents = Contents(
         model=loaded.model,

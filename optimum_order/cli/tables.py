@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_CHEAP_ZEROS = (
+    "a zero takes the bits of any weight there; '--format sparse' or 'coded' stores zeros in fewer, "
+    "and 'ecsq' makes the zeros that pay"
+)
 _IDLE_ADVICE = "give more --calibration-samples, or --ignore these"
 
 
@@ -40,6 +44,8 @@ def outcome_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     Args:
         manifest: A manifest, with its metrics as `metric_values`.
     """
+    from optimum_order import formats
+
     rows = []
     for name, values in manifest["metrics"].items():
         before = "not measured" if values["before"] is None else f"{values['before']:.4g}"
@@ -57,6 +63,9 @@ def outcome_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("compressed", f"{share:.1%} of {coverage['weights']:,} weights"))
         sparsity += f" of these, {share * manifest['sparsity']:.1%} of all"
     rows.append(("sparsity", sparsity))
+    codec = formats.available().get(manifest["format"])
+    if manifest["sparsity"] and codec is not None and not codec.zeros_are_cheap:
+        rows.append(("pruning", f"saves no byte in '{codec.name}': {_CHEAP_ZEROS}"))
     if coverage is not None and coverage["idle"]:
         text = f"{coverage['idle']} of {coverage['layers']} layers: {_IDLE_ADVICE}"
         rows.append(("no calibration token", text))

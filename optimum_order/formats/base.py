@@ -117,6 +117,8 @@ class Codec(ABC):
     made_for: ClassVar[tuple[type[Grid], ...]] = ()
     """Kinds of grid that no stock format packs: "auto" takes this format for a model that has one,
     though it is not stock."""
+    zeros_are_cheap: ClassVar[bool] = False
+    """Whether a zero takes fewer bits than another weight, so that pruning saves bytes."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Packages that loading needs besides torch and transformers."""
     import_first: ClassVar[str | None] = None

@@ -115,6 +115,7 @@ class Coded(LayerBytes):
     """Entropy-coded codes."""
 
     name = "coded"
+    zeros_are_cheap = True
     summary = "entropy-coded codes of 2-8 bits; read by transformers after 'import optimum_order'"
     nothing = "No layer is quantized."
     made_for = (DualScaleGrid,)

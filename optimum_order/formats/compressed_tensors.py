@@ -21,6 +21,7 @@ from optimum_order.errors import ArtifactError
 from optimum_order.formats.base import Codec, Config, Layers, Size, grid_of
 from optimum_order.formats.layout import Layout
 from optimum_order.formats.names import Names, ends_with, suffix_of, suffix_pattern
+from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
@@ -44,6 +45,12 @@ class CompressedTensors(Codec):
             return "it is a GPT-2 Conv1D, in whose place transformers would load random weights"
         if target.kind == "conv2d":
             return "it is a convolution, and transformers unpacks linear layers only"
+        if isinstance(state.grid, DualScaleGrid):
+            return (
+                "its columns have steps of their own; save it as 'coded', and then "
+                "'optimum-order compress CODED OUT --format compressed-tensors' moves these steps "
+                "into what makes the input"
+            )
         if not isinstance(state.grid, UniformGrid):
             return f"its {type(state.grid).__name__} is not a grid of equal steps"
         if not state.grid.symmetric:

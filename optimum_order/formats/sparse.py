@@ -129,6 +129,7 @@ class Sparse(LayerBytes):
     """A bit or less for each weight, and the survivors."""
 
     name = "sparse"
+    zeros_are_cheap = True
     summary = (
         "masks and the survivors' 2-8 bit codes or values; read by transformers after 'import "
         "optimum_order'"

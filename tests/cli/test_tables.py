@@ -21,7 +21,7 @@ def test_the_rows_of_an_outcome():
     metrics = metric_values(MEASURED)
     assert metrics["fidelity"] == {"before": None, "after": 0.5}
     sizes = {"before": 11_720_000, "after": 999, "per_weight_bits": 4.253}
-    manifest = {"metrics": metrics, "bytes": sizes, "sparsity": 0.5}
+    manifest = {"metrics": metrics, "bytes": sizes, "sparsity": 0.5, "format": "coded"}
     assert outcome_rows(manifest) == [
         ("perplexity", "10 → 12.35"),
         ("fidelity", "not measured → 0.5"),
@@ -44,3 +44,12 @@ def test_the_rows_of_an_outcome():
     ]
     sizes["before"] = None
     assert ("weights on disk", "unknown → 999 bytes") in outcome_rows(manifest)
+
+
+def test_pruning_that_saves_no_byte_is_said_to():
+    sizes = {"before": 100, "after": 50, "per_weight_bits": 4.25}
+    manifest = {"metrics": {}, "bytes": sizes, "sparsity": 0.5}
+    for format, saves in (("dense", False), ("gptq", False), ("sparse", True), ("coded", True)):
+        rows = dict(outcome_rows(manifest | {"format": format}))
+        assert ("pruning" in rows) != saves, format
+    assert "pruning" not in dict(outcome_rows(manifest | {"sparsity": 0.0, "format": "dense"}))
