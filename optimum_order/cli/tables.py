@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 _CHEAP_ZEROS = (
-    "a zero takes the bits of any weight there; '--format sparse' or 'coded' stores zeros in fewer, "
-    "and 'ecsq' makes the zeros that pay"
+    "a zero takes the bits of any weight there; '--format sparse' or 'coded' stores zeros in "
+    "fewer, and 'ecsq' makes the zeros that pay"
 )
 _IDLE_ADVICE = "give more --calibration-samples, or --ignore these"
 

@@ -103,6 +103,8 @@ class _Prediction:
         self._any_choice = any_choice
         self._groups: list[tuple[str, ...]] = []
         """Layers that an allocator treats alike."""
+        self._candidates: list[Backend] = []
+        """What they may get."""
         self._stages: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
         nothing = Rates(**{field.name: 1.0 for field in dataclasses.fields(Rates)})
         self._laboratory = Laboratory(list(self.targets.values()), torch.device("cpu"), nothing)
@@ -117,8 +119,8 @@ class _Prediction:
 
     def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
         """Note the backends that an allocator chose."""
-        if self._any_choice and isinstance(allocator, Allocator):
-            backends = self._dealt(allocator, backends)
+        if self._any_choice and self._candidates:
+            backends = self._dealt(backends)
         for name, backend in backends.items():
             self._stages[name] += (backend.stage,)
 
@@ -129,11 +131,12 @@ class _Prediction:
         costs = {unit.name: UnitCost() for unit in self._units}
         table = list(guessed(allocator, self._units, costs, self._laboratory))
         self._groups = list(dict.fromkeys(row.layers for row in table))
+        self._candidates = list(allocator.backends.values())
         return table
 
-    def _dealt(self, allocator: Allocator, backends: Mapping[str, Backend]) -> dict[str, Backend]:
+    def _dealt(self, backends: Mapping[str, Backend]) -> dict[str, Backend]:
         """Return the candidates of an allocator, dealt to its groups of layers in turn."""
-        candidates = list(allocator.backends.values())
+        candidates = self._candidates
         dealt = {
             name: candidates[index % len(candidates)]
             for index, group in enumerate(self._groups)
