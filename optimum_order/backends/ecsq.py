@@ -192,7 +192,7 @@ class ECSQ(Profiler):
     ) -> Profile:
         U = Factor.of(statistics, self.options.damping).U
         exponent = self._exponents(U, sources)
-        sketch = Sketch.of(state.weight, exponent)
+        sketch = Sketch.of(state.weight, exponent, state.pruned)
         squares = state.weight.float().square()
         profile = {
             "values": sketch.values,

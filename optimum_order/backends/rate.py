@@ -30,7 +30,8 @@ class Sketch:
     """A sample of the weights of a layer, in units of the steps of their rows and columns.
 
     Args:
-        values: (n,) float32, each weight over the step of its row and of its column.
+        values: (n,) float32, each weight over the step of its row and of its column; NaN where it
+            was pruned.
         size: (n,) float32, log2 of the root mean square of such weights, as the row and the column
             of each have it.
         row: (n,) int32, the row of each.
@@ -45,11 +46,12 @@ class Sketch:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, weight: Tensor, log_columns: Tensor) -> Sketch:
+    def of(cls, weight: Tensor, log_columns: Tensor, pruned: Tensor | None = None) -> Sketch:
         """Draw a sample; the steps of all rows are 1.
 
         Args:
             weight: (out, in).
+            pruned: (out, in) bool, or None.
             log_columns: (in,) log2 of the step of each column.
         """
         rows, inputs = weight.shape
@@ -66,6 +68,8 @@ class Sketch:
         drawn = drawn.to(weight.device)
         row = (drawn // inputs).int()
         column = (drawn % inputs).int()
+        if pruned is not None:
+            scaled = scaled.masked_fill(pruned, torch.nan)
         return cls(scaled.flatten()[drawn], size.flatten()[drawn], row, column, (rows, inputs))
 
     def with_steps(self, log_rows: Tensor, log_columns: Tensor) -> Sketch:
@@ -90,7 +94,7 @@ class Sketch:
         return _SIDE_BITS * sum(self.shape) / self.weights
 
     def codes(self, log_step: float, dead_zone: float) -> Tensor:
-        """Return the codes of the sample with a step, (n,) float32.
+        """Return the codes of the sample with a step, (n,) float32; NaN where it was pruned.
 
         Args:
             log_step: log2 of the step.
@@ -105,7 +109,8 @@ class Sketch:
             log_step: log2 of the step.
             dead_zone: See `rounded`.
         """
-        codes = self.codes(log_step, dead_zone).clamp(-127, 127)
+        # a coder gives pruned weights a code of their own
+        codes = self.codes(log_step, dead_zone).clamp(-127, 127).nan_to_num(nan=-128.0)
         classes = ((self.size - self.size.min()) * _CLASSES_PER_OCTAVE).round().long()
         keys = classes * 256 + codes.long() + 128
         counts = torch.bincount(keys, minlength=256 * (int(classes.max()) + 1))

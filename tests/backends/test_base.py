@@ -20,6 +20,7 @@ SETTINGS = {
     "wanda": ["wanda:0.3", "wanda(pattern=1:4)"],
     "sparsegpt": ["sparsegpt:0.6", "sparsegpt(pattern=2:4)"],
     "rtn": ["rtn:2", "rtn(bits=8, group_size=16, symmetric=false)"],
+    "ecsq": ["ecsq:4", "ecsq(rate=2, columns=false, max_code=7)"],
     "gptq": ["gptq:4", "gptq(bits=3, group_size=32, symmetric=false, act_order=false)"],
     "bitsandbytes": ["bitsandbytes:nf4", "bitsandbytes:int8"],
 }
@@ -208,7 +209,7 @@ class TestOptions:
         for text, message in [
             (
                 "wandaa:0.5",
-                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: bitsandbytes, gptq,",
+                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: bitsandbytes, ecsq, gptq,",
             ),
             (
                 "gptq(bit=4)",

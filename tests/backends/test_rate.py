@@ -53,6 +53,16 @@ def test_sizes_of_rows_and_columns_are_known_to_the_coder():
     assert both.rate(-3.0, 0.5) == pytest.approx(known, abs=0.05)
 
 
+def test_a_mask_is_paid_for():
+    """Where half is pruned, a weight costs one bit and half of what the others cost."""
+    weight = gaussian(512, 1024)
+    pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    masked = Sketch.of(weight.masked_fill(pruned, 0.0), torch.zeros(1024), pruned)
+    whole = Sketch.of(weight, torch.zeros(1024))
+    expected = 1 + (whole.rate(-2.0, 0.5) - whole.side) / 2
+    assert masked.rate(-2.0, 0.5) - masked.side == pytest.approx(expected, abs=0.05)
+
+
 @pytest.mark.parametrize("rate", [1.0, 2.5, 5.0])
 def test_a_curve_finds_the_step_of_a_rate(rate):
     sketch = Sketch.of(gaussian(256, 256) * 0.02, torch.zeros(256))
