@@ -43,8 +43,8 @@ _MARGIN = 1.25
 _TYPICAL = 4.0
 """Root mean squares of a column that its largest code holds if codes are short: the few weights
 beyond are cut off, which costs less than a longer step for all."""
-_ROUNDS = 4
-"""Most times that steps and the columns' exponents are set in turn."""
+_ROUNDS = 3
+"""Most times that steps are set anew because columns got longer ones."""
 _ROOMY = 63
 """The least `max_code` with room for the largest weight of every column."""
 
@@ -272,15 +272,16 @@ class _Budget:
         }
         part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
         exponents = {name: profile["exponent"] for name, profile in self.profiles.items()}
-        steps: dict[str, float] = {}
+        curves = {name: self._curve(name, log_rows[name], exponents[name]) for name in rows}
+        steps = self._steps(curves, slopes, part)
         for _ in range(_ROUNDS):
-            curves = {name: self._curve(name, log_rows[name], exponents[name]) for name in rows}
-            steps = self._steps(curves, slopes, part)
             fitted = self._fitted(steps)
-            settled = all(torch.equal(fitted[name], exponents[name]) for name in rows)
-            exponents = fitted
-            if settled:
+            changed = [name for name in rows if not torch.equal(fitted[name], exponents[name])]
+            if not changed:
                 break
+            exponents = fitted
+            curves |= {name: self._curve(name, log_rows[name], fitted[name]) for name in changed}
+            steps = self._steps(curves, slopes, part)
         return {name: Share(steps[name], log_rows[name], exponents[name]) for name in rows}
 
     def _curve(self, name: str, log_rows: Tensor, exponent: Tensor) -> Curve:

@@ -11,9 +11,9 @@ scalar quantization); Sullivan 1996 (dead zones).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -171,24 +171,26 @@ def bisected(falling: Callable[[float], float], value: float, low: float, high: 
     return (low + high) / 2
 
 
-@dataclass(frozen=True)
 class Curve:
-    """The rate of a layer for every step, interpolated.
+    """The rate of a layer for every step, interpolated between steps a quarter of an octave apart.
 
     Args:
         sketch: Of the layer.
         dead_zone: See `rounded`.
     """
 
-    sketch: Sketch
-    dead_zone: float
+    def __init__(self, sketch: Sketch, dead_zone: float):
+        self.sketch = sketch
+        self.dead_zone = dead_zone
+        self._middle = float(sketch.size.median())
+        self._rates: dict[int, float] = {}
+        """Rates that were asked for, by the number of quarters from the middle."""
 
-    @cached_property
-    def _points(self) -> tuple[float, list[float]]:
-        """The first step, and the rates of steps a quarter of an octave apart."""
-        first = float(self.sketch.size.median()) - 9
-        steps = range(4 * 15)
-        return first, [self.sketch.rate(first + step / 4, self.dead_zone) for step in steps]
+    def _rate(self, quarter: int) -> float:
+        if quarter not in self._rates:
+            step = self._middle + quarter / 4
+            self._rates[quarter] = self.sketch.rate(step, self.dead_zone)
+        return self._rates[quarter]
 
     def rate(self, log_step: float) -> float:
         """Return the bits for each weight with a step.
@@ -196,10 +198,10 @@ class Curve:
         Args:
             log_step: log2 of the step.
         """
-        first, rates = self._points
-        at = min(max((log_step - first) * 4, 0.0), len(rates) - 1.001)
-        place = int(at)
-        return rates[place] + (at - place) * (rates[place + 1] - rates[place])
+        at = (log_step - self._middle) * 4
+        quarter = math.floor(at)
+        below = self._rate(quarter)
+        return below + (at - quarter) * (self._rate(quarter + 1) - below)
 
     def log_step(self, rate: float) -> float:
         """Return log2 of the step with which the layer has a rate.
@@ -207,5 +209,4 @@ class Curve:
         Args:
             rate: In bits for each weight.
         """
-        first, rates = self._points
-        return bisected(self.rate, rate, first, first + len(rates) / 4)
+        return bisected(self.rate, rate, self._middle - 9, self._middle + 6)

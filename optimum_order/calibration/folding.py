@@ -23,6 +23,7 @@ from optimum_order.models import hf, precision
 from optimum_order.models.units import Target, Unit
 
 _SEED = 0
+_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def find_folds(
         units: From `find_units(model)`.
         sample: Arguments of a forward.
     """
+    sample = _short(sample)
     candidates = _candidates(model, units, sample)
     expected = _outputs(model, sample)
     folds: list[Fold] = []
@@ -90,6 +92,14 @@ def find_folds(
             folds += alike
             taken |= {target.name for fold in alike for target in fold.readers}
     return folds
+
+
+def _short(sample: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a sample with few tokens: as many show what more would."""
+    lengths = {t.shape[1] for t in sample.values() if t.ndim == 2 and not t.is_floating_point()}
+    if len(lengths) != 1 or any(t.ndim != 2 or t.is_floating_point() for t in sample.values()):
+        return sample
+    return {name: tensor[:, :_TOKENS] for name, tensor in sample.items()}
 
 
 def column_sources(folds: Iterable[Fold]) -> dict[str, Tensor]:
