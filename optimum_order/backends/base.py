@@ -574,12 +574,15 @@ class Engine(Protocol):
     def profile(self, profiler: Profiler) -> Mapping[str, Profile] | None:
         """Profile every layer that a method covers; None if the run cannot look ahead."""
 
-    def choose(self, method: Method, candidates: Sequence[Rewrite]) -> int:
-        """Return the number of the weights that change the model least on held-back samples.
+    def added_losses(self, method: Method, candidates: Sequence[Rewrite]) -> list[float]:
+        """Return how far each candidate moves the model on samples that were held back.
 
         Args:
             method: The method that asks.
             candidates: Each gives the weight of every layer.
+
+        Returns:
+            The loss over that of the model as it is, the mean of some calibration samples.
         """
 
     def measure(self, allocator: Allocator) -> list[Measured]:

@@ -231,7 +231,9 @@ class ECSQ(Profiler):
 
             return rewrite
 
-        return shares[engine.choose(self, [rewritten(share) for share in shares])]
+        losses = engine.added_losses(self, [rewritten(share) for share in shares])
+        fine = [n for n, loss in enumerate(losses) if loss <= min(losses) * _TOLERANCE]
+        return shares[max(fine, default=0)]
 
     def _plain(self, weight: Tensor, share: Share) -> Tensor:
         """Return a weight (out, in) rounded to its share's grid with no corrections."""
@@ -240,6 +242,9 @@ class ECSQ(Profiler):
         return (rounded(weight.float() / steps, self.options.dead_zone) * steps).to(weight.dtype)
 
 
+_TOLERANCE = 1.15
+"""Candidates are tried without the corrections of the sweep, which halve the loss. One whose loss
+is so near to the least counts as good, and of these the one that divides most is taken."""
 _CANDIDATES = ["none", "within", "half", "across"]
 """What `sensitivity=auto` tries; "half" goes half the way from equal rates to one slope."""
 

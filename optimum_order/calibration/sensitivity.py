@@ -184,7 +184,7 @@ def _mean_squares(target: Target, gradient: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def losses(
+def added_losses(
     model: PreTrainedModel,
     units: Sequence[Unit],
     samples: Sequence[Mapping[str, Tensor]],
@@ -199,8 +199,8 @@ def losses(
         candidates: The other weights.
 
     Returns:
-        For each candidate the loss on each sample: the cross-entropy of labels that the model
-        draws, or the mean squared error of the output, relative to its size.
+        For each candidate and sample the loss that is added: of the cross-entropy of labels that
+        the model draws, or of the squared error of the output, relative to its size.
     """
     options = hf.uncached(model)
 
@@ -209,7 +209,11 @@ def losses(
             with precision.forwards(model.dtype, model.dtype, model.device):
                 yield model(**placed(sample, model), **options)
 
-    references = [_reference(output, number) for number, output in enumerate(outputs())]
+    losses = []
+    own = []
+    for number, output in enumerate(outputs()):
+        losses.append(_loss(output, number))
+        own.append(losses[-1](output))
     targets = [target for unit in units for target in unit.targets]
     before = {target.name: target.read() for target in targets}
     table = []
@@ -217,15 +221,15 @@ def losses(
         for candidate in candidates:
             for target in targets:
                 target.write(candidate(target.name, before[target.name]))
-            pairs = zip(references, outputs(), strict=True)
-            table.append([reference(output) for reference, output in pairs])
+            rows = zip(losses, outputs(), own, strict=True)
+            table.append([loss(output) - base for loss, output, base in rows])
     finally:
         for target in targets:
             target.write(before[target.name])
     return table
 
 
-def _reference(output: Any, number: int) -> Callable[[Any], float]:
+def _loss(output: Any, number: int) -> Callable[[Any], float]:
     """Return a function that says how far another output is from this one."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.shape[-1] > 1:

@@ -27,7 +27,11 @@ from optimum_order.backends.base import (
 )
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.folding import column_sources, find_folds
-from optimum_order.calibration.sensitivity import losses, output_sensitivities, single_samples
+from optimum_order.calibration.sensitivity import (
+    added_losses,
+    output_sensitivities,
+    single_samples,
+)
 from optimum_order.calibration.walk import Visit, walk
 from optimum_order.engine.recover import recover
 from optimum_order.engine.reshape import cut
@@ -221,22 +225,21 @@ class Passes:
                     self.bar.update()
         return profiles
 
-    def choose(self, method: Method, candidates: Sequence[Rewrite]) -> int:
-        """Return the number of the weights that change the model least on held-back samples."""
+    def added_losses(self, method: Method, candidates: Sequence[Rewrite]) -> list[float]:
+        """Return how far each candidate moves the model on samples that were held back."""
         units = self.subject.units
         passage = self._begin(units[:1], f"{method.stage}: choosing")
         if passage is not None and passage.has(units[0].name):
-            return int(passage.load(units[0].name)["chosen"])
+            return list(passage.load(units[0].name)["losses"])
         samples = single_samples(self.subject.batches, last=True)
-        table = losses(
+        table = added_losses(
             self.subject.model, units, list(itertools.islice(samples, _HELD_BACK)), candidates
         )
-        sums = [sum(row) for row in table]
-        chosen = sums.index(min(sums))
+        means = [sum(row) / len(row) for row in table]
         if passage is not None:
-            self._keep(passage, units[0], "measured", {"chosen": chosen})
+            self._keep(passage, units[0], "measured", {"losses": means})
         self.bar.update()
-        return chosen
+        return means
 
     def measure(self, allocator: Allocator) -> list[Measured]:
         """Measure every candidate on every group of layers, with the rest of the model as it is."""

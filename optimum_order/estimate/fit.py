@@ -147,9 +147,9 @@ class _Prediction:
     def profile(self, profiler: Profiler) -> None:
         """Profile nothing: layers are as large whatever they share."""
 
-    def choose(self, method: Method, candidates: Sequence[Rewrite]) -> int:
-        """Take the first."""
-        return 0
+    def added_losses(self, method: Method, candidates: Sequence[Rewrite]) -> list[float]:
+        """Say the same of all."""
+        return [0.0] * len(candidates)
 
     def reshape(self, reshaper: Reshaper) -> None:
         """Give up: nobody knows which layers there will be."""
