@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ from optimum_order.order import Stage
 
 if TYPE_CHECKING:
     from optimum_order.engine.run import Result, Subject
+
+logger = logging.getLogger(__name__)
 
 _HELD_BACK = 4
 """Calibration samples, the last ones, on which weights are tried."""
@@ -185,6 +188,11 @@ class Passes:
     def profile(self, profiler: Profiler) -> Mapping[str, Profile] | None:
         """Profile every layer that a method covers; None for a model that is streamed."""
         if self.execution.streams:
+            logger.warning(
+                "'%s': a model that is read block by block takes no gradients, so every layer gets "
+                "the same rate.",
+                profiler.stage,
+            )
             return None
         units = [u for u in self.subject.units if any(profiler.covers(t.name) for t in u.targets)]
         passage = self._begin(units, f"{profiler.stage}: profiling")

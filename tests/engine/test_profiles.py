@@ -105,7 +105,7 @@ def test_a_choice_is_kept_by_a_killed_run(tiny_llama_folder, tmp_path, monkeypat
             assert same(state, again.layers[name]), (limit, name)
 
 
-def test_a_model_that_is_streamed_gives_every_layer_the_rate(tiny_llama_folder, tmp_path):
+def test_a_model_that_is_streamed_gives_every_layer_the_rate(tiny_llama_folder, tmp_path, caplog):
     ids = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
     compressor = JointCompressor.from_pretrained(
         str(tiny_llama_folder), calibration=ids, sequence_length=16
@@ -113,6 +113,7 @@ def test_a_model_that_is_streamed_gives_every_layer_the_rate(tiny_llama_folder, 
     streamed = compressor.compress(
         "ecsq:4", work_dir=tmp_path / "work", low_memory=True, progress=False
     )
+    assert "every layer gets the same rate" in caplog.text
     plain = compressor.compress("ecsq(rate=4, sensitivity=none)", pause="block", progress=False)
     for name, state in plain.layers.items():
         assert torch.equal(state.weight, streamed.layers[name].weight), name
