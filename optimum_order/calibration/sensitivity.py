@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from optimum_order.backends.base import Rewrite
 from optimum_order.data.samples import placed
+from optimum_order.errors import ModelError
 from optimum_order.layers.tree import tensors_in
 from optimum_order.models import hf, precision
 from optimum_order.models.units import Target, Unit
@@ -59,6 +60,9 @@ def output_sensitivities(
         (samples, out) float32 for each layer that is a module of its own, by name: the mean over
         the tokens of each sample. Layers that no gradient reaches are absent.
 
+    Raises:
+        ModelError: If a gradient is NaN or infinite, or all are zero.
+
     Source: Hassibi & Stork 1993 (the Fisher information as the Hessian of the loss).
     """
     sums: dict[str, list[Tensor]] = {}
@@ -77,7 +81,28 @@ def output_sensitivities(
             ):
                 inputs = placed(sample, model)
                 divergence(model(**inputs, **hf.uncached(model)), generator).backward()
-    return {name: torch.stack(rows) for name, rows in sums.items() if len(rows) == len(samples)}
+    sensitivities = {
+        name: torch.stack(rows) for name, rows in sums.items() if len(rows) == len(samples)
+    }
+    _refuse_useless(sensitivities)
+    return sensitivities
+
+
+def _refuse_useless(sensitivities: Mapping[str, Tensor]) -> None:
+    """Refuse gradients that say nothing.
+
+    Raises:
+        ModelError: If one is NaN or infinite, or all are zero.
+    """
+    advice = "Do without: ecsq(rate=..., sensitivity=none)."
+    for name, rows in sensitivities.items():
+        if not torch.isfinite(rows).all():
+            raise ModelError(
+                f"The gradient of the loss by the outputs of '{name}' is NaN or infinite on the "
+                f"calibration data. {advice}"
+            )
+    if sensitivities and not any(rows.any() for rows in sensitivities.values()):
+        raise ModelError(f"The loss has no gradient by the output of any layer. {advice}")
 
 
 def divergence(output: Any, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from optimum_order.calibration.sensitivity import (
     output_sensitivities,
     single_samples,
 )
+from optimum_order.errors import ModelError
 from optimum_order.models.units import find_units
 
 
@@ -120,3 +121,17 @@ def test_a_model_without_logits_is_measured_by_its_outputs(make_model, batches):
     assert sensitivities and all(rows.isfinite().all() for rows in sensitivities.values())
     table = added_losses(base, units, samples, [lambda n, w: w, lambda n, w: nn.functional.relu(w)])
     assert max(table[0]) < 1e-6 < min(table[1])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(float("nan"), "NaN or infinite"), (0.0, "no gradient")]
+)
+def test_gradients_that_say_nothing_are_refused(make_model, batches, value, words):
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(value)
+    samples = list(single_samples(batches))[:1]
+    with pytest.raises(ModelError, match=words) as error:
+        output_sensitivities(model, find_units(model), samples)
+    assert "sensitivity=none" in str(error.value) and "\n" not in str(error.value)
+    assert all(parameter.requires_grad for parameter in model.parameters())
