@@ -94,12 +94,14 @@ class Share:
     Args:
         log_step: log2 of the step where the other two are zero.
         log_rows: (out,) log2 of the step of each row.
-        exponent: (in,) int8, log2 of the step of each column.
+        least: (in,) int8, the least log2 of the step of each column.
+        sources: (in,) int64, as in `Profiler.profile`, or None.
     """
 
     log_step: float
     log_rows: Tensor
-    exponent: Tensor
+    least: Tensor
+    sources: Tensor | None = None
 
 
 class ECSQ(Profiler):
@@ -135,7 +137,9 @@ class ECSQ(Profiler):
         weight = state.weight  # (out, in)
         pruned = state.mask  # (out, in)
         factor = Factor.of(statistics, options.damping)
-        grid = self._grid(weight, self.share or self._alone(state, statistics))
+        share = self.share or self._alone(state, statistics)
+        # from all samples; layers that read one input have one U, and so the same exponents
+        grid = self._grid(weight, share, self._exponents(factor.U, share.sources))
 
         def choose(w: Tensor, d: Tensor, start: int) -> Tensor:
             """Remove what is removed already: w is (out, k)."""
@@ -173,9 +177,9 @@ class ECSQ(Profiler):
             logs = means.scatter_reduce(0, groups, logs, "mean", include_self=False)[groups]
         return (logs - logs.mean()).round_().clamp_(-30, 30).to(torch.int8)
 
-    def _grid(self, weight: Tensor, share: Share) -> DualScaleGrid:
+    def _grid(self, weight: Tensor, share: Share, exponent: Tensor) -> DualScaleGrid:
         bits = max(2, self.options.max_code.bit_length() + 1)
-        exponent = share.exponent.to(weight.device)
+        exponent = torch.maximum(exponent, share.least).to(weight.device)
         steps = torch.exp2(share.log_rows.to(weight.device) + share.log_step)  # (out,)
         least, most = DualScaleGrid.scale_range(weight.dtype, bits, exponent)
         return DualScaleGrid(bits, steps.clamp(least, most).to(weight.dtype)[:, None], exponent)
@@ -227,7 +231,7 @@ class ECSQ(Profiler):
         def rewritten(share: Mapping[str, Share]) -> Rewrite:
             def rewrite(name: str, weight: Tensor) -> Tensor:
                 mine = share.get(name)
-                return weight if mine is None else self._plain(weight, mine)
+                return weight if mine is None else self._plain(weight, mine, profiles[name])
 
             return rewrite
 
@@ -235,9 +239,9 @@ class ECSQ(Profiler):
         fine = [n for n, loss in enumerate(losses) if loss <= min(losses) * _TOLERANCE]
         return shares[max(fine, default=0)]
 
-    def _plain(self, weight: Tensor, share: Share) -> Tensor:
+    def _plain(self, weight: Tensor, share: Share, profile: Profile) -> Tensor:
         """Return a weight (out, in) rounded to its share's grid with no corrections."""
-        grid = self._grid(weight, share)
+        grid = self._grid(weight, share, profile["exponent"])
         steps = grid.scale.float() * torch.exp2(grid.exponent.float())
         return (rounded(weight.float() / steps, self.options.dead_zone) * steps).to(weight.dtype)
 
@@ -276,27 +280,37 @@ class _Budget:
             for name, profile in self.profiles.items()
         }
         part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
-        exponents = {name: profile["exponent"] for name, profile in self.profiles.items()}
-        curves = {name: self._curve(name, log_rows[name], exponents[name]) for name in rows}
+        least = {n: torch.full_like(p["exponent"], -128) for n, p in self.profiles.items()}
+        curves = {name: self._curve(name, log_rows[name], least[name]) for name in rows}
         steps = self._steps(curves, slopes, part)
         for _ in range(_ROUNDS):
-            fitted = self._fitted(steps)
-            changed = [name for name in rows if not torch.equal(fitted[name], exponents[name])]
+            fitting = self._fitting(steps)
+            changed = [
+                name
+                for name, profile in self.profiles.items()
+                if not torch.equal(
+                    torch.maximum(profile["exponent"], fitting[name]),
+                    torch.maximum(profile["exponent"], least[name]),
+                )
+            ]
+            least = fitting
             if not changed:
                 break
-            exponents = fitted
-            curves |= {name: self._curve(name, log_rows[name], fitted[name]) for name in changed}
+            curves |= {name: self._curve(name, log_rows[name], fitting[name]) for name in changed}
             steps = self._steps(curves, slopes, part)
-        return {name: Share(steps[name], log_rows[name], exponents[name]) for name in rows}
+        return {
+            name: Share(steps[name], log_rows[name], least[name], profile.get("sources"))
+            for name, profile in self.profiles.items()
+        }
 
-    def _curve(self, name: str, log_rows: Tensor, exponent: Tensor) -> Curve:
+    def _curve(self, name: str, log_rows: Tensor, least: Tensor) -> Curve:
         """Return the rate of a layer for every step."""
         profile = self.profiles[name]
         out, inputs = profile["shape"].tolist()
         sketch = Sketch(
             profile["values"], profile["size"], profile["row"], profile["column"], (out, inputs)
         )
-        longer = exponent - profile["exponent"]
+        longer = torch.maximum(profile["exponent"], least) - profile["exponent"]
         return Curve(sketch.with_steps(log_rows, longer), self.options.dead_zone)
 
     def _steps(
@@ -329,26 +343,25 @@ class _Budget:
         shift = bisected(average, rate, -4.0, 4.0)
         return {name: step + shift for name, step in steps.items()}
 
-    def _fitted(self, steps: Mapping[str, float]) -> dict[str, Tensor]:
-        """Return exponents with which no column has codes beyond the largest.
+    def _fitting(self, steps: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the least exponents with which no column has codes beyond the largest.
 
         A column with huge inputs has a short step and would have such codes. Columns that have one
-        source have one exponent.
+        source have one limit.
 
         Args:
             steps: log2 of the step of each layer.
         """
-        exponents = {name: profile["exponent"] for name, profile in self.profiles.items()}
-        if not self.options.columns:
-            return exponents
+        least = {}
         for name, profile in self.profiles.items():
             size = profile["typical"] * _TYPICAL
             if self.options.max_code >= _ROOMY:
                 size = profile["largest"] * _MARGIN
-            least = size.log2() - steps[name] - math.log2(self.options.max_code)
-            fitting = least.ceil().clamp(-100, 100).to(torch.int8)
-            exponents[name] = torch.maximum(exponents[name], fitting)
-        return self._alike(exponents)
+            limit = size.log2() - steps[name] - math.log2(self.options.max_code)
+            least[name] = limit.ceil().clamp(-100, 100).to(torch.int8)
+            if not self.options.columns:
+                least[name].fill_(-128)
+        return self._alike(least)
 
     def _alike(self, exponents: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the exponents, the largest of all columns that have one source."""

@@ -91,7 +91,7 @@ def test_rows_of_shorter_steps_have_smaller_errors(layer):
     backend = ECSQ(Stage("ecsq", 3))
     rows = torch.zeros(128)
     rows[:64] = -1.0
-    backend.share = Share(-6.0, rows, torch.zeros(96, dtype=torch.int8))
+    backend.share = Share(-6.0, rows, torch.full((96,), -128, dtype=torch.int8))
     after = backend.apply(before, statistics)
     delta = after.weight - before.weight
     errors = torch.linalg.vecdot(delta @ statistics[Gram], delta)
