@@ -197,7 +197,6 @@ class ECSQ(Profiler):
         U = Factor.of(statistics, self.options.damping).U
         exponent = self._exponents(U, sources)
         sketch = Sketch.of(state.weight, exponent, state.pruned)
-        squares = state.weight.float().square()
         profile = {
             "values": sketch.values,
             "size": sketch.size,
@@ -205,15 +204,29 @@ class ECSQ(Profiler):
             "column": sketch.column,
             "shape": torch.tensor(sketch.shape),
             "exponent": exponent,
-            "largest": squares.amax(0).sqrt(),
-            "typical": squares.mean(0).sqrt(),
             "level": U.diagonal().log2().mean() + math.log2(max(1, statistics.tokens)) / 2,
         }
         if sources is not None:
             profile["sources"] = sources
         if sensitivity is not None and statistics.tokens:
             profile["sensitivity"] = sensitivity
+        profile["sizes"] = torch.stack(
+            [self._sizes(state.weight, _log_rows(profile, name)[0]) for name in ("none", "within")]
+        )
         return {name: tensor.cpu() for name, tensor in profile.items()}
+
+    def _sizes(self, weight: Tensor, log_rows: Tensor) -> Tensor:
+        """Return the size of each column that its largest code has to hold, (in,).
+
+        Args:
+            weight: (out, in).
+            log_rows: (out,) log2 of the step of each row.
+        """
+        steps = torch.exp2(log_rows.to(weight.device))[:, None]
+        values = weight.float() / steps
+        if self.options.max_code >= _ROOMY:
+            return values.abs().amax(0) * _MARGIN
+        return values.square().mean(0).sqrt() * _TYPICAL
 
     def _shares(self, engine: Engine) -> dict[str, Share] | None:
         """Return what each layer gets of the budget; None if the run cannot say."""
@@ -273,7 +286,7 @@ class _Budget:
         Args:
             sensitivity: One of `_CANDIDATES`.
         """
-        rows = {name: self._rows(profile, sensitivity) for name, profile in self.profiles.items()}
+        rows = {name: _log_rows(profile, sensitivity) for name, profile in self.profiles.items()}
         log_rows = {name: mine[0] for name, mine in rows.items()}
         slopes = {
             name: float(profile["level"]) - rows[name][1] / 2
@@ -284,7 +297,7 @@ class _Budget:
         curves = {name: self._curve(name, log_rows[name], least[name]) for name in rows}
         steps = self._steps(curves, slopes, part)
         for _ in range(_ROUNDS):
-            fitting = self._fitting(steps)
+            fitting = self._fitting(steps, int(sensitivity != "none"))
             changed = [
                 name
                 for name, profile in self.profiles.items()
@@ -343,7 +356,7 @@ class _Budget:
         shift = bisected(average, rate, -4.0, 4.0)
         return {name: step + shift for name, step in steps.items()}
 
-    def _fitting(self, steps: Mapping[str, float]) -> dict[str, Tensor]:
+    def _fitting(self, steps: Mapping[str, float], rows: int) -> dict[str, Tensor]:
         """Return the least exponents with which no column has codes beyond the largest.
 
         A column with huge inputs has a short step and would have such codes. Columns that have one
@@ -351,13 +364,11 @@ class _Budget:
 
         Args:
             steps: log2 of the step of each layer.
+            rows: Whether rows have steps of their own, 0 or 1.
         """
         least = {}
         for name, profile in self.profiles.items():
-            size = profile["typical"] * _TYPICAL
-            if self.options.max_code >= _ROOMY:
-                size = profile["largest"] * _MARGIN
-            limit = size.log2() - steps[name] - math.log2(self.options.max_code)
+            limit = profile["sizes"][rows].log2() - steps[name] - math.log2(self.options.max_code)
             least[name] = limit.ceil().clamp(-100, 100).to(torch.int8)
             if not self.options.columns:
                 least[name].fill_(-128)
@@ -374,15 +385,19 @@ class _Budget:
         alike = {name: most[source].to(torch.int8) for name, source in sources.items()}
         return exponents | alike
 
-    @staticmethod
-    def _rows(profile: Profile, sensitivity: str) -> tuple[Tensor, float]:
-        """Return log2 of the step of each row, (out,), and log2 of the layer's sensitivity."""
-        rows = int(profile["shape"][0])
-        if sensitivity == "none" or "sensitivity" not in profile:
-            return torch.zeros(rows), 0.0
-        logs = shrunk(profile["sensitivity"])
-        mean = logs.mean()
-        return (mean - logs).clamp(-_SPREAD, _SPREAD) / 2, float(mean)
+
+def _log_rows(profile: Profile, sensitivity: str) -> tuple[Tensor, float]:
+    """Return log2 of the step of each row, (out,), and log2 of the layer's sensitivity.
+
+    Args:
+        profile: Of the layer.
+        sensitivity: One of `_CANDIDATES`.
+    """
+    if sensitivity == "none" or "sensitivity" not in profile:
+        return torch.zeros(int(profile["shape"][0])), 0.0
+    logs = shrunk(profile["sensitivity"])
+    mean = logs.mean()
+    return (mean - logs).clamp(-_SPREAD, _SPREAD) / 2, float(mean)
 
 
 def shrunk(samples: Tensor) -> Tensor:

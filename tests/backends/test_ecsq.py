@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from optimum_order.backends.ecsq import ECSQ, Share, shrunk
+from optimum_order.backends.ecsq import ECSQ, Share, _Budget, shrunk
 from optimum_order.backends.rate import entropy
 from optimum_order.engine.recipe import method
 from optimum_order.errors import OrderError
@@ -124,6 +124,26 @@ def test_a_column_with_huge_inputs_is_not_cut_off(layer):
     column = (after.weight - state.weight)[:, 5].norm() / state.weight[:, 5].norm()
     assert column < 0.01
     assert after.grid.bits >= 7
+
+
+def test_rows_of_short_steps_are_not_cut_off_in_a_column_with_huge_inputs(layer):
+    """The column's step has room for the row in which its codes are largest."""
+    before, statistics = layer
+    weight = before.weight.clone()
+    weight[7, 5] = weight[:, 5].abs().max()
+    state = LayerState(weight)
+    gram = statistics[Gram].clone()
+    gram[5, 5] += gram.diagonal().mean() * 1e8
+    loud = Statistics(statistics.tokens, {Gram: gram})
+    backend = ECSQ(Stage("ecsq", rate=3, sensitivity="within"))
+    sensitivity = torch.ones(4, 128)
+    sensitivity[:, 7] = 64.0  # a step of an eighth, but for the limit
+    profile = backend.profile(state, loud, sensitivity=sensitivity)
+    backend.share = _Budget({"": profile}, backend.options).shares("within")[""]
+    after = backend.apply(state, loud)
+    apart = (after.weight - state.weight)[7, 5].abs() / state.weight[7, 5].abs()
+    assert backend.share.log_rows[7] < backend.share.log_rows[8] - 1
+    assert apart < 0.02
 
 
 def test_a_grid_is_one_of_powers_of_two(layer):
