@@ -9,10 +9,10 @@ from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import manifest
 from optimum_order.artifact.loading import load
-from optimum_order.artifact.transcode import needs_transcoding, transcode
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
 from optimum_order.formats import Contents
+from optimum_order.formats.transcode import needs_transcoding, transcode
 from optimum_order.models.documents import documents
 from optimum_order.models.source import load_processor
 

@@ -512,6 +512,7 @@ def test_without_a_network_it_says_so(saved):
 
 ORDERS = {
     "bitsandbytes": "bitsandbytes:nf4",
+    "coded": "ecsq:4",
     "compressed-tensors": "wanda:0.5 > gptq:4",
     "dense": "wanda:0.5 > rtn(bits=4, symmetric=false)",
     "gptq": "gptq:4",

@@ -32,6 +32,7 @@ ORDERS = [
     "bitsandbytes(dtype=fp4, double_quant=true)",
     "bitsandbytes:int8",
     "wanda:0.5 > gptq:4",
+    "wanda:0.5 > ecsq:4",
     "bitsandbytes:nf4 > magnitude:0.3",
     "rtn:4 > sparsegpt(sparsity=0.5, off_grid=true)",
 ]

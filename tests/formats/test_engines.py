@@ -64,7 +64,9 @@ def test_the_data_is_of_names_that_formats_and_engines_have():
         engine = engines.engine(name)
         assert engine.version and engine.place and tried["date"]
         assert len(engine.verdicts) == len(tried["results"]) > 50
-        assert {case.format for case in engine.verdicts} == set(formats.available())
+        # coded is for transformers after 'import optimum_order' alone, where its own tests load it
+        tried_formats = {case.format for case in engine.verdicts}
+        assert tried_formats == set(formats.available()) - {"coded"}
         assert engine.verdicts[Case("dense")] == OK
         for verdict in engine.verdicts.values():
             assert verdict == OK or verdict.partition(": ")[2]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from optimum_order.calibration.folding import Fold, find_folds
 from optimum_order.errors import FormatError
-from optimum_order.formats import Layers
+from optimum_order.formats.base import Layers
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
