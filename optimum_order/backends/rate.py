@@ -116,16 +116,6 @@ class Sketch:
         counts = torch.bincount(keys, minlength=256 * (int(classes.max()) + 1))
         return entropy(counts.view(-1, 256)) / len(codes) + self.side
 
-    def log_step(self, rate: float, dead_zone: float) -> float:
-        """Return log2 of the step with which the sample has a rate.
-
-        Args:
-            rate: In bits for each weight.
-            dead_zone: See `rounded`.
-        """
-        middle = float(self.size.median())
-        return bisected(lambda step: self.rate(step, dead_zone), rate, middle - 9, middle + 6)
-
 
 def rounded(steps: Tensor, dead_zone: float) -> Tensor:
     """Round to integers, those nearest to zero to zero.

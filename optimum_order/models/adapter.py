@@ -260,8 +260,8 @@ def _options(config: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str
         raise ModelError(
             f"The adapter '{path}' is of the kind {str(kind)[:40]!r}, and only LORA is merged."
         )
-    known = {*_WITHOUT_MEANING, *_NUMBERS, *_FLAGS, *_PATTERNS, "modules_to_save"}
-    extra = {key for key, value in config.items() if key not in known and value not in _NOTHING}
+    mergeable = {*_WITHOUT_MEANING, *_NUMBERS, *_FLAGS, *_PATTERNS, "modules_to_save"}
+    extra = {key for key, value in config.items() if key not in mergeable and value not in _NOTHING}
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):
         extra.add("init_lora_weights")  # others change the base model as well
     if extra:

@@ -445,21 +445,6 @@ def test_too_few_and_too_many_bytes_are_refused():
             decode(data + b"\0")
 
 
-def test_tensors_of_no_layer_are_refused():
-    for tensors in [
-        {},
-        {"weight_scale": torch.ones(3)},
-        {"weight": torch.zeros(90, dtype=torch.uint8), "weight_scale": torch.ones(3)},
-        {"weight": torch.zeros(90)},
-        {"weight": torch.zeros(90, dtype=torch.int8)},
-        {"weight": torch.zeros(2, 90, dtype=torch.uint8)},
-        {"weight": torch.zeros(0, dtype=torch.uint8)},
-        {"weight": torch.zeros(27, dtype=torch.uint8)},
-    ]:
-        with pytest.raises(ArtifactError):
-            CODEC.decode(tensors, {})
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(list(PAYLOADS)),

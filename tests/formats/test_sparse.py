@@ -415,21 +415,6 @@ def test_zero_points_out_of_range_are_refused():
         decode(data)
 
 
-def test_tensors_of_no_layer_are_refused():
-    for tensors in [
-        {},
-        {"weight_scale": torch.ones(3)},
-        {"weight": torch.zeros(40, dtype=torch.uint8), "weight_scale": torch.ones(3)},
-        {"weight": torch.zeros(40)},
-        {"weight": torch.zeros(40, dtype=torch.int8)},
-        {"weight": torch.zeros(2, 40, dtype=torch.uint8)},
-        {"weight": torch.zeros(0, dtype=torch.uint8)},
-        {"weight": torch.zeros(27, dtype=torch.uint8)},
-    ]:
-        with pytest.raises(ArtifactError):
-            CODEC.decode(tensors, {})
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(list(PAYLOADS)),
