@@ -231,7 +231,8 @@ class Session:
         if pause != "auto":
             return pause
         waiting = in_flight(self.source, batches, targets=self.targets, ignore=self.ignore)
-        fits = waiting is not None and waiting < psutil.virtual_memory().available // 2
+        twice = 1 + recipe.compares  # the forwards of the model as it was
+        fits = waiting is not None and waiting * twice < psutil.virtual_memory().available // 2
         return "group" if fits else "block"
 
     def runner(self, *, progress: bool = True) -> Runner:

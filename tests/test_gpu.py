@@ -19,6 +19,8 @@ ORDERS = {
     "magnitude:0.5": "dense",
     "gptq(bits=4, group_size=32)": "gptq",
     "mixed_precision:4": "compressed-tensors",
+    "ecsq:3": "coded",
+    "ecsq(rate=3, sensitivity=none)": "coded",
     "bitsandbytes:nf4": "bitsandbytes",
     "bitsandbytes:int8": "bitsandbytes",
 }

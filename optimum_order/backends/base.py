@@ -199,6 +199,11 @@ class Method(ABC):
         return values
 
     @property
+    def uses(self) -> frozenset[type[Accumulator]]:
+        """Statistics that the method reads where a walk can gather them, beside its `needs`."""
+        return frozenset()
+
+    @property
     def needs_data(self) -> bool:
         """True if the method looks at the layers' inputs."""
         return bool(self.needs)
@@ -599,5 +604,5 @@ class Engine(Protocol):
 
 
 def needs_of(methods: Iterable[Method]) -> frozenset[type[Accumulator]]:
-    """Return all statistics that some methods need."""
-    return frozenset(need for method in methods for need in method.needs)
+    """Return all statistics that some methods need or use."""
+    return frozenset(need for method in methods for need in method.needs | method.uses)

@@ -21,11 +21,19 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from optimum_order.backends.base import Backend, Engine, Profile, Profiler, Rewrite, option
-from optimum_order.backends.obs import Factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.obs import (
+    Factor,
+    Sweeper,
+    SweepOptions,
+    keep_better_rows,
+    remarks,
+    sweep,
+)
 from optimum_order.backends.rate import Curve, Sketch, bisected, rounded
 from optimum_order.layers.grids.base import Rounder
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
@@ -43,14 +51,16 @@ _MARGIN = 1.25
 _TYPICAL = 4.0
 """Root mean squares of a column that its largest code holds if codes are short: the few weights
 beyond are cut off, which costs less than a longer step for all."""
+_LARGE = 4096
+"""The largest weights of a layer, in units of their columns' steps, that codes are made to hold."""
 _ROUNDS = 3
-"""Most times that steps are set anew because columns got longer ones."""
+"""Most times that steps are set anew because rows and columns got longer ones."""
 _ROOMY = 63
-"""The least `max_code` with room for the largest weight of every column."""
+"""The least `max_code` with room for the largest weights."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ECSQOptions:
+class RateOptions:
     """The rate, and what the steps follow."""
 
     rate: float = option(
@@ -68,7 +78,7 @@ class ECSQOptions:
     )
     columns: bool = option(True, "give each column a step of its own, a power of two")
     dead_zone: float = option(
-        0.6,
+        0.55,
         "the part of a step below which a weight becomes zero",
         check=lambda v: 0.5 <= v < 1,
         allowed="at least 0.5 and below 1",
@@ -79,12 +89,11 @@ class ECSQOptions:
         check=lambda v: v in (1, 3, 7, 15, 31, 63, 127),
         allowed="1, 3, 7, 15, 31, 63 or 127",
     )
-    damping: float = option(
-        0.01,
-        "added to diag(H), relative to its mean",
-        check=lambda v: 0 < v <= 1,
-        allowed="in (0, 1]",
-    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ECSQOptions(SweepOptions, RateOptions):
+    """The options of the rate, and of the sweep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +113,7 @@ class Share:
     sources: Tensor | None = None
 
 
-class ECSQ(Profiler):
+class ECSQ(Sweeper, Profiler):
     """The OBS sweep with a dead zone, on steps that every row and every column has of its own."""
 
     name = "ecsq"
@@ -136,26 +145,28 @@ class ECSQ(Profiler):
         options = self.options
         weight = state.weight  # (out, in)
         pruned = state.mask  # (out, in)
-        factor = Factor.of(statistics, options.damping)
+        # The largest inputs first: their steps are the shortest, and longer than if they came last.
+        factor = Factor.of(statistics, options.damping, act_order=True)
         share = self.share or self._alone(state, statistics)
         # from all samples; layers that read one input have one U, and so the same exponents
-        grid = self._grid(weight, share, self._exponents(factor.U, share.sources))
+        grid = self._grid(weight, share, self._exponents(factor, share.sources))
 
         def choose(w: Tensor, d: Tensor, start: int) -> Tensor:
             """Remove what is removed already: w is (out, k)."""
-            return pruned[:, start : start + w.shape[1]]
+            return pruned[:, factor.columns[start : start + w.shape[1]]]
 
+        aim = self.aim(weight, statistics, factor)
         swept, _ = sweep(
-            weight,
+            aim,
             factor.U,
             grid=_WithDeadZone(grid, options.dead_zone),
             choose=choose,
             order=factor.columns,
         )
         plain = grid.nearest(weight)
-        new, lost = keep_better_rows(swept.to(weight.dtype), plain, weight, statistics[Gram])
+        new, lost = keep_better_rows(swept.to(weight.dtype), plain, aim, statistics[Gram])
         codes = grid.quantize(new)
-        grid = _refitted(grid, codes, weight, statistics[Gram])
+        grid = _refitted(grid, codes, aim, statistics[Gram])
         notes = remarks(self.stage, options.damping, factor.damping, lost, len(weight))
         return dataclasses.replace(
             state, weight=grid.dequantize(codes), grid=grid, notes=state.notes + notes
@@ -166,9 +177,10 @@ class ECSQ(Profiler):
         budget = _Budget({"": self.profile(state, statistics)}, self.options)
         return budget.shares("none")[""]
 
-    def _exponents(self, U: Tensor, sources: Tensor | None) -> Tensor:
+    def _exponents(self, factor: Factor, sources: Tensor | None) -> Tensor:
         """Return log2 of the step of each column, (in,) int8, around zero."""
-        logs = U.diagonal().log2()
+        logs = torch.empty_like(factor.U[0])
+        logs[factor.columns] = factor.U.diagonal().log2()
         if not self.options.columns:
             return torch.zeros_like(logs, dtype=torch.int8)
         if sources is not None:
@@ -179,7 +191,7 @@ class ECSQ(Profiler):
 
     def _grid(self, weight: Tensor, share: Share, exponent: Tensor) -> DualScaleGrid:
         bits = max(2, self.options.max_code.bit_length() + 1)
-        exponent = torch.maximum(exponent, share.least).to(weight.device)
+        exponent = torch.maximum(exponent, share.least.to(exponent.device)).to(weight.device)
         steps = torch.exp2(share.log_rows.to(weight.device) + share.log_step)  # (out,)
         least, most = DualScaleGrid.scale_range(weight.dtype, bits, exponent)
         return DualScaleGrid(bits, steps.clamp(least, most).to(weight.dtype)[:, None], exponent)
@@ -194,8 +206,8 @@ class ECSQ(Profiler):
         sensitivity: Tensor | None = None,
         sources: Tensor | None = None,
     ) -> Profile:
-        U = Factor.of(statistics, self.options.damping).U
-        exponent = self._exponents(U, sources)
+        factor = Factor.of(statistics, self.options.damping, act_order=True)
+        exponent = self._exponents(factor, sources)
         sketch = Sketch.of(state.weight, exponent, state.pruned)
         profile = {
             "values": sketch.values,
@@ -204,29 +216,19 @@ class ECSQ(Profiler):
             "column": sketch.column,
             "shape": torch.tensor(sketch.shape),
             "exponent": exponent,
-            "level": U.diagonal().log2().mean() + math.log2(max(1, statistics.tokens)) / 2,
+            "level": factor.U.diagonal().log2().mean() + math.log2(max(1, statistics.tokens)) / 2,
         }
         if sources is not None:
             profile["sources"] = sources
         if sensitivity is not None and statistics.tokens:
             profile["sensitivity"] = sensitivity
-        profile["sizes"] = torch.stack(
-            [self._sizes(state.weight, _log_rows(profile, name)[0]) for name in ("none", "within")]
-        )
+        values = state.weight.float().abs() * torch.exp2(-exponent.float())
+        large, place = values.flatten().topk(min(_LARGE, values.numel()))
+        profile["large"] = large.clamp(min=1e-30).log2()
+        profile["large_row"] = (place // values.shape[1]).int()
+        profile["large_column"] = (place % values.shape[1]).int()
+        profile["typical"] = values.square().mean(0).sqrt().clamp(min=1e-30) * _TYPICAL
         return {name: tensor.cpu() for name, tensor in profile.items()}
-
-    def _sizes(self, weight: Tensor, log_rows: Tensor) -> Tensor:
-        """Return the size of each column that its largest code has to hold, (in,).
-
-        Args:
-            weight: (out, in).
-            log_rows: (out,) log2 of the step of each row.
-        """
-        steps = torch.exp2(log_rows.to(weight.device))[:, None]
-        values = weight.float() / steps
-        if self.options.max_code >= _ROOMY:
-            return values.abs().amax(0) * _MARGIN
-        return values.square().mean(0).sqrt() * _TYPICAL
 
     def _shares(self, engine: Engine) -> dict[str, Share] | None:
         """Return what each layer gets of the budget; None if the run cannot say."""
@@ -281,7 +283,8 @@ class _Budget:
     def shares(self, sensitivity: str) -> dict[str, Share]:
         """Return what each layer gets.
 
-        Columns whose codes would be too large get longer steps, and then all steps are set anew.
+        Rows and columns whose codes would be too large get longer steps, and then all steps are set
+        anew.
 
         Args:
             sensitivity: One of `_CANDIDATES`.
@@ -293,38 +296,36 @@ class _Budget:
             for name, profile in self.profiles.items()
         }
         part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
-        least = {n: torch.full_like(p["exponent"], -128) for n, p in self.profiles.items()}
-        curves = {name: self._curve(name, log_rows[name], least[name]) for name in rows}
+        fits = {n: Fit.loose(*p["shape"].tolist()) for n, p in self.profiles.items()}
+        curves = {name: self._curve(name, log_rows[name], fits[name]) for name in rows}
         steps = self._steps(curves, slopes, part)
         for _ in range(_ROUNDS):
-            fitting = self._fitting(steps, int(sensitivity != "none"))
-            changed = [
-                name
-                for name, profile in self.profiles.items()
-                if not torch.equal(
-                    torch.maximum(profile["exponent"], fitting[name]),
-                    torch.maximum(profile["exponent"], least[name]),
-                )
-            ]
-            least = fitting
+            fitting = self._fitting(steps, log_rows)
+            changed = [name for name, fit in fitting.items() if not fit.same(fits[name])]
+            fits = fitting
             if not changed:
                 break
-            curves |= {name: self._curve(name, log_rows[name], fitting[name]) for name in changed}
+            curves |= {name: self._curve(name, log_rows[name], fits[name]) for name in changed}
             steps = self._steps(curves, slopes, part)
         return {
-            name: Share(steps[name], log_rows[name], least[name], profile.get("sources"))
+            name: Share(
+                steps[name],
+                log_rows[name] + fits[name].rows,
+                _least(profile["exponent"], fits[name].columns),
+                profile.get("sources"),
+            )
             for name, profile in self.profiles.items()
         }
 
-    def _curve(self, name: str, log_rows: Tensor, least: Tensor) -> Curve:
+    def _curve(self, name: str, log_rows: Tensor, fit: Fit) -> Curve:
         """Return the rate of a layer for every step."""
         profile = self.profiles[name]
         out, inputs = profile["shape"].tolist()
         sketch = Sketch(
             profile["values"], profile["size"], profile["row"], profile["column"], (out, inputs)
         )
-        longer = torch.maximum(profile["exponent"], least) - profile["exponent"]
-        return Curve(sketch.with_steps(log_rows, longer), self.options.dead_zone)
+        longer = sketch.with_steps(log_rows + fit.rows, fit.columns)
+        return Curve(longer, self.options.dead_zone)
 
     def _steps(
         self, curves: Mapping[str, Curve], slopes: Mapping[str, float], part: float
@@ -356,34 +357,123 @@ class _Budget:
         shift = bisected(average, rate, -4.0, 4.0)
         return {name: step + shift for name, step in steps.items()}
 
-    def _fitting(self, steps: Mapping[str, float], rows: int) -> dict[str, Tensor]:
-        """Return the least exponents with which no column has codes beyond the largest.
+    def _fitting(
+        self, steps: Mapping[str, float], log_rows: Mapping[str, Tensor]
+    ) -> dict[str, Fit]:
+        """Return how much longer steps must be so that no code is beyond the largest.
 
-        A column with huge inputs has a short step and would have such codes. Columns that have one
-        source have one limit.
+        A column with huge inputs has a short step, and would have such codes. Columns that have one
+        source have one exponent.
 
         Args:
             steps: log2 of the step of each layer.
-            rows: Whether rows have steps of their own, 0 or 1.
+            log_rows: (out,) log2 of the step of each row, of each layer.
         """
-        least = {}
-        for name, profile in self.profiles.items():
-            limit = profile["sizes"][rows].log2() - steps[name] - math.log2(self.options.max_code)
-            least[name] = limit.ceil().clamp(-100, 100).to(torch.int8)
-            if not self.options.columns:
-                least[name].fill_(-128)
-        return self._alike(least)
-
-    def _alike(self, exponents: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the exponents, the largest of all columns that have one source."""
+        fits = {
+            name: self._fit(profile, steps[name] + log_rows[name])
+            for name, profile in self.profiles.items()
+        }
         sources = {n: p["sources"] for n, p in self.profiles.items() if "sources" in p}
         if not sources:
-            return exponents
-        most = torch.full((1 + max(int(s.max()) for s in sources.values()),), -128)
+            return fits
+        most = torch.zeros(1 + max(int(source.max()) for source in sources.values()))
         for name, source in sources.items():
-            most.scatter_reduce_(0, source, exponents[name].long(), "amax")
-        alike = {name: most[source].to(torch.int8) for name, source in sources.items()}
-        return exponents | alike
+            most.scatter_reduce_(0, source, fits[name].columns, "amax")
+        alike = {name: Fit(fits[name].rows, most[source]) for name, source in sources.items()}
+        return fits | alike
+
+    def _fit(self, profile: Profile, log_rows: Tensor) -> Fit:
+        """Return how much longer the steps of a layer must be.
+
+        Args:
+            profile: Of the layer.
+            log_rows: (out,) log2 of the whole step of each row.
+        """
+        out, inputs = profile["shape"].tolist()
+        bound = math.log2(self.options.max_code)
+        if self.options.max_code < _ROOMY:
+            # codes are short: most weights count, not the largest
+            excess = profile["typical"].log2() - bound - float(log_rows.mean())
+            columns = excess.ceil().clamp(min=0.0, max=100.0) * self.options.columns
+            return Fit(torch.zeros(out), columns)
+        row = profile["large_row"].long()
+        column = profile["large_column"].long()
+        excess = profile["large"] + math.log2(_MARGIN) - bound - log_rows[row]
+        return Fit.around(excess, row, column, (out, inputs), columns=self.options.columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """By how many octaves the steps of some rows and columns are longer, so that codes fit.
+
+    Args:
+        rows: (out,) float32, 0 or more.
+        columns: (in,) float32, integers of 0 or more.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def loose(cls, rows: int, columns: int) -> Fit:
+        """Return the fit of codes that fit as they are."""
+        return cls(torch.zeros(rows), torch.zeros(columns))
+
+    def same(self, other: Fit) -> bool:
+        """Return whether another fit is this one."""
+        return torch.equal(self.rows, other.rows) and torch.equal(self.columns, other.columns)
+
+    @classmethod
+    def around(
+        cls,
+        excess: Tensor,
+        row: Tensor,
+        column: Tensor,
+        shape: tuple[int, int],
+        *,
+        columns: bool = True,
+    ) -> Fit:
+        """Return the fit in which some weights no longer exceed the largest code.
+
+        An octave costs a row, or a column, four times its part of the error. So a weight far beyond
+        all others is fitted by its row and its column together.
+
+        Args:
+            excess: (n,) by how many octaves each weight exceeds the largest code.
+            row: (n,) int64, where each is.
+            column: (n,) int64, likewise.
+            shape: (out, in) of the layer.
+            columns: Whether columns may have steps of their own.
+        """
+        over = excess > 0
+        rest = excess[over].numpy().copy()
+        place = list(zip(row[over].tolist(), column[over].tolist(), strict=True))
+        by_row = row[over].numpy()
+        by_column = column[over].numpy()
+        longer_rows = np.zeros(shape[0], dtype=np.float32)
+        longer_columns = np.zeros(shape[1], dtype=np.float32)
+        while len(rest) and rest.max() > 0:
+            i, j = place[int(rest.argmax())]
+            row_costs = 4.0 ** longer_rows[i] / shape[0]
+            column_costs = 4.0 ** longer_columns[j] / shape[1]
+            if columns and column_costs <= row_costs:
+                longer_columns[j] += 1
+                rest[by_column == j] -= 1
+            else:
+                longer_rows[i] += 1
+                rest[by_row == i] -= 1
+        return cls(torch.from_numpy(longer_rows), torch.from_numpy(longer_columns))
+
+
+def _least(exponent: Tensor, longer: Tensor) -> Tensor:
+    """Return the least exponents of columns, (in,) int8: -128 where a column is as long as it was.
+
+    Args:
+        exponent: (in,) int8, before.
+        longer: (in,) by how many octaves longer.
+    """
+    least = (exponent + longer).clamp(-126, 126).to(torch.int8)
+    return least.masked_fill_(longer == 0, -128)
 
 
 def _log_rows(profile: Profile, sensitivity: str) -> tuple[Tensor, float]:

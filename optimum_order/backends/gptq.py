@@ -11,26 +11,27 @@ import dataclasses
 from torch import Tensor
 
 from optimum_order.backends.base import option
-from optimum_order.backends.obs import Factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.obs import (
+    Factor,
+    Sweeper,
+    SweepOptions,
+    keep_better_rows,
+    remarks,
+    sweep,
+)
 from optimum_order.backends.uniform import UniformOptions, UniformQuantizer
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTQOptions(UniformOptions):
+class GPTQOptions(SweepOptions, UniformOptions):
     """The options of rounding, and of the sweep."""
 
     act_order: bool = option(True, "visit the columns with the largest inputs first")
-    damping: float = option(
-        0.01,
-        "added to diag(H), relative to its mean",
-        check=lambda v: 0 < v <= 1,
-        allowed="in (0, 1]",
-    )
 
 
-class GPTQ(UniformQuantizer):
+class GPTQ(Sweeper, UniformQuantizer):
     """The OBS sweep with q = nearest on the grid; a pruned weight's grid is {0}."""
 
     name = "gptq"
@@ -50,8 +51,9 @@ class GPTQ(UniformQuantizer):
             """Remove what is removed already: w is (out, k)."""
             return pruned[:, factor.columns[start : start + w.shape[1]]]
 
-        swept, _ = sweep(weight, factor.U, grid=grid, choose=choose, order=factor.columns)
+        aim = self.aim(weight, statistics, factor)
+        swept, _ = sweep(aim, factor.U, grid=grid, choose=choose, order=factor.columns)
         rounded = grid.nearest(weight)
-        new, lost = keep_better_rows(swept.to(weight.dtype), rounded, weight, statistics[Gram])
+        new, lost = keep_better_rows(swept.to(weight.dtype), rounded, aim, statistics[Gram])
         notes = remarks(self.stage, options.damping, factor.damping, lost, len(weight))
         return dataclasses.replace(state, weight=new, grid=grid, notes=state.notes + notes)

@@ -19,15 +19,63 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from optimum_order.backends.base import option
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.base import Rounder
-from optimum_order.layers.statistics import Gram, Statistics
+from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
 from optimum_order.order import Stage
 
 BLOCK = 128
 """Columns whose corrections are applied together to the rest, and that share a SparseGPT mask."""
 STRIP = 16
 """Columns within a block whose corrections are applied one by one."""
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What every sweep has."""
+
+    damping: float = option(
+        0.01,
+        "added to diag(H), relative to its mean",
+        check=lambda v: 0 < v <= 1,
+        allowed="in (0, 1]",
+    )
+    drift: float = option(
+        0.5,
+        "the part of what earlier layers changed in the inputs that the layer makes up for, where "
+        "the walk pauses at layers",
+        check=lambda v: 0 <= v <= 1,
+        allowed="in [0, 1]",
+    )
+
+
+class Sweeper:
+    """A backend that sweeps."""
+
+    options: SweepOptions
+
+    @property
+    def uses(self) -> frozenset[type[Accumulator]]:
+        return frozenset({Drift}) if self.options.drift else frozenset()
+
+    def aim(self, weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
+        """Return the weight whose outputs are nearest to those before the stage, (out, in) float32.
+
+        Args:
+            weight: (out, in).
+            statistics: Of the layer's inputs.
+            factor: Of these inputs.
+
+        Source: Li et al. 2025, arXiv 2504.02692; Zhang et al. 2025, arXiv 2505.11695, equation 4.
+        """
+        weight = weight.float()
+        if not self.options.drift or Drift not in statistics:
+            return weight
+        lost = (weight @ statistics[Drift])[:, factor.columns]  # (out, in), in order of the sweep
+        change = torch.empty_like(weight)
+        change[:, factor.columns] = lost @ factor.U.T @ factor.U
+        return weight + self.options.drift * change
 
 
 class Rounding(Protocol):

@@ -11,26 +11,26 @@ import dataclasses
 
 from torch import Tensor
 
-from optimum_order.backends.base import option
-from optimum_order.backends.obs import BLOCK, Factor, keep_better_rows, remarks, sweep
+from optimum_order.backends.obs import (
+    BLOCK,
+    Factor,
+    Sweeper,
+    SweepOptions,
+    keep_better_rows,
+    remarks,
+    sweep,
+)
 from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid, lowest
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGPTOptions(PruningOptions):
+class SparseGPTOptions(SweepOptions, PruningOptions):
     """The options of pruning, and of the sweep."""
 
-    damping: float = option(
-        0.01,
-        "added to diag(H), relative to its mean",
-        check=lambda v: 0 < v <= 1,
-        allowed="in (0, 1]",
-    )
 
-
-class SparseGPT(Pruner):
+class SparseGPT(Sweeper, Pruner):
     """Score `w^2 / U_jj^2` in every 128 columns; survivors take over the work of the removed."""
 
     name = "sparsegpt"
@@ -51,8 +51,9 @@ class SparseGPT(Pruner):
             removed = before[:, start : start + w.shape[1]]
             return lowest((w / d).square(), options, removed, per="layer")
 
+        aim = self.aim(weight, statistics, factor)
         swept, pruned = sweep(
-            weight,
+            aim,
             factor.U,
             grid=state.grid,
             choose=choose,
@@ -60,6 +61,6 @@ class SparseGPT(Pruner):
             span=options.keep[1] if options.keep else BLOCK,
         )
         masked = weight.masked_fill(pruned, 0.0)
-        new, lost = keep_better_rows(swept.to(weight.dtype), masked, weight, statistics[Gram])
+        new, lost = keep_better_rows(swept.to(weight.dtype), masked, aim, statistics[Gram])
         notes = remarks(self.stage, options.damping, factor.damping, lost, len(weight))
         return dataclasses.replace(state, weight=new, pruned=pruned, notes=state.notes + notes)

@@ -33,17 +33,21 @@ class Accumulation:
         implied = {statistic for need in needs for statistic in need.implies}
         self._accumulators = [need(inputs, device) for need in needs if need not in implied]
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, before: Tensor | None = None) -> None:
         """Add more tokens.
 
         Args:
             x: (..., in).
+            before: (..., in), what the same inputs were before the stage, where that is known.
         """
         rows = x.reshape(-1, x.shape[-1])
         self.tokens += len(rows)
         with products(self.dtype):
             for accumulator in self._accumulators:
-                accumulator.update(rows)
+                if not accumulator.compares:
+                    accumulator.update(rows)
+                elif before is not None:
+                    accumulator.compare(rows, before.reshape(rows.shape))
 
     def merge(self, other: Accumulation) -> None:
         """Add the tokens that another process, or another part of the data, has gathered."""

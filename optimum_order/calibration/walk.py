@@ -18,7 +18,7 @@ import collections
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,6 +206,7 @@ def walk(
     needs: Collection[type[Accumulator]],
     execution: Execution,
     wanted: Collection[str] | None = None,
+    finished: Mapping[str, Callable[[], None]] | None = None,
 ) -> Generator[Visit, None, None]:
     """Pause at every wanted block, or at its layers, in the order in which the model runs them.
 
@@ -219,6 +220,8 @@ def walk(
             now, produce.
         execution: Where and how to compute, and where to pause.
         wanted: Names of the blocks to pause at, all by default; the others are run as they are.
+        finished: What changes other blocks, by name, before they are run. What compares with the
+            model as it was sees them as they were.
 
     Raises:
         OutputError: If activations have to be written to a disk that is full.
@@ -232,25 +235,30 @@ def walk(
         return lambda: model(**placed(batch, model), **options)
 
     forwards = [_Forward(run(batch)) for batch in batches]
+    comparing = execution.pause == "group" and any(need.compares for need in needs)
+    befores = [_Forward(run(batch)) for batch in batches] if comparing else []
     remaining = {unit.name for unit in units}
     missing = set(remaining if wanted is None else wanted)
     with (
         torch.inference_mode(),
         hf.eager_experts(model),
         _headless(model, units),
-        _paused(units, forwards) as originals,
+        _paused(units, [*forwards, *befores]) as originals,
     ):
         with execution.resident(None):
-            walker = _Walker(model, forwards, needs, execution)
-            for forward in forwards:
+            walker = _Walker(model, forwards, befores, needs, execution)
+            for forward in (*forwards, *befores):
                 walker.resume(forward)
         while missing:
-            unit = _common_block(forwards, remaining)
+            unit = _common_block([*forwards, *befores], remaining)
             remaining.discard(unit.name)
             with execution.resident(unit):
                 call = walker.calling(originals[unit.name])
                 if unit.name not in missing:
-                    walker.propagate(call)
+                    walker.propagate(call, befores)
+                    if finished and unit.name in finished:
+                        finished[unit.name]()
+                    walker.propagate(call, forwards)
                     continue
                 missing.discard(unit.name)
                 if execution.pause == "group":
@@ -260,7 +268,7 @@ def walk(
                 else:
                     yield walker.block(unit, call, None if missing else remaining)
                     if missing:
-                        walker.propagate(call)
+                        walker.propagate(call, forwards)
 
 
 class _Walker:
@@ -269,6 +277,7 @@ class _Walker:
     Args:
         model: As `walk` has it.
         forwards: One for each batch.
+        befores: One for each batch, through the model as it was when the walk began; or none.
         needs: As `walk` has them.
         execution: As `walk` has it.
     """
@@ -277,11 +286,13 @@ class _Walker:
         self,
         model: PreTrainedModel,
         forwards: Sequence[_Forward],
+        befores: Sequence[_Forward],
         needs: Collection[type[Accumulator]],
         execution: Execution,
     ):
         self.forwards = forwards
-        self.needs = needs
+        self.befores = dict(zip(forwards, befores, strict=False))
+        self.needs = needs if befores else [need for need in needs if not need.compares]
         self.residency = execution.residency
         self.device = execution.device
         self.home = model.device
@@ -321,10 +332,10 @@ class _Walker:
         self.residency.wake(_tensors(arrival))
         return output
 
-    def propagate(self, call: Callable[..., Any]) -> None:
-        """Run the block in front of all forwards, and let them go on to the next."""
+    def propagate(self, call: Callable[..., Any], forwards: Iterable[_Forward]) -> None:
+        """Run the block in front of forwards, and let them go on to the next."""
         with self.multiplying():
-            for forward in self.forwards:
+            for forward in forwards:
                 self.resume(forward, self.run(call, forward))
 
     def block(self, unit: Unit, call: Callable[..., Any], after: Collection[str] | None) -> Visit:
@@ -374,6 +385,10 @@ class _Walker:
         reply = _Inside(inside, Watched(unit.targets))
         for forward in self.forwards:
             self.resume(forward, reply)
+        # Which tokens reach an expert is not the same before and after: they have no pairs.
+        alone = _Inside(inside, Watched(t for t in unit.targets if t.expert is None))
+        for before in self.befores.values():
+            self.resume(before, alone)
         unseen = {target.name: target for target in unit.targets}
         shared = _SharedInput()
         while waiting := [f for f in self.forwards if isinstance(f.arrival, _AtProduct)]:
@@ -396,6 +411,7 @@ class _Walker:
                 leaders[target.name] = leader
                 del unseen[target.name]
             del reads
+            self._go_ahead(arrivals)
             yield Visit(unit, targets, statistics, leaders, complete=False)
             del statistics, seen
             for forward, arrival in arrivals.items():
@@ -412,10 +428,48 @@ class _Walker:
         """Accumulate one layer's input over all batches that reach the layer."""
         device = self.device or self.home
         sums = Accumulation(target.view.shape[1], self.needs, device, self.dtype)
-        for read in reads.values():
-            for rows in read.rows():
-                sums.add(rows)
+        for forward, read in reads.items():
+            before = self._read_before(forward, target)
+            if before is None:
+                for rows in read.rows():
+                    sums.add(rows)
+            else:
+                for rows, rows_before in zip(read.rows(), before.rows(), strict=True):
+                    sums.add(rows, rows_before)
         return sums.result()
+
+    def _read_before(self, forward: _Forward, target: Target) -> Read | None:
+        """Return the input of a layer in the model as it was when the walk began."""
+        before = self.befores.get(forward)
+        if (
+            before is None
+            or not isinstance(before.arrival, _AtProduct)
+            or target.expert is not None
+        ):
+            return None
+        return next((read for read in before.arrival.reads if read.target is target), None)
+
+    def _go_ahead(self, forwards: Iterable[_Forward]) -> None:
+        """Let the model as it was run the layers that are about to be changed.
+
+        Args:
+            forwards: Those in front of these layers.
+        """
+        for forward in forwards:
+            before = self.befores.get(forward)
+            at = forward.arrival
+            if before is None or not isinstance(at, _AtProduct):
+                continue
+            if at.reads[0].target.expert is not None:
+                continue  # passed already
+            if not isinstance(before.arrival, _AtProduct) or before.arrival.layers != at.layers:
+                raise ModelError(
+                    f"The forward multiplies '{at.layers[0]}' at another turn once earlier layers "
+                    "have changed, so its inputs cannot be compared: leave 'drift' at 0."
+                )
+            with self.multiplying():
+                output = before.arrival.compute()
+            self.resume(before, output)
 
 
 class _SharedInput:

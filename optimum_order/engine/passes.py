@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,7 @@ from optimum_order.engine.workdir import Passage, WorkDir
 from optimum_order.layers.error import relative_error
 from optimum_order.layers.packed import Packed, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
-from optimum_order.layers.statistics import Accumulator, Gram, Statistics
+from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
 from optimum_order.models import precision
 from optimum_order.models.memory import trim
 from optimum_order.models.units import Target, Unit
@@ -108,14 +109,17 @@ class Passes:
 
     def _compress(self, backends: Mapping[str, Sequence[Backend]], label: str) -> None:
         needs = needs_of(backend for mine in backends.values() for backend in mine)
+        if self.execution.pause == "block":  # as a streamed model does, which is read only once
+            needs = frozenset(need for need in needs if not need.compares)
         # Only the blocks that this pass changes, and what lies before the last of them, are run.
         units = [u for u in self.subject.units if any(t.name in backends for t in u.targets)]
         passage = self._begin(units, label)
-        units = self._restore(passage, units)
+        pending: dict[str, Callable[[], None]] = {}
+        units = self._restore(passage, units, pending if Drift in needs else None)
         # A sweep's matrices are the largest there are, and what the forwards before them freed is
         # of other sizes.
         tight = self.execution.streams or Gram in needs
-        with contextlib.closing(self._visits(units, needs)) as visits:
+        with contextlib.closing(self._visits(units, needs, pending)) as visits:
             for visit in visits:
                 if tight:
                     trim()
@@ -129,15 +133,20 @@ class Passes:
                             trim()
                 if visit.complete:
                     if passage is not None:
-                        self._save(passage, visit.unit)
+                        self._save(passage, visit.unit, keep=Drift in needs)
                     self.bar.update()
+        for put_back in pending.values():  # where the walk went through none of them
+            put_back()
 
     def _visits(
-        self, units: Sequence[Unit], needs: Collection[type[Accumulator]]
+        self,
+        units: Sequence[Unit],
+        needs: Collection[type[Accumulator]],
+        finished: Mapping[str, Callable[[], None]] | None = None,
     ) -> Generator[Visit, None, None]:
         """Pause at some blocks; without a forward where nothing is needed of it."""
         if needs and units:
-            with contextlib.closing(self._walk(units, needs, self.execution)) as visits:
+            with contextlib.closing(self._walk(units, needs, self.execution, finished)) as visits:
                 yield from visits
             return
         for unit in units:
@@ -145,7 +154,11 @@ class Passes:
                 yield Visit(unit, unit.targets, {}, {})
 
     def _walk(
-        self, units: Sequence[Unit], needs: Collection[type[Accumulator]], execution: Execution
+        self,
+        units: Sequence[Unit],
+        needs: Collection[type[Accumulator]],
+        execution: Execution,
+        finished: Mapping[str, Callable[[], None]] | None = None,
     ) -> Generator[Visit, None, None]:
         return walk(
             self.subject.model,
@@ -154,6 +167,7 @@ class Passes:
             needs=needs,
             execution=execution,
             wanted=[unit.name for unit in units],
+            finished=finished,
         )
 
     def _settle(
@@ -345,8 +359,19 @@ class Passes:
         self.bar.update(sum(passage.has(unit.name) for unit in units))
         return passage
 
-    def _restore(self, passage: Passage | None, units: Sequence[Unit]) -> list[Unit]:
-        """Put what a pass left of finished blocks into result and model; return the rest."""
+    def _restore(
+        self,
+        passage: Passage | None,
+        units: Sequence[Unit],
+        pending: dict[str, Callable[[], None]] | None = None,
+    ) -> list[Unit]:
+        """Put what a pass left of finished blocks into result and model; return the rest.
+
+        Args:
+            passage: The pass.
+            units: Its blocks.
+            pending: Where to put what changes the model, by block, instead of doing so now.
+        """
         if passage is None:
             return list(units)
         for unit in units:
@@ -361,16 +386,29 @@ class Passes:
             self._masked -= {name for name, state in packed.items() if state.weight is not None}
             if self.execution.streams:
                 continue
-            for target in unit.targets:
-                state = packed[target.name].state(target.read())
-                target.write(state.weight)
-                self.result.states[target.name] = (
-                    dataclasses.replace(state, weight=target.shared()) if self.shares else state
-                )
+            if pending is None:
+                self._put_back(unit, packed)
+            else:
+                pending[unit.name] = functools.partial(self._put_back, unit, packed)
         return [unit for unit in units if not passage.has(unit.name)]
 
-    def _save(self, passage: Passage, unit: Unit) -> None:
-        """Keep the states and records of a block."""
+    def _put_back(self, unit: Unit, packed: Mapping[str, Packed]) -> None:
+        """Put what a pass left of a finished block into result and model."""
+        for target in unit.targets:
+            state = packed[target.name].state(target.read())
+            target.write(state.weight)
+            self.result.states[target.name] = (
+                dataclasses.replace(state, weight=target.shared()) if self.shares else state
+            )
+
+    def _save(self, passage: Passage, unit: Unit, *, keep: bool) -> None:
+        """Keep the states and records of a block.
+
+        Args:
+            passage: The pass.
+            unit: The block.
+            keep: Whether to keep what earlier passes left too, which a walk that compares needs.
+        """
         names = [target.name for target in unit.targets]
         packed = {name: Packed.of(self.result.states[name]) for name in names}
         records = {name: list(self.result.records[name]) for name in names}
@@ -380,10 +418,12 @@ class Passes:
             states = {name: one.reduced(only_masked=name in masked) for name, one in packed.items()}
             return {"states": states, "records": records}
 
-        self._keep(passage, unit, "state", value)
+        self._keep(passage, unit, "state", value, keep=keep)
 
-    def _keep(self, passage: Passage, unit: Unit, kind: str, value: Any) -> None:
-        passage.save(unit.name, kind, value)
+    def _keep(
+        self, passage: Passage, unit: Unit, kind: str, value: Any, *, keep: bool = False
+    ) -> None:
+        passage.save(unit.name, kind, value, keep=keep)
         if self.execution.streams and self.work is not None:
             self.work.wait()  # memory matters more than time
 

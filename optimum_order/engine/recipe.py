@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optimum_order import backends
-from optimum_order.backends.base import Engine, Method
+from optimum_order.backends.base import Engine, Method, needs_of
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.models.units import Unit
 from optimum_order.order import Order, Stage
@@ -98,6 +98,11 @@ class Recipe:
     def order(self) -> Order:
         """The canonical order."""
         return Order(method.stage for method in self.methods)
+
+    @property
+    def compares(self) -> bool:
+        """True if a method compares the layers' inputs with those before its stage."""
+        return any(need.compares for need in needs_of(self.methods))
 
     @property
     def needs_data(self) -> bool:

@@ -238,7 +238,7 @@ class Passage:
             )
         return None
 
-    def save(self, unit: str, kind: str, value: Any) -> None:
+    def save(self, unit: str, kind: str, value: Any, *, keep: bool = False) -> None:
         """Keep what the pass did at a block, in place of what earlier passes did there.
 
         Args:
@@ -246,6 +246,7 @@ class Passage:
             kind: "state", or "measured" for what all later passes need.
             value: As `snapshot.save` takes it, or a function that gives it, called while the run
                 goes on.
+            keep: Whether what earlier passes did there stays as well.
 
         Raises:
             OutputError: If the value, or what was saved before it, cannot be written.
@@ -253,7 +254,7 @@ class Passage:
         index = self._index[unit]
         self.work.wait()
         file = self._file(index, kind)
-        old = self.work.files(kind) if kind == "state" else {}
+        old = self.work.files(kind) if kind == "state" and not keep else {}
         self.work.write(
             file,
             value,

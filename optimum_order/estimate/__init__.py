@@ -248,6 +248,7 @@ class _Run:
         """Return the cost of a walk. Only the last has to leave what the format can hold."""
         seconds, forward, gram, waiting, flying = 0.0, 0.0, 0.0, 0, 0
         groups = self.groups and bool(walk.needs) and not walk.tried
+        drifts = groups and any(need.compares for need in walk.needs)
         changed = [
             unit
             for unit in self.units
@@ -256,9 +257,10 @@ class _Run:
         working = 0
         for unit in changed:
             cost = self.costs[unit.name] if walk.needs or walk.tried else UnitCost()
-            runs = self.batches * (1 if groups or unit is changed[-1] else 2)
+            runs = self.batches * (1 + drifts if groups or unit is changed[-1] else 2)
             grams = Gram in walk.needs
             seen = sum(2 * read.rows * read.width**2 for read in cost.inputs) * self.batches
+            seen *= 1 + 2 * drifts  # no symmetry halves the second matrix
             traffic = sum(read.rows * read.width for read in cost.inputs) * 12 * self.batches
             if walk.tried:
                 runs += min(_PROBES, self.batches) * (
@@ -271,8 +273,9 @@ class _Run:
             )
             seconds += (seen if grams else 0.0) / self.speed.gram + traffic / self.speed.traffic
             waiting = max(waiting, int(cost.waiting * self.batches))
-            flying = max(flying, int((cost.waiting + cost.working) * self.batches))
-            squares = sum(4 * read.width**2 for read in cost.inputs) if grams else 0
+            flight = (cost.waiting + cost.working) * self.batches * (1 + drifts)
+            flying = max(flying, int(flight))
+            squares = sum(4 * read.width**2 for read in cost.inputs) * (grams + drifts)
             held = 0
             for target in unit.targets:
                 rows, inputs = target.view.shape
@@ -288,6 +291,7 @@ class _Run:
                     held = max(held, trial.holds(rows, inputs))
                     if cost.leaders.get(target.name) in (target.name, None):
                         seconds += trial.shared * inputs**3 / self.speed.factors
+                    seconds += drifts * 6 * rows * inputs**2 / self.speed.gram
                 self.history[target.name] += stages
             working = max(working, squares + max(held, cost.working))
         active = (flying if groups else waiting) + working

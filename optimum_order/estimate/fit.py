@@ -30,7 +30,7 @@ from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import grown
 from optimum_order.estimate.trace import Counter, UnitCost
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram, SquaredNorms
+from optimum_order.layers.statistics import Drift, Gram, SquaredNorms
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
 
@@ -112,7 +112,7 @@ class _Prediction:
 
     def apply(self, backends: Sequence[Backend]) -> None:
         """Note backends for every layer that they cover."""
-        if not needs_of(backends) <= {Gram, SquaredNorms}:
+        if not needs_of(backends) <= {Drift, Gram, SquaredNorms}:
             self.is_sure = False  # a plug-in asks for statistics that nothing here can make up
         for name in self.targets:
             self._stages[name] += tuple(b.stage for b in backends if b.covers(name))

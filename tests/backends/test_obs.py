@@ -6,12 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_order.backends.base import needs_of
 from optimum_order.backends.obs import BLOCK, Factor, inverse_factor, keep_better_rows, sweep
 from optimum_order.engine.recipe import method
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram, Statistics
+from optimum_order.layers.statistics import Drift, Gram, Statistics
 from optimum_order.order import Stage
 
 
@@ -252,3 +253,61 @@ def test_rows_left_uncorrected_are_counted(inputs, gaussian):
     pattern = r"gptq:2: (\d+) of 256 rows left uncorrected, which was better"
     lost = int(re.fullmatch(pattern, note)[1])
     assert same / 2 < lost <= same < 64
+
+
+class TestDrift:
+    """What earlier layers changed in the inputs can be made up for."""
+
+    @pytest.fixture
+    def case(self, gaussian):
+        """A weight (out, in), inputs, the same inputs before the stage, and their statistics."""
+        X = gaussian(400, 32, 1)
+        before = X + 0.2 * X @ gaussian(32, 32, 2) / 6 + 0.05 * gaussian(400, 32, 3)
+        drift = Drift(32, X.device)
+        drift.compare(X, before)
+        gram = Statistics.of(X, [Gram])[Gram]
+        statistics = Statistics(len(X), {Gram: gram, Drift: drift.result()})
+        return gaussian(16, 32), X, before, statistics
+
+    def apart(self, weight, case):
+        """Return how far the outputs are from those before the stage."""
+        original, X, before, _ = case
+        return (before @ original.T - X @ weight.float().T).square().sum().item()
+
+    def test_the_aim_is_the_least_squares_solution(self, case):
+        weight, X, before, statistics = case
+        backend = method(Stage("gptq", bits=8, damping=1e-6, drift=1.0))
+        for act_order in (False, True):
+            factor = Factor.of(statistics, 1e-6, act_order=act_order)
+            aim = backend.aim(weight, statistics, factor)
+            solution = torch.linalg.lstsq(X.double(), (before @ weight.T).double()).solution.T
+            assert torch.allclose(aim.double(), solution, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        "text", ["gptq(bits=4{})", "sparsegpt(sparsity=0.3{})", "ecsq(rate=5{})"]
+    )
+    def test_outputs_are_nearer_to_those_before_the_stage(self, case, text):
+        weight, _, _, statistics = case
+        errors = []
+        for option in (", drift=0", "", ", drift=1"):
+            backend = method(Stage.parse(text.format(option)))
+            state = backend.apply(LayerState(weight), statistics)
+            errors.append(self.apart(state.weight, case))
+        assert errors[2] < errors[1] < errors[0]
+        assert errors[2] < 0.7 * errors[0]
+
+    def test_without_it_nothing_is_gathered_for_it(self, case):
+        weight, _, _, statistics = case
+        alone = Statistics(statistics.tokens, {Gram: statistics[Gram]})
+        plain = method(Stage("gptq", bits=4, drift=0.0))
+        usual = method(Stage("gptq", 4))
+        assert Drift not in needs_of([plain]) and Drift in needs_of([usual])
+        expected = plain.apply(LayerState(weight), statistics).weight
+        assert torch.equal(usual.apply(LayerState(weight), alone).weight, expected)
+
+    def test_what_was_pruned_stays_pruned(self, case):
+        weight, _, _, statistics = case
+        before = method(Stage("magnitude", 0.5)).apply(LayerState(weight))
+        for name in ("gptq", "ecsq"):
+            after = method(Stage(name, 4)).apply(before, statistics)
+            assert not after.weight[before.pruned].any()

@@ -25,9 +25,18 @@ def no_thread_remains():
 def run_walk():
     """`run_walk(model, units, batches, pause="group")`: a walk in float32, to be compared with hooks."""
 
-    def run(model, units, batches, *, needs=(Gram,), wanted=None, dtype=torch.float32, **options):
-        execution = Execution(dtype=dtype, **options)
-        return walk(model, units, batches, needs=set(needs), execution=execution, wanted=wanted)
+    def run(
+        model, units, batches, *, needs=(Gram,), wanted=None, finished=None, dtype=torch.float32, **options
+    ):
+        return walk(
+            model,
+            units,
+            batches,
+            needs=set(needs),
+            execution=Execution(dtype=dtype, **options),
+            wanted=wanted,
+            finished=finished,
+        )
 
     return run
 

@@ -16,7 +16,7 @@ from optimum_order.calibration.execution import PAUSES
 from optimum_order.engine.recipe import method
 from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram, SquaredNorms
+from optimum_order.layers.statistics import Drift, Gram, SquaredNorms
 from optimum_order.models.units import find_units
 from optimum_order.order import Stage
 
@@ -294,6 +294,66 @@ class TestGroups:
             for _ in visits:
                 pass
         assert any("scaled_dot_product" in name for name in seen.functions)
+
+
+class TestDrift:
+    """What the inputs were before the walk began to change the model."""
+
+    @pytest.mark.parametrize("architecture", WALKED)
+    def test_is_that_of_the_model_as_it_was(
+        self, make_model, batches, collect, observe, halve, architecture
+    ):
+        model = make_model(architecture)
+        units = find_units(model)
+        before = observe(model, units, batches)
+        walked = collect(model, units, batches, halve, needs=[Gram, Drift], pause="group")
+        changed = observe(model, units, batches)
+        experts = {t.name for unit in units for t in unit.targets if t.expert is not None}
+        drifted = 0
+        for name, X in changed.items():
+            drift = walked.statistics[name][Drift].double()
+            if name in experts:
+                assert not drift.any(), "other tokens may reach an expert now"
+                continue
+            expected = (before[name] - X).T @ X
+            assert (drift - expected).norm() <= 1e-3 * (X.T @ X).norm(), name
+            drifted += bool(expected.norm() > 0.01 * (X.T @ X).norm())
+        assert drifted > 4, "the change is large"
+        assert has_no_trace(model)
+
+    def test_knows_what_was_there_before_blocks_that_were_finished(
+        self, make_model, batches, collect, observe, halve, run_walk
+    ):
+        """A run that goes on changes finished blocks once the model as it was has passed them."""
+        model = make_model("llama")
+        units = find_units(model)
+        whole = collect(model, units, batches, halve, needs=[Gram, Drift], pause="group")
+        left = {t.name: t.read().clone() for t in units[0].targets}
+        model = make_model("llama")
+        units = find_units(model)
+
+        def finish():
+            for target in units[0].targets:
+                target.write(left[target.name])
+
+        walked = collect(
+            model,
+            units,
+            batches,
+            halve,
+            needs=[Gram, Drift],
+            pause="group",
+            wanted=[unit.name for unit in units[1:]],
+            finished={units[0].name: finish},
+        )
+        for name, statistics in walked.statistics.items():
+            for kind in (Gram, Drift):
+                assert torch.equal(statistics[kind], whole.statistics[name][kind]), name
+
+    def test_is_not_gathered_where_the_walk_pauses_at_blocks(self, make_model, batches, collect):
+        model = make_model("llama")
+        walked = collect(model, find_units(model), batches, needs=[Gram, Drift], pause="block")
+        assert not any(Drift in statistics for statistics in walked.statistics.values())
 
 
 class TestSharedInputs:

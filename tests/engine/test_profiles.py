@@ -84,11 +84,11 @@ def test_a_choice_is_kept_by_a_killed_run(tiny_llama_folder, tmp_path, monkeypat
     original = Passes._keep
 
     def until(limit):
-        def keep(self, *args):
+        def keep(self, *args, **options):
             if len(saves) == limit:
                 raise KeyboardInterrupt
             saves.append(args)
-            original(self, *args)
+            original(self, *args, **options)
 
         return keep
 

@@ -230,6 +230,7 @@ def applied(monkeypatch):
 CUT_OFF = [
     ("llama", "wanda:0.5 > gptq:4 > magnitude:0.6", "stage"),
     ("llama", "wanda:0.5 > gptq:4", "block"),
+    ("llama", "gptq:3 > sparsegpt:0.5 > gptq:4", "stage"),  # each stage compares with the last
     (
         "llama",
         "magnitude:0.3 > mixed_precision(bits=3.6, widths=[2,3,4], first=weaker) > wanda:0.5",

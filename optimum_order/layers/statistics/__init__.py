@@ -1,7 +1,8 @@
 """Statistics of the inputs of one layer. One statistic is one file."""
 
 from optimum_order.layers.statistics.base import Accumulator, Statistics
+from optimum_order.layers.statistics.drift import Drift
 from optimum_order.layers.statistics.gram import Gram
 from optimum_order.layers.statistics.squared_norms import SquaredNorms
 
-__all__ = ["Accumulator", "Gram", "SquaredNorms", "Statistics"]
+__all__ = ["Accumulator", "Drift", "Gram", "SquaredNorms", "Statistics"]

@@ -29,6 +29,8 @@ class Accumulator(ABC):
     implies: ClassVar[Mapping[type[Accumulator], Callable[[Any], Any]]] = {}
     """Statistics that follow from the result of this one, each with the function that gives them:
     they are not accumulated again."""
+    compares: ClassVar[bool] = False
+    """Whether tokens are added by `compare`, where a walk knows what they were before the stage."""
 
     def __init__(self, inputs: int, device: torch.device):
         self.inputs = inputs
@@ -41,6 +43,15 @@ class Accumulator(ABC):
         Args:
             rows: (tokens, in), in any floating-point dtype.
         """
+
+    def compare(self, rows: Tensor, before: Tensor) -> None:
+        """Add tokens of which is known what they were; only where the class `compares`.
+
+        Args:
+            rows: (tokens, in), in any floating-point dtype.
+            before: (tokens, in), the same inputs in the model as it was before the stage.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def merge(self, other: Self) -> None:
