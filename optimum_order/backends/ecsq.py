@@ -163,7 +163,7 @@ class ECSQ(Sweeper, Profiler):
             choose=choose,
             order=factor.columns,
         )
-        plain = grid.nearest(weight)
+        plain = _nearest(grid, weight, options.dead_zone)
         new, lost = keep_better_rows(swept.to(weight.dtype), plain, aim, statistics[Gram])
         codes = grid.quantize(new)
         grid = _refitted(grid, codes, aim, statistics[Gram])
@@ -236,7 +236,7 @@ class ECSQ(Sweeper, Profiler):
         if profiles is None:
             return None
         names = _CANDIDATES if self.options.sensitivity == "auto" else [self.options.sensitivity]
-        if not all("sensitivity" in profile for profile in profiles.values()):
+        if not any("sensitivity" in profile for profile in profiles.values()):
             names = ["none"]
         budget = _Budget(profiles, self.options)
         shares = [budget.shares(name) for name in names]
@@ -257,8 +257,7 @@ class ECSQ(Sweeper, Profiler):
     def _plain(self, weight: Tensor, share: Share, profile: Profile) -> Tensor:
         """Return a weight (out, in) rounded to its share's grid with no corrections."""
         grid = self._grid(weight, share, profile["exponent"])
-        steps = grid.scale.float() * torch.exp2(grid.exponent.float())
-        return (rounded(weight.float() / steps, self.options.dead_zone) * steps).to(weight.dtype)
+        return _nearest(grid, weight, self.options.dead_zone)
 
 
 _TOLERANCE = 1.15
@@ -294,6 +293,7 @@ class _Budget:
         slopes = {
             name: float(profile["level"]) - rows[name][1] / 2
             for name, profile in self.profiles.items()
+            if "sensitivity" in profile
         }
         part = {"across": 1.0, "half": 0.5}.get(sensitivity, 0.0)
         fits = {n: Fit.loose(*p["shape"].tolist()) for n, p in self.profiles.items()}
@@ -334,8 +334,8 @@ class _Budget:
 
         Args:
             curves: The rate of each layer.
-            slopes: log2 of the step at which all layers have one slope of the loss, but for what
-                they have in common.
+            slopes: log2 of the step at which layers have one slope of the loss, but for what they
+                have in common. Layers that are absent, such as embeddings, have the equal rate.
             part: How far to go from equal rates, 0, to one slope, 1.
         """
         rate = self.options.rate
@@ -344,11 +344,12 @@ class _Budget:
             return equal
         sizes = {name: curve.sketch.weights for name, curve in curves.items()}
         total = sum(sizes.values())
-        mean = sum((slopes[name] - equal[name]) * sizes[name] for name in curves) / total
-        steps = {}
-        for name, step in equal.items():
-            apart = part * (slopes[name] - step - mean)
-            steps[name] = step + min(max(apart, -_LAYER_SPREAD), _LAYER_SPREAD)
+        seen = sum(sizes[name] for name in slopes)
+        mean = sum((slopes[name] - equal[name]) * sizes[name] for name in slopes) / seen
+        steps = dict(equal)
+        for name, slope in slopes.items():
+            apart = part * (slope - equal[name] - mean)
+            steps[name] += min(max(apart, -_LAYER_SPREAD), _LAYER_SPREAD)
 
         def average(shift: float) -> float:
             rates = (sizes[n] * curve.rate(steps[n] + shift) for n, curve in curves.items())
@@ -511,6 +512,14 @@ def shrunk(samples: Tensor) -> Tensor:
     spread = (logs.var() - error.mean()).clamp(min=0.0)
     trust = spread / (spread + error).clamp(min=1e-12)
     return logs.mean() + trust * (logs - logs.mean())
+
+
+def _nearest(grid: DualScaleGrid, weight: Tensor, dead_zone: float) -> Tensor:
+    """Return a weight (out, in) rounded to a grid with a dead zone, with no corrections."""
+    steps = grid.scale.float() * torch.exp2(grid.exponent.float())
+    low = -(2 ** (grid.bits - 1))
+    codes = rounded(weight.float() / steps, dead_zone).clamp_(low, -low - 1)
+    return grid.dequantize(codes.to(torch.int16))
 
 
 @dataclasses.dataclass(frozen=True)

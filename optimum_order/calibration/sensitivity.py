@@ -27,6 +27,8 @@ from optimum_order.layers.tree import tensors_in
 from optimum_order.models import hf, precision
 from optimum_order.models.units import Target, Unit
 
+_WITHOUT = ("expert", "embedding")
+"""Kinds of layers that are not watched: they are no modules of their own, or have no inputs."""
 _SEED = 0
 """Of the labels that are drawn: the same run gives the same numbers."""
 
@@ -65,12 +67,16 @@ def output_sensitivities(
 
     Source: Hassibi & Stork 1993 (the Fisher information as the Hessian of the loss).
     """
+    watched = {t.name for unit in units for t in unit.targets if t.kind not in _WITHOUT}
+    if not watched:
+        return {}
     sums: dict[str, list[Tensor]] = {}
     with _frozen(model), contextlib.ExitStack() as stack:
         for unit in units:
-            stack.enter_context(_checkpointed(unit.module))
+            if any(target.kind != "embedding" for target in unit.targets):
+                stack.enter_context(_checkpointed(unit.module))
             for target in unit.targets:
-                if target.kind != "expert":
+                if target.name in watched:
                     stack.enter_context(_watched(target, sums))
         for number, sample in enumerate(samples):
             generator = torch.Generator().manual_seed(_SEED + number)

@@ -261,7 +261,12 @@ def walk(
                     walker.propagate(call, forwards)
                     continue
                 missing.discard(unit.name)
-                if execution.pause == "group":
+                if execution.pause == "group" and _looks_up(unit):
+                    walker.propagate(call, befores)
+                    yield walker.lookup(unit)
+                    if missing:
+                        walker.propagate(call, forwards)
+                elif execution.pause == "group":
                     yield from walker.layers(unit, call)
                     if not missing and any(forward.arrival for forward in forwards):
                         _common_block(forwards, remaining)  # not this block again
@@ -355,7 +360,11 @@ class _Walker:
                 if after is not None and first is None:
                     first = output
                 del output
-        _refuse_unseen(unit, [t for t in unit.targets if t.name not in capture.leaders])
+        statistics: Mapping[str, Statistics] = capture.statistics()
+        if _looks_up(unit):
+            statistics = self.lookup(unit).statistics
+        else:
+            _refuse_unseen(unit, [t for t in unit.targets if t.name not in capture.leaders])
         waiting = [forward.arrival for forward in self.forwards[:_PROBES]]
         arrivals = [arrival for arrival in waiting if isinstance(arrival, _AtBlock)]
 
@@ -368,7 +377,19 @@ class _Walker:
             self.resume(self.forwards[0], first)
             if self.forwards[0].arrival:
                 _common_block(self.forwards[:1], after)
-        return Visit(unit, unit.targets, capture.statistics(), capture.leaders, probe=probe)
+        return Visit(unit, unit.targets, statistics, capture.leaders, probe=probe)
+
+    def lookup(self, unit: Unit) -> Visit:
+        """Return the pause at an embedding, in front of which all forwards wait.
+
+        A token looks up a row, so all errors of the row count alike: as with white noise.
+
+        Args:
+            unit: The embedding.
+        """
+        (target,) = unit.targets
+        white = Statistics(1, self._gather(target, {}).isotropic().results)
+        return Visit(unit, unit.targets, {target.name: white}, {target.name: target.name})
 
     def layers(self, unit: Unit, call: Callable[..., Any]) -> Iterator[Visit]:
         """Let the forwards run a block, and pause at each of its layers.
@@ -470,6 +491,11 @@ class _Walker:
             with self.multiplying():
                 output = before.arrival.compute()
             self.resume(before, output)
+
+
+def _looks_up(unit: Unit) -> bool:
+    """Return whether a unit is an embedding."""
+    return unit.targets[0].kind == "embedding"
 
 
 class _SharedInput:

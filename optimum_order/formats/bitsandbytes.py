@@ -62,6 +62,8 @@ class BitsAndBytes(Codec):
             return f"its {type(state.grid).__name__} is not a grid of the bitsandbytes library"
         if target.kind == "expert":
             return "it is a fused expert, which the library has no module for"
+        if target.kind == "embedding":
+            return "it is an embedding, which the library has no module for"
         if target.kind == "conv2d":
             return "it is a convolution, which the library has no module for"
         return None

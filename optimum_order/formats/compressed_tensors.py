@@ -43,6 +43,8 @@ class CompressedTensors(Codec):
     def why_not(self, target: Target, state: LayerState) -> str | None:
         if target.kind == "conv1d":
             return "it is a GPT-2 Conv1D, in whose place transformers would load random weights"
+        if target.kind == "embedding":
+            return "it is an embedding, and transformers unpacks linear layers only"
         if target.kind == "conv2d":
             return "it is a convolution, and transformers unpacks linear layers only"
         if isinstance(state.grid, DualScaleGrid):

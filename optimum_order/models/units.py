@@ -3,8 +3,9 @@
 A model is a sequence of units: the blocks of its outermost `nn.ModuleList`s, and any layer outside
 the blocks that the user asked for by name. The targets of a unit are the `nn.Linear`s, GPT-2
 `Conv1D`s, single experts of fused 3-D expert parameters and `nn.Conv2d`s inside it; a grouped
-convolution is one target for each of its groups. Embeddings, stems, the output head, norms and
-routers are left alone by default.
+convolution is one target for each of its groups. Stems, the output head, norms and routers are left
+alone by default, and so are embeddings: `nn.Embedding`s outside the blocks are targets where a
+pattern names them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Target:
         name: `model.layers.0.self_attn.q_proj`; an expert is
             `model.layers.0.mlp.experts.down_proj.3`, a group of a convolution
             `encoder.stages.0.layers.1.convolution.weight.3`.
-        kind: "linear", "conv1d", "conv2d" or "expert".
+        kind: "linear", "conv1d", "conv2d", "expert" or "embedding".
         module: The module that has the parameter.
         attribute: The name of the parameter in the module. The parameter is (out, in), (in, out)
             for a Conv1D, (experts, out, in) or (experts, in, out) for experts, (out, in, kh, kw)
@@ -129,7 +130,7 @@ def find_units(
         model: Any transformers model, its weights dense.
         targets: Patterns of the layers to compress: a shell pattern on the full name (`*.q_proj`),
             or a regular expression after `re:`. By default every layer inside the blocks that is
-            not a router.
+            not a router. An embedding is taken where a pattern matches embeddings alone.
         ignore: Patterns of layers to leave alone; a layer that matches both is left alone.
 
     Raises:
@@ -139,14 +140,17 @@ def find_units(
     """
     targets = list(targets or [])
     ignore = list(ignore or [])
-    layers = find_targets(model)
     blocks = _blocks(model)
 
     def inside(name: str) -> bool:
         return any(name.startswith(f"{block}.") for block in blocks)
 
+    every = find_targets(model)
+    layers = [layer for layer in every if layer.kind != "embedding"]
+    embeddings = [t for t in every if t.kind == "embedding" and not inside(t.name)]
+    named = [p for p in targets if not any(matches(layer.name, p) for layer in layers)]
     for pattern in [*targets, *ignore]:
-        if not any(matches(layer.name, pattern) for layer in layers):
+        if not any(matches(layer.name, pattern) for layer in [*layers, *embeddings]):
             names = ", ".join(repr(layer.name) for layer in layers[:3])
             raise ModelError(
                 f"The pattern '{pattern}' matches no layer of {type(model).__name__}. Its layers "
@@ -159,6 +163,9 @@ def find_units(
         if targets:
             wanted = any(matches(layer.name, pattern) for pattern in targets)
         if wanted and not any(matches(layer.name, pattern) for pattern in ignore):
+            chosen.append(layer)
+    for layer in embeddings:
+        if any(matches(layer.name, pattern) for pattern in named):
             chosen.append(layer)
     for layer in chosen:
         if layer.attribute not in layer.module._parameters:
@@ -210,6 +217,8 @@ def targets_of(name: str, module: nn.Module) -> list[Target]:
     """
     if isinstance(module, nn.Linear):
         return [Target(name, "linear", module)]
+    if isinstance(module, nn.Embedding):
+        return [Target(name, "embedding", module)]
     if isinstance(module, hf.Conv1D):
         return [Target(name, "conv1d", module, transposed=True)]
     if isinstance(module, nn.Conv2d) and _is_plain(module) and not _is_depthwise(module):
@@ -243,9 +252,14 @@ def _blocks(model: nn.Module) -> dict[str, nn.Module]:
         ):
             for index, element in enumerate(module):
                 for block_name, block in _unwrapped(f"{name}.{index}", element):
-                    if any(targets_of(*named) for named in block.named_modules()):
+                    if any(_layers_of(*named) for named in block.named_modules()):
                         blocks[block_name] = block
     return blocks
+
+
+def _layers_of(name: str, module: nn.Module) -> list[Target]:
+    """Return the layers that one module holds itself, but for an embedding."""
+    return [target for target in targets_of(name, module) if target.kind != "embedding"]
 
 
 def _unwrapped(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -302,7 +316,7 @@ def _refuse_tied(model: nn.Module, chosen: list[Target]) -> None:
         names.setdefault(id(parameter), []).append(name)
     for target in chosen:
         sharing = names.get(id(target.parameter), [])
-        if len(sharing) > 1:
+        if len(sharing) > 1 and target.kind != "embedding":  # a head that is tied goes with it
             raise ModelError(
                 f"'{target.name}' shares its weight with {', '.join(sharing[:3])}: compressing one "
                 "would change the other. Leave it out with 'ignore', or untie the weights first."
