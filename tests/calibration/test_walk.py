@@ -872,3 +872,47 @@ class TestRefusals:
         for pause in PAUSES:
             with pytest.raises(ModelError, match=message):
                 next(run_walk(model, find_units(model), batches, pause=pause))
+
+
+class TestEmbeddings:
+    """An embedding that was asked for is changed before anybody reads what is looked up."""
+
+    PATTERNS = ("*.layers.*", "*embed_tokens")
+
+    @pytest.mark.parametrize("pause", PAUSES)
+    def test_later_layers_see_what_became_of_it(
+        self, make_model, batches, collect, observe, agree, pause
+    ):
+        model = make_model("llama")
+        units = find_units(model, self.PATTERNS)
+        (embedding,) = [unit for unit in units if unit.targets[0].kind == "embedding"]
+
+        def change(visit):
+            if visit.unit is embedding:
+                visit.targets[0].write(visit.targets[0].read() * 2 + 1)
+
+        walked = collect(model, units, batches, change, pause=pause)
+        assert walked.blocks[0] == embedding.name
+        white = walked.statistics[embedding.name]
+        assert white.tokens and torch.equal(white[Gram], torch.eye(len(white[Gram])))
+        changed = observe(model, [unit for unit in units if unit is not embedding], batches)
+        for name, X in changed.items():
+            assert agree(walked.statistics[name], X), name
+
+    def test_drift_knows_what_it_was(self, make_model, batches, collect, observe):
+        model = make_model("llama")
+        units = find_units(model, self.PATTERNS)
+        layers = [unit for unit in units if unit.targets[0].kind != "embedding"]
+        before = observe(model, layers, batches)
+
+        def change(visit):
+            for target in visit.targets:
+                if target.kind == "embedding":
+                    target.write(target.read() * 1.5 + 1)
+
+        walked = collect(model, units, batches, change, needs=[Gram, Drift], pause="group")
+        after = observe(model, layers, batches)
+        name = "model.layers.0.mlp.down_proj"
+        expected = (before[name] - after[name]).T @ after[name]
+        drift = walked.statistics[name][Drift].double()
+        assert (drift - expected).norm() <= 1e-3 * expected.norm()

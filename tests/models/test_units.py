@@ -3,6 +3,7 @@ import fnmatch
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5EncoderModel
 
 from optimum_order.errors import ModelError, OrderError
 from optimum_order.models.units import find_units
@@ -358,6 +359,45 @@ class TestChoosing:
         (unit,) = find_units(model, targets=["lm_head"])
         assert unit.module is model.lm_head
         assert tuple(unit.targets[0].view.shape) == (64, 32)
+
+
+class TestEmbeddings:
+    def test_are_taken_where_a_pattern_names_them(self, make_model):
+        model = make_model("llama")
+        named = find_units(model, ["*.layers.*", "*embed_tokens"])
+        assert [unit.name for unit in named][-1] == "model.embed_tokens"
+        (target,) = named[-1].targets
+        assert target.kind == "embedding"
+        assert target.view.shape == model.model.embed_tokens.weight.shape
+        assert named[:-1] == find_units(model)
+
+    def test_are_not_taken_by_a_pattern_for_all(self, make_model):
+        model = make_model("llama")
+        for pattern in ("*", "model.*", "re:.*"):
+            units = find_units(model, [pattern])
+            assert all(target.kind != "embedding" for unit in units for target in unit.targets)
+
+    def test_of_a_tied_head_go_with_the_head(self):
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+        )
+        model = LlamaForCausalLM(config)
+        (unit,) = find_units(model, ["model.embed_tokens"])
+        unit.targets[0].write(torch.full((64, 32), 0.5))
+        assert (model.lm_head.weight == 0.5).all()
+
+    def test_inside_blocks_are_left_alone(self):
+        """Such as T5's table of relative positions."""
+        sizes = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1}
+        model = T5EncoderModel(T5Config(vocab_size=64, **sizes))
+        assert any(isinstance(module, nn.Embedding) for module in model.encoder.block.modules())
+        with pytest.raises(ModelError, match="matches no layer"):
+            find_units(model, ["*relative_attention_bias"])
 
 
 def test_a_router_inside_a_router_is_left_alone():

@@ -1,0 +1,73 @@
+"""Embeddings that are compressed are loaded by stock transformers, and refused where they are not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from optimum_order import JointCompressor
+from optimum_order.artifact.verify import verify
+from optimum_order.errors import FormatError
+
+PATTERNS = ["*.layers.*", "*embed_tokens"]
+LOAD = """
+import sys, torch, optimum_order
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+weight = model.get_input_embeddings().weight
+assert model.get_output_embeddings().weight is weight
+torch.save(weight.detach(), sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def compressor():
+    return JointCompressor.from_pretrained(
+        "tiny-llama",
+        calibration="builtin",
+        calibration_samples=4,
+        sequence_length=64,
+        targets=PATTERNS,
+    )
+
+
+@pytest.fixture(scope="module")
+def coded(compressor):
+    order = "ecsq(rate=5, targets=*embed_tokens) > ecsq(rate=4, targets=*.layers.*)"
+    return compressor.compress(order, progress=False)
+
+
+def test_a_tied_embedding_is_coded_and_loaded_in_a_fresh_process(coded, tmp_path):
+    folder = tmp_path / "out"
+    coded.save_pretrained(folder)
+    assert verify(folder) == []
+    plain = JointCompressor.from_pretrained(
+        "tiny-llama", calibration="builtin", calibration_samples=4, sequence_length=64
+    )
+    plain.compress("ecsq:4", progress=False).save_pretrained(tmp_path / "plain")
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "plain")]
+    embedding = coded.model.get_input_embeddings().weight
+    saved = sizes[1] - sizes[0]
+    assert saved > embedding.numel() * (embedding.element_size() - 5.5 / 8)
+    subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), str(tmp_path / "weight.pt")], check=True
+    )
+    assert torch.equal(torch.load(tmp_path / "weight.pt"), embedding)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_stock_formats_of_linear_layers_refuse_one(compressor, tmp_path, format):
+    compressed = compressor.compress("rtn:4", progress=False)
+    with pytest.raises(FormatError, match="'model.embed_tokens'"):
+        compressed.save_pretrained(tmp_path / "out", format=format)
+
+
+def test_a_run_with_an_embedding_is_gone_on_with(compressor, coded, tmp_path):
+    folder = tmp_path / "out"
+    coded.save_pretrained(folder)
+    again = JointCompressor.from_pretrained(folder, targets=PATTERNS)
+    pruned = again.compress("magnitude(sparsity=0.3, targets=*.layers.*)", progress=False)
+    name = "model.embed_tokens"
+    assert torch.equal(pruned.layers[name].weight, coded.layers[name].weight)
+    assert pruned.layers[name].grid is not None
