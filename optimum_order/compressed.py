@@ -16,18 +16,22 @@ from transformers import PreTrainedModel
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import hub, manifest
+from optimum_order.artifact.convert import convert
 from optimum_order.backends.base import IDLE
 from optimum_order.calibration.stability import unchanged
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
-from optimum_order.evaluation import Measurement
+from optimum_order.evaluation import Measurement, Metric, Samples
+from optimum_order.formats import transcode
 from optimum_order.layers.state import LayerState
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.source import bytes_of
 from optimum_order.models.units import Target
+from optimum_order.search.menu import Candidate
 from optimum_order.search.plan import Plan
+from optimum_order.search.selection import Trial
 
 if TYPE_CHECKING:
     from optimum_order.session import Session
@@ -44,6 +48,7 @@ class Provenance:
         calibration: The calibration samples, as the manifest describes them; None without data.
         seconds: Wall time, planning included.
         plan: How the order was found, if it was "auto".
+        search: How the recipe was found, if a budget was given in place of an order.
     """
 
     recipe: Recipe
@@ -52,6 +57,7 @@ class Provenance:
     calibration: Mapping[str, Any] | None
     seconds: float
     plan: Plan | None = None
+    search: Mapping[str, Any] | None = None
 
 
 class CompressedModel:
@@ -171,7 +177,7 @@ class CompressedModel:
                 "measure that."
             )
         samples = self._session.evaluation_samples(source)
-        codec = formats.choose(self._contents(), format, unproven=unproven, engine=engine)
+        codec, _ = transcode.choose(self._contents(), format, unproven=unproven, engine=engine)
 
         def measure(model: PreTrainedModel) -> Measurement:
             chosen = self._session.metric(model, metric)
@@ -190,6 +196,34 @@ class CompressedModel:
                 measurement = measure(type(self.model).from_pretrained(Path(folder) / "model"))
         self._measured.append((codec.runs_dense, measurement))
         return measurement
+
+    def trial(
+        self, candidate: Candidate, metric: Metric, samples: Samples, *, engine: str | None = None
+    ) -> Trial:
+        """Return what became of a recipe: the bytes that are written, and the loss.
+
+        Args:
+            candidate: The recipe that the model was compressed by.
+            metric: The metric whose mean score is the loss.
+            samples: What the loss is measured on; not what the model was calibrated on.
+            engine: The engine that is to load the folder.
+
+        Raises:
+            FormatError: If the format of the candidate cannot hold the model.
+        """
+        with tempfile.TemporaryDirectory() as home:
+            folder = Path(home) / "model"
+            written = self._save(folder, format=candidate.format, engine=engine)["bytes"]
+        place = self.model.device
+        self.model.to(self._session.device)  # type: ignore[arg-type]
+        with unchanged(self.model, "its forward"):
+            measured = metric.measure(
+                self.model, samples, batch_size=samples.batch_size, progress=False
+            )
+        self.model.to(place)  # type: ignore[arg-type]
+        bytes_ = int(written["after"])
+        bits = float(written["per_weight_bits"])
+        return Trial(candidate, bytes_, bits, measured.performances, self)
 
     def save_pretrained(
         self,
@@ -285,7 +319,18 @@ class CompressedModel:
         engine: str | None = None,
     ) -> dict[str, Any]:
         contents = self._contents()
-        codec = formats.choose(contents, format, unproven=unproven, engine=engine)
+        codec, moving = transcode.choose(contents, format, unproven=unproven, engine=engine)
+        if moving:  # steps move into other weights, which those of `model` are not to follow
+            with tempfile.TemporaryDirectory() as home:
+                self._save(Path(home) / "model", format=transcode.home(contents.layers))
+                return convert(
+                    Path(home) / "model",
+                    path,
+                    format,
+                    overwrite=overwrite,
+                    unproven=unproven,
+                    engine=engine,
+                )
         facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:
@@ -323,6 +368,7 @@ class CompressedModel:
         pruned = sum(layer["pruned"] for layer in layers.values())
         total = sum(math.prod(layer["shape"]) for layer in layers.values())
         plan = {} if provenance.plan is None else {"plan": provenance.plan.as_dict()}
+        search = {} if provenance.search is None else {"search": provenance.search}
         tensors = session.source.unloaded
         unloaded = {"tensors": len(tensors), "bytes": bytes_of(tensors)}
         idle = sum(any(IDLE in note for note in layer["notes"]) for layer in layers.values())
@@ -334,6 +380,7 @@ class CompressedModel:
             "schedule": self.schedule,
             "pause": provenance.pause,
             **plan,
+            **search,
             **({"continues": session.source.continues} if session.source.continues else {}),
             "calibration": provenance.calibration,
             "sequence_length": session.sequence_length,

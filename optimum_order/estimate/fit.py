@@ -29,6 +29,7 @@ from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import grown
 from optimum_order.estimate.trace import Counter, UnitCost
+from optimum_order.formats.transcode import choose
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Drift, Gram, SquaredNorms
 from optimum_order.models.units import Target, Unit
@@ -71,7 +72,7 @@ def check_format(
     """
     if engine is None and format in ("auto", "dense"):
         return format
-    prediction = _Prediction(units, any_choice=engine is not None)
+    prediction = Prediction(units, any_choice=engine is not None)
     for step in recipe.steps:
         step.run(prediction)
     if not prediction.is_sure:
@@ -79,11 +80,11 @@ def check_format(
     states = prediction.states(start)
     contents = formats.Contents(model, formats.Layers(prediction.targets, states))
     with Counter():  # answers what formats ask of numbers that are not there
-        codec = formats.choose(contents, format, unproven=unproven, engine=engine)
+        codec, _ = choose(contents, format, unproven=unproven, engine=engine)
     return format if engine is None else codec.name
 
 
-class _Prediction:
+class Prediction:
     """Notes what each layer gets in place of running it: an `Engine` of `backends.base`.
 
     Args:
@@ -167,15 +168,26 @@ class _Prediction:
         Args:
             start: Layers that are compressed already.
         """
+        samples = self.samples(start)
+        return {
+            name: grown(samples[name], *target.view.shape) for name, target in self.targets.items()
+        }
+
+    def samples(self, start: Mapping[str, LayerState]) -> dict[str, LayerState]:
+        """Return small layers that were treated like those at the end.
+
+        Args:
+            start: Layers that are compressed already.
+        """
         samples: dict[object, LayerState] = {}
-        states = {}
+        by_name = {}
         for name, target in self.targets.items():
             first = start.get(name)
             key = (*self._kind(first), self._stages[name], target.view.shape)
             if key not in samples:
                 samples[key] = self._sample(target, self._stages[name], first)
-            states[name] = grown(samples[key], *target.view.shape)
-        return states
+            by_name[name] = samples[key]
+        return by_name
 
     @staticmethod
     def _kind(state: LayerState | None) -> tuple[object, ...]:
