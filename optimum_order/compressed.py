@@ -31,7 +31,7 @@ from optimum_order.models.source import bytes_of
 from optimum_order.models.units import Target
 from optimum_order.search.menu import Candidate
 from optimum_order.search.plan import Plan
-from optimum_order.search.selection import Trial
+from optimum_order.search.selection import Attempt
 
 if TYPE_CHECKING:
     from optimum_order.session import Session
@@ -197,9 +197,9 @@ class CompressedModel:
         self._measured.append((codec.runs_dense, measurement))
         return measurement
 
-    def trial(
+    def attempt(
         self, candidate: Candidate, metric: Metric, samples: Samples, *, engine: str | None = None
-    ) -> Trial:
+    ) -> Attempt:
         """Return what became of a recipe: the bytes that are written, and the loss.
 
         Args:
@@ -223,7 +223,7 @@ class CompressedModel:
         self.model.to(place)  # type: ignore[arg-type]
         bytes_ = int(written["after"])
         bits = float(written["per_weight_bits"])
-        return Trial(candidate, bytes_, bits, measured.performances, self)
+        return Attempt(candidate, bytes_, bits, measured.performances, self)
 
     def save_pretrained(
         self,

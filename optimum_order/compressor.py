@@ -34,7 +34,7 @@ from optimum_order.search.budget import Budget, limits
 from optimum_order.search.menu import Candidate, Menu
 from optimum_order.search.plan import Plan, permutations
 from optimum_order.search.recipes import LOOKED_AT, Carrying, Facts, Search
-from optimum_order.search.selection import Selection, Trial
+from optimum_order.search.selection import Attempt, Selection
 from optimum_order.search.strategies.base import Effort, Scoring
 from optimum_order.session import Session
 from optimum_order.study.run import Study, quiet
@@ -499,7 +499,7 @@ class JointCompressor(Session):
             seen = search.survey(runner, runner.batches(0, LOOKED_AT))
             del runner
 
-        def make(candidate: Candidate, number: int) -> Trial:
+        def make(candidate: Candidate, number: int) -> Attempt:
             compressed = self.compress(
                 candidate.order,
                 pause=carrying.pause,
@@ -509,11 +509,11 @@ class JointCompressor(Session):
                 engine=demand.engine,
                 progress=progress,
             )
-            return compressed.trial(candidate, metric, held, engine=demand.engine)
+            return compressed.attempt(candidate, metric, held, engine=demand.engine)
 
-        trials = search.run(seen, original, make)
+        attempts = search.run(seen, original, make)
         facts = Facts(metric.name, held.unit)
-        selection = search.selection(trials, seen, original, facts)
+        selection = search.selection(attempts, seen, original, facts)
         model: CompressedModel = selection.model
         model.provenance = dataclasses.replace(
             model.provenance,

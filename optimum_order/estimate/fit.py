@@ -84,6 +84,19 @@ def check_format(
     return format if engine is None else codec.name
 
 
+def small_laboratory(units: Sequence[Unit]) -> Laboratory:
+    """Return what tries methods on layers of few rows; their kind is asked for, not their speed.
+
+    Args:
+        units: The model's blocks.
+    """
+    targets = [target for unit in units for target in unit.targets]
+    nothing = Rates(**{field.name: 1.0 for field in dataclasses.fields(Rates)})
+    laboratory = Laboratory(targets, torch.device("cpu"), nothing)
+    laboratory.rows = min(laboratory.rows, _ROWS)
+    return laboratory
+
+
 class Prediction:
     """Notes what each layer gets in place of running it: an `Engine` of `backends.base`.
 
@@ -91,13 +104,20 @@ class Prediction:
         units: The model's blocks.
         any_choice: Whether each candidate of an allocator is given to some layers, in place of the
             likely ones: an engine must load whatever it chooses.
+        laboratory: Tries methods, from `small_laboratory`; several predictions may share one.
 
     Attributes:
         targets: Every layer by name.
         is_sure: Whether the layers at the end can be predicted.
     """
 
-    def __init__(self, units: Sequence[Unit], *, any_choice: bool = False):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        *,
+        any_choice: bool = False,
+        laboratory: Laboratory | None = None,
+    ):
         self.targets = {target.name: target for unit in units for target in unit.targets}
         self.is_sure = True
         self._units = units
@@ -107,9 +127,7 @@ class Prediction:
         self._candidates: list[Backend] = []
         """What they may get."""
         self._stages: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
-        nothing = Rates(**{field.name: 1.0 for field in dataclasses.fields(Rates)})
-        self._laboratory = Laboratory(list(self.targets.values()), torch.device("cpu"), nothing)
-        self._laboratory.rows = min(self._laboratory.rows, _ROWS)
+        self._laboratory = laboratory or small_laboratory(units)
 
     def apply(self, backends: Sequence[Backend]) -> None:
         """Note backends for every layer that they cover."""

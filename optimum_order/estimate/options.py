@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from optimum_order import formats
 from optimum_order.engine.recipe import Recipe
-from optimum_order.errors import FormatError, unknown
-from optimum_order.estimate.fit import Prediction
+from optimum_order.errors import FormatError, OrderError, unknown
+from optimum_order.estimate.fit import Prediction, small_laboratory
+from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.size import grown, stored
 from optimum_order.estimate.trace import Counter
 from optimum_order.formats import engines
@@ -85,9 +86,11 @@ class Sizes:
     weights: int = field(init=False)
     rest: int = field(init=False)
     dense: int = field(init=False)
+    _laboratory: Laboratory = field(init=False)
 
     def __post_init__(self) -> None:
         targets = [target for unit in self.units for target in unit.targets]
+        self._laboratory = small_laboratory(self.units)
         self.weights = sum(target.view.numel() for target in targets)
         self.dense = stored(self.model, {}, "dense", "").bytes
         self.rest = self.dense - sum(target.view.nbytes for target in targets)
@@ -101,14 +104,21 @@ class Sizes:
         return 8 * (bytes_ - self.rest) / self.weights
 
     def smallest(self, order: Order) -> Option | None:
-        """Return the way to save what an order makes in the fewest bytes, or None if there is none.
+        """Return the way to save what an order makes in the fewest bytes.
 
         Values that a format computes with otherwise than they are in memory are no way.
 
         Args:
-            order: An order that can be run.
+            order: The order, in canonical form.
+
+        Returns:
+            None if the order cannot be run on this model, or no format will do.
         """
         recipe = Recipe.of(order)
+        try:
+            recipe.check(self.units, calibrated=True)
+        except OrderError:  # such as groups that do not divide a layer's inputs
+            return None
         layers = self._predicted(recipe, any_choice=False)
         codecs = self._fitting(layers)
         if not codecs and needs_transcoding(_contents(self.model, layers).layers):
@@ -127,12 +137,15 @@ class Sizes:
         sizes = {codec: _layer_bytes(codec, layers) for codec in codecs}
         best = min(codecs, key=lambda codec: sizes[codec][0])
         total, exact = sizes[best]
-        saved = stored(self.model, layers, best.name, str(order))
-        return Option(best.name, saved.bytes, 8 * total / self.weights, exact)
+        bits = 8 * total / self.weights
+        bytes_ = self.bytes_at(bits)
+        if exact:  # to the byte, with the names of all tensors
+            bytes_ = stored(self.model, layers, best.name, str(order)).bytes
+        return Option(best.name, bytes_, bits, exact)
 
     def _predicted(self, recipe: Recipe, *, any_choice: bool) -> _Samples:
         """Return every layer with a small one that was treated as the recipe treats it."""
-        prediction = Prediction(self.units, any_choice=any_choice)
+        prediction = Prediction(self.units, any_choice=any_choice, laboratory=self._laboratory)
         for step in recipe.steps:
             step.run(prediction)
         samples = prediction.samples(self.start)

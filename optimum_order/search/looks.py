@@ -29,10 +29,12 @@ class Look:
     Args:
         error: Mean relative squared error of their outputs.
         bits: Bits of a weight in a format, all side information counted; None where nobody asked.
+        layers: How many layers.
     """
 
     error: float
     bits: float | None
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _summary(order: Order, seen: Mapping[str, Mapping[Order, _Seen]]) -> Look:
     weights = sum(layer.weights for layer in layers.values())
     known = [size for size in sizes if size is not None]
     bits = 8 * sum(known) / weights if len(known) == len(sizes) else None
-    return Look(_mean(layer.error for layer in layers.values()), bits)
+    return Look(_mean(layer.error for layer in layers.values()), bits, len(layers))
 
 
 def _allocated(allocator: Allocator, seen: Mapping[str, Mapping[Order, _Seen]]) -> dict[str, _Seen]:

@@ -40,19 +40,18 @@ from optimum_order.search.menu import (
     MARGIN,
     Candidate,
     Menu,
-    ends_with_rate,
     rate_of,
 )
-from optimum_order.search.selection import Row, Selection, Trial, compared
+from optimum_order.search.selection import Attempt, Row, Selection, compared
 
-MOST_TRIALS = 3
+MOST_ATTEMPTS = 3
 LOOKED_AT = 8
 """Calibration samples that layers are looked at with."""
 _LAYERS = 8
 _SHOWN = 4
 """Recipes in the table that were not carried out."""
 _CAUTION = 0.95
-"""The part of the allowed loss that a recipe is chosen for, while there are trials left."""
+"""The part of the allowed loss that a recipe is chosen for, while there are attempts left."""
 _LAST_CAUTION = 0.8
 _SMALLER = 0.998
 """The part of what is allowed at which a rate that was too large is tried again."""
@@ -64,7 +63,7 @@ _TINY = 1e-12
 _ENOUGH = 0.01
 """Relative savings of bytes that no further compression is worth."""
 
-Make = Callable[[Candidate, int], Trial]
+Make = Callable[[Candidate, int], Attempt]
 """Carries a recipe out: the candidate, and its number from 0."""
 
 
@@ -104,7 +103,7 @@ class Carrying:
 
     def folders(self) -> list[Path]:
         """Return the work dirs that are there."""
-        folders = (self.folder(number) for number in range(MOST_TRIALS))
+        folders = (self.folder(number) for number in range(MOST_ATTEMPTS))
         return [folder for folder in folders if folder is not None and folder.is_dir()]
 
     def check(self) -> None:
@@ -153,6 +152,8 @@ class Search:
         self.progress = progress
         self._limit = math.inf if budget is None else self._bits(budget)
         self._begin = time.perf_counter()
+        self._looked = 0
+        """Layers that were compressed by themselves, once for each recipe."""
         self._check()
 
     def _bits(self, budget: Budget) -> float:
@@ -209,20 +210,21 @@ class Search:
         ) as bar:
             looks = look(runner, batches, asked, _LAYERS, bar.update)
         seen = []
+        self._looked = sum(look_.layers for look_ in looks.values())
         for candidate in listed:
             bits = looks[candidate.order].bits
             candidate = dataclasses.replace(candidate, error=looks[candidate.order].error)
-            if bits is not None and not ends_with_rate(candidate):
+            if bits is not None:
                 bytes_ = self.menu.sizes.bytes_at(bits)
                 candidate = dataclasses.replace(candidate, bits=bits, bytes=bytes_)
                 rate = rate_of(candidate)
-                if rate is not None:  # pruned after: what the pruning saves is spent on the rate
-                    more = self._limit * (1 - MARGIN) - bits
-                    candidate = self.menu.at_rate(candidate, rate + more)
+                if rate is not None and self.max_loss is None:  # all that is allowed is spent
+                    rate += self._limit * (1 - MARGIN) - bits
+                    candidate = self.menu.at_rate(candidate, rate)
             seen.append(candidate)
         return sorted(seen, key=lambda candidate: candidate.error)
 
-    def run(self, seen: Sequence[Candidate], original: Tensor, make: Make) -> list[Trial]:
+    def run(self, seen: Sequence[Candidate], original: Tensor, make: Make) -> list[Attempt]:
         """Carry the most promising recipes out.
 
         Args:
@@ -231,14 +233,14 @@ class Search:
             make: Carries a recipe out.
         """
         with tqdm(
-            total=MOST_TRIALS, desc="search", unit="compression", disable=not self.progress
+            total=MOST_ATTEMPTS, desc="search", unit="compression", disable=not self.progress
         ) as bar:
 
-            def counted(candidate: Candidate, number: int) -> Trial:
+            def counted(candidate: Candidate, number: int) -> Attempt:
                 bar.set_postfix_str(str(candidate.order))
-                trial = make(candidate, number)
+                attempt = make(candidate, number)
                 bar.update()
-                return trial
+                return attempt
 
             if self.max_loss is None:
                 return self._within_bytes(seen, counted)
@@ -246,62 +248,66 @@ class Search:
 
     # The bytes are limited
 
-    def _within_bytes(self, seen: Sequence[Candidate], make: Make) -> list[Trial]:
+    def _within_bytes(self, seen: Sequence[Candidate], make: Make) -> list[Attempt]:
         queue = agenda([c for c in seen if self._allows(c.bytes, c.bits)])
         if not queue:
             raise OrderError(
                 f"No recipe that was looked at fits in {self.budget}. Allow a little more."
             )
-        trials: list[Trial] = []
-        while queue and len(trials) < MOST_TRIALS:
-            trial = make(queue.pop(0), len(trials))
-            trials.append(trial)
-            if not self._allows(trial.bytes, trial.bits):
-                smaller = self._smaller(trial)
+        attempts: list[Attempt] = []
+        while queue and len(attempts) < MOST_ATTEMPTS:
+            attempt = make(queue.pop(0), len(attempts))
+            attempts.append(attempt)
+            if not self._allows(attempt.bytes, attempt.bits):
+                smaller = self._smaller(attempt)
                 queue = [smaller, *queue] if smaller is not None else queue
-        return trials
+        return attempts
 
-    def _smaller(self, trial: Trial) -> Candidate | None:
-        """Return the recipe of a trial that is too large with a rate that ought to fit."""
-        rate = rate_of(trial.candidate)
+    def _smaller(self, attempt: Attempt) -> Candidate | None:
+        """Return the recipe of a attempt that is too large with a rate that ought to fit."""
+        rate = rate_of(attempt.candidate)
         if rate is None:
             return None
-        part = self._limit / trial.bits * _SMALLER
-        smaller = self.menu.at_rate(trial.candidate, max(rate * part, LEAST_RATE))
-        return dataclasses.replace(smaller, error=trial.candidate.error)
+        part = self._limit / attempt.bits * _SMALLER
+        smaller = self.menu.at_rate(attempt.candidate, max(rate * part, LEAST_RATE))
+        return dataclasses.replace(smaller, error=attempt.candidate.error)
 
     # The loss is limited
 
-    def _within_loss(self, seen: Sequence[Candidate], original: Tensor, make: Make) -> list[Trial]:
+    def _within_loss(
+        self, seen: Sequence[Candidate], original: Tensor, make: Make
+    ) -> list[Attempt]:
         assert self.max_loss is not None
         steps = [c for c in interpolated(self.menu, seen) if self._allows(c.bytes, c.bits)]
         if not steps:
             raise OrderError(f"No recipe that was looked at fits in {self.budget}.")
-        trials: list[Trial] = []
-        for number in range(MOST_TRIALS):
-            losses = [_rise(trial, original) for trial in trials]
-            met = [t.bytes for t, loss in zip(trials, losses, strict=True) if loss <= self.max_loss]
-            last = number == MOST_TRIALS - 1 and not met
-            model = LossModel.fitted([t.candidate.error for t in trials], losses, self.max_loss)
+        attempts: list[Attempt] = []
+        for number in range(MOST_ATTEMPTS):
+            losses = [_rise(attempt, original) for attempt in attempts]
+            met = [
+                t.bytes for t, loss in zip(attempts, losses, strict=True) if loss <= self.max_loss
+            ]
+            last = number == MOST_ATTEMPTS - 1 and not met
+            model = LossModel.fitted([a.candidate.error for a in attempts], losses, self.max_loss)
             target = self.max_loss * (_LAST_CAUTION if last else _CAUTION)
             fine = [c for c in steps if model.loss(c.error) <= target]
             chosen = min(fine, key=lambda c: c.bytes) if fine else min(steps, key=lambda c: c.error)
-            if chosen.order in [trial.candidate.order for trial in trials]:
+            if chosen.order in [attempt.candidate.order for attempt in attempts]:
                 break
             if met and chosen.bytes > min(met) * (1 - _ENOUGH):
                 break
-            trials.append(make(chosen, number))
-        return trials
+            attempts.append(make(chosen, number))
+        return attempts
 
     # The answer
 
     def selection(
-        self, trials: Sequence[Trial], seen: Sequence[Candidate], original: Tensor, facts: Facts
+        self, attempts: Sequence[Attempt], seen: Sequence[Candidate], original: Tensor, facts: Facts
     ) -> Selection:
         """Return the recommended recipe with its evidence.
 
         Args:
-            trials: From `run`.
+            attempts: From `run`.
             seen: From `survey`.
             original: M of the model before compression on the samples held back, (samples,).
             facts: What the loss was measured with.
@@ -309,11 +315,11 @@ class Search:
         Raises:
             OrderError: If nothing that was carried out is as small as was asked for.
         """
-        fitting = [trial for trial in trials if self._allows(trial.bytes, trial.bits)]
+        fitting = [attempt for attempt in attempts if self._allows(attempt.bytes, attempt.bits)]
         if not fitting:
-            least = min(trials, key=lambda trial: trial.bytes)
+            least = min(attempts, key=lambda attempt: attempt.bytes)
             raise OrderError(
-                f"None of {len(trials)} compressions fits in {self.budget}: "
+                f"None of {len(attempts)} compressions fits in {self.budget}: "
                 f"'{least.candidate.order}' takes {size(least.bytes)} with {least.bits:.3f} bits. "
                 "Allow a little more."
             )
@@ -324,17 +330,18 @@ class Search:
             winner = best_within_loss(fitting, original, self.max_loss)
             met = _rise(winner, original) <= self.max_loss
         others = sorted(
-            (trial for trial in trials if trial is not winner), key=lambda t: _rise(t, original)
+            (attempt for attempt in attempts if attempt is not winner),
+            key=lambda t: _rise(t, original),
         )
-        rows = [self._made(trial, winner, original) for trial in (winner, *others)]
-        made = {trial.candidate.order for trial in trials}
+        rows = [self._made(attempt, winner, original) for attempt in (winner, *others)]
+        made = {attempt.candidate.order for attempt in attempts}
         unmade = [c for c in seen if c.order not in made and self._allows(c.bytes, c.bits)]
         if self.max_loss is None:
             rows += [_unmade(candidate) for candidate in unmade[:_SHOWN]]
         cost = {
-            "compressions": len(trials),
+            "compressions": len(attempts),
             "recipes": len(seen),
-            "layers": _LAYERS,
+            "single_layers": self._looked,
             "seconds": round(time.perf_counter() - self._begin, 2),
         }
         return Selection(
@@ -350,19 +357,19 @@ class Search:
             model=winner.model,
         )
 
-    def _made(self, trial: Trial, winner: Trial, original: Tensor) -> Row:
-        loss, interval, difference = compared(winner, trial, original)
+    def _made(self, attempt: Attempt, winner: Attempt, original: Tensor) -> Row:
+        loss, interval, difference = compared(winner, attempt, original)
         return Row(
-            order=trial.candidate.order,
-            format=trial.candidate.format,
-            bytes=trial.bytes,
-            bits=trial.bits,
+            order=attempt.candidate.order,
+            format=attempt.candidate.format,
+            bytes=attempt.bytes,
+            bits=attempt.bits,
             made=True,
-            fits=self._allows(trial.bytes, trial.bits),
+            fits=self._allows(attempt.bytes, attempt.bits),
             loss=loss,
             interval=interval,
             difference=difference,
-            error=trial.candidate.error,
+            error=attempt.candidate.error,
         )
 
     def _reason(self, rows: Sequence[Row], met: bool, evidence: str) -> str:
@@ -479,32 +486,32 @@ def agenda(seen: Sequence[Candidate]) -> list[Candidate]:
     return [*chosen, *(candidate for candidate in ranked if candidate not in chosen)]
 
 
-def best_within_bytes(trials: Sequence[Trial]) -> Trial:
-    """Return the trial to recommend: the best single method, unless another is surely better.
+def best_within_bytes(attempts: Sequence[Attempt]) -> Attempt:
+    """Return the attempt to recommend: the best single method, unless another is surely better.
 
     Args:
-        trials: Those that fit, one or more.
+        attempts: Those that fit, one or more.
     """
-    ranked = sorted(trials, key=lambda trial: -float(trial.performances.mean()))
-    singles = [trial for trial in ranked if trial.candidate.is_single]
+    ranked = sorted(attempts, key=lambda attempt: -float(attempt.performances.mean()))
+    singles = [attempt for attempt in ranked if attempt.candidate.is_single]
     if not singles or ranked[0] is singles[0]:
         return ranked[0]
     gap = difference_over_draws((ranked[0].performances - singles[0].performances)[None])
     return ranked[0] if gap.low > 0 else singles[0]
 
 
-def best_within_loss(trials: Sequence[Trial], original: Tensor, max_loss: float) -> Trial:
-    """Return the trial of the fewest bytes that meets a limit, or else the one nearest to it.
+def best_within_loss(attempts: Sequence[Attempt], original: Tensor, max_loss: float) -> Attempt:
+    """Return the attempt of the fewest bytes that meets a limit, or else the one nearest to it.
 
     Args:
-        trials: Those that fit, one or more.
+        attempts: Those that fit, one or more.
         original: M of the model before compression, (samples,).
         max_loss: The limit.
     """
-    met = [trial for trial in trials if _rise(trial, original) <= max_loss]
+    met = [attempt for attempt in attempts if _rise(attempt, original) <= max_loss]
     if met:
-        return min(met, key=lambda trial: trial.bytes)
-    return min(trials, key=lambda trial: _rise(trial, original))
+        return min(met, key=lambda attempt: attempt.bytes)
+    return min(attempts, key=lambda attempt: _rise(attempt, original))
 
 
 def interpolated(menu: Menu, seen: Sequence[Candidate]) -> list[Candidate]:
@@ -537,8 +544,8 @@ def _can_fold(runner: Runner, batches: Batches) -> bool:
     return all(target.name in readers for unit in runner.units for target in unit.targets)
 
 
-def _rise(trial: Trial, original: Tensor) -> float:
-    return float((original - trial.performances).mean())
+def _rise(attempt: Attempt, original: Tensor) -> float:
+    return float((original - attempt.performances).mean())
 
 
 def _unmade(candidate: Candidate) -> Row:

@@ -13,7 +13,7 @@ from optimum_order.search.menu import Candidate
 
 
 @dataclass(frozen=True)
-class Trial:
+class Attempt:
     """A recipe that was carried out on the whole model.
 
     Args:
@@ -123,20 +123,20 @@ class Selection:
 
 
 def compared(
-    winner: Trial, trial: Trial, original: Tensor
+    winner: Attempt, attempt: Attempt, original: Tensor
 ) -> tuple[float, tuple[float, float], Difference | None]:
-    """Return the rise of a trial's loss, its interval, and how much less the winner's is.
+    """Return the rise of a attempt's loss, its interval, and how much less the winner's is.
 
     Args:
         winner: The recommended recipe.
-        trial: Any.
+        attempt: Any.
         original: M of the model before compression on the same samples, (samples,).
 
     Raises:
         DataError: If there are fewer than two samples.
     """
-    rise = difference_over_draws((original - trial.performances)[None])
+    rise = difference_over_draws((original - attempt.performances)[None])
     difference = None
-    if trial is not winner:
-        difference = difference_over_draws((winner.performances - trial.performances)[None])
+    if attempt is not winner:
+        difference = difference_over_draws((winner.performances - attempt.performances)[None])
     return rise.mean, (rise.low, rise.high), difference
