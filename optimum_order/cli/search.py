@@ -16,7 +16,7 @@ class SearchCommand(Command):
     """Prints a recipe, the table of what else fits, and the reason; saves the model if asked to."""
 
     name = "search"
-    summary = "find the recipe that loses least in some bytes, or takes fewest at some loss"
+    summary = "find the recipe that loses least in a budget of bytes"
     description = """\
 Find the stages, their intensities, their order and the format for MODEL under a budget. Layers are
 compressed by themselves first; then three recipes at most are carried out on the whole model, the
