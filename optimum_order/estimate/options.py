@@ -204,7 +204,7 @@ def _bytes_of(codec: formats.Codec, sample: LayerState, shape: torch.Size) -> tu
         return shape.numel() * sample.weight.element_size(), True
     with Counter():
         size = codec.size(grown(sample, *shape))
-    if size.exact:
-        return size.bytes, True
+    if size.exact or sample.weight.is_meta:  # a bound, where a transcoded layer has no values
+        return size.bytes, size.exact
     encoded = sum(tensor.nbytes for tensor in codec.encode(sample).values())
     return encoded * shape.numel() / sample.weight.numel(), False

@@ -22,7 +22,6 @@ _SPARSITIES = (0.25, 0.5)
 _WIDTHS = range(2, 9)
 _GROUPS = (32, 64, 128, -1)
 _MIXED_WIDTHS = (2, 3, 4, 6, 8)
-_MIXED_GROUPS = (64, 128)
 _PACKED_RATE = 3.2
 """The rate of integers that 4-bit kernels run: with more, too many are cut off at 7."""
 
@@ -73,8 +72,11 @@ class Menu:
 
     def least(self) -> Candidate | None:
         """Return the recipe of the fewest bytes; None if no format will do for any recipe."""
-        orders = [Order([Stage("gptq", bits=_WIDTHS[0], group_size=group)]) for group in _GROUPS]
-        small = [self._smallest(order) for order in orders]
+        small: list[Candidate | None] = []
+        for width in _WIDTHS:
+            small = [self._smallest(_quantized(width, group)) for group in _GROUPS]
+            if any(small):
+                break
         small += [self._with_rate((), LEAST_RATE, ()), self._packed()]
         return min(filter(None, small), key=lambda candidate: candidate.bits, default=None)
 
@@ -95,7 +97,7 @@ class Menu:
         fixed = [
             self._smallest(_quantized(width, group))
             for width in _WIDTHS
-            for group in dict.fromkeys((self._usual_group(), 32))
+            for group in dict.fromkeys((self._groups()[-1], -1))
         ]
         return [c for c in (*rates, *fixed, self._packed()) if c is not None]
 
@@ -122,6 +124,8 @@ class Menu:
     def _rated(self, bits: float) -> Iterator[Candidate | None]:
         """Yield entropy-coded integers alone, after a pruner, and before one."""
         rate = min(bits * (1 - MARGIN), _MOST_RATE)
+        if rate < LEAST_RATE:
+            return
         yield self._with_rate((), rate, ())
         for pruner in _pruners():
             yield self._with_rate((pruner,), rate, ())
@@ -165,21 +169,24 @@ class Menu:
             yield max(same, key=lambda c: c.bits, default=None)
         if not any(map(_zeros_are_cheap, fitting)):
             return
-        usual = self._usual_group()
+        usual = self._groups()[-1]
         for pruner in _pruners():
             pruned = [self._smallest(Order((pruner, *_quantized(w, usual)))) for w in near]
             kept = [c for c in pruned if c is not None and c.bits <= bits and _zeros_are_cheap(c)]
             yield max(kept, key=lambda c: c.bits, default=None)
 
-    def _usual_group(self) -> int:
-        """Return the largest group that divides the inputs of every layer; -1 if none does."""
-        least = _WIDTHS[0]
-        fitting = (g for g in reversed(_GROUPS[:-1]) if self._smallest(_quantized(least, g)))
-        return next(fitting, -1)
+    def _groups(self) -> list[int]:
+        """Return the two largest groups that divide the inputs of every layer; -1 if none does."""
+        fitting = [
+            group
+            for group in _GROUPS[:-1]
+            if any(self._smallest(_quantized(width, group)) for width in (4, 8, 2))
+        ]
+        return fitting[-2:] or [-1]
 
     def _mixed(self, bits: float) -> Iterator[Candidate | None]:
         """Yield a width for each layer, as an average."""
-        for group in _MIXED_GROUPS:
+        for group in self._groups():
             widths = [w for w in _MIXED_WIDTHS if self._smallest(_quantized(w, group)) is not None]
             if len(widths) < 2 or bits < widths[0]:
                 continue
