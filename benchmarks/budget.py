@@ -29,7 +29,7 @@ from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.models.units import find_units
 from optimum_order.search.menu import Candidate, Menu
 
-BUDGETS = ("2 bits", "2.5 bits", "3 bits", "3.5 bits", "4.25 bits", "5 bits")
+BUDGETS = ("2.25 bits", "2.5 bits", "3 bits", "3.5 bits", "4.25 bits", "5 bits")
 
 
 def main() -> None:

@@ -177,6 +177,7 @@ class CompressedModel:
                 "measure that."
             )
         samples = self._session.evaluation_samples(source)
+        format, engine = self._chosen(format, engine)
         codec, _ = transcode.choose(self._contents(), format, unproven=unproven, engine=engine)
 
         def measure(model: PreTrainedModel) -> Measurement:
@@ -238,7 +239,8 @@ class CompressedModel:
 
         Args:
             path: The folder; made if missing, refused if not empty.
-            format: A format's name, or "auto" for the smallest that holds every layer exactly.
+            format: A format's name, or "auto" for the smallest that holds every layer exactly; of
+                a model made under a budget, for the format that meets the budget.
             overwrite: Whether a folder that is not empty may be replaced.
             unproven: Whether the format may be one that is not proven to load for this
                 architecture.
@@ -319,6 +321,7 @@ class CompressedModel:
         engine: str | None = None,
     ) -> dict[str, Any]:
         contents = self._contents()
+        format, engine = self._chosen(format, engine)
         codec, moving = transcode.choose(contents, format, unproven=unproven, engine=engine)
         if moving:  # steps move into other weights, which those of `model` are not to follow
             with tempfile.TemporaryDirectory() as home:
@@ -335,6 +338,13 @@ class CompressedModel:
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:
             return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
+
+    def _chosen(self, format: str, engine: str | None) -> tuple[str, str | None]:
+        """Return the format and the engine that a search chose, where none is named."""
+        search = self.provenance.search
+        if search is None or format != "auto" or engine is not None:
+            return format, engine
+        return str(search["format"]), search["engine"]
 
     def _contents(self) -> formats.Contents:
         layers = formats.Layers(self._targets, self.layers)

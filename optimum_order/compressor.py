@@ -119,7 +119,7 @@ class JointCompressor(Session):
                 `plan` recommends. The plan is then recorded in the manifest. None for the recipe
                 that `search` finds under `budget` or `max_loss`.
             budget: In place of an order: the most that the result may take, as in `search`. The
-                result is to be saved in the format of the search, `manifest["search"]["format"]`.
+                result is saved in the format of the search unless another is named.
             max_loss: In place of an order: the most that the loss may rise, as in `search`.
             schedule: "stage" walks the whole model once per stage; "block" applies all stages to a
                 block, on one capture of its inputs, before the run moves on.
@@ -489,6 +489,11 @@ class JointCompressor(Session):
         search = Search(Menu(sizes), limit, max_loss, progress=progress)
         with quiet():
             held = self.draw(1)
+            if len(held) < 2:
+                raise DataError(
+                    "Recipes are compared on as many samples as they calibrate on, two at least: "
+                    f"got calibration_samples={self.calibration_samples} (--calibration-samples)."
+                )
             runner = self.runner(progress=False)
             metric = self.metric(runner.model, "auto")
             if metric.name == "accuracy":  # right or wrong says little of a loss

@@ -26,7 +26,15 @@ def run_walk():
     """`run_walk(model, units, batches, pause="group")`: a walk in float32, to be compared with hooks."""
 
     def run(
-        model, units, batches, *, needs=(Gram,), wanted=None, finished=None, dtype=torch.float32, **options
+        model,
+        units,
+        batches,
+        *,
+        needs=(Gram,),
+        wanted=None,
+        finished=None,
+        dtype=torch.float32,
+        **options,
     ):
         return walk(
             model,
