@@ -17,6 +17,8 @@ LEAST_RATE = 1.0
 _MOST_RATE = 8.0
 MARGIN = 0.006
 """The part of what is allowed that is not spent: some layers foretell the bits of all to 0.5 %."""
+RATED = "ecsq"
+"""The method that meets a rate."""
 _PRUNERS = ("wanda", "sparsegpt")
 _SPARSITIES = (0.25, 0.5)
 _WIDTHS = range(2, 9)
@@ -112,7 +114,7 @@ class Menu:
         assert before is not None
         rate = _floor(min(max(rate, LEAST_RATE), _MOST_RATE))
         stages = list(candidate.order)
-        stages[_place(candidate.order)] = Stage("ecsq", rate)
+        stages[_place(candidate.order)] = Stage(RATED, rate)
         bits = candidate.bits + rate - before
         return dataclasses.replace(
             candidate,
@@ -139,7 +141,7 @@ class Menu:
     ) -> Candidate | None:
         """Return a recipe that has a rate; None where formats store integers in fixed widths."""
         rate = _floor(rate)
-        order = canonical(Order((*before, Stage("ecsq", rate), *after)))
+        order = canonical(Order((*before, Stage(RATED, rate), *after)))
         candidate = self._smallest(order)
         if candidate is None or not formats.available()[candidate.format].made_for:
             return None
@@ -150,7 +152,7 @@ class Menu:
 
     def _packed(self) -> Candidate | None:
         """Return integers for kernels of 4 bits, where formats store them in fixed widths."""
-        stage = Stage("ecsq", rate=_PACKED_RATE, max_code=7, columns=self.columns)
+        stage = Stage(RATED, rate=_PACKED_RATE, max_code=7, columns=self.columns)
         candidate = self._smallest(Order([stage]))
         return candidate if candidate is not None and candidate.exact else None
 
@@ -231,7 +233,7 @@ def rate_of(candidate: Candidate) -> float | None:
 
 def _place(order: Order) -> int:
     """Return the place of the stage that has a rate, or -1."""
-    return next((place for place, stage in enumerate(order) if stage.method == "ecsq"), -1)
+    return next((place for place, stage in enumerate(order) if stage.method == RATED), -1)
 
 
 def _pruners() -> list[Stage]:

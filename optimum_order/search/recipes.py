@@ -38,6 +38,7 @@ from optimum_order.search.looks import look
 from optimum_order.search.menu import (
     LEAST_RATE,
     MARGIN,
+    RATED,
     Candidate,
     Menu,
     rate_of,
@@ -219,7 +220,10 @@ class Search:
                 candidate = dataclasses.replace(candidate, bits=bits, bytes=bytes_)
                 rate = rate_of(candidate)
                 if rate is not None and self.max_loss is None:  # all that is allowed is spent
-                    rate += self._limit * (1 - MARGIN) - bits
+                    most = self._limit * (1 - MARGIN)
+                    rate += most - bits
+                    if candidate.order[-1].method == RATED:  # the whole model has that many bits
+                        rate = min(rate, most)
                     candidate = self.menu.at_rate(candidate, rate)
             seen.append(candidate)
         return sorted(seen, key=lambda candidate: candidate.error)
@@ -258,10 +262,19 @@ class Search:
         while queue and len(attempts) < MOST_ATTEMPTS:
             attempt = make(queue.pop(0), len(attempts))
             attempts.append(attempt)
-            if not self._allows(attempt.bytes, attempt.bits):
+            if not self._allows(attempt.bytes, attempt.bits) and self._may_win(attempt, attempts):
                 smaller = self._smaller(attempt)
                 queue = [smaller, *queue] if smaller is not None else queue
         return attempts
+
+    def _may_win(self, attempt: Attempt, attempts: Sequence[Attempt]) -> bool:
+        """Return whether a recipe that is too large is better than all that fit.
+
+        Else another compression is not worth it: with fewer bytes it would be no better.
+        """
+        loss = -float(attempt.performances.mean())
+        fitting = (other for other in attempts if self._allows(other.bytes, other.bits))
+        return all(loss < -float(other.performances.mean()) for other in fitting)
 
     def _smaller(self, attempt: Attempt) -> Candidate | None:
         """Return the recipe of a attempt that is too large with a rate that ought to fit."""

@@ -105,6 +105,18 @@ def test_what_turns_out_too_large_is_made_smaller_within_three_compressions(menu
     assert chosen.cost["compressions"] == 3
 
 
+def test_what_is_too_large_and_worse_is_not_tried_again(menu):
+    search = Search(menu, Budget(3.0, bits=True))
+
+    def make(candidate, number):
+        bits = 3.02 if candidate.order == JOINT.order else 2.9
+        loss = 0.1 if candidate.order == ECSQ.order else 0.2
+        return Attempt(candidate, 3000, bits, ORIGINAL - loss + 0.01 * NOISE)
+
+    attempts = search.run([ECSQ, MIXED, JOINT], ORIGINAL, make)
+    assert [a.candidate for a in attempts] == [ECSQ, JOINT, MIXED]
+
+
 def test_nothing_that_is_too_large_is_returned(menu):
     search = Search(menu, Budget(3.0, bits=True))
     large = [attempt("ecsq:3", 0.1, 3200)]
