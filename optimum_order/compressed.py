@@ -16,18 +16,22 @@ from transformers import PreTrainedModel
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import hub, manifest
+from optimum_order.artifact.convert import convert
 from optimum_order.backends.base import IDLE
 from optimum_order.calibration.stability import unchanged
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
-from optimum_order.evaluation import Measurement
+from optimum_order.evaluation import Measurement, Metric, Samples
+from optimum_order.formats import transcode
 from optimum_order.layers.state import LayerState
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.source import bytes_of
 from optimum_order.models.units import Target
+from optimum_order.search.menu import Candidate
 from optimum_order.search.plan import Plan
+from optimum_order.search.selection import Attempt
 
 if TYPE_CHECKING:
     from optimum_order.session import Session
@@ -44,6 +48,7 @@ class Provenance:
         calibration: The calibration samples, as the manifest describes them; None without data.
         seconds: Wall time, planning included.
         plan: How the order was found, if it was "auto".
+        search: How the recipe was found, if a budget was given in place of an order.
     """
 
     recipe: Recipe
@@ -52,6 +57,7 @@ class Provenance:
     calibration: Mapping[str, Any] | None
     seconds: float
     plan: Plan | None = None
+    search: Mapping[str, Any] | None = None
 
 
 class CompressedModel:
@@ -171,7 +177,8 @@ class CompressedModel:
                 "measure that."
             )
         samples = self._session.evaluation_samples(source)
-        codec = formats.choose(self._contents(), format, unproven=unproven, engine=engine)
+        format, engine = self._chosen(format, engine)
+        codec, _ = transcode.choose(self._contents(), format, unproven=unproven, engine=engine)
 
         def measure(model: PreTrainedModel) -> Measurement:
             chosen = self._session.metric(model, metric)
@@ -191,6 +198,34 @@ class CompressedModel:
         self._measured.append((codec.runs_dense, measurement))
         return measurement
 
+    def attempt(
+        self, candidate: Candidate, metric: Metric, samples: Samples, *, engine: str | None = None
+    ) -> Attempt:
+        """Return what became of a recipe: the bytes that are written, and the loss.
+
+        Args:
+            candidate: The recipe that the model was compressed by.
+            metric: The metric whose mean score is the loss.
+            samples: What the loss is measured on; not what the model was calibrated on.
+            engine: The engine that is to load the folder.
+
+        Raises:
+            FormatError: If the format of the candidate cannot hold the model.
+        """
+        with tempfile.TemporaryDirectory() as home:
+            folder = Path(home) / "model"
+            written = self._save(folder, format=candidate.format, engine=engine)["bytes"]
+        place = self.model.device
+        self.model.to(self._session.device)  # type: ignore[arg-type]
+        with unchanged(self.model, "its forward"):
+            measured = metric.measure(
+                self.model, samples, batch_size=samples.batch_size, progress=False
+            )
+        self.model.to(place)  # type: ignore[arg-type]
+        bytes_ = int(written["after"])
+        bits = float(written["per_weight_bits"])
+        return Attempt(candidate, bytes_, bits, measured.performances, self)
+
     def save_pretrained(
         self,
         path: str | Path,
@@ -204,7 +239,8 @@ class CompressedModel:
 
         Args:
             path: The folder; made if missing, refused if not empty.
-            format: A format's name, or "auto" for the smallest that holds every layer exactly.
+            format: A format's name, or "auto" for the smallest that holds every layer exactly; of
+                a model made under a budget, for the format that meets the budget.
             overwrite: Whether a folder that is not empty may be replaced.
             unproven: Whether the format may be one that is not proven to load for this
                 architecture.
@@ -285,11 +321,30 @@ class CompressedModel:
         engine: str | None = None,
     ) -> dict[str, Any]:
         contents = self._contents()
-        codec = formats.choose(contents, format, unproven=unproven, engine=engine)
+        format, engine = self._chosen(format, engine)
+        codec, moving = transcode.choose(contents, format, unproven=unproven, engine=engine)
+        if moving:  # steps move into other weights, which those of `model` are not to follow
+            with tempfile.TemporaryDirectory() as home:
+                self._save(Path(home) / "model", format=transcode.home(contents.layers))
+                return convert(
+                    Path(home) / "model",
+                    path,
+                    format,
+                    overwrite=overwrite,
+                    unproven=unproven,
+                    engine=engine,
+                )
         facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:
             return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
+
+    def _chosen(self, format: str, engine: str | None) -> tuple[str, str | None]:
+        """Return the format and the engine that a search chose, where none is named."""
+        search = self.provenance.search
+        if search is None or format != "auto" or engine is not None:
+            return format, engine
+        return str(search["format"]), search["engine"]
 
     def _contents(self) -> formats.Contents:
         layers = formats.Layers(self._targets, self.layers)
@@ -323,6 +378,7 @@ class CompressedModel:
         pruned = sum(layer["pruned"] for layer in layers.values())
         total = sum(math.prod(layer["shape"]) for layer in layers.values())
         plan = {} if provenance.plan is None else {"plan": provenance.plan.as_dict()}
+        search = {} if provenance.search is None else {"search": provenance.search}
         tensors = session.source.unloaded
         unloaded = {"tensors": len(tensors), "bytes": bytes_of(tensors)}
         idle = sum(any(IDLE in note for note in layer["notes"]) for layer in layers.values())
@@ -334,6 +390,7 @@ class CompressedModel:
             "schedule": self.schedule,
             "pause": provenance.pause,
             **plan,
+            **search,
             **({"continues": session.source.continues} if session.source.continues else {}),
             "calibration": provenance.calibration,
             "sequence_length": session.sequence_length,

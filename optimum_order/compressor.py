@@ -21,6 +21,7 @@ from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
 from optimum_order.estimate.fit import check_format
+from optimum_order.estimate.options import Demand, Sizes
 from optimum_order.evaluation import Measurement
 from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
@@ -29,7 +30,11 @@ from optimum_order.models.source import Checkpoint, bytes_of
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
+from optimum_order.search.budget import Budget, limits
+from optimum_order.search.menu import Candidate, Menu
 from optimum_order.search.plan import Plan, permutations
+from optimum_order.search.recipes import LOOKED_AT, Carrying, Facts, Search
+from optimum_order.search.selection import Attempt, Selection
 from optimum_order.search.strategies.base import Effort, Scoring
 from optimum_order.session import Session
 from optimum_order.study.run import Study, quiet
@@ -91,9 +96,11 @@ class JointCompressor(Session):
 
     def compress(
         self,
-        order: Stages,
+        order: Stages | None = None,
         schedule: str = "stage",
         *,
+        budget: str | Budget | None = None,
+        max_loss: float | None = None,
         stages: Iterable[Stage | str] | None = None,
         pause: str = "auto",
         work_dir: str | Path | None = None,
@@ -109,7 +116,11 @@ class JointCompressor(Session):
 
         Args:
             order: `"wanda:0.5 > gptq:4"`, or stages; or "auto" for the order of `stages` that
-                `plan` recommends. The plan is then recorded in the manifest.
+                `plan` recommends. The plan is then recorded in the manifest. None for the recipe
+                that `search` finds under `budget` or `max_loss`.
+            budget: In place of an order: the most that the result may take, as in `search`. The
+                result is saved in the format of the search unless another is named.
+            max_loss: In place of an order: the most that the loss may rise, as in `search`.
             schedule: "stage" walks the whole model once per stage; "block" applies all stages to a
                 block, on one capture of its inputs, before the run moves on.
             stages: What to put into an order, with "auto" only.
@@ -143,6 +154,22 @@ class JointCompressor(Session):
                 or it holds another run, and then the message says in what they differ.
         """
         begin = time.perf_counter()
+        if budget is not None or max_loss is not None:
+            if order is not None or stages is not None or schedule != "stage" or low_memory:
+                raise OrderError(
+                    "A budget or a 'max_loss' is given in place of an order: leave out 'order', "
+                    "'stages', 'schedule' and 'low_memory'."
+                )
+            demand = Demand(format, engine)
+            effort = Carrying(pause, None if work_dir is None else Path(work_dir), resume)
+            selection = self._search(budget, max_loss, demand, effort, progress=progress)
+            chosen: CompressedModel = selection.model
+            return chosen
+        if order is None:
+            raise OrderError(
+                "Say what is to be done: an order such as 'wanda:0.5 > gptq:4', a budget such as "
+                "'60MB', or a 'max_loss'."
+            )
         if work_dir is not None:
             workdir.check(Path(work_dir), resume=resume)
         elif resume or low_memory:
@@ -397,6 +424,108 @@ class JointCompressor(Session):
             scoring = Scoring(chosen, samples, finer)
             effort = Effort(self.calibration_samples, draws)
             return planner.plan(runner, stages, scoring, strategy, effort, progress=progress)
+
+    def search(
+        self,
+        budget: str | Budget | None = None,
+        *,
+        max_loss: float | None = None,
+        format: str = "auto",
+        engine: str | None = None,
+        progress: bool = True,
+    ) -> Selection:
+        """Find the recipe of the least loss in some bytes, or of the fewest bytes at some loss.
+
+        At most three recipes are carried out on the whole model, and measured on calibration
+        samples that were held back: the draw after the one that the recipes calibrate on.
+
+        Args:
+            budget: "60MB", the most that the weight files may take, embeddings and all side
+                information included; or "2.5 bits", of a weight of the compressed layers, all side
+                information included.
+            max_loss: The most that the loss may rise over the original's. The loss is
+                log-perplexity for language models, else the distance in nats of `fidelity`. Of the
+                recipes that meet it the one of the fewest bytes is sought, within the budget if
+                there is one.
+            format: The format of the result; "auto" for any, with an engine any that was seen to
+                load there.
+            engine: The engine that is to load the result, as in `save_pretrained`.
+            progress: Whether to show bars on stderr.
+
+        Returns:
+            The recipe, with what else was carried out in these bytes, and the compressed model.
+
+        Raises:
+            OrderError: If the budget cannot be read, is too small or needs no compression, or
+                `max_loss` is not positive. Nothing is computed first.
+            DataError: If there is no calibration data, or too little to hold some back.
+            FormatError: If nothing can be saved as demanded.
+        """
+        demand = Demand(format, engine)
+        return self._search(budget, max_loss, demand, Carrying(), progress=progress)
+
+    def _search(
+        self,
+        budget: str | Budget | None,
+        max_loss: float | None,
+        demand: Demand,
+        carrying: Carrying,
+        *,
+        progress: bool,
+    ) -> Selection:
+        """Carry out `search`."""
+        begin = time.perf_counter()
+        limit, max_loss = limits(budget, max_loss)
+        demand.check()
+        carrying.check()
+        if self.calibration is None:
+            raise DataError(
+                "A search measures recipes on calibration data that is held back: give some "
+                "(calibration=..., --calibration)."
+            )
+        empty = estimate.empty(self.source)
+        units = find_units(empty, self.targets, self.ignore)
+        sizes = Sizes(empty, units, self.source.states, demand)
+        search = Search(Menu(sizes), limit, max_loss, progress=progress)
+        with quiet():
+            held = self.draw(1)
+            if len(held) < 2:
+                raise DataError(
+                    "Recipes are compared on as many samples as they calibrate on, two at least: "
+                    f"got calibration_samples={self.calibration_samples} (--calibration-samples)."
+                )
+            runner = self.runner(progress=False)
+            metric = self.metric(runner.model, "auto")
+            if metric.name == "accuracy":  # right or wrong says little of a loss
+                metric = self.metric(runner.model, "fidelity")
+            runner.check_metric(metric, held)
+            batch_size = held.batch_size
+            original = runner.measure(metric, held, batch_size=batch_size).performances
+            seen = search.survey(runner, runner.batches(0, LOOKED_AT))
+            del runner
+
+        def make(candidate: Candidate, number: int) -> Attempt:
+            compressed = self.compress(
+                candidate.order,
+                pause=carrying.pause,
+                work_dir=carrying.folder(number),
+                resume=carrying.resumes(number),
+                format=candidate.format,
+                engine=demand.engine,
+                progress=progress,
+            )
+            return compressed.attempt(candidate, metric, held, engine=demand.engine)
+
+        attempts = search.run(seen, original, make)
+        facts = Facts(metric.name, held.unit)
+        selection = search.selection(attempts, seen, original, facts)
+        model: CompressedModel = selection.model
+        model.provenance = dataclasses.replace(
+            model.provenance,
+            search=selection.as_dict(),
+            seconds=time.perf_counter() - begin,
+        )
+        return selection
 
     def study(
         self,

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,65 @@ def stages(parser: argparse.ArgumentParser, help: str, *, required: bool = False
         required=required,
         help=f'{help}, separated by commas, such as "wanda:0.5, gptq:4"',
     )
+
+
+def budget(parser: argparse.ArgumentParser, use: str = "") -> None:
+    """Add what limits a search.
+
+    Args:
+        parser: The parser of the command.
+        use: The words that the help begins with.
+    """
+    parser.add_argument(
+        "--budget",
+        metavar="SIZE",
+        help=f"{use}the most that the result may take: bytes of all its weight files, such as "
+        "60MB, or bits for each weight of the compressed layers, such as '2.5 bits', all side "
+        "information included",
+    )
+    parser.add_argument(
+        "--max-loss",
+        metavar="X",
+        type=float,
+        help=f"{use}the most that the loss (log-perplexity for language models) may rise on "
+        "calibration data that is held back, such as 0.03; then the fewest bytes are sought",
+    )
+
+
+def engine(parser: argparse.ArgumentParser) -> None:
+    """Add the engine that is to load the result."""
+    parser.add_argument(
+        "--for",
+        dest="engine",
+        metavar="ENGINE",
+        help="the engine that is to load OUTPUT: transformers, peft or vllm; --format auto "
+        "then takes a format that was seen to load there with these widths and groups, and "
+        "what it was not seen to load is refused before the work",
+    )
+
+
+def reproducing(args: argparse.Namespace, order: str, format: str) -> str:
+    """Return the command that makes the model of a search again, ready for a shell.
+
+    Args:
+        args: The arguments of the search.
+        order: The recipe.
+        format: The format of the result.
+    """
+    parser = argparse.ArgumentParser()
+    for add in (model, calibration, loading, engine):
+        add(parser)
+    defaults = vars(parser.parse_args(["MODEL"]))
+    words = ["optimum-order", "compress", args.model, getattr(args, "output", None) or "OUTPUT"]
+    words += ["--order", order, "--format", format]
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or value == defaults.get(action.dest):
+            continue
+        words.append(action.option_strings[-1])
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
 
 
 def calibration(parser: argparse.ArgumentParser) -> None:

@@ -7,14 +7,18 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.cli.search import show_selection
 from optimum_order.cli.tables import arrows, console, metric_values, outcome_rows
 from optimum_order.errors import FormatError, HubError, ModelError, OrderError, unknown
 from optimum_order.files import size
 from optimum_order.order import Order, Stage, parse_stages
+
+if TYPE_CHECKING:
+    from optimum_order.search.recipes import Carrying
 
 _WITHOUT_ORDER = {
     "model",
@@ -56,6 +60,7 @@ examples:
   optimum-order compress tiny-llama out --order "wanda:0.5 > gptq:4" --evaluate builtin
   optimum-order compress tiny-resnet out --order "gptq:4 > sparsegpt:0.5" --evaluate builtin
   optimum-order compress tiny-llama out --order auto --stages "wanda:0.5, gptq:4"
+  optimum-order compress tiny-llama out --budget "2.5 bits"
   optimum-order compress ./my-model out --order "rtn:8" --format compressed-tensors
   optimum-order compress some/model out --order "sparsegpt(sparsity=0.5, pattern=2:4) > gptq:4" \\
       --calibration my-text.txt --evaluate my-held-out-text.txt
@@ -80,6 +85,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             "order of --stages",
         )
         arguments.stages(parser, "with --order auto: the stages that 'optimum-order plan' orders")
+        arguments.budget(parser, "in place of --order: ")
         parser.add_argument(
             "--format",
             default="auto",
@@ -87,14 +93,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             "exactly, needs nothing but transformers to load and is proven to load for the "
             "architecture; 'optimum-order methods' lists all",
         )
-        parser.add_argument(
-            "--for",
-            dest="engine",
-            metavar="ENGINE",
-            help="the engine that is to load OUTPUT: transformers, peft or vllm; --format auto "
-            "then takes a format that was seen to load there with these widths and groups, and "
-            "what it was not seen to load is refused before the work",
-        )
+        arguments.engine(parser)
         parser.add_argument(
             "--unproven",
             action="store_true",
@@ -161,12 +160,15 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         arguments.quiet_libraries()
         args = self.args
         # errors that need no computation come first
-        order, stages = self._order()
+        searching = self._searches()
+        order, stages = (None, None) if searching else self._order()
         self._check_names()
         overwrite = args.overwrite or (args.resume and self._is_written())
         folder.check_output(self._output, overwrite=overwrite)
         if args.push_to_hub:
             hub.check(args.push_to_hub)
+        if searching:
+            return self._search(overwrite)
         if order is None:
             return self._convert()
         workdir.check(self._work_dir, resume=args.resume)
@@ -218,10 +220,82 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         watch.lap("save")
         return self._finish(manifest, watch)
 
+    def _searches(self) -> bool:
+        """Return whether a budget or a loss is given in place of an order."""
+        from optimum_order.search.budget import limits
+
+        args = self.args
+        if args.budget is None and args.max_loss is None:
+            return False
+        limits(args.budget, args.max_loss)
+        refused = {
+            "order": args.order is not None,
+            "stages": args.stages is not None,
+            "schedule": args.schedule != "stage",
+            "low-memory": args.low_memory,
+            "dry-run": args.dry_run,
+            "unproven": args.unproven,
+        }
+        for option, is_given in refused.items():
+            if is_given:
+                raise OrderError(
+                    "'--budget' and '--max-loss' are given in place of an order, and the recipe is "
+                    f"searched for: leave '--{option}' out, or leave these out and give an order."
+                )
+        return True
+
+    def _search(self, overwrite: bool) -> dict[str, Any]:
+        """Compress by the recipe of a search."""
+        from optimum_order.engine import workdir
+
+        args = self.args
+        self._carrying.check()
+        compressor = arguments.compressor(args)
+        watch = _Stopwatch()
+        if args.evaluate:
+            compressor.evaluate(args.evaluate, args.metric)
+            watch.lap("evaluate_before")
+        self._began = True
+        compressed = compressor.compress(
+            budget=args.budget,
+            max_loss=args.max_loss,
+            pause=args.pause,
+            work_dir=self._work_dir,
+            resume=args.resume,
+            format=args.format,
+            engine=args.engine,
+        )
+        watch.lap("compress")
+        choice = {"format": compressed.manifest["search"]["format"], "engine": args.engine}
+        if args.evaluate:
+            compressed.evaluate(args.evaluate, args.metric, **choice)
+            watch.lap("evaluate_after")
+        format = compressed.save_pretrained(self._output, overwrite=overwrite, **choice)
+        manifest = compressed.manifest | {"format": format}
+        for folder in self._carrying.folders():
+            workdir.remove(folder)
+        watch.lap("save")
+        return self._finish(manifest, watch)
+
+    @property
+    def _carrying(self) -> Carrying:
+        """How the recipes of a search are carried out."""
+        from optimum_order.search.recipes import Carrying
+
+        return Carrying(self.args.pause, self._work_dir, self.args.resume)
+
+    @property
+    def _work_dirs(self) -> list[Path]:
+        """The work dirs that may be there."""
+        if self.args.budget is None and self.args.max_loss is None:
+            return [self._work_dir]
+        return self._carrying.folders()
+
     def advice(self) -> str:
         from optimum_order.engine import workdir
 
-        if not self._began or not workdir.is_ours(self._work_dir):
+        ours = [folder for folder in self._work_dirs if workdir.is_ours(folder)]
+        if not self._began or not ours:
             return ""
         words = getattr(self.args, "argv", None)
         command = ["optimum-cli", *sys.argv[1:]] if words is None else ["optimum-order", *words]
@@ -229,7 +303,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             command.append("--resume")
         if self._refused:
             command += ["--format", "auto"]  # the last of several counts
-        return f"the finished blocks are in '{self._work_dir}'; to resume: {shlex.join(command)}"
+        return f"the finished blocks are in '{ours[-1]}'; to resume: {shlex.join(command)}"
 
     def show(self, result: dict[str, Any]) -> None:
         from rich.table import Table
@@ -239,14 +313,17 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             return
         table = Table(show_header=False)
         table.add_row("order", arrows(result["order"]))
-        if "plan" in result:
-            table.add_row("why", result["plan"]["reason"])
+        for how in ("plan", "search"):
+            if how in result:
+                table.add_row("why", result[how]["reason"])
         for row in outcome_rows(result):
             table.add_row(*row)
         table.add_row("format", result["format"])
         seconds = ", ".join(f"{name} {value:g}" for name, value in result["seconds"].items())
         table.add_row("seconds", seconds)
         screen = console()
+        if "search" in result:
+            show_selection(result["search"])
         screen.print(table)
         screen.print(
             f"Saved to {result['output']}; transformers loads it from there {_needs(result)}.",
@@ -312,7 +389,8 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
 
         if not (self._output / manifest.FILE).is_file():
             return False
-        return workdir.led_to(self._work_dir, manifest.load(self._output))
+        saved = manifest.load(self._output)
+        return any(workdir.led_to(folder, saved) for folder in self._work_dirs)
 
     def _convert(self) -> dict[str, Any]:
         from optimum_order.artifact import hub, manifest
@@ -360,7 +438,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
             "sparsity": manifest["sparsity"],
             "metrics": metric_values(manifest["metrics"]),
         }
-        fields = ("plan", "coverage", "unloaded")
+        fields = ("plan", "search", "coverage", "unloaded")
         result |= {field: manifest[field] for field in fields if field in manifest}
         if self.args.push_to_hub:
             result["url"] = self._push()

@@ -470,5 +470,5 @@ def guessed(
             sum(target.view.numel() for target in group),
         )
         for stage in allocator.candidates():
-            bits = laboratory.trial((stage,), group[0].view.shape[1]).state.bits
+            bits = laboratory.state((stage,), group[0].view.shape[1]).bits
             yield Measured(names, weights, stage, bits, weights * 4.0**-bits)

@@ -29,6 +29,7 @@ from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import grown
 from optimum_order.estimate.trace import Counter, UnitCost
+from optimum_order.formats.transcode import choose
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Drift, Gram, SquaredNorms
 from optimum_order.models.units import Target, Unit
@@ -71,7 +72,7 @@ def check_format(
     """
     if engine is None and format in ("auto", "dense"):
         return format
-    prediction = _Prediction(units, any_choice=engine is not None)
+    prediction = Prediction(units, any_choice=engine is not None)
     for step in recipe.steps:
         step.run(prediction)
     if not prediction.is_sure:
@@ -79,24 +80,44 @@ def check_format(
     states = prediction.states(start)
     contents = formats.Contents(model, formats.Layers(prediction.targets, states))
     with Counter():  # answers what formats ask of numbers that are not there
-        codec = formats.choose(contents, format, unproven=unproven, engine=engine)
+        codec, _ = choose(contents, format, unproven=unproven, engine=engine)
     return format if engine is None else codec.name
 
 
-class _Prediction:
+def small_laboratory(units: Sequence[Unit]) -> Laboratory:
+    """Return what tries methods on layers of few rows; their kind is asked for, not their speed.
+
+    Args:
+        units: The model's blocks.
+    """
+    targets = [target for unit in units for target in unit.targets]
+    nothing = Rates(**{field.name: 1.0 for field in dataclasses.fields(Rates)})
+    laboratory = Laboratory(targets, torch.device("cpu"), nothing)
+    laboratory.rows = min(laboratory.rows, _ROWS)
+    return laboratory
+
+
+class Prediction:
     """Notes what each layer gets in place of running it: an `Engine` of `backends.base`.
 
     Args:
         units: The model's blocks.
         any_choice: Whether each candidate of an allocator is given to some layers, in place of the
             likely ones: an engine must load whatever it chooses.
+        laboratory: Tries methods, from `small_laboratory`; several predictions may share one.
 
     Attributes:
         targets: Every layer by name.
         is_sure: Whether the layers at the end can be predicted.
     """
 
-    def __init__(self, units: Sequence[Unit], *, any_choice: bool = False):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        *,
+        any_choice: bool = False,
+        laboratory: Laboratory | None = None,
+    ):
         self.targets = {target.name: target for unit in units for target in unit.targets}
         self.is_sure = True
         self._units = units
@@ -106,9 +127,7 @@ class _Prediction:
         self._candidates: list[Backend] = []
         """What they may get."""
         self._stages: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
-        nothing = Rates(**{field.name: 1.0 for field in dataclasses.fields(Rates)})
-        self._laboratory = Laboratory(list(self.targets.values()), torch.device("cpu"), nothing)
-        self._laboratory.rows = min(self._laboratory.rows, _ROWS)
+        self._laboratory = laboratory or small_laboratory(units)
 
     def apply(self, backends: Sequence[Backend]) -> None:
         """Note backends for every layer that they cover."""
@@ -167,15 +186,26 @@ class _Prediction:
         Args:
             start: Layers that are compressed already.
         """
+        samples = self.samples(start)
+        return {
+            name: grown(samples[name], *target.view.shape) for name, target in self.targets.items()
+        }
+
+    def samples(self, start: Mapping[str, LayerState]) -> dict[str, LayerState]:
+        """Return small layers that were treated like those at the end.
+
+        Args:
+            start: Layers that are compressed already.
+        """
         samples: dict[object, LayerState] = {}
-        states = {}
+        by_name = {}
         for name, target in self.targets.items():
             first = start.get(name)
             key = (*self._kind(first), self._stages[name], target.view.shape)
             if key not in samples:
                 samples[key] = self._sample(target, self._stages[name], first)
-            states[name] = grown(samples[key], *target.view.shape)
-        return states
+            by_name[name] = samples[key]
+        return by_name
 
     @staticmethod
     def _kind(state: LayerState | None) -> tuple[object, ...]:

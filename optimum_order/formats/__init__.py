@@ -39,6 +39,7 @@ __all__ = [
     "choose",
     "container",
     "containers",
+    "fitting",
     "outline",
 ]
 
@@ -123,6 +124,26 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
         doubt = None if refusal else why_unproven(contents.model, codec, layers)
         fits[name] = _Fit(refusal, sizes[name], doubt, made_for.get(name))
     return fits
+
+
+def fitting(contents: Contents, engine: str | None = None) -> list[Codec]:
+    """Return every codec that holds a model exactly and is proven to load for its architecture.
+
+    Args:
+        contents: The model and its layers, or outlines of them.
+        engine: The engine that is to load the folder, if any: then codecs that the engine was seen
+            to load with such layers.
+
+    Raises:
+        FormatError: If the engine is unknown.
+    """
+    codecs = {key: codec() for key, codec in available().items()}
+    if engine is None:
+        fits = _fits(codecs.values(), contents)
+        reasons = {key: fit.refusal or fit.doubt for key, fit in fits.items()}
+    else:
+        reasons = _reasons(engines.engine(engine), contents)
+    return [codecs[key] for key, reason in reasons.items() if reason is None]
 
 
 def choose(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order import formats
 from optimum_order.calibration.folding import Fold, find_folds
 from optimum_order.errors import FormatError
-from optimum_order.formats.base import Layers
+from optimum_order.formats.base import Codec, Contents, Layers
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
@@ -29,6 +30,57 @@ _WIDTHS = (4, 8)
 def needs_transcoding(layers: Layers) -> bool:
     """Return whether a layer has steps of its own for its columns."""
     return any(isinstance(state.grid, DualScaleGrid) for state in layers.states.values())
+
+
+def home(layers: Layers) -> str:
+    """Return the name of the format that is made for the grids of layers that need transcoding."""
+    return next(
+        name
+        for name, codec in formats.available().items()
+        if any(isinstance(state.grid, codec.made_for) for state in layers.states.values())
+    )
+
+
+def foreseen(contents: Contents) -> Contents:
+    """Return what `transcode` would leave, without values; whether steps can move is not asked.
+
+    Args:
+        contents: A model, and its layers or outlines of them.
+    """
+    states = {}
+    for name, _, state in contents.layers:
+        outlined = formats.outline(state)
+        grid = outlined.grid
+        if isinstance(grid, DualScaleGrid):
+            width = next(bits for bits in _WIDTHS if bits >= grid.bits)
+            outlined = dataclasses.replace(
+                outlined, grid=dataclasses.replace(grid.folded(), bits=width)
+            )
+        states[name] = outlined
+    return dataclasses.replace(contents, layers=Layers(contents.layers.targets, states))
+
+
+def choose(
+    contents: Contents, name: str, *, unproven: bool = False, engine: str | None = None
+) -> tuple[Codec, bool]:
+    """Return the codec to save a model with, and whether its layers have to be transcoded first.
+
+    Args:
+        contents: The model and its layers, or outlines of them.
+        name: As `formats.choose` takes it.
+        unproven: As `formats.choose` takes it.
+        engine: As `formats.choose` takes it.
+
+    Raises:
+        FormatError: If no format that is allowed holds the layers, as they are or transcoded.
+    """
+    try:
+        return formats.choose(contents, name, unproven=unproven, engine=engine), False
+    except FormatError:
+        if not needs_transcoding(contents.layers):
+            raise
+    codec = formats.choose(foreseen(contents), name, unproven=unproven, engine=engine)
+    return codec, True
 
 
 def transcode(model: PreTrainedModel, layers: Layers) -> Layers:

@@ -11,6 +11,7 @@ from optimum_order import JointCompressor, formats
 from optimum_order.artifact import manifest
 from optimum_order.artifact.convert import convert
 from optimum_order.errors import FormatError
+from optimum_order.formats.transcode import foreseen, home
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 
@@ -95,3 +96,34 @@ def test_steps_that_have_no_place_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(FormatError, match=r"o_proj.*columns=false"):
         convert(source, tmp_path / "packed", "compressed-tensors")
     assert not (tmp_path / "packed").exists()
+
+
+def test_one_step_writes_what_two_steps_write(folders, tmp_path):
+    """Saved for an engine at once, with the model in memory left as it was."""
+    order = manifest.load(folders[0])["order"]
+    ids = torch.randint(64, (16, 32), generator=torch.Generator().manual_seed(0))
+    compressor = JointCompressor(model(), calibration=ids, sequence_length=32)
+    assert compressor.check_format(order, "auto", engine="transformers") == "compressed-tensors"
+    compressed = compressor.compress(
+        order, format="compressed-tensors", engine="transformers", progress=False
+    )
+    before = {name: tensor.clone() for name, tensor in compressed.model.state_dict().items()}
+    written = compressed.save_pretrained(tmp_path / "once", engine="transformers")
+    assert written == "compressed-tensors"
+    once, twice = states_in(tmp_path / "once"), states_in(folders[1])
+    for name, state in once.items():
+        assert torch.equal(state.weight, twice[name].weight), name
+    assert all(torch.equal(before[n], t) for n, t in compressed.model.state_dict().items())
+    assert compressed.save_pretrained(tmp_path / "coded") == "coded"
+
+
+def test_what_is_foreseen_is_what_comes(folders):
+    """Without values: the narrowest width for each layer, one scale for each row."""
+    states = states_in(folders[0])
+    layers = formats.Layers(dict.fromkeys(states), states)
+    contents = formats.Contents(model(), layers)
+    for name, state in foreseen(contents).layers.states.items():
+        grid = states_in(folders[1])[name].grid
+        assert state.weight.is_meta
+        assert (state.grid.bits, state.grid.group_size) == (grid.bits, grid.group_size)
+    assert home(layers) == "coded"

@@ -1,0 +1,153 @@
+"""A budget in, a recipe out: the search against the best fixed-width method in the same bytes.
+
+    python benchmarks/budget.py tiny-llama builtin builtin --samples 16
+    python benchmarks/budget.py tiny-llama builtin builtin --samples 16 --for transformers
+
+For each budget the search gives a recipe. The comparators are single methods of fixed widths, made
+in no more than the bytes that the search's result takes: the widest `gptq`, and a
+`mixed_precision` of that size. Of these the one of the lower loss counts, and all models are
+measured on the same windows of the evaluation text. The interval of the difference is over
+windows, pair by pair. `--output FILE` keeps the rows, and a second run goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_order import JointCompressor, estimate
+from optimum_order.artifact import manifest
+from optimum_order.estimate.options import Demand, Sizes
+from optimum_order.evaluation.comparison import difference_over_draws
+from optimum_order.models.units import find_units
+from optimum_order.search.menu import Candidate, Menu
+
+BUDGETS = ("2.25 bits", "2.5 bits", "3 bits", "3.5 bits", "4.25 bits", "5 bits")
+
+
+def main() -> None:
+    """Fill the table, a budget at a time."""
+    args = _arguments()
+    file = Path(args.output) if args.output else None
+    rows: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
+    compressor = JointCompressor.from_pretrained(
+        args.model,
+        calibration=args.calibration,
+        calibration_samples=args.samples,
+        sequence_length=args.length,
+    )
+    text: Any = args.evaluation
+    if args.characters:
+        text = [Path(args.evaluation).read_text(encoding="utf-8")[: args.characters]]
+    original = compressor.evaluate(text, progress=False).performances
+    for budget in args.budgets or BUDGETS:
+        if budget not in rows:
+            rows[budget] = _row(compressor, budget, text, args.engine, original)
+            if file:
+                file.write_text(json.dumps(rows, indent=1) + "\n")
+        _show(budget, rows[budget])
+
+
+def _row(
+    compressor: JointCompressor, budget: str, text: Any, engine: str | None, original: Tensor
+) -> dict[str, Any]:
+    """Return the search's result, and the best comparator in the same bytes."""
+    begin = time.perf_counter()
+    selection = compressor.search(budget, engine=engine, progress=False)
+    seconds = time.perf_counter() - begin
+    ours = _measured(selection.model, text)
+    bits = selection.rows[0].bits
+    others = {}
+    for candidate in _comparators(compressor, bits, engine):
+        compressed = compressor.compress(candidate.order, progress=False)
+        others[str(candidate.order)] = (
+            _measured(compressed, text),
+            _bits(compressed, candidate.format, engine),
+        )
+    row = {
+        "ours": str(selection.order),
+        "format": selection.format,
+        "bytes": selection.rows[0].bytes,
+        "bits": bits,
+        "loss": _mean(original - ours),
+        "seconds": seconds,
+        "selection": selection.as_dict(),
+    }
+    if others:
+        best = max(others, key=lambda order: _mean(others[order][0]))
+        gap = difference_over_draws((ours - others[best][0])[None])
+        row |= {
+            "best": best,
+            "best_bits": others[best][1],
+            "best_loss": _mean(original - others[best][0]),
+            "gain": gap.mean,
+            "low": gap.low,
+            "high": gap.high,
+        }
+    return row
+
+
+def _comparators(compressor: JointCompressor, bits: float, engine: str | None) -> list[Candidate]:
+    """Return the widest `gptq` and the largest `mixed_precision` that are no larger."""
+    empty = estimate.empty(compressor.source)
+    format = "auto" if engine else "compressed-tensors"
+    sizes = Sizes(empty, find_units(empty), {}, Demand(format, engine))
+    fitting = [c for c in Menu(sizes).within(bits) if c.is_single]
+    chosen = []
+    for name in ("gptq", "mixed_precision"):
+        same = [candidate for candidate in fitting if candidate.method == name]
+        if same:
+            chosen.append(max(same, key=lambda candidate: candidate.bits))
+    return chosen
+
+
+def _measured(compressed: Any, text: Any) -> Tensor:
+    performances: Tensor = compressed.evaluate(text, format="dense", progress=False).performances
+    return performances
+
+
+def _bits(compressed: Any, format: str, engine: str | None) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        compressed.save_pretrained(Path(folder) / "out", format, engine=engine)
+        return float(manifest.load(Path(folder) / "out")["bytes"]["per_weight_bits"])
+
+
+def _mean(values: Tensor) -> float:
+    return float(torch.as_tensor(values).mean())
+
+
+def _show(budget: str, row: dict[str, Any]) -> None:
+    ours = f"{row['ours']} ({row['format']}, {row['bits']:.3f} bits, +{row['loss']:.4f})"
+    if "best" not in row:
+        print(f"{budget:9} {ours}; no fixed-width method is as small", flush=True)
+        return
+    best = f"{row['best']} ({row['best_bits']:.3f} bits, +{row['best_loss']:.4f})"
+    gain = f"{row['gain']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
+    print(f"{budget:9} {ours} | {best} | {gain}, {row['seconds']:.0f} s", flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("evaluation")
+    parser.add_argument("--for", dest="engine")
+    parser.add_argument("--characters", type=int, help="of the evaluation file, from its beginning")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--budgets", nargs="*")
+    parser.add_argument("--output")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""`optimum-order search`: the best recipe in some bytes, and what else fits in them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from optimum_order.cli import arguments
+from optimum_order.cli.base import Command
+from optimum_order.cli.tables import arrows, console
+from optimum_order.files import size
+
+
+class SearchCommand(Command):
+    """Prints a recipe, the table of what else fits, and the reason; saves the model if asked to."""
+
+    name = "search"
+    summary = "find the recipe that loses least in a budget of bytes"
+    description = """\
+Find the stages, their intensities, their order and the format for MODEL under a budget. Layers are
+compressed by themselves first; then three recipes at most are carried out on the whole model, the
+best single method among them, and compared on calibration data that was held back.
+"""
+    epilog = """\
+budgets:
+  60MB        all weight files of the result, embeddings and side information included
+  '2.5 bits'  for each weight of the compressed layers, side information included
+
+examples:
+  optimum-order search tiny-llama --budget "2.5 bits"
+  optimum-order search tiny-llama out --budget 3MB --json
+  optimum-order search tiny-llama --max-loss 0.03
+  optimum-order search ./my-model out --budget 80MB --for vllm --calibration my-text.txt
+"""
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        arguments.model(parser)
+        parser.add_argument(
+            "output",
+            metavar="OUTPUT",
+            nargs="?",
+            help="the folder to save the recommended model to; without it nothing is saved",
+        )
+        arguments.budget(parser)
+        arguments.engine(parser)
+        parser.add_argument(
+            "--format",
+            default="auto",
+            help="how to store it; auto (default) takes the format of the fewest bytes, also one "
+            "that needs optimum-order to load unless --for names an engine",
+        )
+        arguments.calibration(parser)
+        arguments.loading(parser)
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace OUTPUT if it is not empty"
+        )
+
+    def work(self) -> dict[str, Any]:
+        from optimum_order.artifact import folder
+        from optimum_order.search.budget import limits
+
+        arguments.quiet_libraries()
+        args = self.args
+        # errors that need no computation come first
+        limits(args.budget, args.max_loss)
+        if args.output is not None:
+            folder.check_output(Path(args.output), overwrite=args.overwrite)
+        selection = arguments.compressor(args).search(
+            args.budget, max_loss=args.max_loss, format=args.format, engine=args.engine
+        )
+        result = selection.as_dict()
+        if args.output is not None:
+            selection.model.save_pretrained(
+                args.output, selection.format, overwrite=args.overwrite, engine=args.engine
+            )
+            result["output"] = args.output
+        command = arguments.reproducing(args, str(selection.order), selection.format)
+        return result | {"command": command}
+
+    def show(self, result: dict[str, Any]) -> None:
+        screen = console()
+        show_selection(result)
+        screen.print(f"Again: {result['command']}", soft_wrap=True)
+        if "output" in result:
+            screen.print(f"Saved to {result['output']}.", soft_wrap=True)
+
+
+def show_selection(result: dict[str, Any]) -> None:
+    """Print the table of a search, the reason and the cost.
+
+    Args:
+        result: `Selection.as_dict()`.
+    """
+    from rich.table import Table
+
+    table = Table(title="what else fits in these bytes" if result["budget"] else None)
+    table.add_column("recipe, the recommended first", overflow="fold")
+    table.add_column("format")
+    for column in ("bytes", "bits", "loss above the original", "more than the first"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        about = "" if row["made"] else "about "
+        loss = "not measured"
+        if row["loss"] is not None:
+            low, high = row["interval"]
+            loss = f"{row['loss']:+.4f} ({low:+.4f} to {high:+.4f})"
+        more = ""
+        if gap := row["difference"]:
+            more = f"{gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f})"
+        if not row["fits"]:
+            more = "too large"
+        table.add_row(
+            arrows(row["order"]),
+            row["format"],
+            about + size(row["bytes"]),
+            f"{row['bits']:.3f}",
+            loss,
+            more,
+        )
+    screen = console()
+    screen.print(table)
+    cost = result["cost"]
+    screen.print(f"Reason: {result['reason']}", soft_wrap=True)
+    screen.print(
+        f"It took {cost['compressions']} compressions of the model and {cost['single_layers']} of "
+        f"single layers, {cost['seconds']:.1f} seconds.",
+        soft_wrap=True,
+    )
