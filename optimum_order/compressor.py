@@ -15,7 +15,7 @@ from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.engine import workdir
-from optimum_order.engine.recipe import Recipe, canonical
+from optimum_order.engine.recipe import Recipe, canonical, with_options
 from optimum_order.engine.run import Result, Subject, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
@@ -23,6 +23,7 @@ from optimum_order.errors import DataError, FormatError, ModelError, OrderError,
 from optimum_order.estimate.fit import check_format
 from optimum_order.estimate.options import Demand, Sizes
 from optimum_order.evaluation import Measurement
+from optimum_order.formats import stage_options
 from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.rehearsal import outline
@@ -180,6 +181,7 @@ class JointCompressor(Session):
                 "A model that is in memory already cannot be compressed with 'low_memory': "
                 "give its folder."
             )
+        order, stages = _made_for(order, stages, format, engine)
         plan = self._plan_for(order, stages, work_dir if resume else None, progress=progress)
         # The cheapest errors first, before any weight is read.
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
@@ -188,7 +190,9 @@ class JointCompressor(Session):
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
         states = self.source.states
-        check_format(model, units, recipe, states, format, unproven=unproven, engine=engine)
+        choice: dict[str, Any] = {"unproven": unproven, "engine": engine}
+        beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
+        check_format(model, units, recipe, states, format, beside=beside, **choice)
         samples = self.draw() if recipe.needs_data else None
         if samples and samples.note:
             logger.warning(samples.note)
@@ -266,10 +270,13 @@ class JointCompressor(Session):
         """
         if engine is None and format in ("auto", "dense"):
             return format
+        order, stages = _made_for(order, stages, format, engine)
         orders = [Order.of(order)] if stages is None else permutations(stages)
         model = estimate.empty(self.source)
         units = find_units(model, self.targets, self.ignore)
         states = self.source.states
+        beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
+        choice: dict[str, Any] = {"unproven": unproven, "engine": engine}
         chosen: list[str] = []
         refusals = []
         for candidate in orders:
@@ -277,9 +284,7 @@ class JointCompressor(Session):
             recipe.check(units, calibrated=self.calibration is not None)
             try:
                 chosen.append(
-                    check_format(
-                        model, units, recipe, states, format, unproven=unproven, engine=engine
-                    )
+                    check_format(model, units, recipe, states, format, beside=beside, **choice)
                 )
             except FormatError as error:
                 refusals.append(error)
@@ -332,7 +337,7 @@ class JointCompressor(Session):
             OrderError, DataError, ModelError: As in `compress`.
             FormatError: If the format could not hold the result.
         """
-        recipe = Recipe.of(Order.of(order), schedule)
+        recipe = Recipe.of(with_options(Order.of(order), stage_options(format)), schedule)
         model = estimate.empty(self.source)
         units = find_units(model, self.targets, self.ignore)
         recipe.check(units, calibrated=self.calibration is not None)
@@ -605,3 +610,22 @@ class JointCompressor(Session):
             prefix_bytes = int(prefix_limit * 10**9)
             study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(study.trials, folder)
+
+
+def _made_for(
+    order: Stages, stages: Iterable[Stage | str] | None, format: str, engine: str | None
+) -> tuple[Stages, Iterable[Stage | str] | None]:
+    """Return an order and stages with the options that a format asks for.
+
+    Args:
+        order: As in `compress`.
+        stages: As in `compress`.
+        format: What the result is to be saved as.
+        engine: The engine that is to load the result.
+    """
+    options = stage_options(format, engine)
+    if not options:
+        return order, stages
+    if stages is None:
+        return with_options(Order.of(order), options), None
+    return order, [*with_options(Order(stages), options)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_order import formats
 from optimum_order.errors import ArtifactError
@@ -18,7 +18,7 @@ from optimum_order.files import read_json
 from optimum_order.formats import Container, Layers, Layout
 from optimum_order.models import hf
 from optimum_order.models.quantizer import encoding
-from optimum_order.models.source import auto_class
+from optimum_order.models.source import read_config, skeleton
 from optimum_order.models.units import find_targets
 
 
@@ -80,37 +80,6 @@ def load(folder: Path, facts: Mapping[str, Any] | None) -> Loaded:
         pruned = {name: entry["pruned"] for name, entry in facts["layers"].items()}
         layers = Layers(layers.targets, _with_masks(layers.states, pruned))
     return Loaded(model, layers, unloaded)
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Return the config of a saved model, without what it says of quantization.
-
-    Raises:
-        ArtifactError: If the config cannot be used, or needs code of its own.
-    """
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ArtifactError(
-            f"'{folder}' has a config.json that cannot be used: {reason}"
-        ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model without weights, on the meta device, in evaluation mode.
-
-    Args:
-        config: Its config.
-    """
-    auto: Any = auto_class(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
-    model.eval()
-    return model
 
 
 def format_of(folder: Path) -> str:

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order.artifact import hub, manifest
-from optimum_order.artifact.loading import Loaded, format_of, load, read_config, skeleton
+from optimum_order.artifact.loading import Loaded, format_of, load
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, ModelError
 from optimum_order.files import is_folder, read_json
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
 from optimum_order.models.adapter import Merged
-from optimum_order.models.source import Checkpoint
+from optimum_order.models.source import Checkpoint, read_config, skeleton
 
 _CHAIN = ("order", "stages", "schedule", "base_model", "calibration", "versions", "digest")
 """What a manifest says of each earlier run."""

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from optimum_order.backends.base import Allocator, Measured, option
-from optimum_order.backends.uniform import group_size_option
+from optimum_order.backends.uniform import group_size_option, scales_option
 from optimum_order.errors import OrderError
 from optimum_order.order import Stage
 
@@ -50,6 +50,7 @@ class MixedPrecisionOptions:
         allowed="gptq or rtn",
     )
     group_size: int | str = group_size_option()
+    scales: str = scales_option()
     fuse: bool = option(
         True,
         "one width for layers that read the same input, such as q, k and v, and for all experts",
@@ -87,7 +88,12 @@ class MixedPrecision(Allocator):
     def candidates(self) -> list[Stage]:
         options = self.options
         return [
-            Stage(options.quantizer, bits=width, group_size=options.group_size)
+            Stage(
+                options.quantizer,
+                bits=width,
+                group_size=options.group_size,
+                scales=options.scales,
+            )
             for width in options.widths
         ]
 

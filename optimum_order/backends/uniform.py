@@ -20,6 +20,17 @@ def group_size_option() -> Any:
     )
 
 
+def scales_option() -> Any:
+    """Return the field for the scales, the same in every method that has one."""
+    return option(
+        "auto",
+        "auto takes scales of the model's data type, float16 those that float16 holds as well, "
+        "with their products by zero points; so does --format gguf",
+        check=lambda v: v in ("auto", "float16"),
+        allowed="auto or float16",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class UniformOptions:
     """The grid that a quantizer rounds to."""
@@ -38,6 +49,7 @@ class UniformOptions:
         check=lambda v: v in ("mse", "none"),
         allowed="mse or none",
     )
+    scales: str = scales_option()
 
     def group_for(self, inputs: int) -> int:
         """Return the group size for a layer with this many inputs; -1 is the whole row."""
@@ -71,4 +83,5 @@ class UniformQuantizer(Backend):
             group_size=options.group_for(state.weight.shape[1]),
             symmetric=options.symmetric,
             clip=options.clip,
+            short_scales=options.scales == "float16",
         )

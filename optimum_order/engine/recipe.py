@@ -12,7 +12,7 @@ from optimum_order import backends
 from optimum_order.backends.base import Engine, Method, needs_of
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.models.units import Unit
-from optimum_order.order import Order, Stage
+from optimum_order.order import Order, Stage, Value
 from optimum_order.registry import discover
 
 SCHEDULES = ("stage", "block")
@@ -42,6 +42,25 @@ def canonical(order: Order) -> Order:
         OrderError: If a stage cannot be run.
     """
     return Recipe.of(order).order
+
+
+def with_options(order: Order, options: Mapping[str, Value]) -> Order:
+    """Return the canonical order with options where stages have them and leave them at a default.
+
+    Args:
+        order: The stages.
+        options: Options by name; a stage whose method has no such option stays as it is.
+
+    Raises:
+        OrderError: If a stage cannot be run.
+    """
+    stages = []
+    for stage in canonical(order):
+        names = [field.name for field in dataclasses.fields(available()[stage.method].Options)]
+        named = dict(stage.options) if stage.value is None else {names[0]: stage.value}
+        added = {key: value for key, value in options.items() if key in names and key not in named}
+        stages.append(Stage(stage.method, **named, **added) if added else stage)
+    return Order(stages)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ def check_format(
     *,
     unproven: bool = False,
     engine: str | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> str:
     """Refuse a format that cannot hold the result of a recipe, or is not proven to load.
 
@@ -61,6 +63,7 @@ def check_format(
         format: The name of a format; "auto" always holds.
         unproven: Whether the format may be one that is not proven to load for this architecture.
         engine: The engine that is to load the result.
+        beside: What goes with the layers, as fields of `formats.Contents`.
 
     Returns:
         The name of the format; for an engine that of the one that "auto" will take, if the layers
@@ -78,7 +81,8 @@ def check_format(
     if not prediction.is_sure:
         return format
     states = prediction.states(start)
-    contents = formats.Contents(model, formats.Layers(prediction.targets, states))
+    layers = formats.Layers(prediction.targets, states)
+    contents = formats.Contents(model, layers, **(beside or {}))
     with Counter():  # answers what formats ask of numbers that are not there
         codec, _ = choose(contents, format, unproven=unproven, engine=engine)
     return format if engine is None else codec.name

@@ -7,7 +7,7 @@ A codec, in the group `optimum_order.formats`, holds one layer; its container, i
 import functools
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from optimum_order.errors import ArtifactError, FormatError, unknown
@@ -24,6 +24,7 @@ from optimum_order.formats.base import (
 from optimum_order.formats.layout import Layout, Piece
 from optimum_order.formats.proven import why_unproven
 from optimum_order.layers.state import LayerState
+from optimum_order.order import Value
 from optimum_order.registry import discover
 
 __all__ = [
@@ -40,7 +41,9 @@ __all__ = [
     "container",
     "containers",
     "fitting",
+    "intended",
     "outline",
+    "stage_options",
 ]
 
 logger = logging.getLogger(__name__)
@@ -75,6 +78,26 @@ def container(format: str) -> Container:
             f"Format '{format}' needs the container '{codec.container}', which is not installed."
         )
     return containers()[codec.container]()
+
+
+def intended(format: str, engine: str | None = None) -> type[Codec] | None:
+    """Return the codec that a model is compressed for, or None if its layers decide.
+
+    Args:
+        format: The name of a format, or "auto".
+        engine: The engine that is to load the model.
+    """
+    if format != "auto" or engine is None:
+        return available().get(format)
+    engine_ = engines.engine(engine)
+    loaded = {case.format for case in engine_.verdicts if engine_.loads(case)}
+    return available().get(loaded.pop()) if len(loaded) == 1 else None
+
+
+def stage_options(format: str, engine: str | None = None) -> Mapping[str, Value]:
+    """Return the options with which stages make what a format holds, as `Codec.options`."""
+    codec = intended(format, engine)
+    return {} if codec is None else codec.options
 
 
 @dataclass(frozen=True)
@@ -120,7 +143,7 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
             sizes[name] += codec.size(state).bytes
     for name, codec in open_.items():
         layers = Layers(contents.layers.targets, encoded[name])
-        refusal = codec.why_not_model(contents.layout, layers)
+        refusal = codec.why_not_model(contents.layout, layers) or codec.why_not_contents(contents)
         doubt = None if refusal else why_unproven(contents.model, codec, layers)
         fits[name] = _Fit(refusal, sizes[name], doubt, made_for.get(name))
     return fits

@@ -19,6 +19,7 @@ from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.tree import map_tensors
 from optimum_order.models.units import Target
+from optimum_order.order import Value
 
 _Grid = TypeVar("_Grid", bound=Grid)
 
@@ -123,6 +124,13 @@ class Codec(ABC):
     """Packages that loading needs besides torch and transformers."""
     import_first: ClassVar[str | None] = None
     """Module to import before transformers can load it."""
+    gguf_file: ClassVar[str | None] = None
+    """The `gguf_file` to give to `from_pretrained`, if it needs one."""
+    options: ClassVar[Mapping[str, Value]] = {}
+    """Options that stages get which have them and do not name them, when a model is compressed for
+    this format: then it holds what they make."""
+    widths: ClassVar[tuple[int, ...]] = (4, 8)
+    """Widths that its kernels run, of symmetric grids of whole rows."""
 
     # One layer
 
@@ -197,6 +205,17 @@ class Codec(ABC):
         Args:
             layout: Layout of the model.
             layers: The layers that this codec encodes, as outlines.
+
+        Returns:
+            A sentence.
+        """
+        return None
+
+    def why_not_contents(self, contents: Contents) -> str | None:
+        """Return why what goes with the layers cannot be stored, or None if it can.
+
+        Args:
+            contents: The model, its layers as outlines, its tokenizer and other tensors.
 
         Returns:
             A sentence.
@@ -321,6 +340,22 @@ class Container(ABC):
         Raises:
             ArtifactError: If the file cannot be read.
         """
+
+    def weight_bytes(
+        self, contents: Contents, codec: Codec, header: Mapping[str, str]
+    ) -> int | None:
+        """Return the bytes of the weight files that `write` would write.
+
+        Args:
+            contents: The model and its layers, without values.
+            codec: The codec.
+            header: As in `write`.
+
+        Returns:
+            The bytes; None if it writes what the codec encodes to safetensors files, whose size
+            everybody knows.
+        """
+        return None
 
     def files(self, folder: Path) -> list[Path]:
         """Return the weight files of a folder, in order of their names."""

@@ -19,7 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, chainable, redacted
 from optimum_order.files import digest, is_folder, special, weight_bytes
@@ -78,6 +78,37 @@ def refuse_quantized(config: Any, name: str) -> None:
             f"'{name}' is already quantized ({values.get('quant_method', 'unknown method')}). "
             "Compression starts from dense weights: give the model that it was made from."
         )
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Return the config of a saved model, without what it says of quantization.
+
+    Raises:
+        ArtifactError: If the config cannot be used, or needs code of its own.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise ArtifactError(
+            f"'{folder}' has a config.json that cannot be used: {reason}"
+        ) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model without weights, on the meta device, in evaluation mode.
+
+    Args:
+        config: Its config.
+    """
+    auto: Any = auto_class(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    model.eval()
+    return model
 
 
 class Checkpoint:

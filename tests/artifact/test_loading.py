@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
-from optimum_order.artifact.loading import format_of, load, read_config
+from optimum_order.artifact.loading import format_of, load
 from optimum_order.errors import ArtifactError
+from optimum_order.models.source import read_config
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,6 +15,31 @@ from optimum_order.layers.grids.base import ALL, Grid, Rounder, Selection, check
 
 _WEIGHTS_AT_A_TIME = 2**17
 """Few enough that the groups being fitted stay in a processor's cache."""
+
+_FLOAT16_DIGITS = 11
+_FLOAT16_LEAST = 2.0**-24
+_FLOAT16_MOST = 2.0**15
+
+
+def _scales(digits: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales in the dtype of the weights."""
+    return scale.to(dtype)
+
+
+def _float16_scales(digits: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales that both the dtype of the weights and float16 hold.
+
+    Args:
+        digits: Most binary digits of a scale: 11 less those of a zero point, so that float16 holds
+            the product.
+        scale: (n,) float32, positive.
+        dtype: Of the weights.
+    """
+    mantissa, exponent = torch.frexp(scale.to(dtype).float())
+    short = torch.ldexp((mantissa * 2**digits).round(), exponent - digits)
+    # float16 has steps of its least number below 2^-14; longer numbers were cut above
+    short = (short / _FLOAT16_LEAST).round() * _FLOAT16_LEAST
+    return short.clamp(_FLOAT16_LEAST, _FLOAT16_MOST / 2 ** (_FLOAT16_DIGITS - digits)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -46,6 +71,7 @@ class UniformGrid(Grid):
         group_size: int = -1,
         symmetric: bool = True,
         clip: str = "none",
+        short_scales: bool = False,
     ) -> UniformGrid:
         """Return the grid that spans each group's range, or a part of the range.
 
@@ -56,6 +82,7 @@ class UniformGrid(Grid):
             symmetric: Whether to do without a zero point.
             clip: "none" covers the extremes; "mse" tries 32 narrower ranges and takes for each
                 group the one that rounds with the least squared error.
+            short_scales: Whether float16 holds every scale, and every scale times its zero point.
         """
         inputs = weight.shape[1]
         size = inputs if group_size == -1 else group_size
@@ -63,7 +90,12 @@ class UniformGrid(Grid):
         parts: Sequence[Tensor] = [groups]
         if weight.device.type == "cpu":
             parts = torch.split(groups, max(1, _WEIGHTS_AT_A_TIME // size))
-        fits = [cls._fit(part, bits, symmetric=symmetric, clip=clip) for part in parts]
+        rounded = _float16_scales if short_scales else _scales
+        digits = _FLOAT16_DIGITS if symmetric else _FLOAT16_DIGITS - bits
+        fits = [
+            cls._fit(part, bits, symmetric=symmetric, clip=clip, rounded=partial(rounded, digits))
+            for part in parts
+        ]
         whole = UniformGrid.concat(fits)
         zeros = whole.zero_point
         return cls(
@@ -74,7 +106,15 @@ class UniformGrid(Grid):
         )
 
     @classmethod
-    def _fit(cls, weight: Tensor, bits: int, *, symmetric: bool, clip: str) -> UniformGrid:
+    def _fit(
+        cls,
+        weight: Tensor,
+        bits: int,
+        *,
+        symmetric: bool,
+        clip: str,
+        rounded: Callable[[Tensor, torch.dtype], Tensor],
+    ) -> UniformGrid:
         """Return the grid of some groups (n, size), each as if it were a row."""
         # (size, n): a group's scale meets its weights in the same lane of a vector
         groups = weight.float().T.contiguous()
@@ -91,7 +131,8 @@ class UniformGrid(Grid):
 
         def spanning(shrink: float) -> UniformGrid:
             """Return the grid that spans this part of each group's range."""
-            scale = ((high - low) * (shrink / (2**bits - 1))).clamp(least, most).to(weight.dtype)
+            scale = ((high - low) * (shrink / (2**bits - 1))).clamp(least, most)
+            scale = rounded(scale, weight.dtype)
             # A wholly pruned group has no range; any finite positive scale keeps its zeros exact.
             scale = torch.where(high == low, torch.ones_like(scale), scale)
             if symmetric:

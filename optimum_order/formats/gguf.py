@@ -1,0 +1,570 @@
+"""`gguf`: the codes of quantized layers in one GGUF file, which llama.cpp runs as it is.
+
+Codes go over untouched, each with the scale of its group, repeated for every 32 inputs. llama.cpp
+and the package `gguf` compute `scale * code` in float32; rounded to the model's dtype, that is the
+weight, to the bit. So scales must be float16 numbers, which `scales=float16` makes them.
+
+Beside the file lie config.json and the tokenizer, as in every format, so that
+`from_pretrained(folder, gguf_file="model.gguf")` loads the model in transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_order.errors import ArtifactError, InvariantError, missing_extra
+from optimum_order.files import SINGLE, read_json
+from optimum_order.formats import gguf_blocks, gguf_families, gguf_vocabulary
+from optimum_order.formats.base import (
+    Codec,
+    Container,
+    Contents,
+    Layers,
+    Size,
+    Written,
+    grid_of,
+    outline,
+)
+from optimum_order.formats.gguf_blocks import BLOCK, BlockType
+from optimum_order.formats.gguf_families import Entry
+from optimum_order.formats.gguf_file import PLAIN, GGUFFile
+from optimum_order.formats.layout import Layout, as_matrix, blocks
+from optimum_order.formats.older import with_older_keys
+from optimum_order.layers.grids.dual_scale import DualScaleGrid
+from optimum_order.layers.grids.uniform import UniformGrid
+from optimum_order.layers.state import LayerState
+from optimum_order.models import hf
+from optimum_order.models.source import read_config, skeleton
+from optimum_order.models.units import Target
+
+logger = logging.getLogger(__name__)
+
+FILE = "model.gguf"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NUMBERS = {dtype: number for number, dtype in PLAIN.items()}
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+_PLAIN_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
+_QUANTIZATION_VERSION = 2
+
+
+class GGUF(Codec):
+    """Blocks of 32 codes with a float16 scale: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0."""
+
+    name = "gguf"
+    summary = "one GGUF file for llama.cpp, 2-8 bit symmetric or 2-5 bit affine, in groups of 32 n"
+    container = "gguf"
+    stock = False
+    packages = ("gguf>=0.19",)
+    gguf_file = FILE
+    options = {"scales": "float16"}  # noqa: RUF012 (a ClassVar of the base)
+    widths = (4, 5, 8)
+
+    def encodes(self, state: LayerState) -> bool:
+        return state.grid is not None and state.weight.shape[1] % BLOCK == 0
+
+    def why_not(self, target: Target, state: LayerState) -> str | None:
+        grid = state.grid
+        if target.transposed or target.kind == "conv2d":
+            return "it is no matrix of outputs by inputs, as llama.cpp stores layers"
+        if state.weight.dtype not in _DTYPES.values():
+            return (
+                f"its weights are {state.weight.dtype}; they must be float32, bfloat16 or float16"
+            )
+        if isinstance(grid, DualScaleGrid):
+            return (
+                "its columns have steps of their own; save it as 'coded', and then "
+                "'optimum-order compress CODED OUT --format gguf' moves these steps into what "
+                "makes the input"
+            )
+        if not isinstance(grid, UniformGrid):
+            return f"its {type(grid).__name__} is not a grid of equal steps"
+        if gguf_blocks.type_of(grid) is None:
+            return f"its {grid.bits} bits have zero points, 5 may have at most; use symmetric=true"
+        if grid.unit % BLOCK:
+            return f"its groups of {grid.unit} are no whole blocks of {BLOCK}; use group_size=32"
+        return None
+
+    def why_not_values(self, state: LayerState) -> str | None:
+        if gguf_blocks.inexact_scales(grid_of(state, UniformGrid)):
+            return (
+                "it has scales that float16 does not hold; quantize with scales=float16, as "
+                "'--format gguf' does while it compresses"
+            )
+        return None
+
+    def why_not_model(self, layout: Layout, layers: Layers) -> str | None:
+        if importlib.util.find_spec("gguf") is None:
+            return str(missing_extra("gguf", ModuleNotFoundError(name="gguf")))
+        return gguf_families.why_not(layout.model)
+
+    def why_not_contents(self, contents: Contents) -> str | None:
+        if contents.unloaded:
+            return (
+                f"The model does not load the tensor '{min(contents.unloaded)}', for which a GGUF "
+                "has no place."
+            )
+        embeddings: Any = contents.model.get_input_embeddings()
+        return gguf_vocabulary.why_not(contents.processor, len(embeddings.weight))
+
+    def size(self, state: LayerState) -> Size:
+        return Size(sum(tensor.nbytes for tensor in self.encode(outline(state)).values()))
+
+    def scheme(self, state: LayerState) -> dict[str, Any]:
+        grid = grid_of(state, UniformGrid)
+        return {
+            "type": _type_of(state).name,
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "dtype": str(state.weight.dtype).removeprefix("torch."),
+        }
+
+    def encode(self, state: LayerState) -> dict[str, Tensor]:
+        return {"weight": _packed(state, _type_of(state))}
+
+    def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
+        data = tensors.get("weight")
+        kind = gguf_blocks.BY_NAME.get(str(scheme.get("type")))
+        dtype = _DTYPES.get(str(scheme.get("dtype")))
+        bits, group_size = scheme.get("bits"), scheme.get("group_size")
+        if kind is None or dtype is None or type(bits) is not int or type(group_size) is not int:
+            raise ArtifactError(f"what is said of it cannot be read: {dict(scheme)}")
+        if not 2 <= bits <= kind.bits:
+            raise ArtifactError(f"{kind.name} has no codes of {bits} bits")
+        if data is None or data.dtype != torch.uint8 or data.ndim != 2 or not data.numel():
+            raise ArtifactError("a layer is rows of bytes, in the tensor 'weight'")
+        if data.shape[1] % kind.bytes:
+            raise ArtifactError(f"a row of {data.shape[1]} bytes is no whole blocks of {kind.name}")
+        parts = gguf_blocks.unpack(data.contiguous(), kind)
+        grid, codes = gguf_blocks.grid_of(parts, bits, group_size, dtype)
+        return LayerState(grid.dequantize(codes), grid=grid)
+
+    def loads_dense(self, layers: Layers) -> bool:
+        return True
+
+
+def _type_of(state: LayerState) -> BlockType:
+    """Return the type of the blocks of a layer that no `why_not` refuses."""
+    kind = gguf_blocks.type_of(grid_of(state, UniformGrid))
+    if kind is None:
+        raise InvariantError("A layer that no type of block holds was to be packed.")
+    return kind
+
+
+def _packed(state: LayerState, kind: BlockType) -> Tensor:
+    """Return the bytes of a layer, (out, bytes of a row) uint8."""
+    grid = grid_of(state, UniformGrid)
+    if state.weight.is_meta:
+        return gguf_blocks.pack(state.weight, grid, kind)
+    return gguf_blocks.pack(grid.quantize(state.weight), grid, kind)
+
+
+class GGUFFolder(Container):
+    """config.json, the tokenizer, and all weights in one file, however large."""
+
+    name = "gguf"
+    patterns = ("*.gguf",)
+
+    def write(
+        self,
+        contents: Contents,
+        codec: Codec,
+        folder: Path,
+        *,
+        header: Mapping[str, str],
+        max_shard_size: str = "5GB",
+    ) -> Written:
+        model = contents.model
+        for stale in [*self.files(folder), folder / SINGLE]:
+            stale.unlink(missing_ok=True)
+        model.save_pretrained(folder, state_dict={})  # all but the weights
+        (folder / SINGLE).unlink(missing_ok=True)
+        config = with_older_keys(read_json(folder / "config.json"), model.config)
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        plan = _Plan(contents, codec)
+        plan.say_what_stays()
+        writer = plan.writer(folder / FILE, header)
+        dense = hf.tensors_to_save(model)
+        values = dense if contents.tensors is None else contents.tensors
+        for tensor in plan.extra.values():
+            writer.write_tensor_data(tensor.numpy())
+        for block, entries in zip(blocks(dense), plan.entries, strict=True):
+            stored = hf.to_checkpoint(model, {name: values[name] for name in block})
+            for entry in entries:
+                writer.write_tensor_data(plan.bytes_of(entry, stored).numpy())
+        writer.close()
+        return Written(plan.stored(), plan.bytes)
+
+    def weight_bytes(self, contents: Contents, codec: Codec, header: Mapping[str, str]) -> int:
+        plan = _Plan(contents, codec)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / FILE
+            plan.writer(file, header).close()
+            parts = [file.stat().st_size, *plan.sizes.values()]
+        return sum(-(-size // BLOCK) * BLOCK for size in parts)
+
+    def read(
+        self, folder: Path, layers: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[str, LayerState]]:
+        file = GGUFFile(folder / FILE)
+        dtype = str(read_json(folder / "config.json").get("dtype"))
+        if layers is None:
+            layers = _matrices(file, folder)
+        for layer, stored in layers.items():
+            try:
+                state = _layer(file, stored, dtype)
+            except ArtifactError as error:
+                raise ArtifactError(f"Layer '{layer}' in {folder}: {error}.") from error
+            yield layer, state
+
+    def plain(self, folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+        file = GGUFFile(folder / FILE)
+        tensors: dict[str, Tensor] = {}
+        encoded: set[str] = set()
+        for entry in _entries(folder):
+            stored = file.tensors.get(entry.name)
+            if stored is None or stored.shape != entry.shape:
+                raise ArtifactError(f"'{folder / FILE}' has no tensor '{entry.name}' as the model.")
+            if isinstance(stored.kind, BlockType):
+                encoded.update(entry.keys)
+            else:
+                tensors |= entry.undo(file.values(entry.name), _dtype_of(folder))
+        return tensors, encoded
+
+    def header(self, file: Path) -> dict[str, str]:
+        return GGUFFile(file).texts
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a layer in a tensor of the file.
+
+    Args:
+        layer: The name of the layer.
+        first: Its first row there, before rows are interleaved.
+        start: Its first row in the layer.
+        rows: The number of rows.
+    """
+
+    layer: str
+    first: int
+    start: int
+    rows: int
+
+
+class _Plan:
+    """Which tensors a file gets, and how each is stored. No value is looked at.
+
+    Args:
+        contents: The model and its layers.
+        codec: The codec.
+
+    Attributes:
+        entries: The tensors, block by block.
+        extra: Tensors that no checkpoint has, before all others.
+        sizes: Bytes of every tensor by name, in the order of the file.
+    """
+
+    def __init__(self, contents: Contents, codec: Codec):
+        self._contents = contents
+        self._compare = contents.tensors is None and contents.model.device.type != "meta"
+        self.entries = gguf_families.entries(contents.model)
+        factors = gguf_families.rope_factors(contents.model)
+        self.extra = {} if factors is None else {gguf_families.ROPE_FACTORS: factors}
+        self._outlines = {name: outline(state) for name, state in contents.layers.states.items()}
+        self._parts = self._placed()
+        self._kinds: dict[str, BlockType] = {}
+        for entry in itertools.chain(*self.entries):
+            kind = self._kind(entry, codec)
+            if kind is not None:
+                self._kinds[entry.name] = kind
+        self.sizes = {name: tensor.nbytes for name, tensor in self.extra.items()} | {
+            entry.name: self._row_bytes(entry) * (torch.Size(entry.shape[:-1]).numel())
+            for entry in itertools.chain(*self.entries)
+        }
+
+    def _placed(self) -> dict[str, list[_Part]]:
+        """Return the parts of layers in each tensor, in the order of their rows."""
+        places = {
+            key: (entry, index)
+            for entry in itertools.chain(*self.entries)
+            for index, key in enumerate(entry.keys)
+        }
+        parts: dict[str, list[_Part]] = {}
+        for name in self._contents.layers.states:
+            pieces = self._contents.layout.pieces(self._contents.layers.targets[name])
+            if not pieces:
+                raise InvariantError(
+                    f"Layer '{name}' is stored in a way that this package cannot follow."
+                )
+            for piece in pieces:
+                entry, index = places[piece.key]
+                first = index * entry.rows_per_key + piece.at
+                part = _Part(name, first, piece.start, piece.rows)
+                parts.setdefault(entry.name, []).append(part)
+        return {name: sorted(listed, key=lambda part: part.first) for name, listed in parts.items()}
+
+    def _kind(self, entry: Entry, codec: Codec) -> BlockType | None:
+        """Return the type of the blocks of a tensor, or None if it is stored as values."""
+        parts = self._parts.get(entry.name, [])
+        states = [self._outlines[part.layer] for part in parts]
+        rows = sum(part.rows for part in parts)
+        if rows != entry.rows_per_key * len(entry.keys) or not all(map(codec.encodes, states)):
+            return None
+        kinds = [_type_of(state) for state in states]
+        if len({kind.affine for kind in kinds}) > 1:
+            return None
+        return max(kinds, key=lambda kind: kind.bits)
+
+    def _row_bytes(self, entry: Entry) -> int:
+        kind = self._kinds.get(entry.name)
+        if kind is None:
+            return entry.shape[-1] * entry.dtype.itemsize
+        return entry.shape[-1] // BLOCK * kind.bytes
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(
+            part.rows * self._row_bytes(entry)
+            for entry in itertools.chain(*self.entries)
+            for part in self._parts.get(entry.name, [])
+        )
+
+    def say_what_stays(self) -> None:
+        """Log how many quantized layers are stored as values."""
+        values = {
+            part.layer
+            for name, parts in self._parts.items()
+            for part in parts
+            if name not in self._kinds and self._outlines[part.layer].grid is not None
+        }
+        if values:
+            logger.warning(
+                "%d quantized layers, such as '%s', are stored as values: their inputs are no "
+                "multiple of %d, or other rows of the same tensor have no such grid.",
+                len(values),
+                min(values),
+                BLOCK,
+            )
+
+    def stored(self) -> dict[str, Any]:
+        """Return where the layers are, as in `Written`."""
+        rows: dict[str, list[list[Any]]] = {}
+        for entry in itertools.chain(*self.entries):
+            for part in self._parts.get(entry.name, []):
+                place = [entry.name, part.first, part.rows, entry.heads]
+                rows.setdefault(part.layer, []).append([part.start, place])
+        stored: dict[str, Any] = {}
+        for layer, listed in rows.items():
+            places = [place for _, place in sorted(listed)]
+            stored[layer] = {"rows": places}
+            if all(place[0] in self._kinds for place in places):
+                grid = grid_of(self._outlines[layer], UniformGrid)
+                stored[layer] |= {"bits": grid.bits, "group_size": grid.group_size}
+        return stored
+
+    def writer(self, file: Path, header: Mapping[str, str]) -> Any:
+        """Return a writer of the package `gguf` that has written all but the tensors.
+
+        Args:
+            file: The file.
+            header: Fields to add.
+        """
+        from gguf import GGMLQuantizationType, GGUFWriter
+
+        contents = self._contents
+        family = gguf_families.FAMILIES[type(contents.model).__name__]
+        writer = GGUFWriter(file, family.name)
+        writer.add_quantization_version(_QUANTIZATION_VERSION)
+        writer.add_file_type(self._file_type())
+        listed = list(itertools.chain(*self.entries))
+        rows = next(entry.shape[0] for entry in listed if entry.name == "token_embd.weight")
+        values = gguf_families.fields(contents.model, listed)
+        values |= gguf_vocabulary.fields(contents.processor, rows)
+        for key, value in {**values, **header}.items():
+            _ADD[type(value)](writer, key, value)
+        for name, tensor in self.extra.items():
+            writer.add_tensor_info(name, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
+        for entry in listed:
+            kind = self._kinds.get(entry.name)
+            number = _NUMBERS[entry.dtype] if kind is None else kind.number
+            writer.add_tensor_info(
+                entry.name,
+                (*entry.shape[:-1], self._row_bytes(entry)),
+                torch.empty(0, dtype=torch.uint8).numpy().dtype,
+                self.sizes[entry.name],
+                GGMLQuantizationType(number),
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        return writer
+
+    def _file_type(self) -> int:
+        """Return llama.cpp's number for what most bytes are."""
+        bytes_: Counter[int] = Counter()
+        for entry in itertools.chain(*self.entries):
+            kind = self._kinds.get(entry.name)
+            number = _PLAIN_FILE_TYPES[entry.dtype] if kind is None else _FILE_TYPES[kind.name]
+            bytes_[number] += torch.Size(entry.shape).numel()
+        return bytes_.most_common(1)[0][0]
+
+    def bytes_of(self, entry: Entry, stored: Mapping[str, Tensor]) -> Tensor:
+        """Return what the file holds of a tensor, (rows, bytes of a row) uint8.
+
+        Args:
+            entry: The tensor.
+            stored: Tensors of a checkpoint that it is made of, by name.
+
+        Raises:
+            InvariantError: If they do not hold the weights of the layers.
+        """
+        kind = self._kinds.get(entry.name)
+        parts = self._parts.get(entry.name, [])
+        packed = []
+        for part in parts:
+            state = self._contents.layers.states[part.layer]
+            rows = slice(part.start, part.start + part.rows)
+            if part.rows != len(state.weight):
+                state = LayerState(
+                    state.weight[rows], grid=None if state.grid is None else state.grid.take(rows)
+                )
+            if self._compare and not self._holds(entry, part, state, stored):
+                raise InvariantError(
+                    f"The model does not hold the weight that layer '{part.layer}' has."
+                )
+            if kind is not None:
+                packed.append(_packed(state, kind))
+        if kind is None:
+            whole = entry.values(stored).contiguous().cpu()
+            return whole.view(-1, entry.shape[-1]).view(torch.uint8)
+        whole = torch.cat(packed)
+        if entry.heads:
+            whole = whole[gguf_families.interleaved(len(whole), entry.heads)]
+        return whole.contiguous()
+
+    @staticmethod
+    def _holds(entry: Entry, part: _Part, state: LayerState, stored: Mapping[str, Tensor]) -> bool:
+        index, first = divmod(part.first, entry.rows_per_key)
+        matrix = as_matrix(stored[entry.keys[index]])[first : first + part.rows]
+        return torch.equal(matrix.cpu(), state.weight.cpu())
+
+
+_ADD: dict[type, Any] = {
+    bool: lambda writer, key, value: writer.add_bool(key, value),
+    int: lambda writer, key, value: writer.add_uint32(key, value),
+    float: lambda writer, key, value: writer.add_float32(key, value),
+    str: lambda writer, key, value: writer.add_string(key, value),
+    list: lambda writer, key, value: writer.add_array(key, value),
+}
+
+
+# Reading
+
+
+def _dtype_of(folder: Path) -> torch.dtype:
+    name = str(read_json(folder / "config.json").get("dtype"))
+    if name not in _DTYPES:
+        raise ArtifactError(f"'{folder}' has a config.json of the data type {name!r}.")
+    return _DTYPES[name]
+
+
+def _entries(folder: Path) -> Iterable[Entry]:
+    """Return the tensors that the file of a folder should have.
+
+    Raises:
+        ArtifactError: If no such file is written for its model.
+    """
+    model = skeleton(read_config(folder))
+    if reason := gguf_families.why_not(model):
+        raise ArtifactError(f"'{folder}' holds a model that no GGUF is written of: {reason}")
+    return itertools.chain(*gguf_families.entries(model))
+
+
+def _matrices(file: GGUFFile, folder: Path) -> dict[str, Any]:
+    """Return every matrix by its name in a checkpoint, with its entry in `Written.stored`."""
+    found: dict[str, Any] = {}
+    for entry in _entries(folder):
+        stored = file.tensors.get(entry.name)
+        if stored is None or len(entry.shape) < 2:
+            continue
+        for index, key in enumerate(entry.keys):
+            rows = [[entry.name, index * entry.rows_per_key, entry.rows_per_key, entry.heads]]
+            found[key.removesuffix(".weight")] = {"rows": rows}
+            if isinstance(stored.kind, BlockType):
+                found[key.removesuffix(".weight")] |= {
+                    "bits": stored.kind.bits,
+                    "group_size": BLOCK,
+                }
+    return found
+
+
+def _layer(file: GGUFFile, stored: Any, dtype: str) -> LayerState:
+    """Return a layer.
+
+    Args:
+        file: The file.
+        stored: Its entry in `Written.stored`, which nobody has checked.
+        dtype: Name of the dtype of the model.
+
+    Raises:
+        ArtifactError: If the layer cannot be read.
+    """
+    rows = stored.get("rows") if isinstance(stored, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise ArtifactError("the list of its rows cannot be read")
+    parts = []
+    taken: set[str] = set()
+    for place in rows:
+        if not (isinstance(place, list) and [type(item) for item in place] == [str, int, int, int]):
+            raise ArtifactError("the list of its rows cannot be read")
+        name, first, count, heads = place
+        # a tensor that is listed without end could make much out of a small file
+        if name in taken:
+            raise ArtifactError(f"tensor {name!r} is listed twice")
+        taken.add(name)
+        info, data = file.bytes_of(name)
+        if first < 0 or count < 1 or first + count > len(data):
+            raise ArtifactError(f"tensor {name!r} has no rows {first} ... {first + count}")
+        if heads:
+            if heads < 0 or len(data) % (2 * heads):
+                raise ArtifactError(f"tensor {name!r} has no {heads} heads")
+            data = data[gguf_families.interleaved(len(data), heads).argsort()]
+        data = data[first : first + count]
+        if isinstance(info.kind, torch.dtype):
+            parts.append(LayerState(data.contiguous().view(info.kind)))
+            continue
+        scheme = {"type": info.kind.name, "dtype": dtype, **stored}
+        parts.append(GGUF().decode({"weight": data}, scheme))
+    return parts[0] if len(parts) == 1 else _stacked(parts)
+
+
+def _stacked(parts: list[LayerState]) -> LayerState:
+    """Return layers as one, row below row.
+
+    Raises:
+        ArtifactError: If they do not fit together.
+    """
+    grids = [part.grid for part in parts if isinstance(part.grid, UniformGrid)]
+    try:
+        weight = torch.cat([part.weight for part in parts])
+        grid = UniformGrid.concat(grids) if len(grids) == len(parts) else None
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError("its rows do not fit together") from error
+    return LayerState(weight, grid=grid)

@@ -1,0 +1,209 @@
+"""Reading a GGUF file that nobody has checked: every length is held against the file's own size.
+
+    magic, version, number of tensors, number of fields
+    fields     key, kind of value, value; only texts are kept
+    tensors    name, dimensions (the last first), type, offset
+    data       from the next multiple of the alignment
+
+The reader of the package `gguf` believes all of these.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from optimum_order.errors import ArtifactError
+from optimum_order.formats.gguf_blocks import BLOCK, BY_NUMBER, BlockType
+
+_MAGIC = b"GGUF"
+_VERSION = 3
+_ALIGNMENT = 32
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a number or truth value by kind."""
+_U32, _TEXT, _LIST = 4, 8, 9
+_MOST_TEXTS = 2**22
+"""More than any vocabulary or list of merges has."""
+_MOST_TENSORS = 2**20
+_MOST_DIMENSIONS = 4
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+"""Types of tensors that are stored as they are."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file.
+
+    Args:
+        shape: In the order of torch.
+        kind: Its dtype, or the type of its blocks.
+        start: Its first byte in the file.
+        bytes: Its size.
+    """
+
+    shape: tuple[int, ...]
+    kind: torch.dtype | BlockType
+    start: int
+    bytes: int
+
+
+class GGUFFile:
+    """The header of a GGUF file, and its tensors one at a time.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        texts: The fields that are text.
+        tensors: The tensors by name.
+
+    Raises:
+        ArtifactError: If the file cannot be read, or its parts do not fit together.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._data: NDArray[Any] = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:  # ValueError: it is empty
+            raise ArtifactError(f"'{path}' cannot be read: {error}.") from error
+        self._at = 0
+        self.texts: dict[str, str] = {}
+        self.tensors: dict[str, Stored] = {}
+        try:
+            self._read()
+        except struct.error as error:
+            raise self._wrong("it ends before its header does") from error
+
+    def _wrong(self, reason: str) -> ArtifactError:
+        return ArtifactError(f"'{self._path}' is no sound GGUF file: {reason}.")
+
+    def _read(self) -> None:
+        magic, version, tensors, fields = self._unpack("<4sIQQ")
+        if magic != _MAGIC or version != _VERSION:
+            raise self._wrong(f"it begins with {magic!r}, version {version}")
+        if tensors > _MOST_TENSORS:
+            raise self._wrong(f"it says that it holds {tensors} tensors")
+        self._texts_left = _MOST_TEXTS
+        for _ in range(fields):
+            self._field()
+        entries = [self._entry() for _ in range(tensors)]
+        start = -(-self._at // _ALIGNMENT) * _ALIGNMENT
+        end = 0
+        for name, shape, number, offset in sorted(entries, key=lambda entry: entry[3]):
+            stored = self._stored(name, shape, number, start + offset)
+            # tensors that overlap could make much out of a small file
+            if name in self.tensors or offset < end or offset % _ALIGNMENT:
+                raise self._wrong(f"tensor {name!r} is listed twice, or lies in another")
+            end = offset + stored.bytes
+            self.tensors[name] = stored
+
+    def _unpack(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(form, self._data.data, self._at)
+        self._at += struct.calcsize(form)
+        return values
+
+    def _skip(self, count: int) -> None:
+        if count > len(self._data) - self._at:
+            raise self._wrong("it ends before its header does")
+        self._at += count
+
+    def _text(self) -> str:
+        self._texts_left -= 1
+        if self._texts_left < 0:
+            raise self._wrong(f"it has more than {_MOST_TEXTS} texts")
+        (count,) = self._unpack("<Q")
+        begin = self._at
+        self._skip(count)
+        try:
+            return self._data[begin : self._at].tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise self._wrong("a text is no UTF-8") from error
+
+    def _field(self) -> None:
+        key = self._text()
+        (kind,) = self._unpack("<I")
+        if key == "general.alignment":
+            if (kind, *self._unpack("<I")) != (_U32, _ALIGNMENT):
+                raise self._wrong(f"its alignment is not {_ALIGNMENT}")
+        elif kind == _TEXT:
+            self.texts[key] = self._text()
+        elif kind == _LIST:
+            inner, count = self._unpack("<IQ")
+            if inner == _TEXT:
+                for _ in range(count):
+                    self._text()
+            else:
+                self._skip(count * self._width(inner))
+        else:
+            self._skip(self._width(kind))
+
+    def _width(self, kind: int) -> int:
+        if kind not in _WIDTHS:
+            raise self._wrong(f"a field has the unknown kind {kind}")
+        return _WIDTHS[kind]
+
+    def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._text()
+        (dimensions,) = self._unpack("<I")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise self._wrong(f"tensor {name!r} has {dimensions} dimensions")
+        shape = self._unpack(f"<{dimensions}Q")[::-1]
+        number, offset = self._unpack("<IQ")
+        return name, shape, number, offset
+
+    def _stored(self, name: str, shape: tuple[int, ...], number: int, start: int) -> Stored:
+        kind = PLAIN.get(number) or BY_NUMBER.get(number)
+        if kind is None:
+            raise self._wrong(f"tensor {name!r} has the type {number}, which is none that we write")
+        count = math.prod(shape)
+        if isinstance(kind, BlockType):
+            if shape[-1] % BLOCK:
+                raise self._wrong(f"tensor {name!r} has rows of {shape[-1]}, no whole blocks")
+            size = count // BLOCK * kind.bytes
+        else:
+            size = count * kind.itemsize
+        if not count or start + size > len(self._data):
+            raise self._wrong(f"tensor {name!r} {list(shape)} is not all there")
+        return Stored(shape, kind, start, size)
+
+    def bytes_of(self, name: str) -> tuple[Stored, Tensor]:
+        """Return a tensor as it is stored.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            What it is; and its rows, (all dimensions but the last, bytes of a row) uint8.
+
+        Raises:
+            ArtifactError: If there is no such tensor.
+        """
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise ArtifactError(f"there is no tensor {name!r}")
+        data = self._data[stored.start : stored.start + stored.bytes]
+        rows = math.prod(stored.shape[:-1])
+        return stored, torch.from_numpy(np.array(data)).view(rows, -1)
+
+    def values(self, name: str) -> Tensor:
+        """Return a tensor of plain values.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            ArtifactError: If there is no such tensor, or it has codes.
+        """
+        stored, data = self.bytes_of(name)
+        if isinstance(stored.kind, BlockType):
+            raise ArtifactError(f"tensor {name!r} is quantized")
+        return data.view(stored.kind).view(stored.shape)
