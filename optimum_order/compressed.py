@@ -244,9 +244,9 @@ class CompressedModel:
             overwrite: Whether a folder that is not empty may be replaced.
             unproven: Whether the format may be one that is not proven to load for this
                 architecture.
-            engine: The engine that is to load the folder: "transformers", "peft" or "vllm". "auto"
-                then takes the smallest format that was seen to load there with such layers, and
-                keeps their widths.
+            engine: The engine that is to load the folder: "transformers", "peft", "vllm" or
+                "llama.cpp". "auto" then takes the smallest format that was seen to load there with
+                such layers, and keeps their widths.
 
         Returns:
             The name of the format.

@@ -346,7 +346,10 @@ class JointCompressor(Session):
         drawing = time.perf_counter() - begin
         pause = self.pause_for(pause, recipe, batches, low_memory=False)
         execution = dataclasses.replace(self.execution(model, pause), device=self.device)
-        result = estimate.estimate(model, units, recipe, batches, execution, format=format)
+        beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
+        result = estimate.estimate(
+            model, units, recipe, batches, execution, format=format, beside=beside
+        )
         return dataclasses.replace(
             result,
             before=self.source.bytes,

@@ -102,6 +102,8 @@ def make(
     arguments = f'"{task}", model="{repo_id}"'
     if revision:
         arguments += f', revision="{revision}"'
+    if codec.gguf_file:
+        arguments += f', model_kwargs={{"gguf_file": "{codec.gguf_file}"}}'
     base = manifest["base_model"]["id"]
     private_base = None if _on_hub(manifest["base_model"]) or base in EMBEDDED else base
     card: ModelCard = ModelCard.from_template(

@@ -11,7 +11,7 @@ from optimum_order.artifact import manifest
 from optimum_order.artifact.loading import load
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
-from optimum_order.formats import Contents
+from optimum_order.formats import Codec, Contents
 from optimum_order.formats.transcode import needs_transcoding, transcode
 from optimum_order.models.documents import documents
 from optimum_order.models.source import load_processor
@@ -68,7 +68,14 @@ def convert(
     layers = loaded.layers
     packed = engine is not None or format not in ("auto", "coded", "dense")
     if packed and needs_transcoding(layers):
-        layers = transcode(loaded.model, layers)
+        codec_class = formats.intended(format, engine) or Codec
+        layers = transcode(loaded.model, layers, codec_class.widths)
+        for name, _, state in layers:
+            facts["layers"][name] |= {
+                "bits": state.bits,
+                "group_size": state.group_size,
+                "digest": artifact.values_digest(state.weight),
+            }
     contents = Contents(
         model=loaded.model,
         layers=layers,

@@ -144,8 +144,8 @@ def engine(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="engine",
         metavar="ENGINE",
-        help="the engine that is to load OUTPUT: transformers, peft or vllm; --format auto "
-        "then takes a format that was seen to load there with these widths and groups, and "
+        help="the engine that is to load OUTPUT: transformers, peft, vllm or llama.cpp; --format "
+        "auto then takes a format that was seen to load there with these widths and groups, and "
         "what it was not seen to load is refused before the work",
     )
 

@@ -511,4 +511,7 @@ def _needs(result: dict[str, Any]) -> str:
     format = formats.available()[result["format"]]
     if format.import_first:
         return f"after 'import {format.import_first}'"
-    return "by itself" if format.stock else f"where {', '.join(format.packages)} are installed"
+    if format.stock:
+        return "by itself"
+    told = f"with gguf_file='{format.gguf_file}', " if format.gguf_file else ""
+    return f"{told}where {', '.join(format.packages)} are installed"

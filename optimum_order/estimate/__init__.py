@@ -176,6 +176,7 @@ def estimate(
     execution: Execution,
     *,
     format: str,
+    beside: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """Return what `engine.run.run` would take with these arguments, and the size of the result.
 
@@ -186,12 +187,13 @@ def estimate(
         batches: Calibration inputs, of which the shapes count.
         execution: Where the run computes and where its walks pause.
         format: What the result is to be saved as, or "auto".
+        beside: What is saved with the layers, as fields of `formats.Contents`.
 
     Raises:
         FormatError: If the result could not be saved in the format.
     """
     costs = trace(model, units, batches[0]) if batches else {}
-    run = _Run(model, units, costs, batches, execution)
+    run = _Run(model, units, costs, batches, execution, beside or {})
     engine = _Walks(units, costs, run.laboratory)
     for part in recipe.steps:
         part.run(engine)
@@ -214,7 +216,7 @@ class _Run:
     """What has been done to each layer so far, and what the next walk adds.
 
     Args:
-        model, units, batches, execution: As `estimate` has them.
+        model, units, batches, execution, beside: As `estimate` has them.
         costs: What each unit takes, from `trace`.
     """
 
@@ -225,7 +227,9 @@ class _Run:
         costs: Mapping[str, UnitCost],
         batches: Sequence[Mapping[str, Tensor]],
         execution: Execution,
+        beside: Mapping[str, Any],
     ):
+        self.beside = beside
         self.model, self.units, self.costs = model, units, costs
         self.resident = _resident()  # before the libraries of the methods are loaded
         self.targets = {target.name: target for unit in units for target in unit.targets}
@@ -301,11 +305,11 @@ class _Run:
             self.applied.append(walk.label)
         layers, applied = self._samples(), " > ".join(self.applied)
         try:
-            saved = stored(self.model, layers, format, applied)
+            saved = stored(self.model, layers, format, applied, self.beside)
         except FormatError:
             if last:
                 raise
-            saved = stored(self.model, layers, "auto", applied)
+            saved = stored(self.model, layers, "auto", applied, self.beside)
         tokens = self.tokens if walk.needs or walk.tried else 0
         return Step(
             walk.label,

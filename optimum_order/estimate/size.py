@@ -83,7 +83,11 @@ class Stored:
 
 
 def stored(
-    model: PreTrainedModel, layers: Mapping[str, tuple[Target, LayerState]], format: str, order: str
+    model: PreTrainedModel,
+    layers: Mapping[str, tuple[Target, LayerState]],
+    format: str,
+    order: str,
+    beside: Mapping[str, Any] | None = None,
 ) -> Stored:
     """What `artifact.save` would write.
 
@@ -92,6 +96,7 @@ def stored(
         layers: Each compressed layer with the state of a smaller one that was treated like it.
         format: A name, or "auto".
         order: The canonical order, which stands in every file.
+        beside: What goes with the layers, as fields of `formats.Contents`.
 
     Raises:
         FormatError: If the format cannot hold the model.
@@ -104,13 +109,18 @@ def stored(
     states = {
         name: large[id(sample), target.view.shape] for name, (target, sample) in layers.items()
     }
-    contents = formats.Contents(model, formats.Layers(targets, states))
+    contents = formats.Contents(model, formats.Layers(targets, states), **(beside or {}))
     encoded: dict[tuple[Any, ...], tuple[dict[str, Tensor], bool]] = {}
     replaced: dict[str, dict[str, Tensor]] = {}
     exact = True
     with Counter():  # answers what formats ask of numbers that are not there
         # Whether the folder is proven to load is no matter of its size.
         chosen = formats.choose(contents, format, unproven=True)
+    header = {manifest.KEY: order}
+    size = formats.container(chosen.name).weight_bytes(contents, chosen, header)
+    if size is not None:
+        return Stored(chosen.name, size, True)
+    with Counter():
         for name, (target, sample) in layers.items():
             rows, inputs = target.view.shape
             for piece in contents.layout.pieces(target) if chosen.encodes(states[name]) else ():
@@ -123,7 +133,7 @@ def stored(
                 replaced.setdefault(piece.key, {}).update(
                     {prefix + local: t for local, t in tensors.items()}
                 )
-    header = {manifest.KEY: order, "format": "pt"}
+    header["format"] = "pt"
     files: list[dict[str, Tensor]] = [{}]
     dense = hf.tensors_to_save(model)
     for block in blocks(dense):

@@ -352,8 +352,8 @@ class Container(ABC):
             header: As in `write`.
 
         Returns:
-            The bytes; None if it writes what the codec encodes to safetensors files, whose size
-            everybody knows.
+            The bytes; None if it writes safetensors files of what the codec encodes: their size
+            follows from that.
         """
         return None
 

@@ -32,8 +32,6 @@ SEVERAL = "several widths"
 SEVERAL_GROUPS = "several group sizes"
 FUSED = "fused layers apart"
 """Case of layers that an engine fuses and that are stored in different ways."""
-OTHER_FORMATS = {"llama.cpp": "GGUF"}
-"""Engines that load none of our formats, with the format that they load."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def content() -> dict[str, Any]:
 
 def names() -> list[str]:
     """Return every name that `--for` takes."""
-    return sorted([*content()["engines"], *OTHER_FORMATS])
+    return sorted(content()["engines"])
 
 
 def engine(name: str) -> Engine:
@@ -213,15 +211,8 @@ def engine(name: str) -> Engine:
         name: Its name.
 
     Raises:
-        FormatError: If nothing is known of it, or it loads none of our formats.
+        FormatError: If nothing is known of it.
     """
-    if name in OTHER_FORMATS:
-        wanted = OTHER_FORMATS[name]
-        raise FormatError(
-            f"{name} loads {wanted} files, and optimum-order has no such format yet: save with "
-            f"--format dense, and convert that folder to {wanted} with {name}'s own tools, which "
-            f"was not tried. Engines that load a folder of ours: {', '.join(content()['engines'])}."
-        )
     entry = content()["engines"].get(name)
     if entry is None:
         raise FormatError(unknown("engine", name, names()))

@@ -8,7 +8,7 @@ and one scale for each row is left.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import find_units
-
-_WIDTHS = (4, 8)
-"""Widths that kernels run; a layer gets the narrowest that holds its codes."""
 
 
 def needs_transcoding(layers: Layers) -> bool:
@@ -52,7 +49,7 @@ def foreseen(contents: Contents) -> Contents:
         outlined = formats.outline(state)
         grid = outlined.grid
         if isinstance(grid, DualScaleGrid):
-            width = next(bits for bits in _WIDTHS if bits >= grid.bits)
+            width = next(bits for bits in Codec.widths if bits >= grid.bits)
             outlined = dataclasses.replace(
                 outlined, grid=dataclasses.replace(grid.folded(), bits=width)
             )
@@ -83,12 +80,16 @@ def choose(
     return codec, True
 
 
-def transcode(model: PreTrainedModel, layers: Layers) -> Layers:
+def transcode(
+    model: PreTrainedModel, layers: Layers, widths: Sequence[int] = Codec.widths
+) -> Layers:
     """Return the layers with one scale for each row; what makes their inputs is multiplied.
 
     Args:
         model: It holds the weights of the layers, and is changed with them.
         layers: All layers that are compressed.
+        widths: Widths that kernels run, the narrowest first; a layer gets the first that holds its
+            codes. 8 is one of them.
 
     Returns:
         The layers. `W[i, j]` is now what it was times a power of two of column j and of row i.
@@ -107,7 +108,7 @@ def transcode(model: PreTrainedModel, layers: Layers) -> Layers:
         alike = all(torch.equal(exponent, other.cpu()) for other in exponents[1:])
         if len(exponents) == len(fold.readers) and alike and fold.holds(exponent):
             _move(fold, exponent, states)
-    rows = {name: _with_rows_alone(name, state) for name, state in states.items()}
+    rows = {name: _with_rows_alone(name, state, widths) for name, state in states.items()}
     for name, state in rows.items():
         layers.targets[name].write(state.weight)
     return Layers(layers.targets, rows)
@@ -135,8 +136,8 @@ def _scaled(state: LayerState, exponent: Tensor) -> LayerState:
     return dataclasses.replace(state, weight=torch.ldexp(state.weight, powers), grid=grid)
 
 
-def _with_rows_alone(name: str, state: LayerState) -> LayerState:
-    """Return a layer on a uniform grid of rows, of the narrowest width that kernels run.
+def _with_rows_alone(name: str, state: LayerState, widths: Sequence[int]) -> LayerState:
+    """Return a layer on a uniform grid of rows, of the first width that holds its codes.
 
     Raises:
         FormatError: If columns still have steps of their own.
@@ -152,7 +153,7 @@ def _with_rows_alone(name: str, state: LayerState) -> LayerState:
         )
     codes = grid.quantize(state.weight)
     low, high = (int(end) for end in codes.aminmax())
-    width = next(bits for bits in _WIDTHS if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1))
+    width = next(bits for bits in widths if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1))
     uniform = dataclasses.replace(grid.folded(), bits=width)
     return dataclasses.replace(state, grid=uniform)
 
