@@ -10,9 +10,12 @@ the package `gguf` and by transformers, and run in llama.cpp, in an environment 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 import transformers
 
 from optimum_order import JointCompressor
+from optimum_order.formats import gguf_vocabulary
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-llama" / "bin" / "python"
@@ -36,6 +40,8 @@ TEXTS = (
     "Grüße aus Köln – naïve café, 東京 and 🙂🙂.",
     "  leading and trailing  ",
 )
+GENERATED = 16
+"""Tokens of greedy text."""
 _SHAPE = {
     "vocab_size": 4096,
     "hidden_size": 128,
@@ -146,3 +152,157 @@ def reference(model: Any, prompt: list[int], generate: int) -> tuple[list[float]
             ids = torch.cat([ids, exact(ids).logits[:, -1:].argmax(-1)], 1)
     chosen = logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
     return chosen.tolist(), ids[0, len(prompt) :].tolist()
+
+
+def families(scratch: Path, *, quantized: bool) -> list[dict[str, Any]]:
+    """Run a random model of every family in llama.cpp, and compare it with transformers.
+
+    Args:
+        scratch: An empty folder.
+        quantized: Whether layers have 4 bits; otherwise all is float32, and nothing is rounded.
+
+    Returns:
+        For each family the mean and the largest difference of log-probabilities, the loss in
+        llama.cpp and in transformers, how many tokens of greedy text are the same, and how many
+        layers of all have the values that were measured.
+    """
+    processor = tokenizer()
+    prompt = processor(TEXT)["input_ids"] * 2
+    jobs, expected, equal = [], [], []
+    for index, name in enumerate(MODELS):
+        model = build(name) if quantized else build(name).float()
+        compressor = JointCompressor(model, processor=processor)
+        order = "rtn(bits=4, group_size=32)" if quantized else "magnitude:0.3"
+        result = compressor.compress(order, format="gguf", progress=False)
+        folder = scratch / str(index)
+        result.save_pretrained(folder, "gguf")
+        equal.append(equal_layers(result.layers, folder))
+        expected.append(reference(result.model, prompt, GENERATED))
+        jobs.append({"folder": str(folder), "prompt": prompt, "generate": GENERATED})
+    rows = []
+    for name, answer, (logprobs, greedy), layers in zip(
+        MODELS, ask(jobs, scratch), expected, equal, strict=True
+    ):
+        if "error" in answer:
+            raise SystemExit(f"{name}: {answer['error']}")
+        differences = [
+            abs(one - other) for one, other in zip(answer["logprobs"], logprobs, strict=True)
+        ]
+        same = [one == other for one, other in zip(answer["generated"], greedy, strict=True)]
+        rows.append(
+            {
+                "family": name,
+                "mean": sum(differences) / len(differences),
+                "largest": max(differences),
+                "loss": -sum(answer["logprobs"]) / len(logprobs),
+                "expected": -sum(logprobs) / len(logprobs),
+                "greedy": sum(same),
+                "layers": layers,
+            }
+        )
+    return rows
+
+
+def equal_layers(layers: Mapping[str, Any], folder: Path) -> str:
+    """Return how many layers have equal values, of all: by the package `gguf`, not by our reader.
+
+    Args:
+        layers: The states that were measured, by name.
+        folder: The folder that they were saved in.
+    """
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(folder / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    stored = json.loads((folder / "optimum_order.json").read_text())["layers"]
+    equal = 0
+    for name, state in layers.items():
+        parts = []
+        for tensor, first, rows, heads in stored[name]["stored"]["rows"]:
+            values = dequantize(tensors[tensor].data, tensors[tensor].tensor_type)
+            matrix = torch.from_numpy(values.copy()).reshape(-1, values.shape[-1])
+            if heads:
+                matrix = matrix.view(heads, -1, 2, matrix.shape[1]).transpose(1, 2).flatten(0, 2)
+            parts.append(matrix[first : first + rows])
+        equal += torch.equal(torch.cat(parts).to(state.weight.dtype), state.weight)
+    return f"{equal}/{len(layers)}"
+
+
+def tokenizers() -> dict[str, Any]:
+    """Return a small tokenizer of every kind that is written, by name."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = [*TEXTS, Path(__file__).read_text(), (ROOT / "README.md").read_text()]
+    qwen = next(rule for rule, name in gguf_vocabulary.RULES.items() if name == "qwen2")
+    llama = next(rule for rule, name in gguf_vocabulary.RULES.items() if name == "dbrx")
+
+    def of_bytes(splitter: Any, **options: Any) -> Any:
+        tokenizer = Tokenizer(models.BPE(**options))
+        tokenizer.pre_tokenizer = splitter
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=2000,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(text, trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+    def split_by(rule: str) -> Any:
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(rule), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    def of_characters(*steps: Any) -> Any:
+        bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+        trainer = trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=["<unk>", "<s>", "</s>", *bytes_],
+            limit_alphabet=70,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(text, trainer)
+        rules = json.loads(tokenizer.to_str())
+        # bytes are what unknown characters become, and no words of their own
+        rules["added_tokens"] = rules["added_tokens"][:3]
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(rules)), unk_token="<unk>"
+        )
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return {
+        "gpt-2": of_bytes(level),
+        "smollm": of_bytes(pre_tokenizers.Sequence([digits, level])),
+        "qwen2": of_bytes(split_by(qwen)),
+        "dbrx": of_bytes(split_by(llama)),
+        "llama-bpe": of_bytes(split_by(llama), ignore_merges=True),
+        "characters": of_characters(),
+        "characters after a space": of_characters(normalizers.Prepend("▁")),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.parse_args()
+    for quantized in (False, True):
+        print("4 bits" if quantized else "float32")
+        with tempfile.TemporaryDirectory() as scratch:
+            for row in families(Path(scratch), quantized=quantized):
+                print(
+                    f"  {row['family']:26} equal layers {row['layers']:>7}, "
+                    f"log-probabilities differ by {row['mean']:.2g} (largest {row['largest']:.2g}), "
+                    f"greedy {row['greedy']}/{GENERATED}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -491,6 +491,7 @@ def _entries(folder: Path) -> Iterable[Entry]:
     Raises:
         ArtifactError: If no such file is written for its model.
     """
+    _dtype_of(folder)
     model = skeleton(read_config(folder))
     if reason := gguf_families.why_not(model):
         raise ArtifactError(f"'{folder}' holds a model that no GGUF is written of: {reason}")

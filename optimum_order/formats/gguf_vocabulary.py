@@ -17,7 +17,7 @@ from optimum_order.errors import FormatError
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_RULES = {
+RULES = {
     f"{_CONTRACTIONS}|{_WORDS}|" + r"\p{N}|" + _REST: "qwen2",
     f"{_CONTRACTIONS}|{_WORDS}|" + r"\p{N}{1,3}|" + _REST: "dbrx",
 }
@@ -170,7 +170,7 @@ def _rule(splitter: Any) -> str | None:
     split = steps[0]
     if split.get("behavior") != "Isolated" or split.get("invert"):
         return None
-    return _RULES.get(split["pattern"].get("Regex", ""))
+    return RULES.get(split["pattern"].get("Regex", ""))
 
 
 # Characters

@@ -1,0 +1,103 @@
+"""llama.cpp, in the environment that `make engines` makes: what is saved runs there as it is meant."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimum_order import JointCompressor
+from optimum_order.formats import engines
+from optimum_order.formats.engines import SEVERAL, Case
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-llama" / "bin" / "python"
+pytestmark = [
+    pytest.mark.client,
+    pytest.mark.skipif(not PYTHON.exists(), reason="run by make engines"),
+]
+
+
+def module(name):
+    """A module of the folder benchmarks."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return module("run_llama")
+
+
+def test_every_family_computes_what_transformers_computes(benchmark, tmp_path):
+    """Stored as float32, so that nothing is rounded on either side."""
+    rows = benchmark.families(tmp_path, quantized=False)
+    assert len(rows) == len(benchmark.MODELS)
+    for row in rows:
+        # ggml looks up GELU in a table of float16
+        most = 5e-3 if row["family"] == "gemma3" else 1e-4
+        assert row["greedy"] == benchmark.GENERATED, row
+        assert row["largest"] < most, row
+
+
+def test_every_quantized_family_runs(benchmark, tmp_path):
+    """llama.cpp rounds inputs of quantized layers to 8 bits, which random models feel most."""
+    for row in benchmark.families(tmp_path, quantized=True):
+        assert abs(row["loss"] - row["expected"]) < 0.05, row
+        assert row["mean"] < 0.1, row
+
+
+def test_a_trained_model_says_the_same(benchmark, tmp_path):
+    compressor = JointCompressor.from_pretrained("tiny-llama")
+    tokenizer = compressor.source.processor
+    prompt = tokenizer(benchmark.TEXT)["input_ids"]
+    jobs, expected = [], []
+    for index, order in enumerate(["rtn(bits=8, group_size=32)", "rtn(bits=4, group_size=32)"]):
+        result = compressor.compress(order, engine="llama.cpp", progress=False)
+        result.save_pretrained(tmp_path / str(index), engine="llama.cpp")
+        expected.append(benchmark.reference(result.model, prompt, 24))
+        job = {"folder": str(tmp_path / str(index)), "prompt": prompt, "generate": 24}
+        jobs.append(job | {"texts": list(benchmark.TEXTS)})
+    answers = benchmark.ask(jobs, tmp_path)
+    tokens = [tokenizer(text)["input_ids"] for text in benchmark.TEXTS]
+    for answer, (logprobs, greedy) in zip(answers, expected, strict=True):
+        assert answer["generated"] == greedy
+        assert answer["tokens"] == tokens
+        loss = -sum(answer["logprobs"]) / len(logprobs)
+        assert abs(loss + sum(logprobs) / len(logprobs)) < 0.02
+
+
+def test_tokenizers_agree(benchmark, tmp_path):
+    """Of every kind that has a name; the model behind them reads nothing."""
+    kinds = benchmark.tokenizers()
+    jobs, expected = [], []
+    for name, tokenizer in kinds.items():
+        model = benchmark.build("llama")
+        compressor = JointCompressor(model, processor=tokenizer)
+        result = compressor.compress("rtn(bits=4, group_size=32)", format="gguf", progress=False)
+        result.save_pretrained(tmp_path / name, "gguf")
+        jobs.append({"folder": str(tmp_path / name), "prompt": [0, 1], "texts": benchmark.TEXTS})
+        expected.append([tokenizer(text)["input_ids"] for text in benchmark.TEXTS])
+    answers = benchmark.ask(jobs, tmp_path)
+    for name, answer, tokens in zip(kinds, answers, expected, strict=True):
+        assert answer.get("tokens") == tokens, (name, answer.get("error"))
+
+
+def test_the_data_says_what_is_so(tmp_path):
+    trial = module("engines")
+    wanted = {
+        Case("gguf"),
+        Case("gguf", "", 4, 64),
+        Case("gguf", "", 4, 32, symmetric=False),
+        Case("gguf", SEVERAL),
+    }
+    samples = [sample for sample in trial.samples() if sample.case in wanted]
+    assert len(samples) == len(wanted)
+    entry = trial.try_engines(["llama.cpp"], samples, tmp_path / "scratch")["llama.cpp"]
+    known = engines.engine("llama.cpp")
+    for row in entry["results"]:
+        case = engines.case_of(row)
+        assert (row["verdict"] == "ok") and known.loads(case), (str(case), row["verdict"])
