@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -170,15 +171,17 @@ def load_vllm(job: Job) -> dict[str, Any]:
 def load_llama_cpp(job: Job) -> dict[str, Any]:
     """Load the GGUF file of a folder, in one thread.
 
-    A job may also list `texts`, of which the answer holds the `tokens`, and say how many tokens to
-    `generate` after the prompt.
+    A job may also list `texts`, of which the answer holds the `tokens`, and `windows` of tokens, of
+    which it holds the `losses`; and say how many tokens to `generate` after the prompt, which take
+    the `seconds` of wall and of CPU time.
     """
     import numpy as np
     from llama_cpp import GGML_TYPE_F32, Llama
 
     prompt = job["prompt"]
     (file,) = Path(job["folder"]).glob("*.gguf")
-    length = len(prompt) + job.get("generate", 0)
+    windows = job.get("windows", ())
+    length = max(len(prompt) + job.get("generate", 0), *map(len, windows), 1)
     model = Llama(
         str(file),
         n_ctx=length,
@@ -189,19 +192,33 @@ def load_llama_cpp(job: Job) -> dict[str, Any]:
         type_v=GGML_TYPE_F32,
         verbose=False,
     )
-    model.eval(prompt)
-    logits = model.scores[: len(prompt)].astype(np.float64)
-    highest = logits.max(-1, keepdims=True)
-    sums = highest + np.log(np.exp(logits - highest).sum(-1, keepdims=True))
-    logprobs = (logits - sums)[np.arange(len(prompt) - 1), prompt[1:]]
+
+    def logprobs_of(tokens: list[int]) -> Any:
+        model.reset()
+        model.eval(tokens)
+        logits = model.scores[: len(tokens)].astype(np.float64)
+        highest = logits.max(-1, keepdims=True)
+        sums = highest + np.log(np.exp(logits - highest).sum(-1, keepdims=True))
+        return (logits - sums)[np.arange(len(tokens) - 1), tokens[1:]]
+
+    losses = [-float(logprobs_of(window).mean()) for window in windows]
+    logprobs = logprobs_of(prompt)
+    begin = time.perf_counter(), time.process_time()
     generated: list[int] = []
     for _ in range(job.get("generate", 0)):
         generated.append(int(model.scores[model.n_tokens - 1].argmax()))
         model.eval(generated[-1:])
+    seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
     tokens = [
         model.tokenize(text.encode(), add_bos=True, special=True) for text in job.get("texts", ())
     ]
-    return {"logprobs": logprobs.tolist(), "generated": generated, "tokens": tokens}
+    return {
+        "logprobs": logprobs.tolist(),
+        "losses": losses,
+        "generated": generated,
+        "seconds": seconds,
+        "tokens": tokens,
+    }
 
 
 class _Absent:
@@ -297,7 +314,9 @@ def _is_installed(requirement: str) -> bool:
 
 def _answer(engine: str, job: Job) -> None:
     """Write the answer of one job."""
-    signal.alarm(SECONDS)  # ends the process: what it was doing cannot be trusted any more
+    signal.alarm(
+        job.get("limit", SECONDS)
+    )  # ends the process: what it was doing cannot be trusted any more
     try:
         if missing := [name for name in job["packages"] if not _is_installed(name)]:
             Path(job["answer"]).write_text(json.dumps({"missing": missing}))

@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -289,17 +290,101 @@ def tokenizers() -> dict[str, Any]:
     }
 
 
+def route(args: argparse.Namespace, scratch: Path) -> None:
+    """Compare our codes with llama.cpp's own rounding, of the model and of the same weights.
+
+    Args:
+        args: The model, the order, the calibration data and how many windows to measure on.
+        scratch: An empty folder.
+    """
+    compressor = JointCompressor.from_pretrained(
+        args.model, dtype="bfloat16", calibration=args.calibration, sequence_length=args.length
+    )
+    ids = compressor.evaluation_samples(args.evaluation, args.windows).inputs()
+    windows = [row for batch in ids for row in batch["input_ids"].tolist()][: args.windows]
+    result = compressor.compress(args.order, engine="llama.cpp")
+    result.save_pretrained(scratch / "ours", engine="llama.cpp")
+    print(f"equal layers {equal_layers(result.layers, scratch / 'ours')}", flush=True)
+    compressor.compress("magnitude:0", format="gguf").save_pretrained(scratch / "dense", "gguf")
+    same = JointCompressor(result.model, processor=compressor.source.processor)
+    same.compress("magnitude:0", format="gguf").save_pretrained(scratch / "same", "gguf")
+    for source, target in (("dense", "usual"), ("same", "again")):
+        (scratch / target).mkdir()
+        files = [str(scratch / folder / "model.gguf") for folder in (source, target)]
+        script = Path(__file__).with_name("llama_quantize.py")
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run([PYTHON, script, *files], check=True, **quiet)
+    names = {
+        "dense": "the model in bfloat16",
+        "ours": f"{args.order}, code for code",
+        "usual": "the model, rounded to Q4_0 by llama.cpp",
+        "again": "the weights of ours, rounded to Q4_0 again",
+    }
+    prompt = windows[0][:32]
+    job = {"prompt": prompt, "windows": windows, "generate": args.generate, "limit": 3600}
+    answers = ask([job | {"folder": str(scratch / name)} for name in names], scratch)
+    losses = {name: torch.tensor(answers[i]["losses"]) for i, name in enumerate(names)}
+    for (name, title), answer in zip(names.items(), answers, strict=True):
+        difference = losses[name] - losses["ours"]
+        error = 1.96 * difference.std() / len(difference) ** 0.5
+        size = (scratch / name / "model.gguf").stat().st_size
+        speed = [args.generate / seconds for seconds in answer["seconds"]]
+        print(
+            f"{title:45} {size:>11,} bytes, perplexity {losses[name].mean().exp():.4f}, loss less "
+            f"ours {difference.mean():+.4f} ± {error:.4f}, tokens/s {speed[0]:.1f} (of CPU time "
+            f"{speed[1]:.1f})",
+            flush=True,
+        )
+    wall, cpu = transformers_speed(result.model, prompt, args.generate)
+    with torch.no_grad():
+        ours = [
+            result.model(torch.tensor([window]), labels=torch.tensor([window])).loss.item()
+            for window in windows
+        ]
+    loss = torch.tensor(ours).mean()
+    print(
+        f"{'the same in transformers, bfloat16':45} perplexity {loss.exp():.4f}, tokens/s "
+        f"{wall:.1f} (of CPU time {cpu:.1f})"
+    )
+    print(f"llama.cpp is {args.generate / answers[1]['seconds'][0] / wall:.1f} times as fast")
+
+
+def transformers_speed(model: Any, prompt: list[int], generate: int) -> tuple[float, float]:
+    """Return tokens per second of wall and of CPU time, of greedy text with a cache."""
+    torch.set_num_threads(1)
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "min_new_tokens": generate, "max_new_tokens": generate}
+    with torch.no_grad():
+        model.generate(ids, do_sample=False, max_new_tokens=2)
+        begin = time.perf_counter(), time.process_time()
+        model.generate(ids, **options)
+        seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
+    return generate / seconds[0], generate / seconds[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.parse_args()
-    for quantized in (False, True):
-        print("4 bits" if quantized else "float32")
-        with tempfile.TemporaryDirectory() as scratch:
-            for row in families(Path(scratch), quantized=quantized):
+    parser.add_argument("--model", help="a model to compare routes with, in place of families")
+    parser.add_argument("--order", default="gptq(bits=4, group_size=32)")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--evaluation", default="builtin")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=24, help="windows to measure on")
+    parser.add_argument("--generate", type=int, default=64, help="tokens to measure speed with")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.model:
+            route(args, Path(scratch))
+            return
+        for quantized in (False, True):
+            folder = Path(scratch) / str(quantized)
+            folder.mkdir()
+            print("4 bits" if quantized else "float32")
+            for row in families(folder, quantized=quantized):
                 print(
-                    f"  {row['family']:26} equal layers {row['layers']:>7}, "
-                    f"log-probabilities differ by {row['mean']:.2g} (largest {row['largest']:.2g}), "
-                    f"greedy {row['greedy']}/{GENERATED}",
+                    f"  {row['family']:26} equal layers {row['layers']:>7}, log-probabilities "
+                    f"differ by {row['mean']:.2g} (largest {row['largest']:.2g}), greedy "
+                    f"{row['greedy']}/{GENERATED}",
                     flush=True,
                 )
 

@@ -210,7 +210,7 @@ def test_everything_imported_is_declared():
 
 def test_all_brings_every_extra_that_is_used():
     extras = setup()["options.extras_require"]
-    assert extras["all"].strip() == "optimum-order[adapters,hub,plots,study,vision]"
+    assert extras["all"].strip() == "optimum-order[adapters,gguf,hub,plots,study,vision]"
     assert set(extras) == {
         "adapters",
         "all",

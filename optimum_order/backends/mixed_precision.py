@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from optimum_order.backends.base import Allocator, Measured, option
 from optimum_order.backends.uniform import group_size_option, scales_option
 from optimum_order.errors import OrderError
-from optimum_order.order import Stage
+from optimum_order.order import Stage, Value
 
 
 def _is_widths(value: tuple[Any, ...]) -> bool:
@@ -87,15 +87,10 @@ class MixedPrecision(Allocator):
 
     def candidates(self) -> list[Stage]:
         options = self.options
-        return [
-            Stage(
-                options.quantizer,
-                bits=width,
-                group_size=options.group_size,
-                scales=options.scales,
-            )
-            for width in options.widths
-        ]
+        shared: dict[str, Value] = {"group_size": options.group_size}
+        if options.scales != "auto":
+            shared["scales"] = options.scales
+        return [Stage(options.quantizer, bits=width, **shared) for width in options.widths]
 
     def allocate(self, table: list[Measured]) -> list[dict[str, Stage]]:
         stages = self.candidates()

@@ -260,8 +260,8 @@ def _reasons(engine: engines.Engine, contents: Contents) -> dict[str, str | None
 
     Formats that hold the model come first, the one of the fewest bytes before all others. A layer
     that was quantized has its width for a reason, so "dense" is left out then; and so are formats
-    that only our own package makes loadable. Of those that do not hold the model, the ones that the
-    engine loads at some width say most.
+    that only our own package makes loadable, or that were not tried there. Of those that do not
+    hold the model, the ones that the engine loads at some width say most.
     """
     usual = {format for names in engine.loaded_widths().values() for format in names}
     quantized = any(state.grid is not None for _, _, state in contents.layers)
@@ -270,6 +270,8 @@ def _reasons(engine: engines.Engine, contents: Contents) -> dict[str, str | None
         for key, codec in available().items()
         if not codec.import_first and not (quantized and key == "dense")
     ]
+    tried = {case.format for case in engine.verdicts}
+    codecs = [codec for codec in codecs if codec.name in tried] or codecs
     fits = _fits(codecs, contents)
 
     def rank(key: str) -> tuple[bool, bool, int, bool]:

@@ -500,9 +500,9 @@ def test_for_an_engine_the_format_is_one_that_loads_there(program, tmp_path):
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        (["--order", "rtn:3"], ["It loads 4 bits symmetric as", "--for peft or transformers"]),
+        (["--order", "rtn:3"], ["It loads 4 bits symmetric as", "or peft or transformers"]),
         (["--order", "rtn:4", "--ignore", "*.v_proj"], ["fuses q_proj, k_proj, v_proj"]),
-        (["--order", "rtn:4", "--for", "llama.cpp"], ["loads GGUF files"]),
+        (["--order", "rtn(bits=4, group_size=16)", "--for", "llama.cpp"], ["use group_size=32"]),
         (["--order", "rtn:4", "--for", "vlm"], ["Did you mean 'vllm'?"]),
         (["--order", "rtn:3", "--dry-run"], ["does not load 'compressed-tensors, 3 bits"]),
     ],
