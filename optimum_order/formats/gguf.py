@@ -549,7 +549,8 @@ def _layer(file: GGUFFile, stored: Any, dtype: str) -> LayerState:
             data = data[gguf_families.interleaved(len(data), heads).argsort()]
         data = data[first : first + count]
         if isinstance(info.kind, torch.dtype):
-            parts.append(LayerState(data.contiguous().view(info.kind)))
+            values = data.contiguous().view(info.kind)
+            parts.append(LayerState(values.to(_DTYPES.get(dtype, info.kind))))
             continue
         scheme = {"type": info.kind.name, "dtype": dtype, **stored}
         parts.append(GGUF().decode({"weight": data}, scheme))

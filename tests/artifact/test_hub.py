@@ -515,6 +515,7 @@ ORDERS = {
     "coded": "ecsq:4",
     "compressed-tensors": "wanda:0.5 > gptq:4",
     "dense": "wanda:0.5 > rtn(bits=4, symmetric=false)",
+    "gguf": "wanda:0.5 > gptq(bits=4, group_size=32)",
     "gptq": "gptq:4",
     "sparse": "wanda:0.7 > gptq:4",
 }
@@ -533,7 +534,7 @@ def test_the_code_in_the_card_runs_in_a_fresh_process(
         compressor = JointCompressor.from_pretrained(
             tiny_llama_folder, calibration=ids, sequence_length=64, dtype="float16"
         )
-    compressor.compress(ORDERS[format], progress=False).save_pretrained(
+    compressor.compress(ORDERS[format], format=format, progress=False).save_pretrained(
         tmp_path / "out", format=format
     )
     hub.call("push", tmp_path / "out", "me/model")

@@ -1,5 +1,6 @@
 """A model goes into a GGUF file code for code, and comes back bit for bit, ours and transformers'."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -198,6 +199,32 @@ def test_other_formats_of_the_same_values(tiny, tmp_path):
         assert verify(tmp_path / there) == []
     convert(tmp_path / "coded", tmp_path / "again", "gguf")
     assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "gguf" / FILE).read_bytes()
+
+
+def test_a_model_larger_than_memory_is_written_alike(tiny, tmp_path):
+    order = "magnitude:0.3 > rtn(bits=4, group_size=32)"
+    tiny.compress(order, format="gguf", progress=False).save_pretrained(tmp_path / "a", "gguf")
+    with contextlib.closing(
+        tiny.compress(
+            order, format="gguf", low_memory=True, work_dir=tmp_path / "work", progress=False
+        )
+    ) as result:
+        result.save_pretrained(tmp_path / "b", "gguf")
+    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
+    assert verify(tmp_path / "b") == []
+
+
+def test_a_gguf_folder_is_where_another_run_begins(tiny, tmp_path):
+    first = tiny.compress("rtn(bits=4, group_size=32)", format="gguf", progress=False)
+    first.save_pretrained(tmp_path / "first", "gguf")
+    again = JointCompressor.from_pretrained(tmp_path / "first")
+    result = again.compress("magnitude:0.5", format="gguf", progress=False)
+    result.save_pretrained(tmp_path / "second", "gguf")
+    assert verify(tmp_path / "second") == []
+    for name, state in result.layers.items():
+        kept = ~state.mask
+        assert torch.equal(state.weight[kept], first.layers[name].weight[kept])
+        assert state.grid.bits == 4 and state.sparsity == 0.5
 
 
 def test_a_coded_ecsq_model_gets_the_narrowest_blocks(tmp_path):
