@@ -4,7 +4,7 @@ import pytest
 
 from optimum_order.backends import Backend
 from optimum_order.engine import recipe as recipes
-from optimum_order.engine.recipe import Recipe, canonical, method
+from optimum_order.engine.recipe import Recipe, canonical, method, with_options
 from optimum_order.errors import DataError, OrderError
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
@@ -175,3 +175,19 @@ class TestTargets:
             recipe("rtn(bits=4, targets='re:(')").check(units, calibrated=False)
         with pytest.raises(OrderError, match="'targets' .* must be a pattern of layer names"):
             recipe("rtn(bits=4, targets=3)")
+
+
+def test_options_go_to_the_stages_that_have_them():
+    options = {"scales": "float16"}
+
+    def given(order):
+        return str(with_options(Order.parse(order), options))
+
+    assert given("wanda:0.5 > gptq:4") == "wanda:0.5 > gptq(bits=4, scales=float16)"
+    assert given("rtn(bits=4, group_size=32)") == "rtn(bits=4, group_size=32, scales=float16)"
+    assert given("mixed_precision(bits=4)") == "mixed_precision(bits=4.0, scales=float16)"
+    assert given("ecsq:3") == "ecsq:3.0"
+    again = given("gptq:4 > rtn:8")
+    assert given(again) == again
+    with pytest.raises(OrderError, match="Did you mean 'gptq'"):
+        given("gtpq:4")

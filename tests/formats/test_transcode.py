@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from optimum_order import JointCompressor, formats
 from optimum_order.artifact import manifest
 from optimum_order.artifact.convert import convert
+from optimum_order.artifact.verify import verify
 from optimum_order.errors import FormatError
 from optimum_order.formats.transcode import foreseen, home
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
@@ -63,6 +64,11 @@ def test_values_are_equal_but_for_powers_of_two(folders):
         assert torch.equal(rows, rows.round()), name
         powers = rows.int() - grid.exponent.int()
         assert torch.equal(torch.ldexp(before[name].weight, powers), state.weight), name
+
+
+def test_the_manifest_says_what_the_layers_are_now(folders):
+    for folder in folders:
+        assert verify(folder) == []
 
 
 def test_stock_transformers_computes_the_same_bits(folders, tmp_path):

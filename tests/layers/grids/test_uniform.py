@@ -268,3 +268,29 @@ class TestParts:
         with pytest.raises(ValueError, match="Groups of 8 do not divide 20 inputs"):
             self.grid().like(4, 20)
         assert self.grid(group_size=-1).like(4, 20).scale.shape == (4, 1)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from(DTYPES),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    size=st.sampled_from([1e-7, 1e-5, 1e-3, 1.0, 1e3, 1e5]),
+)
+def test_short_scales_are_float16_numbers_close_to_the_others(seed, dtype, bits, symmetric, size):
+    weight = (gaussian(4, 64, seed=seed).float() * size).clamp(-6e4, 6e4).to(dtype)
+    options = {"bits": bits, "group_size": 32, "symmetric": symmetric, "clip": "none"}
+    usual = UniformGrid.fit(weight, **options)
+    short = UniformGrid.fit(weight, **options, short_scales=True)
+    scale = short.scale.float()
+    assert torch.equal(scale.half().float(), scale)
+    if not symmetric:
+        product = scale * short.zero_point
+        assert torch.equal(product.half().float(), product)
+    assert torch.equal(
+        short.dequantize(short.quantize(short.nearest(weight))), short.nearest(weight)
+    )
+    normal = (usual.scale > 2.0**-14) & (usual.scale < 100)
+    digits = 11 if symmetric else 11 - bits
+    difference = (scale / usual.scale.float() - 1).abs()[normal]
+    assert (difference <= 2.0**-digits + 2.0**-7 * (dtype == torch.bfloat16)).all()
