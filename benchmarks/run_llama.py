@@ -312,8 +312,7 @@ def route(args: argparse.Namespace, scratch: Path) -> None:
         (scratch / target).mkdir()
         files = [str(scratch / folder / "model.gguf") for folder in (source, target)]
         script = Path(__file__).with_name("llama_quantize.py")
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run([PYTHON, script, *files], check=True, **quiet)
+        subprocess.run([PYTHON, script, *files], check=True, capture_output=True)
     names = {
         "dense": "the model in bfloat16",
         "ours": f"{args.order}, code for code",
