@@ -46,6 +46,8 @@ def test_every_family_computes_what_transformers_computes(benchmark, tmp_path):
 def test_every_quantized_family_runs(benchmark, tmp_path):
     """llama.cpp rounds inputs of quantized layers to 8 bits, which random models feel most."""
     for row in benchmark.families(tmp_path, quantized=True):
+        equal, layers = row["layers"].split("/")
+        assert equal == layers, row
         assert abs(row["loss"] - row["expected"]) < 0.05, row
         assert row["mean"] < 0.1, row
 
