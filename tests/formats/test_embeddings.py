@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
 
 from optimum_order import JointCompressor
 from optimum_order.artifact.verify import verify
@@ -61,6 +63,23 @@ def test_stock_formats_of_linear_layers_refuse_one(compressor, tmp_path, format)
     compressed = compressor.compress("rtn:4", progress=False)
     with pytest.raises(FormatError, match="'model.embed_tokens'"):
         compressed.save_pretrained(tmp_path / "out", format=format)
+
+
+def test_llama_cpp_gets_one_in_eight_bits(compressor, tmp_path):
+    embeddings = "rtn(bits=8, group_size=32, scales=float16, targets=*embed_tokens)"
+    layers = "rtn(bits=4, group_size=32, scales=float16, targets=*.layers.*)"
+    compressed = compressor.compress(f"{embeddings} > {layers}", progress=False)
+    compressed.save_pretrained(tmp_path / "out", format="gguf")
+    assert verify(tmp_path / "out") == []
+    types = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "out/model.gguf").tensors}
+    assert types["token_embd.weight"] == "Q8_0" and types["blk.0.ffn_up.weight"] == "Q4_0"
+    assert "output.weight" not in types
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file="model.gguf", dtype=torch.bfloat16
+    )
+    weight = compressed.model.get_input_embeddings().weight
+    assert torch.equal(loaded.get_input_embeddings().weight, weight)
+    assert torch.equal(loaded.get_output_embeddings().weight, weight)
 
 
 def test_a_run_with_an_embedding_is_gone_on_with(compressor, coded, tmp_path):
