@@ -202,10 +202,14 @@ class TestPause:
 
         monkeypatch.setattr(LlamaDecoderLayer, "forward", counting)
         monkeypatch.setattr("optimum_order.compressor.check_forward", lambda *_: None)
-        for pause, expected in (("block", 3), ("group", 2)):
+        for order, pause, expected in (
+            ("gptq:4", "block", 3),
+            ("gptq(bits=4, drift=0)", "group", 2),
+            ("gptq:4", "group", 4),  # the model as it was needs one too
+        ):
             calls.clear()
-            compressor.compress("gptq:4", pause=pause, progress=False)
-            assert len(calls) == expected
+            compressor.compress(order, pause=pause, progress=False)
+            assert len(calls) == expected, order
 
 
 class TestRefusals:

@@ -62,6 +62,9 @@ class Sweeper:
     def aim(self, weight: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
         """Return the weight whose outputs are nearest to those before the stage, (out, in) float32.
 
+        Of what the samples show of the change, the part is noise that the number of inputs is of
+        the number of tokens, and as much less is made up for.
+
         Args:
             weight: (out, in).
             statistics: Of the layer's inputs.
@@ -70,12 +73,13 @@ class Sweeper:
         Source: Li et al. 2025, arXiv 2504.02692; Zhang et al. 2025, arXiv 2505.11695, equation 4.
         """
         weight = weight.float()
-        if not self.options.drift or Drift not in statistics:
+        if not self.options.drift or Drift not in statistics or not statistics.tokens:
             return weight
+        part = self.options.drift * max(0.0, 1.0 - weight.shape[1] / statistics.tokens)
         lost = (weight @ statistics[Drift])[:, factor.columns]  # (out, in), in order of the sweep
         change = torch.empty_like(weight)
         change[:, factor.columns] = lost @ factor.U.T @ factor.U
-        return weight + self.options.drift * change
+        return weight + part * change
 
 
 class Rounding(Protocol):

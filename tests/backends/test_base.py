@@ -11,7 +11,7 @@ from optimum_order.engine.recipe import available, canonical, method
 from optimum_order.errors import InvariantError, OrderError
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
+from optimum_order.layers.statistics import Drift, Gram, SquaredNorms, Statistics
 from optimum_order.order import Order, Stage
 
 # Two settings of every backend; mixed precision hands its layers to rtn or gptq.
@@ -409,5 +409,5 @@ class TestRun:
 
     def test_the_needs_of_several_are_all_of_theirs(self):
         backends = [make("wanda:0.5"), make("gptq:4"), make("rtn:4")]
-        assert needs_of(backends) == {SquaredNorms, Gram}
+        assert needs_of(backends) == {SquaredNorms, Gram, Drift}
         assert [backend.needs_data for backend in backends] == [True, True, False]
