@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -39,6 +40,8 @@ from optimum_order.layers.grids.base import Rounder
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, Statistics
+
+logger = logging.getLogger(__name__)
 
 SENSITIVITIES = ("auto", "none", "within", "across")
 _SPREAD = 3.0
@@ -307,6 +310,18 @@ class _Budget:
                 break
             curves |= {name: self._curve(name, log_rows[name], fits[name]) for name in changed}
             steps = self._steps(curves, slopes, part)
+        else:  # a rate that codes cannot have: rather a lower one than weights that are cut off
+            fits = self._fitting(steps, log_rows)
+            curves = {name: self._curve(name, log_rows[name], fits[name]) for name in rows}
+            reached = _average(curves, steps)
+            if reached < 0.98 * self.options.rate:
+                logger.warning(
+                    "ecsq: codes of at most %d do not hold %g bits for each weight of these "
+                    "layers; they hold %.2f.",
+                    self.options.max_code,
+                    self.options.rate,
+                    reached,
+                )
         return {
             name: Share(
                 steps[name],
@@ -343,7 +358,6 @@ class _Budget:
         if part == 0.0:
             return equal
         sizes = {name: curve.sketch.weights for name, curve in curves.items()}
-        total = sum(sizes.values())
         seen = sum(sizes[name] for name in slopes)
         mean = sum((slopes[name] - equal[name]) * sizes[name] for name in slopes) / seen
         steps = dict(equal)
@@ -352,8 +366,7 @@ class _Budget:
             steps[name] += min(max(apart, -_LAYER_SPREAD), _LAYER_SPREAD)
 
         def average(shift: float) -> float:
-            rates = (sizes[n] * curve.rate(steps[n] + shift) for n, curve in curves.items())
-            return sum(rates) / total
+            return _average(curves, {name: step + shift for name, step in steps.items()})
 
         shift = bisected(average, rate, -4.0, 4.0)
         return {name: step + shift for name, step in steps.items()}
@@ -400,7 +413,22 @@ class _Budget:
         row = profile["large_row"].long()
         column = profile["large_column"].long()
         excess = profile["large"] + math.log2(_MARGIN) - bound - log_rows[row]
-        return Fit.around(excess, row, column, (out, inputs), columns=self.options.columns)
+        # what is not listed is smaller than all that is, and must fit as well
+        all_ = max(0.0, math.ceil(float(excess.min()))) if len(excess) < out * inputs else 0.0
+        fit = Fit.around(excess - all_, row, column, (out, inputs), columns=self.options.columns)
+        return Fit(fit.rows + all_, fit.columns)
+
+
+def _average(curves: Mapping[str, Curve], steps: Mapping[str, float]) -> float:
+    """Return the bits for each weight of layers together.
+
+    Args:
+        curves: The rate of each layer.
+        steps: log2 of the step of each.
+    """
+    sizes = {name: curve.sketch.weights for name, curve in curves.items()}
+    bits = sum(sizes[name] * curve.rate(steps[name]) for name, curve in curves.items())
+    return bits / sum(sizes.values())
 
 
 @dataclasses.dataclass(frozen=True)

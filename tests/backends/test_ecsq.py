@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -159,6 +160,19 @@ class TestFit:
         fit = Fit.around(excess, row, column, (8, 8))
         assert (excess - fit.rows[row] - fit.columns[column] <= 0).all()
         assert (fit.rows >= 0).all() and (fit.columns >= 0).all()
+
+    def test_no_weight_is_cut_off_at_a_high_rate(self, caplog):
+        """Codes up to 127 do not have 8 bits of entropy; all steps are longer then."""
+        weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+        white = Statistics(1, {Gram: torch.eye(256)})
+        for columns in (True, False):
+            backend = method(Stage("ecsq", rate=8, sensitivity="none", columns=columns))
+            after = backend.apply(LayerState(weight), white)
+            steps = after.grid.scale * torch.exp2(after.grid.exponent.float())
+            assert ((after.weight - weight).abs() <= steps).all()
+            line = r"codes of at most 127 do not hold 8 bits .*; they hold 6\.\d+\."
+            assert re.search(line, caplog.text)
+            caplog.clear()
 
     def test_a_loud_column_with_one_huge_weight_costs_the_layer_little(self, layer):
         """The column alone would have a step of 2^7 times its own, and 170 times the error."""
