@@ -247,8 +247,8 @@ class TestPause:
             monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
             return choose("auto", "gptq:4")
 
-        assert with_memory(2 * waiting + 2) == "group"
-        assert with_memory(2 * waiting) == "block"
+        assert with_memory(4 * waiting + 2) == "group"  # of the model as it was, too
+        assert with_memory(4 * waiting) == "block"
 
     def test_auto_keeps_to_blocks_where_nothing_is_known_of_the_activations(
         self, choose, monkeypatch

@@ -155,13 +155,14 @@ def fitting(contents: Contents, engine: str | None = None) -> list[Codec]:
     Args:
         contents: The model and its layers, or outlines of them.
         engine: The engine that is to load the folder, if any: then codecs that the engine was seen
-            to load with such layers.
+            to load with such layers. Otherwise codecs that transformers loads by the folder alone.
 
     Raises:
         FormatError: If the engine is unknown.
     """
     codecs = {key: codec() for key, codec in available().items()}
     if engine is None:
+        codecs = {key: codec for key, codec in codecs.items() if codec.gguf_file is None}
         fits = _fits(codecs.values(), contents)
         reasons = {key: fit.refusal or fit.doubt for key, fit in fits.items()}
     else:

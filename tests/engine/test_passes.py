@@ -12,7 +12,7 @@ from optimum_order.calibration.walk import walk
 from optimum_order.engine import passes
 from optimum_order.engine.recipe import SCHEDULES, method
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram
+from optimum_order.layers.statistics import Drift, Gram
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 
@@ -40,7 +40,8 @@ class TestApply:
             run(model, order, batches, "block", pause=pause)
             by_hand = make_model("llama")
             execution = Execution(pause=pause)
-            visits = walk(by_hand, find_units(by_hand), batches, needs={Gram}, execution=execution)
+            needs = {Gram, Drift}
+            visits = walk(by_hand, find_units(by_hand), batches, needs=needs, execution=execution)
             with closing(visits):
                 for visit in visits:
                     for target in visit.targets:

@@ -60,7 +60,7 @@ class TestContract(CodecContract):
         weight = torch.randn(4, 64)
         yield lattice(weight, bits=6, symmetric=False)
         yield lattice(weight, bits=4, group_size=16)
-        grid = fit_rows(weight, "int8")
+        grid, _ = fit_rows(weight)
         yield LayerState(grid.nearest(weight), grid=grid)
 
 

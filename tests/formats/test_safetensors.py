@@ -426,7 +426,7 @@ def test_damaged_folders_are_errors_that_say_what_is_wrong(packed):
     for text in ("[]", "{", '"x"', "\xff", "[" * 100_000):
         (packed / "config.json").write_text(text, encoding="latin-1")
         fails("config.json")
-    names = "bitsandbytes, coded, compressed-tensors, dense, gptq, sparse"
+    names = "bitsandbytes, coded, compressed-tensors, dense, gguf, gptq, sparse"
     for entry in (3, {}, {"quant_method": "awq"}, {"quant_method": []}):
         (packed / "config.json").write_text(json.dumps({"quantization_config": entry}))
         fails(f"names the quantization .* none of {names}")

@@ -481,7 +481,7 @@ def test_nobody_else_reaches_into_transformers():
     private = "|".join(
         [
             r"(from|import) transformers\.\w",
-            r"\b(all_tied_weights_keys|is_transposed|MODEL_\w+_NAMES)\b",
+            r"\b(all_tied_weights_keys|is_transposed|MODEL_\w+_MAPPING_NAMES)\b",
             r"\b_(experts_implementation|keep_in_fp32_modules|keys_to_ignore_on_save)\b",
             r"\b_(load_pretrained_model|raise_exceptions_for_\w+|weight_conversions)\b",
         ]
