@@ -414,9 +414,9 @@ class _Budget:
         column = profile["large_column"].long()
         excess = profile["large"] + math.log2(_MARGIN) - bound - log_rows[row]
         # what is not listed is smaller than all that is, and must fit as well
-        all_ = max(0.0, math.ceil(float(excess.min()))) if len(excess) < out * inputs else 0.0
-        fit = Fit.around(excess - all_, row, column, (out, inputs), columns=self.options.columns)
-        return Fit(fit.rows + all_, fit.columns)
+        shared = max(0.0, math.ceil(float(excess.min()))) if len(excess) < out * inputs else 0.0
+        fit = Fit.around(excess - shared, row, column, (out, inputs), columns=self.options.columns)
+        return Fit(fit.rows + shared, fit.columns)
 
 
 def _average(curves: Mapping[str, Curve], steps: Mapping[str, float]) -> float:

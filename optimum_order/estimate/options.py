@@ -185,16 +185,16 @@ def _transcoded(model: PreTrainedModel, layers: _Samples) -> _Samples:
 
 def _layer_bytes(codec: formats.Codec, layers: _Samples) -> tuple[float, bool]:
     """Return the bytes of all layers together, and whether they depend on no value."""
-    known: dict[tuple[int, torch.Size], tuple[float, bool]] = {}
+    sizes: dict[tuple[int, torch.Size], tuple[float, bool]] = {}
     total = 0.0
     exact = True
     for target, sample in layers.values():
         shape = target.view.shape
         key = id(sample), shape
-        if key not in known:
-            known[key] = _bytes_of(codec, sample, shape)
-        total += known[key][0]
-        exact = exact and known[key][1]
+        if key not in sizes:
+            sizes[key] = _bytes_of(codec, sample, shape)
+        total += sizes[key][0]
+        exact = exact and sizes[key][1]
     return total, exact
 
 

@@ -500,20 +500,20 @@ def _entries(folder: Path) -> Iterable[Entry]:
 
 def _matrices(file: GGUFFile, folder: Path) -> dict[str, Any]:
     """Return every matrix by its name in a checkpoint, with its entry in `Written.stored`."""
-    found: dict[str, Any] = {}
+    matrices: dict[str, Any] = {}
     for entry in _entries(folder):
         stored = file.tensors.get(entry.name)
         if stored is None or len(entry.shape) < 2:
             continue
         for index, key in enumerate(entry.keys):
             rows = [[entry.name, index * entry.rows_per_key, entry.rows_per_key, entry.heads]]
-            found[key.removesuffix(".weight")] = {"rows": rows}
+            matrices[key.removesuffix(".weight")] = {"rows": rows}
             if isinstance(stored.kind, BlockType):
-                found[key.removesuffix(".weight")] |= {
+                matrices[key.removesuffix(".weight")] |= {
                     "bits": stored.kind.bits,
                     "group_size": BLOCK,
                 }
-    return found
+    return matrices
 
 
 def _layer(file: GGUFFile, stored: Any, dtype: str) -> LayerState:

@@ -228,10 +228,10 @@ def _names(model: PreTrainedModel, family: Family) -> Callable[[str], str | None
     names = get_tensor_name_map(numbers[family.name], model.config.num_hidden_layers)
 
     def name(key: str) -> str | None:
-        found: str | None = names.get_name(
+        translated: str | None = names.get_name(
             _EXPERT.sub(".experts.", key), try_suffixes=(".weight", ".bias")
         )
-        return found
+        return translated
 
     return name
 

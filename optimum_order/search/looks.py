@@ -120,8 +120,8 @@ def _summary(order: Order, seen: Mapping[str, Mapping[Order, _Seen]]) -> Look:
         layers = _allocated(cast(Allocator, method(order[0])), seen)
     sizes = [layer.bytes for layer in layers.values()]
     weights = sum(layer.weights for layer in layers.values())
-    known = [size for size in sizes if size is not None]
-    bits = 8 * sum(known) / weights if len(known) == len(sizes) else None
+    counted = [size for size in sizes if size is not None]
+    bits = 8 * sum(counted) / weights if len(counted) == len(sizes) else None
     return Look(_mean(layer.error for layer in layers.values()), bits, len(layers))
 
 

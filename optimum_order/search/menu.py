@@ -174,8 +174,10 @@ class Menu:
         usual = self._groups()[-1]
         for pruner in _pruners():
             pruned = [self._smallest(Order((pruner, *_quantized(w, usual)))) for w in near]
-            kept = [c for c in pruned if c is not None and c.bits <= bits and _zeros_are_cheap(c)]
-            yield max(kept, key=lambda c: c.bits, default=None)
+            smaller = [
+                c for c in pruned if c is not None and c.bits <= bits and _zeros_are_cheap(c)
+            ]
+            yield max(smaller, key=lambda c: c.bits, default=None)
 
     def _groups(self) -> list[int]:
         """Return the two largest groups that divide the inputs of every layer; -1 if none does."""

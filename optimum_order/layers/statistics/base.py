@@ -45,7 +45,9 @@ class Accumulator(ABC):
         """
 
     def compare(self, rows: Tensor, before: Tensor) -> None:
-        """Add tokens of which is known what they were; only where the class `compares`.
+        """Add tokens together with what they were before the stage.
+
+        Only a class that `compares` needs this method; nobody else calls it.
 
         Args:
             rows: (tokens, in), in any floating-point dtype.
