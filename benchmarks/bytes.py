@@ -43,7 +43,7 @@ def main() -> None:
         calibration=args.calibration,
         calibration_samples=args.samples,
         sequence_length=args.length,
-        targets=args.targets,
+        embeddings=args.embeddings,
     )
     text: Any = args.evaluation
     if args.characters:
@@ -105,7 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--orders", nargs="*")
-    parser.add_argument("--targets", nargs="*", help="patterns of layers, as embeddings need them")
+    parser.add_argument("--embeddings", default="keep", help="as `optimum-order compress` has it")
     parser.add_argument("--output")
     return parser.parse_args()
 

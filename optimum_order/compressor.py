@@ -15,7 +15,7 @@ from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.engine import workdir
-from optimum_order.engine.recipe import Recipe, canonical, with_options
+from optimum_order.engine.recipe import KEPT, Recipe, canonical, with_options
 from optimum_order.engine.run import Result, Subject, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
@@ -28,7 +28,6 @@ from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, bytes_of
-from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.budget import Budget, limits
@@ -79,7 +78,8 @@ class JointCompressor(Session):
             base: The base model of that adapter. By default the id on the Hub that its config
                 names; a path in a config is not followed.
             settings: `calibration`, `calibration_samples`, `sequence_length`, `seed`,
-                `calibration_dtype`, `device`, `targets` and `ignore`, as in the class.
+                `calibration_dtype`, `device`, `targets`, `ignore` and `embeddings`, as in the
+                class.
 
         Raises:
             ModelError: If there is no such model, or it cannot be compressed.
@@ -181,13 +181,13 @@ class JointCompressor(Session):
                 "A model that is in memory already cannot be compressed with 'low_memory': "
                 "give its folder."
             )
-        order, stages = _made_for(order, stages, format, engine)
+        order, stages = self._made_for(order, stages, format, engine)
         plan = self._plan_for(order, stages, work_dir if resume else None, progress=progress)
         # The cheapest errors first, before any weight is read.
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
         weights = checkpoint.load_empty() if low_memory and checkpoint else None
         model = self.source.load() if weights is None else weights.model
-        units = find_units(model, self.targets, self.ignore)
+        units = self.units(model, recipe)
         recipe.check(units, calibrated=self.calibration is not None)
         states = self.source.states
         choice: dict[str, Any] = {"unproven": unproven, "engine": engine}
@@ -270,17 +270,17 @@ class JointCompressor(Session):
         """
         if engine is None and format in ("auto", "dense"):
             return format
-        order, stages = _made_for(order, stages, format, engine)
+        order, stages = self._made_for(order, stages, format, engine)
         orders = [Order.of(order)] if stages is None else permutations(stages)
+        recipes = [Recipe.of(candidate) for candidate in orders]
         model = estimate.empty(self.source)
-        units = find_units(model, self.targets, self.ignore)
+        units = self.units(model, *recipes)
         states = self.source.states
         beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
         choice: dict[str, Any] = {"unproven": unproven, "engine": engine}
         chosen: list[str] = []
         refusals = []
-        for candidate in orders:
-            recipe = Recipe.of(candidate)
+        for recipe in recipes:
             recipe.check(units, calibrated=self.calibration is not None)
             try:
                 chosen.append(
@@ -291,6 +291,32 @@ class JointCompressor(Session):
         if not chosen:
             raise refusals[0]
         return chosen[0]
+
+    def _made_for(
+        self,
+        order: Stages,
+        stages: Iterable[Stage | str] | None,
+        format: str,
+        engine: str | None,
+    ) -> tuple[Stages, Iterable[Stage | str] | None]:
+        """Return an order and stages as embeddings are to be, with the options of a format.
+
+        Args:
+            order: As in `compress`.
+            stages: As in `compress`.
+            format: What the result is to be saved as.
+            engine: The engine that is to load the result.
+        """
+        options = stage_options(format, engine)
+        if stages is None and order != "auto":
+            return with_options(self.whole(Order.of(order)), options), None
+        if self.embeddings != KEPT:
+            raise OrderError(
+                "Which order is best is asked of stages that are all given: leave out 'embeddings' "
+                "(--embeddings), and name the embedding in a stage, such as "
+                "'rtn(bits=8, targets=*embed_tokens)'."
+            )
+        return order, stages if stages is None else [*with_options(Order(stages), options)]
 
     def _plan_for(
         self,
@@ -337,9 +363,10 @@ class JointCompressor(Session):
             OrderError, DataError, ModelError: As in `compress`.
             FormatError: If the format could not hold the result.
         """
-        recipe = Recipe.of(with_options(Order.of(order), stage_options(format)), schedule)
+        order, _ = self._made_for(order, None, format, None)
+        recipe = Recipe.of(Order.of(order), schedule)
         model = estimate.empty(self.source)
-        units = find_units(model, self.targets, self.ignore)
+        units = self.units(model, recipe)
         recipe.check(units, calibrated=self.calibration is not None)
         begin = time.perf_counter()
         batches = self.draw().inputs() if recipe.needs_data else []
@@ -421,7 +448,7 @@ class JointCompressor(Session):
                 f"got {draws=}, {evaluation_samples=}."
             )
         with quiet():
-            runner = self.runner(progress=False)
+            runner = self.runner(Recipe.of(Order(stages)), progress=False)
             chosen = self.metric(runner.model, metric)
             samples = self.evaluation_samples(evaluation, evaluation_samples or self.usual_samples)
             if self.calibration is not None:
@@ -492,7 +519,7 @@ class JointCompressor(Session):
                 "(calibration=..., --calibration)."
             )
         empty = estimate.empty(self.source)
-        units = find_units(empty, self.targets, self.ignore)
+        units = self.units(empty)
         sizes = Sizes(empty, units, self.source.states, demand)
         search = Search(Menu(sizes), limit, max_loss, progress=progress)
         with quiet():
@@ -589,7 +616,7 @@ class JointCompressor(Session):
             )
         check_folder(folder)
         with quiet():
-            runner = self.runner(progress=False)
+            runner = self.runner(*map(Recipe.of, checked), progress=False)
             for order in checked:
                 runner.check(order)
             chosen = self.metric(runner.model, metric)
@@ -613,22 +640,3 @@ class JointCompressor(Session):
             prefix_bytes = int(prefix_limit * 10**9)
             study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(study.trials, folder)
-
-
-def _made_for(
-    order: Stages, stages: Iterable[Stage | str] | None, format: str, engine: str | None
-) -> tuple[Stages, Iterable[Stage | str] | None]:
-    """Return an order and stages with the options that a format asks for.
-
-    Args:
-        order: As in `compress`.
-        stages: As in `compress`.
-        format: What the result is to be saved as.
-        engine: The engine that is to load the result.
-    """
-    options = stage_options(format, engine)
-    if not options:
-        return order, stages
-    if stages is None:
-        return with_options(Order.of(order), options), None
-    return order, [*with_options(Order(stages), options)]

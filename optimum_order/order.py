@@ -138,6 +138,16 @@ class Stage:
         object.__setattr__(self, "value", value)
         object.__setattr__(self, "options", tuple(pairs))
 
+    def having(self, knob: str, **options: Value) -> Stage:
+        """Return the stage with other options beside its own.
+
+        Args:
+            knob: The name of the option that a bare value is.
+            options: By name; they replace those that the stage has.
+        """
+        own = dict(self.options) if self.value is None else {knob: self.value}
+        return Stage(self.method, **own | options)
+
     @classmethod
     def parse(cls, text: str) -> Stage:
         """Read one stage.

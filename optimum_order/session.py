@@ -17,14 +17,17 @@ from optimum_order.data.draws import Draws
 from optimum_order.data.fit import fitted, usable_length
 from optimum_order.data.load import load_evaluation, load_samples, reads_images, reads_text
 from optimum_order.data.samples import Samples
-from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.recipe import EMBEDDINGS, KEPT, Recipe, with_embedding
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
+from optimum_order.estimate.size import empty
 from optimum_order.estimate.waiting import in_flight
 from optimum_order.evaluation import Measurement, Metric
 from optimum_order.models import precision
 from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, InMemory, weights_digest
+from optimum_order.models.units import Unit, embedding_name, find_units
+from optimum_order.order import Order
 
 _LENGTH = 512
 _WINDOWS = 64
@@ -59,6 +62,9 @@ class Session:
         targets: Patterns of the layers to compress (`*.q_proj`, `re:...`); by default all layers
             inside the blocks.
         ignore: Patterns of layers to leave alone.
+        embeddings: What becomes of the embedding of the input, and of a head that is tied to it,
+            where no stage names it: "keep" leaves it as it is; "8", "6" or "4" rounds it to so many
+            bits; "coded" has the stage that meets a rate treat it with all other layers.
 
     Raises:
         ModelError: If the model cannot be compressed, or there is no such device.
@@ -78,6 +84,7 @@ class Session:
         device: str = "auto",
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
+        embeddings: str = KEPT,
     ):
         self.source: Checkpoint | InMemory
         self.source = model if isinstance(model, Checkpoint) else InMemory.of(model, processor)
@@ -98,6 +105,9 @@ class Session:
         precision.choose(calibration_dtype, torch.float32, self.device)  # an error now, if unknown
         self.targets = list(targets) if targets else self.source.targets
         self.ignore = list(ignore) if ignore else self.source.ignore
+        self.embeddings = str(embeddings)
+        if self.embeddings not in EMBEDDINGS:
+            raise OrderError(unknown("choice for embeddings", self.embeddings, EMBEDDINGS))
         self.measured: dict[tuple[str, str], Measurement] = {}
         """The model before compression, by metric and digest of the samples."""
         self._draws = Draws(self._load, calibration_samples)
@@ -235,10 +245,11 @@ class Session:
         fits = waiting is not None and waiting * twice < psutil.virtual_memory().available // 2
         return "group" if fits else "block"
 
-    def runner(self, *, progress: bool = True) -> Runner:
+    def runner(self, *recipes: Recipe, progress: bool = True) -> Runner:
         """Return what runs orders on a copy of the model, with any draw of the calibration data.
 
         Args:
+            recipes: What it will run; it compresses the embeddings that these name.
             progress: Whether to show bars on stderr.
         """
 
@@ -255,7 +266,42 @@ class Session:
             ),
             targets=self.targets,
             ignore=self.ignore,
+            embeddings=self._embeddings(recipes),
         )
+
+    def units(self, model: PreTrainedModel, *recipes: Recipe) -> list[Unit]:
+        """Return what is compressed of a model: the layers of its blocks, and named embeddings.
+
+        Args:
+            model: The model; it may be empty.
+            recipes: What is to be done to the model.
+
+        Raises:
+            ModelError: As `find_units`.
+        """
+        return find_units(model, self.targets, self.ignore, embeddings=self._embeddings(recipes))
+
+    def whole(self, order: Order) -> Order:
+        """Return the order with what is to become of embeddings, where no stage names them.
+
+        Args:
+            order: The stages.
+
+        Raises:
+            OrderError: If the order cannot be run, or no stage could treat them.
+            ModelError: If the model has no embedding.
+        """
+        if self.embeddings == KEPT:
+            return order
+        model = empty(self.source)
+        name = embedding_name(model)
+        if any(unit.name == name for unit in self.units(model, Recipe.of(order))):
+            return order
+        return with_embedding(order, self.embeddings, name)
+
+    def _embeddings(self, recipes: Iterable[Recipe]) -> list[str]:
+        """Return patterns of embeddings: what stages name, and what is compressed already."""
+        return [*(pattern for recipe in recipes for pattern in recipe.named), *self.source.states]
 
     def base_model(self, model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a manifest says of the model before compression.

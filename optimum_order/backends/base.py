@@ -75,7 +75,7 @@ def describe(annotation: Any) -> str:
 
 _TARGETS = option(
     None,
-    "patterns of the layers that the stage treats, all by default",
+    "patterns of the layers that the stage treats, by default all but embeddings",
     check=lambda value: (
         isinstance(value, str)
         or (len(value) > 0 and all(isinstance(pattern, str) for pattern in value))
@@ -210,16 +210,23 @@ class Method(ABC):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Patterns of the layers that the method treats; empty for all."""
+        """Patterns of the layers that the method treats; empty for all but embeddings."""
         patterns = self.options.targets
         if patterns is None:
             return ()
         return (patterns,) if isinstance(patterns, str) else patterns
 
-    def covers(self, layer: str) -> bool:
-        """Return whether the method treats a layer, by its full name."""
+    def covers(self, layer: str, kind: str = "linear") -> bool:
+        """Return whether the method treats a layer.
+
+        Args:
+            layer: Its full name.
+            kind: As `Target` has it; an embedding is treated only where `targets` names it.
+        """
         patterns = self.targets
-        return not patterns or any(matches(layer, pattern) for pattern in patterns)
+        if not patterns:
+            return kind != "embedding"
+        return any(matches(layer, pattern) for pattern in patterns)
 
     def bind(self, resolve: Callable[[Stage], Method]) -> Self:
         """Resolve the stages that this method names in turn; return the method.

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from optimum_order.backends.base import Rewrite
+from optimum_order.calibration.lookup import chances, tied_head
 from optimum_order.data.samples import placed
 from optimum_order.errors import ModelError
 from optimum_order.layers.tree import tensors_in
@@ -60,7 +61,8 @@ def output_sensitivities(
 
     Returns:
         (samples, out) float32 for each layer that is a module of its own, by name: the mean over
-        the tokens of each sample. Layers that no gradient reaches are absent.
+        the tokens of each sample. The rows of an output head, and of an embedding that is tied to
+        one, have the expected square. Layers that no gradient reaches are absent.
 
     Raises:
         ModelError: If a gradient is NaN or infinite, or all are zero.
@@ -68,15 +70,18 @@ def output_sensitivities(
     Source: Hassibi & Stork 1993 (the Fisher information as the Hessian of the loss).
     """
     watched = {t.name for unit in units for t in unit.targets if t.kind not in _WITHOUT}
-    if not watched:
-        return {}
     sums: dict[str, list[Tensor]] = {}
     with _frozen(model), contextlib.ExitStack() as stack:
         for unit in units:
             if any(target.kind != "embedding" for target in unit.targets):
                 stack.enter_context(_checkpointed(unit.module))
             for target in unit.targets:
-                if target.name in watched:
+                head = tied_head(model, target)
+                if head is None and target.module is model.get_output_embeddings():
+                    head = target.module
+                if head is not None:
+                    stack.enter_context(_predicting(target, head, sums))
+                elif target.name in watched:
                     stack.enter_context(_watched(target, sums))
         for number, sample in enumerate(samples):
             generator = torch.Generator().manual_seed(_SEED + number)
@@ -86,7 +91,9 @@ def output_sensitivities(
                 precision.forwards(model.dtype, model.dtype, model.device),
             ):
                 inputs = placed(sample, model)
-                divergence(model(**inputs, **hf.uncached(model)), generator).backward()
+                loss = divergence(model(**inputs, **hf.uncached(model)), generator)
+                if loss.requires_grad:  # some layer is in a block
+                    loss.backward()
     sensitivities = {
         name: torch.stack(rows) for name, rows in sums.items() if len(rows) == len(samples)
     }
@@ -194,6 +201,23 @@ def _watched(target: Target, sums: dict[str, list[Tensor]]) -> Iterator[None]:
         sums.setdefault(target.name, []).append(_mean_squares(target, gradient))
 
     handle = target.module.register_forward_hook(output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _predicting(target: Target, head: nn.Module, sums: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Gather the expected squared gradients of the logits, which need no labels.
+
+    Labels that are drawn say nothing of a token that is not among them.
+    """
+
+    def output(module: nn.Module, args: Any, logits: Tensor) -> None:
+        sums.setdefault(target.name, []).append(chances(logits))
+
+    handle = head.register_forward_hook(output)
     try:
         yield
     finally:

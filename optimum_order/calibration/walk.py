@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from optimum_order.calibration.accumulate import Accumulation
 from optimum_order.calibration.capture import Capture, Read, Watched, refuse_infinite_inputs
 from optimum_order.calibration.execution import Execution
+from optimum_order.calibration.lookup import statistics_of, tied_head
 from optimum_order.data.samples import placed
 from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layers.statistics import Accumulator, Statistics
@@ -239,6 +240,7 @@ def walk(
     befores = [_Forward(run(batch)) for batch in batches] if comparing else []
     remaining = {unit.name for unit in units}
     missing = set(remaining if wanted is None else wanted)
+    of_heads = _of_heads(model, [u for u in units if u.name in missing], batches, needs, execution)
     with (
         torch.inference_mode(),
         hf.eager_experts(model),
@@ -247,6 +249,7 @@ def walk(
     ):
         with execution.resident(None):
             walker = _Walker(model, forwards, befores, needs, execution)
+            walker.of_heads = of_heads
             for forward in (*forwards, *befores):
                 walker.resume(forward)
         while missing:
@@ -298,6 +301,7 @@ class _Walker:
         self.forwards = forwards
         self.befores = dict(zip(forwards, befores, strict=False))
         self.needs = needs if befores else [need for need in needs if not need.compares]
+        self.of_heads: Mapping[str, Statistics] = {}
         self.residency = execution.residency
         self.device = execution.device
         self.home = model.device
@@ -382,14 +386,14 @@ class _Walker:
     def lookup(self, unit: Unit) -> Visit:
         """Return the pause at an embedding, in front of which all forwards wait.
 
-        A token looks up a row, so all errors of the row count alike: as with white noise.
-
         Args:
             unit: The embedding.
         """
         (target,) = unit.targets
-        white = Statistics(1, self._gather(target, {}).isotropic().results)
-        return Visit(unit, unit.targets, {target.name: white}, {target.name: target.name})
+        statistics = self.of_heads.get(target.name)
+        if statistics is None:  # a token looks up a row, so all errors of the row count alike
+            statistics = Statistics(1, self._gather(target, {}).isotropic().results)
+        return Visit(unit, unit.targets, {target.name: statistics}, {target.name: target.name})
 
     def layers(self, unit: Unit, call: Callable[..., Any]) -> Iterator[Visit]:
         """Let the forwards run a block, and pause at each of its layers.
@@ -496,6 +500,35 @@ class _Walker:
 def _looks_up(unit: Unit) -> bool:
     """Return whether a unit is an embedding."""
     return unit.targets[0].kind == "embedding"
+
+
+def _of_heads(
+    model: PreTrainedModel,
+    units: Iterable[Unit],
+    batches: Sequence[Mapping[str, Tensor]],
+    needs: Collection[type[Accumulator]],
+    execution: Execution,
+) -> dict[str, Statistics]:
+    """Return the statistics of embeddings that are tied to a head, by name.
+
+    A model that is streamed cannot be run as a whole: its embeddings have none.
+    """
+    if execution.streams:
+        return {}
+    dtype = execution.matmul_dtype(model)
+    statistics = {}
+    for target in (unit.targets[0] for unit in units if _looks_up(unit)):
+        if (head := tied_head(model, target)) is not None:
+            statistics[target.name] = statistics_of(
+                model,
+                target,
+                head,
+                batches,
+                needs=[need for need in needs if not need.compares],
+                multiplying=functools.partial(precision.forwards, dtype, model.dtype, model.device),
+                dtype=dtype,
+            )
+    return statistics
 
 
 class _SharedInput:

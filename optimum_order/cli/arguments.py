@@ -277,6 +277,14 @@ def loading(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="leave these layers alone; wins over --targets",
     )
+    parser.add_argument(
+        "--embeddings",
+        default="keep",
+        choices=("keep", "4", "6", "8", "coded"),
+        help="the embedding, and a head that is tied to it, where no stage names it: keep "
+        "(default) leaves it as it is; 8, 6 or 4 rounds it to so many bits; coded has the stage "
+        "that meets a rate, such as ecsq:3, treat it with all other layers",
+    )
 
 
 def upload(parser: argparse.ArgumentParser) -> None:
@@ -311,6 +319,7 @@ def compressor(args: argparse.Namespace) -> JointCompressor:
         base=args.base,
         targets=args.targets,
         ignore=args.ignore,
+        embeddings=args.embeddings,
     )
 
 

@@ -94,7 +94,9 @@ class Passes:
     def apply(self, backends: Sequence[Backend]) -> None:
         """Apply backends to every layer that they cover, on one walk."""
         chosen = {
-            target.name: [backend for backend in backends if backend.covers(target.name)]
+            target.name: [
+                backend for backend in backends if backend.covers(target.name, target.kind)
+            ]
             for unit in self.subject.units
             for target in unit.targets
         }
@@ -208,7 +210,9 @@ class Passes:
                 profiler.stage,
             )
             return None
-        units = [u for u in self.subject.units if any(profiler.covers(t.name) for t in u.targets)]
+        units = [
+            u for u in self.subject.units if any(profiler.covers(t.name, t.kind) for t in u.targets)
+        ]
         passage = self._begin(units, f"{profiler.stage}: profiling")
         profiles: dict[str, Profile] = {}
         for unit in units:
@@ -232,7 +236,7 @@ class Passes:
         with contextlib.closing(walked) as visits:
             for visit in visits:
                 for target in visit.targets:
-                    if profiler.covers(target.name):
+                    if profiler.covers(target.name, target.kind):
                         rows[target.name] = profiler.profile(
                             self._brought(self.result.states[target.name]),
                             visit.statistics[target.name],
@@ -292,7 +296,7 @@ class Passes:
         """Try every candidate on every group of layers of a block; leave the block as it was."""
         groups: dict[str, list[Target]] = defaultdict(list)
         for target in visit.targets:
-            if not allocator.covers(target.name):
+            if not allocator.covers(target.name, target.kind):
                 continue
             alone = "experts" if target.kind == "expert" else visit.leaders[target.name]
             groups[alone if allocator.fused else target.name].append(target)

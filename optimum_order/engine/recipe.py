@@ -11,11 +11,15 @@ from typing import Any
 from optimum_order import backends
 from optimum_order.backends.base import Engine, Method, needs_of
 from optimum_order.errors import DataError, OrderError, unknown
-from optimum_order.models.units import Unit
+from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage, Value
 from optimum_order.registry import discover
 
 SCHEDULES = ("stage", "block")
+KEPT = "keep"
+CODED = "coded"
+EMBEDDINGS = (KEPT, "4", "6", "8", CODED)
+"""What may become of embeddings where no stage names them."""
 
 
 @functools.cache
@@ -59,8 +63,37 @@ def with_options(order: Order, options: Mapping[str, Value]) -> Order:
         names = [field.name for field in dataclasses.fields(available()[stage.method].Options)]
         named = dict(stage.options) if stage.value is None else {names[0]: stage.value}
         added = {key: value for key, value in options.items() if key in names and key not in named}
-        stages.append(Stage(stage.method, **named, **added) if added else stage)
+        stages.append(stage.having(names[0], **added) if added else stage)
     return Order(stages)
+
+
+def with_embedding(order: Order, choice: str, embedding: str) -> Order:
+    """Return the canonical order with an embedding compressed too.
+
+    Args:
+        order: The stages.
+        choice: A width in bits, for a stage of its own, or "coded": the last stage that meets a
+            rate treats the embedding with all other layers.
+        embedding: The name of the layer.
+
+    Raises:
+        OrderError: If a stage cannot be run, or none meets a rate.
+    """
+    stages = list(canonical(order))
+    if choice != CODED:
+        return canonical(Order([*stages, Stage("rtn", bits=int(choice), targets=embedding)]))
+    for place, stage in reversed(list(enumerate(stages))):
+        meets = method(stage)
+        if any(field.name == "rate" for field in dataclasses.fields(meets.Options)):
+            patterns = (*(meets.targets or ("*",)), embedding)
+            stages[place] = stage.having(
+                dataclasses.fields(meets.Options)[0].name, targets=patterns
+            )
+            return canonical(Order(stages))
+    raise OrderError(
+        f"Embeddings are coded by a stage that meets a rate, and '{order}' has none: add one such "
+        "as 'ecsq:3', or give their bits (--embeddings 8)."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +152,11 @@ class Recipe:
         return Order(method.stage for method in self.methods)
 
     @property
+    def named(self) -> list[str]:
+        """The patterns of layers that stages name: an embedding is compressed where one does."""
+        return [pattern for method in self.methods for pattern in method.targets]
+
+    @property
     def compares(self) -> bool:
         """True if a method compares the layers' inputs with those before its stage."""
         return any(need.compares for need in needs_of(self.methods))
@@ -163,11 +201,7 @@ class Recipe:
                 stage cannot follow the stages before.
             DataError: If a stage needs calibration data and there is none.
         """
-        layers = {
-            target.name: (target.view.shape[0], target.view.shape[1])
-            for unit in units
-            for target in unit.targets
-        }
+        layers = [target for unit in units for target in unit.targets]
         for place, method in enumerate(self.methods):
             self._check_layers(method, layers)
             earlier = [
@@ -187,17 +221,18 @@ class Recipe:
                 )
 
     @staticmethod
-    def _check_layers(method: Method, layers: Mapping[str, tuple[int, int]]) -> None:
-        covered = [name for name in layers if method.covers(name)]
+    def _check_layers(method: Method, layers: Sequence[Target]) -> None:
+        covered = [layer for layer in layers if method.covers(layer.name, layer.kind)]
         if not covered:
             raise OrderError(
                 f"Stage '{method.stage}': its targets match no layer. Layers are called, for "
-                f"example, {', '.join(repr(name) for name in list(layers)[:3])}."
+                f"example, {', '.join(repr(layer.name) for layer in layers[:3])}."
             )
         refused = defaultdict(list)
-        for name in covered:
-            if reason := method.check_shape(layers[name]):
-                refused[reason].append(name)
+        for layer in covered:
+            out, inputs = layer.view.shape
+            if reason := method.check_shape((out, inputs)):
+                refused[reason].append(layer.name)
         for reason, names in refused.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise OrderError(

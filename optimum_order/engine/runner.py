@@ -133,6 +133,7 @@ class Runner:
         execution: Where and how to compute. The model is on its device as a whole.
         targets: As in `find_units`.
         ignore: As in `find_units`.
+        embeddings: As in `find_units`.
         prefixes: Where shared beginnings are stored; None computes every order from the start.
     """
 
@@ -144,6 +145,7 @@ class Runner:
         *,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = None,
+        embeddings: Sequence[str] = (),
         prefixes: Prefixes | None = None,
     ):
         self.source = source
@@ -153,7 +155,7 @@ class Runner:
         self.model.to(execution.device or "cpu")  # type: ignore[arg-type]
         self.dtype = execution.matmul_dtype(self.model)
         self.execution = replace(execution, device=None, dtype=self.dtype)
-        self.units = find_units(self.model, targets, ignore)
+        self.units = find_units(self.model, targets, ignore, embeddings=embeddings)
         self.original = Result.of(self.units, source.states)
         self._batches = batches
         self._drawn: tuple[int, Batches] | None = None

@@ -398,7 +398,7 @@ class _Walks:
     def apply(self, backends: Sequence[Backend]) -> None:
         """Note a walk of backends over every layer that they cover."""
         stages = {
-            target.name: tuple(b.stage for b in backends if b.covers(target.name))
+            target.name: tuple(b.stage for b in backends if b.covers(target.name, target.kind))
             for unit in self._units
             for target in unit.targets
         }

@@ -137,8 +137,8 @@ class Prediction:
         """Note backends for every layer that they cover."""
         if not needs_of(backends) <= {Drift, Gram, SquaredNorms}:
             self.is_sure = False  # a plug-in asks for statistics that nothing here can make up
-        for name in self.targets:
-            self._stages[name] += tuple(b.stage for b in backends if b.covers(name))
+        for name, target in self.targets.items():
+            self._stages[name] += tuple(b.stage for b in backends if b.covers(name, target.kind))
 
     def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
         """Note the backends that an allocator chose."""

@@ -5,11 +5,12 @@ the blocks that the user asked for by name. The targets of a unit are the `nn.Li
 `Conv1D`s, single experts of fused 3-D expert parameters and `nn.Conv2d`s inside it; a grouped
 convolution is one target for each of its groups. Stems, the output head, norms and routers are left
 alone by default, and so are embeddings: `nn.Embedding`s outside the blocks are targets where a
-pattern names them.
+stage names them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from optimum_order.errors import ModelError
 from optimum_order.models import hf
@@ -122,7 +124,11 @@ class Unit:
 
 
 def find_units(
-    model: nn.Module, targets: Iterable[str] | None = None, ignore: Iterable[str] | None = None
+    model: nn.Module,
+    targets: Iterable[str] | None = None,
+    ignore: Iterable[str] | None = None,
+    *,
+    embeddings: Iterable[str] = (),
 ) -> list[Unit]:
     """Return the units of a model, in definition order.
 
@@ -130,8 +136,10 @@ def find_units(
         model: Any transformers model, its weights dense.
         targets: Patterns of the layers to compress: a shell pattern on the full name (`*.q_proj`),
             or a regular expression after `re:`. By default every layer inside the blocks that is
-            not a router. An embedding is taken where a pattern matches embeddings alone.
+            not a router.
         ignore: Patterns of layers to leave alone; a layer that matches both is left alone.
+        embeddings: Patterns that stages name; embeddings are taken where one matches no other
+            layer.
 
     Raises:
         ModelError: If nothing is left to compress, a pattern matches nothing, or a target is tied
@@ -147,15 +155,21 @@ def find_units(
 
     every = find_targets(model)
     layers = [layer for layer in every if layer.kind != "embedding"]
-    embeddings = [t for t in every if t.kind == "embedding" and not inside(t.name)]
-    named = [p for p in targets if not any(matches(layer.name, p) for layer in layers)]
+    tables = [t for t in every if t.kind == "embedding" and not inside(t.name)]
+    named = [p for p in embeddings if not any(matches(layer.name, p) for layer in layers)]
     for pattern in [*targets, *ignore]:
-        if not any(matches(layer.name, pattern) for layer in [*layers, *embeddings]):
-            names = ", ".join(repr(layer.name) for layer in layers[:3])
+        if any(matches(layer.name, pattern) for layer in layers):
+            continue
+        if any(matches(table.name, pattern) for table in tables):
             raise ModelError(
-                f"The pattern '{pattern}' matches no layer of {type(model).__name__}. Its layers "
-                f"are called, for example, {names or 'nothing that can be compressed'}."
+                f"The pattern '{pattern}' matches an embedding, and no other layer. An embedding "
+                f"is compressed by a stage that names it, such as 'rtn(bits=8, targets={pattern})'."
             )
+        names = ", ".join(repr(layer.name) for layer in layers[:3])
+        raise ModelError(
+            f"The pattern '{pattern}' matches no layer of {type(model).__name__}. Its layers "
+            f"are called, for example, {names or 'nothing that can be compressed'}."
+        )
     chosen = []
     for layer in layers:
         router = not _ROUTERS.isdisjoint(layer.name.split("."))
@@ -164,9 +178,7 @@ def find_units(
             wanted = any(matches(layer.name, pattern) for pattern in targets)
         if wanted and not any(matches(layer.name, pattern) for pattern in ignore):
             chosen.append(layer)
-    for layer in embeddings:
-        if any(matches(layer.name, pattern) for pattern in named):
-            chosen.append(layer)
+    chosen += [t for t in tables if any(matches(t.name, pattern) for pattern in named)]
     for layer in chosen:
         if layer.attribute not in layer.module._parameters:
             raise ModelError(
@@ -201,6 +213,27 @@ def find_units(
     return units + [
         Unit(name, model.get_submodule(name), tuple(group)) for name, group in outside.items()
     ]
+
+
+def embedding_name(model: PreTrainedModel) -> str:
+    """Return the name of the embedding of the input.
+
+    Args:
+        model: The model; it may be empty.
+
+    Raises:
+        ModelError: If the model has none that could be compressed.
+    """
+    module = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        module = model.get_input_embeddings()
+    if not isinstance(module, nn.Embedding):
+        raise ModelError(
+            f"{type(model).__name__} has no nn.Embedding of its input: leave out 'embeddings' "
+            "(--embeddings)."
+        )
+    names: list[str] = [name for name, child in model.named_modules() if child is module]
+    return names[0]
 
 
 def find_targets(model: nn.Module) -> list[Target]:

@@ -884,7 +884,7 @@ class TestEmbeddings:
         self, make_model, batches, collect, observe, agree, pause
     ):
         model = make_model("llama")
-        units = find_units(model, self.PATTERNS)
+        units = find_units(model, embeddings=self.PATTERNS)
         (embedding,) = [unit for unit in units if unit.targets[0].kind == "embedding"]
 
         def change(visit):
@@ -901,7 +901,7 @@ class TestEmbeddings:
 
     def test_drift_knows_what_it_was(self, make_model, batches, collect, observe):
         model = make_model("llama")
-        units = find_units(model, self.PATTERNS)
+        units = find_units(model, embeddings=self.PATTERNS)
         layers = [unit for unit in units if unit.targets[0].kind != "embedding"]
         before = observe(model, layers, batches)
 

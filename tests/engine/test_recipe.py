@@ -4,7 +4,13 @@ import pytest
 
 from optimum_order.backends import Backend
 from optimum_order.engine import recipe as recipes
-from optimum_order.engine.recipe import Recipe, canonical, method, with_options
+from optimum_order.engine.recipe import (
+    Recipe,
+    canonical,
+    method,
+    with_embedding,
+    with_options,
+)
 from optimum_order.errors import DataError, OrderError
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
@@ -191,3 +197,30 @@ def test_options_go_to_the_stages_that_have_them():
     assert given(again) == again
     with pytest.raises(OrderError, match="Did you mean 'gptq'"):
         given("gtpq:4")
+
+
+class TestEmbeddings:
+    """What becomes of an embedding that no stage names."""
+
+    def test_a_width_is_a_stage_of_its_own(self):
+        order = with_embedding(Order("wanda:0.5 > gptq:4"), "8", "wte")
+        assert str(order) == "wanda:0.5 > gptq:4 > rtn(bits=8, targets=wte)"
+
+    def test_coded_ones_share_the_rate_of_the_last_stage_that_has_one(self):
+        order = with_embedding(Order("ecsq:4 > wanda:0.2 > ecsq:2.5 > rtn:8"), "coded", "wte")
+        assert str(order) == "ecsq:4.0 > wanda:0.2 > ecsq(rate=2.5, targets=[*,wte]) > rtn:8"
+        assert Order(str(order)) == order
+        named = with_embedding(Order("ecsq(rate=3, targets=*.up)"), "coded", "wte")
+        assert str(named) == "ecsq(rate=3.0, targets=[*.up,wte])"
+
+    def test_coded_ones_need_a_rate(self):
+        with pytest.raises(OrderError, match=r"'gptq:4' has none.*--embeddings 8"):
+            with_embedding(Order("gptq:4"), "coded", "wte")
+
+    def test_are_covered_where_a_stage_names_them(self):
+        for stage, expected in {
+            "rtn:4": False,
+            "rtn(bits=4, targets=*.up)": False,
+            "rtn(bits=4, targets=*)": True,
+        }.items():
+            assert method(Stage.parse(stage)).covers("model.wte", "embedding") is expected

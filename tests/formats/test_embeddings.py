@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from optimum_order import JointCompressor
 from optimum_order.artifact.verify import verify
-from optimum_order.errors import FormatError
+from optimum_order.errors import FormatError, OrderError
 
-PATTERNS = ["*.layers.*", "*embed_tokens"]
 LOAD = """
 import sys, torch, optimum_order
 from transformers import AutoModelForCausalLM
@@ -30,13 +29,12 @@ def compressor():
         calibration="builtin",
         calibration_samples=4,
         sequence_length=64,
-        targets=PATTERNS,
     )
 
 
 @pytest.fixture(scope="module")
 def coded(compressor):
-    order = "ecsq(rate=5, targets=*embed_tokens) > ecsq(rate=4, targets=*.layers.*)"
+    order = "ecsq(rate=5, targets=*embed_tokens) > ecsq:4"
     return compressor.compress(order, progress=False)
 
 
@@ -60,7 +58,7 @@ def test_a_tied_embedding_is_coded_and_loaded_in_a_fresh_process(coded, tmp_path
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
 def test_stock_formats_of_linear_layers_refuse_one(compressor, tmp_path, format):
-    compressed = compressor.compress("rtn:4", progress=False)
+    compressed = compressor.compress("rtn(bits=4, targets=[*, *embed_tokens])", progress=False)
     with pytest.raises(FormatError, match="'model.embed_tokens'"):
         compressed.save_pretrained(tmp_path / "out", format=format)
 
@@ -85,8 +83,34 @@ def test_llama_cpp_gets_one_in_eight_bits(compressor, tmp_path):
 def test_a_run_with_an_embedding_is_gone_on_with(compressor, coded, tmp_path):
     folder = tmp_path / "out"
     coded.save_pretrained(folder)
-    again = JointCompressor.from_pretrained(folder, targets=PATTERNS)
+    again = JointCompressor.from_pretrained(folder)
     pruned = again.compress("magnitude(sparsity=0.3, targets=*.layers.*)", progress=False)
     name = "model.embed_tokens"
     assert torch.equal(pruned.layers[name].weight, coded.layers[name].weight)
     assert pruned.layers[name].grid is not None
+
+
+def test_an_option_has_them_coded_or_rounded(tmp_path):
+    sizes = {}
+    for choice in ("keep", "8", "coded"):
+        compressor = JointCompressor.from_pretrained(
+            "tiny-llama",
+            calibration="builtin",
+            calibration_samples=4,
+            sequence_length=64,
+            embeddings=choice,
+        )
+        compressed = compressor.compress("ecsq:4", progress=False)
+        compressed.save_pretrained(tmp_path / choice)
+        assert verify(tmp_path / choice) == []
+        sizes[choice] = (tmp_path / choice / "model.safetensors").stat().st_size
+        assert ("model.embed_tokens" in compressed.layers) is (choice != "keep")
+        order = str(compressed.provenance.recipe.order)
+        assert ("targets=model.embed_tokens" in order) is (choice == "8")
+        estimated = compressor.estimate("ecsq:4").bytes
+        assert abs(estimated / sizes[choice] - 1) < 0.05
+    assert sizes["coded"] < sizes["8"] < sizes["keep"]
+    again = JointCompressor.from_pretrained(tmp_path / "coded", embeddings="coded")
+    with pytest.raises(OrderError, match="has none: add one such as .ecsq:3."):
+        JointCompressor.from_pretrained("tiny-llama", embeddings="coded").compress("rtn:4")
+    assert "model.embed_tokens" in again.source.states

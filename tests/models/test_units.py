@@ -364,7 +364,7 @@ class TestChoosing:
 class TestEmbeddings:
     def test_are_taken_where_a_pattern_names_them(self, make_model):
         model = make_model("llama")
-        named = find_units(model, ["*.layers.*", "*embed_tokens"])
+        named = find_units(model, embeddings=["*.layers.*", "*embed_tokens"])
         assert [unit.name for unit in named][-1] == "model.embed_tokens"
         (target,) = named[-1].targets
         assert target.kind == "embedding"
@@ -374,8 +374,12 @@ class TestEmbeddings:
     def test_are_not_taken_by_a_pattern_for_all(self, make_model):
         model = make_model("llama")
         for pattern in ("*", "model.*", "re:.*"):
-            units = find_units(model, [pattern])
+            units = find_units(model, embeddings=[pattern])
             assert all(target.kind != "embedding" for unit in units for target in unit.targets)
+
+    def test_are_named_in_a_stage_not_among_layers(self, make_model):
+        with pytest.raises(ModelError, match=r"rtn\(bits=8, targets=\*embed_tokens\)"):
+            find_units(make_model("llama"), ["*.layers.*", "*embed_tokens"])
 
     def test_of_a_tied_head_go_with_the_head(self):
         config = LlamaConfig(
@@ -387,7 +391,7 @@ class TestEmbeddings:
             tie_word_embeddings=True,
         )
         model = LlamaForCausalLM(config)
-        (unit,) = find_units(model, ["model.embed_tokens"])
+        *_, unit = find_units(model, embeddings=["model.embed_tokens"])
         unit.targets[0].write(torch.full((64, 32), 0.5))
         assert (model.lm_head.weight == 0.5).all()
 
