@@ -496,6 +496,8 @@ class Reshaper(Method):
     kinds = ("reshape",)
     slices: ClassVar[bool] = True
     """True if layers lose rows or columns; False if layers go as a whole."""
+    weighs_experts: ClassVar[bool] = False
+    """True to be given `ExpertNorms` as the statistics of each router that the method reads."""
 
     @abstractmethod
     def sizes(self, roles: Roles, config: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from optimum_order.backends.base import (
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.folding import column_sources, find_folds
 from optimum_order.calibration.removal import losses_without
+from optimum_order.calibration.routed import expert_norms
 from optimum_order.calibration.sensitivity import (
     added_losses,
     output_sensitivities,
@@ -339,7 +340,7 @@ class Passes:
             for name, block in blocks.items()
         ]
         missing = [unit for unit in units if unit.name not in done]
-        for visit in self._reshaping(reshaper, units, missing):
+        for visit in self._reshaping(reshaper, units, missing, blocks):
             block = blocks[visit.unit.name]
             layers = {
                 name: (self._state(name, target), self._again(reshaper, name, visit.statistics))
@@ -355,7 +356,11 @@ class Passes:
         self._finish(reshaper, sizes, stock, blocks=done)
 
     def _reshaping(
-        self, reshaper: Reshaper, units: Sequence[Unit], missing: Sequence[Unit]
+        self,
+        reshaper: Reshaper,
+        units: Sequence[Unit],
+        missing: Sequence[Unit],
+        blocks: Mapping[str, Block],
     ) -> Iterator[Visit]:
         """Pause at the blocks that are to be cut."""
         if not reshaper.needs or not missing:
@@ -371,8 +376,17 @@ class Passes:
             execution=dataclasses.replace(self.execution, pause="block"),
             wanted=[unit.name for unit in missing],
         )
-        with contextlib.closing(steps) as visits:
-            yield from visits
+        with contextlib.ExitStack() as stack:
+            visits = stack.enter_context(contextlib.closing(steps))
+            if not reshaper.weighs_experts:
+                yield from visits
+                return
+            watched = [blocks[unit.name] for unit in missing]
+            gathered = stack.enter_context(expert_norms(self.subject.model, watched))
+            for visit in visits:
+                routers = {b.mixture.router.name for b in [blocks[visit.unit.name]] if b.mixture}
+                weighed = {name: gathered(name) for name in routers}
+                yield dataclasses.replace(visit, statistics={**visit.statistics, **weighed})
 
     def _read_by(self, reshaper: Reshaper, block: Block) -> tuple[Target, ...]:
         """Return the layers of a block whose inputs a reshaper asks for; all if it names none."""
@@ -509,7 +523,7 @@ class Passes:
             }
             for name, layers in (blocks or {}).items()
         }
-        change = reshaping.Change(str(reshaper.stage), sizes, plain, tuple(sorted(removed)))
+        change = reshaping.Change(str(reshaper.stage), sizes, plain, tuple(removed))
         self.result.changes = (*self.result.changes, change)
         self.result.units = self.subject.units
 

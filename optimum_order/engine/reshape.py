@@ -37,8 +37,8 @@ class Change:
     Args:
         stage: The canonical stage.
         sizes: The new values of config fields.
-        blocks: For each block that was cut, by name, its layers; see `Layers`.
-        removed: Blocks that were removed, counted from 0.
+        blocks: For each block that was cut, by name, what `cut_block` returned.
+        removed: Blocks that were removed, counted from 0, the one that is missed least first.
     """
 
     stage: str

@@ -33,7 +33,10 @@ def resized(model: PreTrainedModel, sizes: Sizes) -> PreTrainedModel:
         ModelError: If the config refuses these values. The message is the config's.
     """
     try:
-        config = type(model.config).from_dict({**copy.deepcopy(model.config.to_dict()), **sizes})
+        config = copy.deepcopy(model.config)
+        for field, value in sizes.items():  # a field may stand under another name in the dict
+            setattr(config, field, value)
+        config = type(config).from_dict(config.to_dict())
         with torch.device("meta"):
             made = type(model)(config)
     except Exception as error:  # what a config or a model checks of itself raises anything
