@@ -223,6 +223,7 @@ class Runner:
                     break
         self._structure.restore()
         units = redo(self.model, self.units, node.result.changes)
+        node.result.units = units
         for length in range(done, len(order)):
             recipe = Recipe.of(Order((order[length],)))
             subject = Subject(self.model, units, self.batches(draw), self.source.load)

@@ -121,3 +121,33 @@ def test_a_model_with_a_layer_left_out_is_cut_as_a_whole(make_model, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, compressed.model(IDS).logits)
+
+
+@pytest.mark.slow
+def test_plans_and_studies_vary_its_place(make_compressor, text_file, tmp_path):
+    compressor = make_compressor()
+    stages = ["width(multiple=8, ratio=0.5)", "rtn:3", "depth(skip=[1])"]
+    text = text_file.read_text(encoding="utf-8")[:4000]
+    with pytest.raises(OrderError, match="remove 0 at most"):
+        compressor.plan(stages, evaluation=[text], evaluation_samples=4, progress=False)
+    del stages[2]
+    for strategy in ("auto", "measure"):
+        plan = compressor.plan(
+            stages, strategy=strategy, evaluation=[text], evaluation_samples=4, progress=False
+        )
+        assert len(plan.ranking) == 2
+    orders = [" > ".join(stages), " > ".join(reversed(stages))]
+    summary = compressor.study(
+        orders,
+        tmp_path / "study",
+        draws=1,
+        evaluation=[text],
+        evaluation_samples=4,
+        progress=False,
+    )
+    (pair,) = [pair for pair in summary["pairs"] if set(pair["orders"]) == set(orders)]
+    assert pair["prunes_and_quantizes"]
+    for order in orders:
+        compressed = compressor.compress(order, pause="block", progress=False)
+        figure = compressed.evaluate([text], progress=False).value
+        assert figure > 0
