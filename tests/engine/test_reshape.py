@@ -3,11 +3,15 @@
 import contextlib
 import copy
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_order import JointCompressor
 from optimum_order.artifact.verify import verify
@@ -18,12 +22,13 @@ from optimum_order.engine.recipe import method
 from optimum_order.engine.reshape import cut
 from optimum_order.engine.runner import Prefixes
 from optimum_order.engine.workdir import WorkDir
-from optimum_order.errors import InvariantError, OrderError
+from optimum_order.errors import InvariantError, OrderError, OutputError
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import find_targets, find_units
 from optimum_order.order import Order, Stage
 
 INPUTS = torch.arange(24).view(2, 12) % 61
+STOCK_INPUTS = torch.arange(1, 25).view(2, 12) % 61  # those of reload_stock.py
 
 
 @pytest.fixture
@@ -257,3 +262,64 @@ def test_orders_that_share_a_smaller_beginning_end_as_if_each_were_run_alone(
     runner.reset()
     original = compressor.source.load().state_dict()
     assert all(torch.equal(v, original[n]) for n, v in runner.model.state_dict().items())
+
+
+FORMATS = [
+    ("width:0.2 > gptq:4", "compressed-tensors"),
+    ("depth:1 > gptq:4 > width:0.2", "compressed-tensors"),
+    ("heads:0.5 > width:0.1", "dense"),
+    ("heads:0.5 > depth:1 > gptq(bits=4, group_size=32)", "gguf"),
+    ("rtn(bits=4, group_size=32) > width:0.2", "gguf"),
+    ("ecsq:3 > width:0.2", "coded"),
+    ("sparsegpt:0.6 > width:0.2", "sparse"),
+]
+
+
+@pytest.mark.slow
+def test_every_format_holds_it_in_the_bytes_that_were_estimated(tmp_path):
+    """Stock transformers loads the same logits in a process that never heard of us."""
+    compressor = JointCompressor.from_pretrained(
+        "tiny-llama", calibration_samples=4, sequence_length=64
+    )
+    stock = {}
+    for number, (order, format) in enumerate(FORMATS):
+        folder = tmp_path / str(number)
+        expected = compressor.estimate(order, format=format)
+        compressed = compressor.compress(order, format=format, progress=False)
+        assert compressed.save_pretrained(folder, format) == format
+        assert verify(folder) == []
+        written = compressed.manifest["bytes"]["after"]
+        if expected.steps[-1].exact:
+            assert expected.bytes == written, order
+        else:
+            assert expected.bytes == pytest.approx(written, rel=0.1), order
+        with torch.no_grad():
+            logits = compressed.model(STOCK_INPUTS).logits
+            if format == "gguf":
+                pytest.importorskip("gguf")
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    gguf_file="model.gguf",
+                    config=AutoConfig.from_pretrained(folder),
+                    dtype="auto",
+                )
+                assert torch.equal(loaded(STOCK_INPUTS).logits, logits), order
+            elif format in ("coded", "sparse"):
+                loaded = AutoModelForCausalLM.from_pretrained(folder)
+                assert torch.equal(loaded(STOCK_INPUTS).logits, logits), order
+            else:
+                stock[folder] = logits
+    (tmp_path / "results").mkdir()
+    script = Path(__file__).parents[1] / "reload_stock.py"
+    subprocess.run([sys.executable, script, tmp_path / "results", *stock], check=True)
+    for number, logits in enumerate(stock.values()):
+        stored = load_file(tmp_path / "results" / f"{number}.safetensors")
+        assert torch.equal(stored["outputs"], logits)
+
+
+def test_a_model_that_is_read_block_by_block_is_refused(tiny_llama_folder, tmp_path):
+    compressor = JointCompressor.from_pretrained(tiny_llama_folder, device="cpu")
+    for order in ("depth(skip=[1])", "rtn:4 > width:0.5"):
+        with pytest.raises(OutputError, match=r"in memory as a whole: leave out low_memory"):
+            compressor.compress(order, low_memory=True, work_dir=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
