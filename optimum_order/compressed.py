@@ -95,6 +95,7 @@ class CompressedModel:
             target.name: target for unit in subject.units for target in unit.targets
         }
         self._records = result.records
+        self._changes = result.changes
         self._tensors = tensors
         self._work = work
         self._measured: list[tuple[bool, Measurement]] = []
@@ -391,6 +392,11 @@ class CompressedModel:
             "pause": provenance.pause,
             **plan,
             **search,
+            **(
+                {"smaller": [change.describe() for change in self._changes]}
+                if self._changes
+                else {}
+            ),
             **({"continues": session.source.continues} if session.source.continues else {}),
             "calibration": provenance.calibration,
             "sequence_length": session.sequence_length,

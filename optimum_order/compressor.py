@@ -16,7 +16,7 @@ from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.engine import workdir
 from optimum_order.engine.recipe import KEPT, Recipe, canonical, with_options
-from optimum_order.engine.run import Result, Subject, run
+from optimum_order.engine.run import Result, Subject, refuse, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
@@ -187,10 +187,11 @@ class JointCompressor(Session):
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
         weights = checkpoint.load_empty() if low_memory and checkpoint else None
         model = self.source.load() if weights is None else weights.model
+        refuse(recipe, streams=low_memory, resumes=work_dir is not None)
         units = self.units(model, recipe)
-        recipe.check(units, calibrated=self.calibration is not None)
+        after = self.outlines(model, units, recipe)
         states = self.source.states
-        choice: dict[str, Any] = {"unproven": unproven, "engine": engine}
+        choice: dict[str, Any] = {"unproven": unproven, "engine": engine, "after": after}
         beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
         check_format(model, units, recipe, states, format, beside=beside, **choice)
         samples = self.draw() if recipe.needs_data else None
@@ -237,7 +238,7 @@ class JointCompressor(Session):
             seconds=time.perf_counter() - begin,
             plan=plan,
         )
-        subject = dataclasses.replace(subject, batches=())
+        subject = dataclasses.replace(subject, batches=(), units=result.units)
         return CompressedModel(
             self, subject, result, provenance, tensors, work if tensors is not None else None
         )
@@ -281,7 +282,7 @@ class JointCompressor(Session):
         chosen: list[str] = []
         refusals = []
         for recipe in recipes:
-            recipe.check(units, calibrated=self.calibration is not None)
+            choice["after"] = self.outlines(model, units, recipe)
             try:
                 chosen.append(
                     check_format(model, units, recipe, states, format, beside=beside, **choice)
@@ -367,7 +368,7 @@ class JointCompressor(Session):
         recipe = Recipe.of(Order.of(order), schedule)
         model = estimate.empty(self.source)
         units = self.units(model, recipe)
-        recipe.check(units, calibrated=self.calibration is not None)
+        after = self.outlines(model, units, recipe)
         begin = time.perf_counter()
         batches = self.draw().inputs() if recipe.needs_data else []
         drawing = time.perf_counter() - begin
@@ -375,7 +376,7 @@ class JointCompressor(Session):
         execution = dataclasses.replace(self.execution(model, pause), device=self.device)
         beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
         result = estimate.estimate(
-            model, units, recipe, batches, execution, format=format, beside=beside
+            model, units, recipe, batches, execution, format=format, beside=beside, after=after
         )
         return dataclasses.replace(
             result,

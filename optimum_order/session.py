@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -18,6 +18,7 @@ from optimum_order.data.fit import fitted, usable_length
 from optimum_order.data.load import load_evaluation, load_samples, reads_images, reads_text
 from optimum_order.data.samples import Samples
 from optimum_order.engine.recipe import EMBEDDINGS, KEPT, Recipe, with_embedding
+from optimum_order.engine.reshape import Outline, outlines
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import DataError, ModelError, OrderError, unknown
 from optimum_order.estimate.size import empty
@@ -244,6 +245,24 @@ class Session:
         twice = 1 + recipe.compares  # the forwards of the model as it was
         fits = waiting is not None and waiting * twice < psutil.virtual_memory().available // 2
         return "group" if fits else "block"
+
+    def outlines(
+        self, model: PreTrainedModel, units: Sequence[Unit], recipe: Recipe
+    ) -> list[Outline]:
+        """Check a recipe; return the model after each stage that makes it smaller.
+
+        Args:
+            model: The model before; it may be empty.
+            units: Its blocks.
+            recipe: What is to be done.
+
+        Raises:
+            OrderError, DataError, ModelError: If the recipe cannot be run on this model.
+        """
+        after = outlines(model, recipe.methods, lambda smaller: self.units(smaller, recipe))
+        calibrated = self.calibration is not None
+        recipe.check(units, calibrated=calibrated, after=[one.units for one in after])
+        return after
 
     def runner(self, *recipes: Recipe, progress: bool = True) -> Runner:
         """Return what runs orders on a copy of the model, with any draw of the calibration data.

@@ -11,8 +11,8 @@ import inspect
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from optimum_order.errors import InvariantError, OrderError, unknown
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.order import Stage, matches
+
+if TYPE_CHECKING:  # transformers takes seconds
+    from optimum_order.models.architecture import Block, Layer, Roles
 
 KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
 """Values of `Method.kind`."""
@@ -474,50 +477,134 @@ class Cut:
     """The rows or columns of one layer that remain.
 
     Args:
-        layer: Its name.
+        layer: Its name. With the rows of a router the experts are cut.
         axis: 0 for outputs (rows of W), 1 for inputs (columns of W).
         indices: (k,) int64, the rows or columns that remain, in their new order.
+        weight: What remains, refitted: (out, in) after the cut; None leaves the values alone. Of
+            several cuts of a layer the last may have one.
+        notes: What a reader of the result should know of the layer.
     """
 
     layer: str
     axis: int
     indices: Tensor
+    weight: Tensor | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Reshaper(Method):
     """A method that makes layers smaller: structured pruning.
 
-    A barrier in a run: new, smaller blocks follow. `configure` changes the config accordingly, so
-    that the result is a stock model.
+    A barrier in a run: new, smaller blocks follow. `sizes` says what the config will be, before
+    anything is computed, so that the result is a stock model.
     """
 
     kind = "reshape"
     kinds = ("reshape",)
+    slices: ClassVar[bool] = True
+    """True if layers lose rows or columns; False if layers go as a whole."""
+    weighs_experts: ClassVar[bool] = False
+    """True to be given `ExpertNorms` as the statistics of each router that the method reads."""
+
+    @abstractmethod
+    def sizes(self, roles: Roles, config: Any) -> dict[str, Any]:
+        """Return the new values of config fields, by field.
+
+        Args:
+            roles: Of the layers of the model.
+            config: Of the model; not to be changed.
+
+        Raises:
+            OrderError: If no config can hold what was asked for.
+        """
+
+    def reads(self, block: Block) -> tuple[Layer, ...]:
+        """Return the layers of a block whose inputs the method needs the statistics of.
+
+        Args:
+            block: The roles of its layers.
+        """
+        return ()
 
     @abstractmethod
     def cuts(
         self,
-        block: str,
+        block: Block,
         states: Mapping[str, LayerState],
         statistics: Mapping[str, Statistics],
     ) -> list[Cut]:
         """Choose the rows and columns of the layers of one block that remain.
 
         Args:
-            block: Its name.
+            block: The roles of its layers.
             states: Its layers by name.
-            statistics: Their inputs by name; empty if the method needs none.
+            statistics: The inputs of the layers that the method `reads`, by name.
 
         Returns:
             The cuts; a layer may have one for each axis.
         """
 
-    @abstractmethod
-    def configure(self, config: Any) -> None:
-        """Write the new sizes into the model's config, in place."""
-
     def run(self, engine: Engine, joined: Sequence[Reshaper]) -> None:
         engine.reshape(self)
+
+
+class Remover(Reshaper):
+    """A method that removes whole blocks, one after the other.
+
+    The engine measures how far the model is from what it was without each block that may go, and
+    removes the one that is missed least; then it measures again.
+    """
+
+    slices = False
+    samples: ClassVar[int] = 4
+    """Calibration samples on which the model is measured."""
+
+    @property
+    @abstractmethod
+    def forced(self) -> tuple[int, ...]:
+        """The blocks to remove, counted from 0, if nothing is to be measured."""
+
+    @abstractmethod
+    def count(self, blocks: int) -> int:
+        """Return the number of blocks to remove of so many."""
+
+    @abstractmethod
+    def candidates(self, blocks: int, removed: Collection[int]) -> list[int]:
+        """Return the blocks of which one may be removed next, counted from 0.
+
+        Args:
+            blocks: How many there were at first.
+            removed: Those that are gone.
+        """
+
+    @staticmethod
+    def sizes_without(roles: Roles, config: Any, removed: Collection[int]) -> dict[str, Any]:
+        """Return the new values of config fields without some blocks, by field.
+
+        Args:
+            roles: Of the layers of the model.
+            config: Of the model.
+            removed: Blocks, counted from 0.
+        """
+        remaining = [index for index in range(len(roles.blocks)) if index not in removed]
+        lists = {field: getattr(config, field, None) for field in roles.fields.per_block}
+        return {roles.fields.blocks: len(remaining)} | {
+            field: [values[index] for index in remaining]
+            for field, values in lists.items()
+            if values
+        }
+
+    def cuts(
+        self,
+        block: Block,
+        states: Mapping[str, LayerState],
+        statistics: Mapping[str, Statistics],
+    ) -> list[Cut]:
+        """Cut nothing: a block goes as a whole."""
+        return []
+
+    def run(self, engine: Engine, joined: Sequence[Reshaper]) -> None:
+        engine.shorten(self)
 
 
 class Transform(Method):
@@ -602,6 +689,9 @@ class Engine(Protocol):
 
     def reshape(self, reshaper: Reshaper) -> None:
         """Make layers smaller."""
+
+    def shorten(self, remover: Remover) -> None:
+        """Remove blocks."""
 
     def transform(self, transform: Transform) -> None:
         """Rewrite the model's weights, and check that its function is the same."""

@@ -9,10 +9,12 @@ import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from optimum_order.backends.base import (
     Allocator,
@@ -22,6 +24,7 @@ from optimum_order.backends.base import (
     Profile,
     Profiler,
     Recovery,
+    Remover,
     Reshaper,
     Rewrite,
     Transform,
@@ -29,22 +32,28 @@ from optimum_order.backends.base import (
 )
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.folding import column_sources, find_folds
+from optimum_order.calibration.removal import losses_without
+from optimum_order.calibration.routed import expert_norms
 from optimum_order.calibration.sensitivity import (
     added_losses,
     output_sensitivities,
     single_samples,
 )
 from optimum_order.calibration.walk import Visit, walk
+from optimum_order.engine import recipe as recipes
+from optimum_order.engine import reshape as reshaping
 from optimum_order.engine.recover import recover
-from optimum_order.engine.reshape import cut
 from optimum_order.engine.transform import transform
 from optimum_order.engine.workdir import Passage, WorkDir
+from optimum_order.errors import OrderError
 from optimum_order.layers.error import relative_error
-from optimum_order.layers.packed import Packed, is_masked
+from optimum_order.layers.packed import Packed, States, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
 from optimum_order.models import precision
+from optimum_order.models.architecture import Block
 from optimum_order.models.memory import trim
+from optimum_order.models.sizes import Sizes, keep_blocks, resized, set_sizes
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
 
@@ -245,7 +254,7 @@ class Passes:
                         )
                 if visit.complete:
                     if passage is not None:
-                        self._keep(passage, visit.unit, "measured", dict(rows))
+                        self._keep(passage, visit.unit.name, "measured", dict(rows))
                     profiles.update(rows)
                     rows.clear()
                     self.bar.update()
@@ -263,7 +272,7 @@ class Passes:
         )
         means = [sum(row) / len(row) for row in table]
         if passage is not None:
-            self._keep(passage, units[0], "measured", {"losses": means})
+            self._keep(passage, units[0].name, "measured", {"losses": means})
         self.bar.update()
         return means
 
@@ -288,7 +297,7 @@ class Passes:
                     rows[visit.unit.name] = measured
                     if passage is not None:
                         plain = [dataclasses.asdict(r) | {"stage": str(r.stage)} for r in measured]
-                        self._keep(passage, visit.unit, "measured", plain)
+                        self._keep(passage, visit.unit.name, "measured", plain)
                     self.bar.update()
         return _table(allocator, units, rows)
 
@@ -318,22 +327,230 @@ class Passes:
 
     def reshape(self, reshaper: Reshaper) -> None:
         """Make layers smaller, block by block, and the config with them."""
-        units = self.subject.units
-        self._begin(units, str(reshaper.stage))
-        execution = dataclasses.replace(self.execution, pause="block")
-        steps = self._walk(units, reshaper.needs, execution) if reshaper.needs else None
-        with contextlib.closing(steps or self._visits(units, ())) as visits:
+        model = self.subject.model
+        roles = reshaping.roles_for(reshaper, model)
+        sizes = reshaper.sizes(roles, model.config)
+        stock = resized(model, sizes)
+        blocks = {block.name: block for block in roles.blocks}
+        passage = self._begin_blocks(list(blocks), str(reshaper.stage))
+        done: dict[str, Mapping[str, Any]] = {}
+        for block in roles.blocks:
+            if passage is not None and passage.has(block.name):
+                done[block.name] = passage.load(block.name, str(self.home))["layers"]
+                reshaping.recut(model, block, done[block.name])
+                self._adopt(block, done[block.name])
+        units = [
+            Unit(name, model.get_submodule(name), self._read_by(reshaper, block))
+            for name, block in blocks.items()
+        ]
+        missing = [unit for unit in units if unit.name not in done]
+        for visit in self._reshaping(reshaper, units, missing, blocks):
+            block = blocks[visit.unit.name]
+            layers = {
+                name: (self._state(name, target), self._again(reshaper, name, visit.statistics))
+                for name, target in reshaping.targets_in(model, block).items()
+            }
+            states = {name: state for name, (state, _) in layers.items()}
+            cuts = reshaper.cuts(block, states, visit.statistics)
+            done[block.name] = reshaping.cut_block(reshaper, model, block, layers, cuts)
+            self._adopt(block, done[block.name])
+            if passage is not None:
+                self._keep(passage, block.name, "measured", {"layers": done[block.name]})
+            self.bar.update()
+        self._finish(reshaper, sizes, stock, blocks=done)
+
+    def _reshaping(
+        self,
+        reshaper: Reshaper,
+        units: Sequence[Unit],
+        missing: Sequence[Unit],
+        blocks: Mapping[str, Block],
+    ) -> Iterator[Visit]:
+        """Pause at the blocks that are to be cut."""
+        if not reshaper.needs or not missing:
+            for unit in missing:
+                with self.execution.resident(unit):
+                    yield Visit(unit, unit.targets, {}, {})
+            return
+        steps = walk(
+            self.subject.model,
+            units,
+            self.subject.batches,
+            needs=reshaper.needs,
+            execution=dataclasses.replace(self.execution, pause="block"),
+            wanted=[unit.name for unit in missing],
+        )
+        with contextlib.ExitStack() as stack:
+            visits = stack.enter_context(contextlib.closing(steps))
+            if not reshaper.weighs_experts:
+                yield from visits
+                return
+            watched = [blocks[unit.name] for unit in missing]
+            gathered = stack.enter_context(expert_norms(self.subject.model, watched))
             for visit in visits:
-                states = {t.name: self.result.states[t.name] for t in visit.unit.targets}
-                cuts = reshaper.cuts(visit.unit.name, states, visit.statistics)
-                for target in visit.unit.targets:
-                    mine = [one for one in cuts if one.layer == target.name]
-                    if mine:
-                        state, record = cut(reshaper, target, states[target.name], mine)
-                        self.put(target, state)
-                        self.result.records[target.name].append(record)
-                self.bar.update()
-        reshaper.configure(self.subject.model.config)
+                routers = {b.mixture.router.name for b in [blocks[visit.unit.name]] if b.mixture}
+                weighed = {name: gathered(name) for name in routers}
+                yield dataclasses.replace(visit, statistics={**visit.statistics, **weighed})
+
+    def _read_by(self, reshaper: Reshaper, block: Block) -> tuple[Target, ...]:
+        """Return the layers of a block whose inputs a reshaper asks for; all if it names none."""
+        model = self.subject.model
+        layers = tuple(layer.target(model) for layer in reshaper.reads(block))
+        return layers or tuple(reshaping.targets_in(model, block).values())
+
+    def _state(self, name: str, target: Target) -> LayerState:
+        """Return the state of a layer, of one that no stage treats as well."""
+        if name in self.result.states:
+            return self._brought(self.result.states[name])
+        return self._brought(LayerState(target.read()))
+
+    def _again(
+        self, reshaper: Reshaper, name: str, statistics: Mapping[str, Statistics]
+    ) -> reshaping.Again:
+        """Return what quantizes a layer as it was quantized last, if its grid breaks."""
+
+        def quantize(state: LayerState, columns: Tensor | None) -> LayerState:
+            quantizer = self._quantizer(name)
+            seen = statistics.get(name)
+            if seen is not None:
+                gram = None if columns is None else seen[Gram][columns][:, columns]
+                seen = None if gram is None else Statistics(seen.tokens, {Gram: gram})
+            if quantizer is None or (quantizer.needs and seen is None):
+                raise OrderError(
+                    f"Stage '{reshaper.stage}' breaks the grid of '{name}': its groups share "
+                    "scales. Put it before the quantization."
+                )
+            note = f"{reshaper.stage}: its groups broke; quantized again by {quantizer.stage}"
+            after = quantizer.apply(state, seen, where=name)
+            return dataclasses.replace(after, notes=(*after.notes, note))
+
+        return quantize
+
+    def _quantizer(self, name: str) -> Backend | None:
+        """Return what quantized a layer last in this run."""
+        for record in reversed(self.result.records.get(name, ())):
+            method = recipes.method(Stage.parse(record.stage))
+            if method.kind == "quantize":
+                return cast(Backend, method)
+        return None
+
+    def _adopt(self, block: Block, layers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put what was done to the layers of a block into the result."""
+        mine = {t.name: t for unit in self.subject.units for t in unit.targets}
+        for name, layer in layers.items():
+            if layer["state"] is not None and name in mine:
+                self.put(mine[name], layer["state"].state())
+                self.result.records[name].append(layer["record"])
+                self._masked.discard(name)
+        if block.mixture is not None and block.mixture.router.name in layers:
+            (cut_,) = layers[block.mixture.router.name]["cuts"]
+            self._renumber(block, cut_["indices"].tolist(), mine)
+
+    def _renumber(self, block: Block, remaining: Sequence[int], mine: Mapping[str, Target]) -> None:
+        """Give the experts that remain, by number, the names of the first ones."""
+        prefixes = {
+            target.parameter_name
+            for name, target in mine.items()
+            if target.expert is not None and name.startswith(f"{block.name}.")
+        }
+        names = {
+            f"{prefix}.{old}": f"{prefix}.{new}"
+            for prefix in prefixes
+            for new, old in enumerate(remaining)
+        }
+        others = [name for name in self.result.states if name.rpartition(".")[0] not in prefixes]
+        self._rename({name: name for name in others} | names)
+        units = reshaping.present(self.subject.units)
+        self.subject = dataclasses.replace(self.subject, units=units)
+        for unit in units:
+            for target in unit.targets:
+                if target.parameter_name in prefixes and self.shares:
+                    self.put(target, self.result.states[target.name])
+
+    def _rename(self, names: Mapping[str, str]) -> None:
+        """Give layers other names; those that have no new name are gone.
+
+        Args:
+            names: The new names by the old ones.
+        """
+        result = self.result
+        result.states = States({new: result.states[old] for old, new in names.items()})
+        result.records = {new: result.records[old] for old, new in names.items()}
+        self._masked = {names[old] for old in self._masked if old in names}
+
+    def shorten(self, remover: Remover) -> None:
+        """Remove blocks, each time the one that is missed least."""
+        model = self.subject.model
+        roles = reshaping.roles_for(remover, model)
+        remover.sizes(roles, model.config)  # refuses
+        total = len(roles.blocks)
+        removed = list(remover.forced)
+        steps = [str(step) for step in range(remover.count(total) - len(removed))]
+        passage = self._begin_blocks(steps, str(remover.stage))
+        samples = list(itertools.islice(single_samples(self.subject.batches), remover.samples))
+        for step in steps:
+            if passage is not None and passage.has(step):
+                removed.append(passage.load(step)["block"])
+                continue
+            candidates = remover.candidates(total, removed)
+            losses = losses_without(model, roles, samples, removed, candidates)
+            removed.append(min(candidates, key=lambda block: losses[block]))
+            if passage is not None:
+                self._keep(passage, step, "measured", {"block": removed[-1]})
+            self.bar.update()
+        sizes = remover.sizes_without(roles, model.config, removed)
+        stock = resized(model, sizes)
+        keep_blocks(model, roles, reshaping.left(roles, removed))
+        units, names = reshaping.renamed(self.subject.units, roles, removed)
+        self.subject = dataclasses.replace(self.subject, units=units)
+        self._rename(names)
+        self._finish(remover, sizes, stock, removed=removed)
+
+    def _finish(
+        self,
+        reshaper: Reshaper,
+        sizes: Sizes,
+        stock: PreTrainedModel,
+        *,
+        blocks: Mapping[str, Mapping[str, Any]] | None = None,
+        removed: Sequence[int] = (),
+    ) -> None:
+        """Write the new sizes into the config, check the model, and note what was done."""
+        model = self.subject.model
+        set_sizes(model, sizes)
+        reshaping.check_stock(model, stock, str(reshaper.stage))
+        mine = {target.name for unit in self.subject.units for target in unit.targets}
+        plain = {
+            name: {
+                layer: parts | ({"state": None} if layer in mine else {})
+                for layer, parts in layers.items()
+            }
+            for name, layers in (blocks or {}).items()
+        }
+        change = reshaping.Change(str(reshaper.stage), sizes, plain, tuple(removed))
+        self.result.changes = (*self.result.changes, change)
+        self.result.units = self.subject.units
+
+    def _begin_blocks(
+        self, names: Sequence[str], label: str, treated: Sequence[str] | None = None
+    ) -> Passage | None:
+        """Begin a pass.
+
+        Args:
+            names: Of all of its parts.
+            label: For the progress.
+            treated: The parts that something is done to; all by default.
+        """
+        number = next(self._numbers)
+        treated = names if treated is None else treated
+        self.bar.total += len(treated)
+        self.bar.set_description(label)
+        if self.work is None:
+            return None
+        self.work.wait()  # it may still read weights that this pass changes
+        passage = self.work.passage(number, names)
+        self.bar.update(sum(passage.has(name) for name in treated))
+        return passage
 
     def transform(self, transform_: Transform) -> None:
         """Rewrite the model's weights, and check that its function is the same."""
@@ -353,15 +570,8 @@ class Passes:
             self._settle(targets[name], (before, after), recovery.stage, None)
 
     def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
-        number = next(self._numbers)
-        self.bar.total += len(units)
-        self.bar.set_description(label)
-        if self.work is None:
-            return None
-        self.work.wait()  # it may still read weights that this pass changes
-        passage = self.work.passage(number, [unit.name for unit in self.subject.units])
-        self.bar.update(sum(passage.has(unit.name) for unit in units))
-        return passage
+        names = [unit.name for unit in self.subject.units]
+        return self._begin_blocks(names, label, [unit.name for unit in units])
 
     def _restore(
         self,
@@ -422,12 +632,12 @@ class Passes:
             states = {name: one.reduced(only_masked=name in masked) for name, one in packed.items()}
             return {"states": states, "records": records}
 
-        self._keep(passage, unit, "state", value, keep=keep)
+        self._keep(passage, unit.name, "state", value, keep=keep)
 
     def _keep(
-        self, passage: Passage, unit: Unit, kind: str, value: Any, *, keep: bool = False
+        self, passage: Passage, unit: str, kind: str, value: Any, *, keep: bool = False
     ) -> None:
-        passage.save(unit.name, kind, value, keep=keep)
+        passage.save(unit, kind, value, keep=keep)
         if self.execution.streams and self.work is not None:
             self.work.wait()  # memory matters more than time
 

@@ -6,10 +6,10 @@ import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from optimum_order import backends
-from optimum_order.backends.base import Engine, Method, needs_of
+from optimum_order.backends.base import Engine, Method, Reshaper, needs_of
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage, Value
@@ -26,6 +26,10 @@ EMBEDDINGS = (KEPT, "4", "6", "8", CODED)
 def available() -> Mapping[str, type[Method]]:
     """Return every method class by name."""
     return discover(backends, Method, "optimum_order.backends")
+
+
+def _layers(units: Sequence[Unit]) -> list[Target]:
+    return [target for unit in units for target in unit.targets]
 
 
 def method(stage: Stage) -> Method:
@@ -189,21 +193,33 @@ class Recipe:
             for method in self.methods
         ]
 
-    def check(self, units: Sequence[Unit], *, calibrated: bool) -> None:
+    def check(
+        self,
+        units: Sequence[Unit],
+        *,
+        calibrated: bool,
+        after: Sequence[Sequence[Unit]] = (),
+    ) -> None:
         """Refuse what would fail later; nothing is run.
 
         Args:
             units: The model's blocks.
             calibrated: Whether there is calibration data.
+            after: The blocks after each stage that makes the model smaller, in turn.
 
         Raises:
             OrderError: If a layer's shape does not fit an option, a pattern matches no layer, or a
                 stage cannot follow the stages before.
             DataError: If a stage needs calibration data and there is none.
         """
-        layers = [target for unit in units for target in unit.targets]
+        layers = _layers(units)
+        smaller = iter(after)
         for place, method in enumerate(self.methods):
-            self._check_layers(method, layers)
+            if method.kind == "reshape":
+                layers = _layers(next(smaller, units))
+                self._check_reshaper(cast(Reshaper, method), self.methods[:place], layers)
+            else:
+                self._check_layers(method, layers)
             earlier = [
                 m for m in self.methods[:place] if m.kind in ("prune", "quantize", "allocate")
             ]
@@ -219,6 +235,30 @@ class Recipe:
                     "calibration=... (a .txt, .csv, .jsonl or .parquet path, a Hub dataset, or "
                     "'builtin'), or use only magnitude, rtn and bitsandbytes."
                 )
+
+    def _check_reshaper(
+        self,
+        reshaper: Reshaper,
+        before: Sequence[Method],
+        layers: Sequence[Target],
+    ) -> None:
+        """Refuse a stage that undoes what stages before it promise.
+
+        Args:
+            reshaper: The stage.
+            before: What comes before it.
+            layers: The layers after it.
+        """
+        if not reshaper.slices:
+            return
+        for method in before:
+            if getattr(method.options, "pattern", "none") != "none":
+                raise OrderError(
+                    f"Stage '{reshaper.stage}' takes single inputs away, so that the N:M groups of "
+                    f"'{method.stage}' would be none. Put it first."
+                )
+            if method.kind == "quantize":  # a layer whose groups break is quantized again
+                self._check_layers(method, layers)
 
     @staticmethod
     def _check_layers(method: Method, layers: Sequence[Target]) -> None:

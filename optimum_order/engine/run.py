@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from optimum_order.calibration.execution import Execution
 from optimum_order.engine.passes import Passes
 from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.reshape import Change
 from optimum_order.engine.streamed import refuse_infinite
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError, OutputError
@@ -46,11 +47,15 @@ class Result:
         states: Each layer by name.
         records: What each stage did to each layer.
         stages: The stages that were applied.
+        changes: What stages did to the modules of the model, first to last.
+        units: The blocks of the model after the run.
     """
 
     states: MutableMapping[str, LayerState]
     records: dict[str, list[StageRecord]]
     stages: tuple[Stage, ...] = ()
+    changes: tuple[Change, ...] = ()
+    units: Sequence[Unit] = ()
 
     @property
     def order(self) -> Order:
@@ -79,7 +84,7 @@ class Result:
         start = {
             name: before.get(name) or LayerState(target.read()) for name, target in targets.items()
         }
-        return cls(start, {name: [] for name in start})
+        return cls(start, {name: [] for name in start}, units=units)
 
     def write(self, units: Sequence[Unit]) -> None:
         """Put the layers' weights into the model."""
@@ -113,13 +118,7 @@ def run(
         ModelError: If a weight is NaN or infinite, or the model cannot be walked.
         OutputError: If the work dir cannot be written, is damaged, or cannot hold a stage.
     """
-    if work is not None:
-        for method in recipe.methods:
-            if method.kind in ("reshape", "transform", "recover"):
-                raise OutputError(
-                    f"Stage '{method.stage}' cannot be resumed yet: run it without 'work_dir' "
-                    "(--work-dir, --low-memory)."
-                )
+    refuse(recipe, streams=execution.streams, resumes=work is not None)
     result = _begin(subject, recipe, execution, start)
     with tqdm(total=0, unit="block", disable=not execution.progress) as bar:
         engine = Passes(subject, result, execution, work=work, bar=bar, shares=start is None)
@@ -130,16 +129,43 @@ def run(
     return result
 
 
+def refuse(recipe: Recipe, *, streams: bool, resumes: bool) -> None:
+    """Refuse stages that a run cannot carry out in the way that is asked for.
+
+    Args:
+        recipe: What to do.
+        streams: Whether the model is read block by block.
+        resumes: Whether there is a work dir.
+
+    Raises:
+        OutputError: If there is such a stage.
+    """
+    for method in recipe.methods:
+        if method.kind == "reshape" and streams:
+            raise OutputError(
+                f"Stage '{method.stage}' makes a model smaller that is in memory as a whole: leave "
+                "out low_memory (--low-memory)."
+            )
+        if method.kind in ("transform", "recover") and resumes:
+            raise OutputError(
+                f"Stage '{method.stage}' cannot be resumed yet: run it without 'work_dir' "
+                "(--work-dir, --low-memory)."
+            )
+
+
 def _begin(subject: Subject, recipe: Recipe, execution: Execution, start: Result | None) -> Result:
     stages = recipe.order.stages
     targets = [target for unit in subject.units for target in unit.targets]
     states = execution.residency.states
     if states is not None:
-        return Result(states, {target.name: [] for target in targets}, stages)
+        return Result(states, {target.name: [] for target in targets}, stages, units=subject.units)
     refuse_infinite(subject.model.named_parameters())
     if start is None:
         shared = {target.name: LayerState(target.shared()) for target in targets}
-        return Result(States(shared), {target.name: [] for target in targets}, stages)
+        records: dict[str, list[StageRecord]] = {target.name: [] for target in targets}
+        return Result(States(shared), records, stages, units=subject.units)
     start.write(subject.units)
     records = {name: list(records) for name, records in start.records.items()}
-    return Result(States(start.states), records, (*start.stages, *stages))
+    return Result(
+        States(start.states), records, (*start.stages, *stages), start.changes, subject.units
+    )

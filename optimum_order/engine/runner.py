@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +18,11 @@ from optimum_order.calibration.stability import check_forward, unchanged
 from optimum_order.data.samples import Samples
 from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.reshape import outlines, redo
 from optimum_order.engine.run import Result, Subject, run
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.evaluation import Measurement, Metric
+from optimum_order.models.sizes import Structure
 from optimum_order.models.source import Checkpoint, InMemory
 from optimum_order.models.units import find_units
 from optimum_order.order import Order
@@ -80,7 +83,7 @@ class Prefixes:
         except ArtifactError:  # a cache: what cannot be read is made again
             self._remove(file)
             return None
-        result = Result(parts["states"], parts["records"], tuple(order))
+        result = Result(parts["states"], parts["records"], tuple(order), parts["changes"])
         return Node(result, parts["wall"], parts["cpu"])
 
     def put(self, draw: int, order: Order, node: Node) -> None:
@@ -98,6 +101,7 @@ class Prefixes:
         parts = {
             "states": dict(node.result.states),
             "records": node.result.records,
+            "changes": node.result.changes,
             "wall": node.seconds,
             "cpu": node.cpu_seconds,
         }
@@ -155,8 +159,12 @@ class Runner:
         self.model.to(execution.device or "cpu")  # type: ignore[arg-type]
         self.dtype = execution.matmul_dtype(self.model)
         self.execution = replace(execution, device=None, dtype=self.dtype)
-        self.units = find_units(self.model, targets, ignore, embeddings=embeddings)
+        self._find = functools.partial(
+            find_units, targets=targets, ignore=ignore, embeddings=embeddings
+        )
+        self.units = self._find(self.model)
         self.original = Result.of(self.units, source.states)
+        self._structure = Structure(self.model)
         self._batches = batches
         self._drawn: tuple[int, Batches] | None = None
 
@@ -167,7 +175,8 @@ class Runner:
             OrderError, DataError: If the order cannot be run on this model.
         """
         recipe = Recipe.of(order)
-        recipe.check(self.units, calibrated=self._batches is not None)
+        after = [o.units for o in outlines(self.model, recipe.methods, self._find)]
+        recipe.check(self.units, calibrated=self._batches is not None, after=after)
         return recipe.order
 
     def batches(self, draw: int, samples: int | None = None) -> Batches:
@@ -191,7 +200,8 @@ class Runner:
         return self._drawn[1]
 
     def reset(self) -> None:
-        """Give the model its original weights."""
+        """Give the model its original modules and weights."""
+        self._structure.restore()
         self.original.write(self.units)
 
     def run(
@@ -215,19 +225,23 @@ class Runner:
                     node = stored
                     done = length
                     break
+        self._structure.restore()
+        units = redo(self.model, self.units, node.result.changes)
+        node.result.units = units
         for length in range(done, len(order)):
             recipe = Recipe.of(Order((order[length],)))
-            subject = Subject(self.model, self.units, self.batches(draw), self.source.load)
+            subject = Subject(self.model, units, self.batches(draw), self.source.load)
             wall = time.perf_counter()
             cpu = time.process_time()
             result = run(subject, recipe, self.execution, start=node.result)
+            units = result.units
             wall = time.perf_counter() - wall
             cpu = time.process_time() - cpu
             node = Node(result, (*node.seconds, wall), (*node.cpu_seconds, cpu))
             prefix = Order(order.stages[: length + 1])
             if self.prefixes and keep(prefix):
                 self.prefixes.put(draw, prefix, node)
-        node.result.write(self.units)
+        node.result.write(units)
         return node
 
     def check_metric(self, metric: Metric, samples: Samples) -> None:

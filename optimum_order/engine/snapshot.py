@@ -20,6 +20,7 @@ from torch import Tensor
 
 from optimum_order import files
 from optimum_order.engine import recipe
+from optimum_order.engine.reshape import Change
 from optimum_order.errors import ArtifactError
 from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.packed import Packed
@@ -144,7 +145,7 @@ def _restore(value: Any, read: Callable[[str], Tensor], classes: Mapping[str, ty
 def _classes() -> dict[str, type]:
     """Return every class that may stand in a snapshot, by name."""
     recipe.available()  # imports other people's grids, which are defined beside their backends
-    classes = (*_parts(LayerState), Packed, StageRecord, *_grids(Grid))
+    classes = (*_parts(LayerState), Packed, StageRecord, Change, *_grids(Grid))
     return {cls.__name__: cls for cls in classes}
 
 

@@ -25,12 +25,14 @@ from optimum_order.backends import (
     Method,
     Profiler,
     Recovery,
+    Remover,
     Reshaper,
     Transform,
 )
 from optimum_order.backends.base import Rewrite, needs_of
 from optimum_order.calibration.execution import Execution
 from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.reshape import Outline, roles_for
 from optimum_order.errors import FormatError, OrderError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
@@ -160,12 +162,18 @@ class _Walk:
         stages: What each layer gets in it, in turn.
         tried: What each layer is only tried with, by an allocator.
         needs: What the methods must know about the inputs.
+        reads: The layers whose inputs they are; None for all.
+        runs: Forwards of a sample through the whole model that it takes on top.
+        after: The model after it, where it is smaller.
     """
 
     label: str
     stages: Mapping[str, tuple[Stage, ...]]
     tried: tuple[Stage, ...] = ()
     needs: frozenset[type[Accumulator]] = frozenset()
+    reads: frozenset[str] | None = None
+    runs: float = 0.0
+    after: Outline | None = None
 
 
 def estimate(
@@ -177,6 +185,7 @@ def estimate(
     *,
     format: str,
     beside: Mapping[str, Any] | None = None,
+    after: Sequence[Outline] = (),
 ) -> Estimate:
     """Return what `engine.run.run` would take with these arguments, and the size of the result.
 
@@ -188,13 +197,14 @@ def estimate(
         execution: Where the run computes and where its walks pause.
         format: What the result is to be saved as, or "auto".
         beside: What is saved with the layers, as fields of `formats.Contents`.
+        after: The model after each stage that makes it smaller.
 
     Raises:
         FormatError: If the result could not be saved in the format.
     """
     costs = trace(model, units, batches[0]) if batches else {}
     run = _Run(model, units, costs, batches, execution, beside or {})
-    engine = _Walks(units, costs, run.laboratory)
+    engine = _Walks(model, units, costs, run.laboratory, after)
     for part in recipe.steps:
         part.run(engine)
     walks = engine.walks
@@ -239,7 +249,10 @@ class _Run:
         device, dtype = execution.device or torch.device("cpu"), execution.matmul_dtype(model)
         self.speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
         self.laboratory = Laboratory(list(self.targets.values()), device, self.speed)
+        self._batch = batches[0] if batches else None
         sizes = [max(len(tensor) for tensor in batch.values()) for batch in batches]
+        self.sample = 1 / sizes[0] if sizes else 0.0
+        """The part of a batch that one sample is."""
         self.batches = sum(sizes) / sizes[0] if sizes else 0.0
         """How many, the last counted as the part of one that it is."""
         main = next(iter(batches[0].values())) if batches else None
@@ -248,20 +261,38 @@ class _Run:
         self.weights = sum(parameter.nbytes for parameter in model.parameters())
         self.applied: list[str] = []
 
+    def become(self, outline: Outline) -> None:
+        """Go on with a smaller model."""
+        self.model, self.units = outline.model, outline.units
+        self.targets = {target.name: target for unit in self.units for target in unit.targets}
+        self.history = {name: self.history.get(name, ()) for name in self.targets}
+        if self._batch is not None:
+            self.costs = trace(self.model, self.units, self._batch)
+
     def step(self, walk: _Walk, format: str, *, last: bool) -> Step:
         """Return the cost of a walk. Only the last has to leave what the format can hold."""
         seconds, forward, gram, waiting, flying = 0.0, 0.0, 0.0, 0, 0
-        groups = self.groups and bool(walk.needs) and not walk.tried
+        groups = self.groups and bool(walk.needs) and not walk.tried and not walk.after
         drifts = groups and any(need.compares for need in walk.needs)
         changed = [
             unit
             for unit in self.units
-            if walk.tried or any(t.name in walk.stages for t in unit.targets)
+            if walk.tried or walk.after or any(t.name in walk.stages for t in unit.targets)
         ]
         working = 0
         for unit in changed:
-            cost = self.costs[unit.name] if walk.needs or walk.tried else UnitCost()
-            runs = self.batches * (1 + drifts if groups or unit is changed[-1] else 2)
+            cost = self.costs[unit.name] if walk.needs or walk.tried or walk.runs else UnitCost()
+            if walk.reads is not None:
+                leaders = {cost.leaders.get(name, name) for name in walk.reads}
+                widths = {self.targets[n].view.shape[1] for n in leaders if n in self.targets}
+                cost = dataclasses.replace(
+                    cost, inputs=[r for r in cost.inputs if r.width in widths]
+                )
+            runs = (
+                walk.runs * self.sample
+                if walk.after and not walk.needs
+                else self.batches * (1 + drifts if groups or unit is changed[-1] else 2)
+            )
             grams = Gram in walk.needs
             seen = sum(2 * read.rows * read.width**2 for read in cost.inputs) * self.batches
             seen *= 1 + 2 * drifts  # no symmetry halves the second matrix
@@ -279,6 +310,9 @@ class _Run:
             waiting = max(waiting, int(cost.waiting * self.batches))
             flight = (cost.waiting + cost.working) * self.batches * (1 + drifts)
             flying = max(flying, int(flight))
+            if walk.after and walk.needs:  # a factor, an inverse that is updated, and a refit
+                solved = sum(6 * read.width**3 for read in cost.inputs)
+                seconds += solved / self.speed.gram
             squares = sum(4 * read.width**2 for read in cost.inputs) * (grams + drifts)
             held = 0
             for target in unit.targets:
@@ -303,6 +337,9 @@ class _Run:
         low_memory = self.resident + self._streamed() + min(waiting, LIMIT) + working
         if not walk.tried:
             self.applied.append(walk.label)
+        if walk.after is not None:
+            low_memory = memory  # the model is in memory as a whole
+            self.become(walk.after)
         layers, applied = self._samples(), " > ".join(self.applied)
         try:
             saved = stored(self.model, layers, format, applied, self.beside)
@@ -379,18 +416,27 @@ class _Walks:
     """Notes the walks of a recipe in place of running them: an `Engine` of `backends.base`.
 
     Args:
-        units: The model's blocks.
+        model: The model.
+        units: Its blocks.
         costs: What running each block takes.
         laboratory: Tries methods.
+        after: The model after each stage that makes it smaller.
 
     Attributes:
         walks: In turn.
     """
 
     def __init__(
-        self, units: Sequence[Unit], costs: Mapping[str, UnitCost], laboratory: Laboratory
+        self,
+        model: PreTrainedModel,
+        units: Sequence[Unit],
+        costs: Mapping[str, UnitCost],
+        laboratory: Laboratory,
+        after: Sequence[Outline],
     ):
         self.walks: list[_Walk] = []
+        self._model = model
+        self._after = iter(after)
         self._units = units
         self._costs = costs
         self._laboratory = laboratory
@@ -427,8 +473,23 @@ class _Walks:
         return [0.0] * len(candidates)
 
     def reshape(self, reshaper: Reshaper) -> None:
-        """Refuse a stage that no estimate covers."""
-        _refuse(reshaper)
+        """Note a walk, and go on with the smaller model."""
+        roles = roles_for(reshaper, self._model)
+        layers = [layer.name for block in roles.blocks for layer in reshaper.reads(block)]
+        self._become(_Walk(str(reshaper.stage), {}, needs=reshaper.needs, reads=frozenset(layers)))
+
+    def shorten(self, remover: Remover) -> None:
+        """Note the forwards without each block, and go on with the smaller model."""
+        blocks = len(roles_for(remover, self._model).blocks)
+        measured = remover.count(blocks) - len(remover.forced)
+        # of two forwards one goes through what comes after the block that is left out alone
+        runs = remover.samples * measured * (2 + (blocks - 2) / 2)
+        self._become(_Walk(str(remover.stage), {}, runs=runs))
+
+    def _become(self, walk: _Walk) -> None:
+        outline = next(self._after)
+        self.walks.append(dataclasses.replace(walk, after=outline))
+        self._model, self._units = outline.model, outline.units
 
     def transform(self, transform: Transform) -> None:
         """Refuse a stage that no estimate covers."""

@@ -21,11 +21,13 @@ from optimum_order.backends import (
     Method,
     Profiler,
     Recovery,
+    Remover,
     Reshaper,
     Transform,
 )
 from optimum_order.backends.base import Rewrite, needs_of
 from optimum_order.engine.recipe import Recipe
+from optimum_order.engine.reshape import Outline
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import grown
@@ -50,6 +52,7 @@ def check_format(
     unproven: bool = False,
     engine: str | None = None,
     beside: Mapping[str, Any] | None = None,
+    after: Sequence[Outline] = (),
 ) -> str:
     """Refuse a format that cannot hold the result of a recipe, or is not proven to load.
 
@@ -64,6 +67,7 @@ def check_format(
         unproven: Whether the format may be one that is not proven to load for this architecture.
         engine: The engine that is to load the result.
         beside: What goes with the layers, as fields of `formats.Contents`.
+        after: The model after each stage that makes it smaller.
 
     Returns:
         The name of the format; for an engine that of the one that "auto" will take, if the layers
@@ -75,14 +79,15 @@ def check_format(
     """
     if engine is None and format in ("auto", "dense"):
         return format
-    prediction = Prediction(units, any_choice=engine is not None)
+    prediction = Prediction(units, any_choice=engine is not None, after=after)
     for step in recipe.steps:
         step.run(prediction)
-    if not prediction.is_sure:
+    if not prediction.is_sure or (after and start):
         return format
     states = prediction.states(start)
     layers = formats.Layers(prediction.targets, states)
-    contents = formats.Contents(model, layers, **(beside or {}))
+    smaller = after[-1].model if after else model
+    contents = formats.Contents(smaller, layers, **(beside or {}))
     with Counter():  # answers what formats ask of numbers that are not there
         codec, _ = choose(contents, format, unproven=unproven, engine=engine)
     return format if engine is None else codec.name
@@ -109,6 +114,7 @@ class Prediction:
         any_choice: Whether each candidate of an allocator is given to some layers, in place of the
             likely ones: an engine must load whatever it chooses.
         laboratory: Tries methods, from `small_laboratory`; several predictions may share one.
+        after: The model after each stage that makes it smaller.
 
     Attributes:
         targets: Every layer by name.
@@ -121,8 +127,10 @@ class Prediction:
         *,
         any_choice: bool = False,
         laboratory: Laboratory | None = None,
+        after: Sequence[Outline] = (),
     ):
         self.targets = {target.name: target for unit in units for target in unit.targets}
+        self._after = iter(after)
         self.is_sure = True
         self._units = units
         self._any_choice = any_choice
@@ -175,8 +183,18 @@ class Prediction:
         return [0.0] * len(candidates)
 
     def reshape(self, reshaper: Reshaper) -> None:
-        """Give up: nobody knows which layers there will be."""
-        self.is_sure = False
+        """Go on with the layers that there will be; give up where nobody says which."""
+        outline = next(self._after, None)
+        if outline is None:
+            self.is_sure = False
+            return
+        self._units = outline.units
+        self.targets = {target.name: target for unit in outline.units for target in unit.targets}
+        self._stages = {name: self._stages.get(name, ()) for name in self.targets}
+
+    def shorten(self, remover: Remover) -> None:
+        """Go on with the layers that there will be."""
+        self.reshape(remover)
 
     def transform(self, transform: Transform) -> None:
         """Do nothing: layers keep their shapes."""

@@ -65,6 +65,17 @@ class Layer:
             return torch.arange(self.target(model).view.shape[0])
         return torch.cat([torch.arange(rows.start, rows.stop) for rows in self.rows])
 
+    def selected(self, indices: Tensor) -> Tensor:
+        """Return the rows of the matrix that some rows of the role are, (k,) int64.
+
+        Args:
+            indices: (k,) int64, rows counted in the role.
+        """
+        if self.rows is None:
+            return indices
+        every = torch.cat([torch.arange(rows.start, rows.stop) for rows in self.rows])
+        return every[indices]
+
     def bias(self, model: nn.Module) -> nn.Parameter | None:
         """Return the bias of the whole layer, or None."""
         bias = getattr(self.target(model).module, "bias", None)
@@ -212,6 +223,16 @@ class Block:
     attention: Attention
     mlp: Mlp | Experts
     parallel: bool = False
+
+    @property
+    def dense(self) -> Mlp | None:
+        """The feed-forward layer, if it is no mixture."""
+        return self.mlp if isinstance(self.mlp, Mlp) else None
+
+    @property
+    def mixture(self) -> Experts | None:
+        """The feed-forward layer, if it is a mixture of experts."""
+        return self.mlp if isinstance(self.mlp, Experts) else None
 
 
 @dataclass(frozen=True)

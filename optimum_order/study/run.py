@@ -21,6 +21,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from optimum_order import files, formats
+from optimum_order.engine.run import Result
 from optimum_order.engine.runner import Prefixes, Runner
 from optimum_order.errors import DataError, FormatError, ModelError, OutputError
 from optimum_order.evaluation import Metric, Samples
@@ -147,7 +148,7 @@ class Study:
             if (ORIGINAL, 0) not in done:
                 bar.set_description("original")
                 self.runner.reset()
-                row = self._measured() | {"bytes": self._bytes(self.runner.original.states)}
+                row = self._measured() | {"bytes": self._bytes(self.runner.original)}
                 self.trials.add({("trials", ORIGINAL, 0): row})
             for draw, folder in folders.items():
                 self.runner.prefixes = Prefixes(folder, prefix_bytes)
@@ -178,9 +179,10 @@ class Study:
         except ModelError as error:  # the order broke the model: a result, not a reason to stop
             row = {"performance": None, "error": str(error)}
         if draw == 0:
-            row["bytes"] = self._bytes(states)  # while the model holds them
+            row["bytes"] = self._bytes(node.result)  # while the model holds them
         statistics = self._dense(draw)
-        originals = self.runner.original.states
+        # a layer that was made smaller, or took the place of another, has nothing to compare with
+        originals = {} if node.result.changes else self.runner.original.states
         row |= {
             "stages": [str(stage) for stage in order],
             "seconds": node.seconds,
@@ -192,12 +194,12 @@ class Study:
                 for name, original in originals.items()
             },
         }
-        if draw == 0:
+        if draw == 0 and originals:
             row["correlation"] = error_correlations(self.runner, states)
         rows: dict[tuple[str, str, int], Mapping[str, Any]] = {("trials", str(order), draw): row}
         reverse = _reverse(order)
         is_pair = len(order) == 2 and reverse != order
-        if is_pair and statistics and (str(reverse), draw) in self.trials.done():
+        if is_pair and originals and statistics and (str(reverse), draw) in self.trials.done():
             # a prefix that was stored, unless the disk space was too small
             others = self.runner.run(reverse, draw).result.states
             rows["pairs", f"{reverse} | {order}", draw] = {
@@ -228,10 +230,11 @@ class Study:
             self._statistics = draw, input_statistics(self.runner, draw)
         return self._statistics[1]
 
-    def _bytes(self, states: Mapping[str, LayerState]) -> dict[str, int]:
+    def _bytes(self, result: Result) -> dict[str, int]:
         """Return the bytes of real weight files by format: the one of "auto", and "sparse"."""
-        targets = {target.name: target for unit in self.runner.units for target in unit.targets}
-        contents = formats.Contents(self.runner.model, formats.Layers(targets, states))
+        targets = {target.name: target for unit in result.units for target in unit.targets}
+        layers = formats.Layers(targets, result.states)
+        contents = formats.Contents(self.runner.model, layers)
         sizes = {}
         for name in ("auto", "sparse"):
             try:

@@ -209,7 +209,7 @@ class TestOptions:
         for text, message in [
             (
                 "wandaa:0.5",
-                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: bitsandbytes, ecsq, gptq,",
+                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: bitsandbytes, depth,",
             ),
             (
                 "gptq(bit=4)",
@@ -395,7 +395,7 @@ class TestRun:
 
     def test_whole_model_methods_call_their_own_verb(self):
         for base, verb, hooks in [
-            (Reshaper, "reshape", ("cuts", "configure")),
+            (Reshaper, "reshape", ("cuts", "sizes")),
             (Transform, "transform", ("transform",)),
             (Recovery, "recover", ("recover",)),
         ]:

@@ -71,7 +71,11 @@ class NarrowMLP(Reshaper):
     summary = "make the MLPs narrower"
     needs = frozenset({SquaredNorms})
 
+    def sizes(self, roles, config):
+        return {"intermediate_size": int(self.options.fraction * config.intermediate_size)}
+
     def cuts(self, block, states, statistics):
+        block = block.name
         norms = statistics[mlp(block, "down")][SquaredNorms]
         count = int(self.options.fraction * len(norms))
         index = norms.topk(count).indices.sort().values
@@ -80,9 +84,6 @@ class NarrowMLP(Reshaper):
             Cut(mlp(block, "up"), 0, index),
             Cut(mlp(block, "down"), 1, index),
         ]
-
-    def configure(self, config):
-        config.intermediate_size = int(self.options.fraction * config.intermediate_size)
 
 
 class NarrowMLPBlindly(NarrowMLP):
@@ -94,6 +95,7 @@ class NarrowMLPBlindly(NarrowMLP):
 
     def cuts(self, block, states, statistics):
         assert not statistics
+        block = block.name
         rows = len(states[mlp(block, "up")].weight)
         index = torch.arange(int(self.options.fraction * rows))
         return [

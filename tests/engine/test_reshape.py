@@ -1,24 +1,34 @@
 """A reshaper makes layers smaller; the result is a stock model whose config says so."""
 
+import contextlib
 import copy
+import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_order import JointCompressor
 from optimum_order.artifact.verify import verify
 from optimum_order.backends.base import Cut
 from optimum_order.calibration.execution import PAUSES
+from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import method
 from optimum_order.engine.reshape import cut
-from optimum_order.errors import InvariantError, OrderError
+from optimum_order.engine.runner import Prefixes
+from optimum_order.engine.workdir import WorkDir
+from optimum_order.errors import InvariantError, OrderError, OutputError
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import find_targets, find_units
-from optimum_order.order import Stage
+from optimum_order.order import Order, Stage
 
 INPUTS = torch.arange(24).view(2, 12) % 61
+STOCK_INPUTS = torch.arange(1, 25).view(2, 12) % 61  # those of reload_stock.py
 
 
 @pytest.fixture
@@ -75,7 +85,7 @@ class TestCut:
 
     def test_of_another_layer_than_linear_is_refused(self, narrow):
         (target,) = find_targets(nn.ModuleDict({"a": nn.Conv2d(3, 4, 1)}))
-        with pytest.raises(OrderError, match=r"only nn\.Linear can be, got Conv2d"):
+        with pytest.raises(OrderError, match=r"only nn\.Linear and Conv1D can be, got Conv2d"):
             cut(narrow, target, LayerState(target.read()), [Cut("a", 0, torch.tensor([0]))])
 
 
@@ -148,3 +158,168 @@ def test_a_saved_folder_loads_in_stock_transformers_with_equal_logits(
     assert model.config.intermediate_size == 48, "the model that was given is left alone"
     again = compressor.compress("rtn:4", progress=False)
     assert again.model.config.intermediate_size == 48, "so is what a later run starts from"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """`killed_after(2)`: let two more files be written to the work dir, then raise."""
+    save = snapshot.save
+    remaining = 0
+
+    def write(*arguments, **options):
+        nonlocal remaining
+        remaining -= 1
+        if remaining < 0:
+            raise Killed
+        return save(*arguments, **options)
+
+    def allow(files):
+        nonlocal remaining
+        remaining = files
+
+    monkeypatch.setattr(snapshot, "save", write)
+    return allow
+
+
+SMALLER = "width(ratio=0.3, multiple=8)"
+CUT_OFF = [
+    ("llama", f"{SMALLER} > gptq:4"),
+    ("llama", f"sparsegpt:0.5 > gptq:4 > {SMALLER} > magnitude:0.6"),
+    ("llama", f"magnitude:0.3 > depth:2 > {SMALLER} > rtn:4"),
+    ("gpt2", f"rtn:4 > depth(skip=[1]) > {SMALLER}"),
+]
+BLOCKS = {"llama": {"num_hidden_layers": 5}, "gpt2": {"n_layer": 5}}
+
+
+@pytest.mark.parametrize(("architecture", "order"), CUT_OFF)
+def test_a_run_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(
+    make_model, batches, run, tmp_path, killed_after, architecture, order
+):
+    killed_after(10**6)
+
+    def make():
+        return make_model(architecture, **BLOCKS[architecture])
+
+    whole = make()
+    expected = run(whole, order, batches, pause="block")
+    tries = 0
+    for files in itertools.cycle((2, 4, 3)):
+        killed_after(files)
+        model = make()
+        folder = tmp_path / "work"
+        with (
+            contextlib.suppress(Killed),
+            WorkDir(folder, {}, resume=folder.exists()) as work,
+        ):
+            result = run(model, order, batches, pause="block", work=work)
+            break
+        tries += 1
+    assert tries > 1
+    assert result.records == expected.records
+    assert [change.describe() for change in result.changes] == [
+        change.describe() for change in expected.changes
+    ]
+    assert result.states.keys() == expected.states.keys()
+    for name, state in result.states.items():
+        state.check(name)
+        assert torch.equal(state.weight, expected.states[name].weight)
+        assert torch.equal(state.mask, expected.states[name].mask)
+        assert state.notes == expected.states[name].notes
+    ends = whole.state_dict()
+    assert model.state_dict().keys() == ends.keys()
+    assert all(torch.equal(value, ends[name]) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == whole.config.to_dict()
+
+
+def test_orders_that_share_a_smaller_beginning_end_as_if_each_were_run_alone(
+    make_compressor, tmp_path
+):
+    """The model that runs them is made smaller, made whole, and made smaller again."""
+    compressor = make_compressor()
+    orders = [
+        "width(ratio=0.5, multiple=8) > rtn:4",
+        "rtn:4",
+        "width(ratio=0.5, multiple=8) > magnitude:0.5",
+        "rtn:8 > width(ratio=0.5, multiple=8)",
+    ]
+    runner = compressor.runner(progress=False)
+    runner.prefixes = Prefixes(tmp_path / "prefixes", 10**9)
+    for text in orders:
+        node = runner.run(runner.check(Order.parse(text)))
+        alone = compressor.compress(text, pause="block", progress=False)
+        assert {n: tuple(s.weight.shape) for n, s in alone.layers.items()} == {
+            n: tuple(s.weight.shape) for n, s in node.result.states.items()
+        }
+        ours = alone.model.state_dict()
+        assert runner.model.state_dict().keys() == ours.keys()
+        for name, value in runner.model.state_dict().items():
+            assert torch.equal(value, ours[name]), (text, name)
+        assert runner.model.config.intermediate_size == alone.model.config.intermediate_size
+    runner.reset()
+    original = compressor.source.load().state_dict()
+    assert all(torch.equal(v, original[n]) for n, v in runner.model.state_dict().items())
+
+
+FORMATS = [
+    ("width:0.2 > gptq:4", "compressed-tensors"),
+    ("depth:1 > gptq:4 > width:0.2", "compressed-tensors"),
+    ("heads:0.5 > width:0.1", "dense"),
+    ("heads:0.5 > depth:1 > gptq(bits=4, group_size=32)", "gguf"),
+    ("rtn(bits=4, group_size=32) > width:0.2", "gguf"),
+    ("ecsq:3 > width:0.2", "coded"),
+    ("sparsegpt:0.6 > width:0.2", "sparse"),
+]
+
+
+@pytest.mark.slow
+def test_every_format_holds_it_in_the_bytes_that_were_estimated(tmp_path):
+    """Stock transformers loads the same logits in a process that never heard of us."""
+    compressor = JointCompressor.from_pretrained(
+        "tiny-llama", calibration_samples=4, sequence_length=64
+    )
+    stock = {}
+    for number, (order, format) in enumerate(FORMATS):
+        folder = tmp_path / str(number)
+        expected = compressor.estimate(order, format=format)
+        compressed = compressor.compress(order, format=format, progress=False)
+        assert compressed.save_pretrained(folder, format) == format
+        assert verify(folder) == []
+        written = compressed.manifest["bytes"]["after"]
+        if expected.steps[-1].exact:
+            assert expected.bytes == written, order
+        else:
+            assert expected.bytes == pytest.approx(written, rel=0.1), order
+        with torch.no_grad():
+            logits = compressed.model(STOCK_INPUTS).logits
+            if format == "gguf":
+                pytest.importorskip("gguf")
+                loaded = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    gguf_file="model.gguf",
+                    config=AutoConfig.from_pretrained(folder),
+                    dtype="auto",
+                )
+                assert torch.equal(loaded(STOCK_INPUTS).logits, logits), order
+            elif format in ("coded", "sparse"):
+                loaded = AutoModelForCausalLM.from_pretrained(folder)
+                assert torch.equal(loaded(STOCK_INPUTS).logits, logits), order
+            else:
+                stock[folder] = logits
+    (tmp_path / "results").mkdir()
+    script = Path(__file__).parents[1] / "reload_stock.py"
+    subprocess.run([sys.executable, script, tmp_path / "results", *stock], check=True)
+    for number, logits in enumerate(stock.values()):
+        stored = load_file(tmp_path / "results" / f"{number}.safetensors")
+        assert torch.equal(stored["outputs"], logits)
+
+
+def test_a_model_that_is_read_block_by_block_is_refused(tiny_llama_folder, tmp_path):
+    compressor = JointCompressor.from_pretrained(tiny_llama_folder, device="cpu")
+    for order in ("depth(skip=[1])", "rtn:4 > width:0.5"):
+        with pytest.raises(OutputError, match=r"in memory as a whole: leave out low_memory"):
+            compressor.compress(order, low_memory=True, work_dir=tmp_path / "work")
+    assert not (tmp_path / "work").exists()

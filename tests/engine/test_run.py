@@ -341,7 +341,7 @@ class TestResume:
     def test_stages_that_cannot_be_resumed_are_refused(
         self, make_model, batches, tmp_path, run, plugins
     ):
-        for stage in ("narrow:0.5", "permute:1.0", "refit:nothing"):
+        for stage in ("permute:1.0", "refit:nothing"):
             model = make_model("llama")
             with WorkDir(tmp_path / "work", {}, resume=False) as work:
                 message = f"Stage '{stage}' cannot be resumed yet: run it without 'work_dir'"

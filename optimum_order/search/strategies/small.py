@@ -26,6 +26,7 @@ def rank(task: Task) -> Verdict:
     }
     with task.bar("order") as bar:
         for batches, order in itertools.product(draws, task.orders):
+            runner.reset()  # a stage may have made the model smaller
             subject = Subject(runner.model, runner.units, batches, runner.source.load)
             run(subject, Recipe.of(order, "block"), runner.execution, start=runner.original)
             for metric in metrics:

@@ -11,7 +11,7 @@ from optimum_order.backends.base import Cut
 from optimum_order.errors import OrderError
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Statistics
-from optimum_order.order import Stage
+from optimum_order.models.architecture import Block, Roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,24 +33,25 @@ class Narrow(Reshaper):
     summary = "remove the channels of the MLPs with the smallest norms"
     Options = NarrowOptions
 
-    def __init__(self, stage: Stage):
-        super().__init__(stage)
-        self.width = 0
+    def remaining(self, width: int) -> int:
+        """Return the number of channels that remain of `width`."""
+        return round(width * (1 - self.options.fraction))
+
+    def sizes(self, roles: Roles, config: Any) -> dict[str, Any]:
+        if any(block.dense is None or block.dense.gate is None for block in roles.blocks):
+            raise OrderError(f"Stage '{self.stage}' makes gated MLPs narrower.")
+        return {"intermediate_size": self.remaining(config.intermediate_size)}
 
     def cuts(
         self,
-        block: str,
+        block: Block,
         states: Mapping[str, LayerState],
         statistics: Mapping[str, Statistics],
     ) -> list[Cut]:
-        names = [f"{block}.mlp.{part}_proj" for part in ("gate", "up", "down")]
-        if not all(name in states for name in names):
-            raise OrderError(f"Stage '{self.stage}': block '{block}' has no gated MLP.")
+        mlp = block.dense
+        assert mlp is not None and mlp.gate is not None
+        names = [mlp.gate.name, mlp.up.name, mlp.down.name]
         gate, up, down = (states[name].weight.float() for name in names)
         score = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)  # (channels,)
-        self.width = round(len(score) * (1 - self.options.fraction))
-        indices = score.topk(self.width).indices.sort().values
+        indices = score.topk(self.remaining(len(score))).indices.sort().values
         return [Cut(names[0], 0, indices), Cut(names[1], 0, indices), Cut(names[2], 1, indices)]
-
-    def configure(self, config: Any) -> None:
-        config.intermediate_size = self.width
