@@ -24,6 +24,8 @@ from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.order import Stage, matches
 
 if TYPE_CHECKING:  # transformers takes seconds
+    from transformers import PreTrainedModel
+
     from optimum_order.models.architecture import Block, Layer, Roles
 
 KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
@@ -619,9 +621,28 @@ class Transform(Method):
     tolerance: ClassVar[float] = 1e-3
     """Largest change of a logit on a batch, relative to the largest logit, in float32."""
 
+    @property
+    def forced(self) -> bool:
+        """True to follow stages whose zeros and grids are lost by it."""
+        return False
+
+    def sizes(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return the new values of config fields, by field. Nothing is computed.
+
+        Args:
+            model: The model before; it may be empty.
+
+        Raises:
+            OrderError: If the model cannot be rewritten.
+        """
+        return {}
+
     @abstractmethod
-    def transform(self, model: nn.Module) -> None:
-        """Rewrite the parameters of the model in place."""
+    def transform(self, model: PreTrainedModel) -> None:
+        """Rewrite the parameters of the model in place, in float32.
+
+        No two modules share a parameter.
+        """
 
     def run(self, engine: Engine, joined: Sequence[Transform]) -> None:
         engine.transform(self)

@@ -555,12 +555,14 @@ class Passes:
     def transform(self, transform_: Transform) -> None:
         """Rewrite the model's weights, and check that its function is the same."""
         self._begin([], str(transform_.stage))
-        transform(transform_, self.subject.model, self.subject.batches)
+        sizes = transform(transform_, self.subject.model, self.subject.batches)
         for unit in self.subject.units:
             for target in unit.targets:
                 self.put(target, LayerState(target.read()))
                 record = StageRecord(str(transform_.stage), 0.0, "outputs")
                 self.result.records[target.name].append(record)
+        change = reshaping.Change(str(transform_.stage), sizes, {})
+        self.result.changes = (*self.result.changes, change)
 
     def recover(self, recovery: Recovery) -> None:
         """Let a recovery change layers, and check that masks and grids are the same."""

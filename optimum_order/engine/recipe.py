@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from optimum_order import backends
-from optimum_order.backends.base import Engine, Method, Reshaper, needs_of
+from optimum_order.backends.base import Engine, Method, Reshaper, Transform, needs_of
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage, Value
@@ -205,7 +205,7 @@ class Recipe:
         Args:
             units: The model's blocks.
             calibrated: Whether there is calibration data.
-            after: The blocks after each stage that makes the model smaller, in turn.
+            after: The blocks after each stage that changes the model's modules, in turn.
 
         Raises:
             OrderError: If a layer's shape does not fit an option, a pattern matches no layer, or a
@@ -219,15 +219,17 @@ class Recipe:
                 layers = _layers(next(smaller, units))
                 self._check_reshaper(cast(Reshaper, method), self.methods[:place], layers)
             else:
+                if method.kind == "transform":
+                    layers = _layers(next(smaller, units))
                 self._check_layers(method, layers)
             earlier = [
                 m for m in self.methods[:place] if m.kind in ("prune", "quantize", "allocate")
             ]
-            if method.kind == "transform" and earlier:
+            if method.kind == "transform" and earlier and not cast(Transform, method).forced:
                 raise OrderError(
                     f"Stage '{method.stage}' rewrites all weights and cannot follow "
                     f"'{earlier[0].stage}': what was removed or rounded would not stay so. "
-                    "Put it first."
+                    "Put it first, or give zeros and grids up with force=true."
                 )
             if not calibrated and method.needs_data:
                 raise DataError(

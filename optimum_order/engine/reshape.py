@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.backends.base import Cut, Method, Reshaper
+from optimum_order.backends.base import Cut, Method, Reshaper, Transform
+from optimum_order.engine import recipe as recipes
+from optimum_order.engine.transform import transform_again
 from optimum_order.errors import InvariantError, ModelError, OrderError
 from optimum_order.layers.packed import Packed
 from optimum_order.layers.state import LayerState, StageRecord
@@ -25,6 +27,7 @@ from optimum_order.models.sizes import (
     set_sizes,
 )
 from optimum_order.models.units import Target, Unit
+from optimum_order.order import Stage
 
 Again = Callable[[LayerState, Tensor | None], LayerState]
 """Quantizes the weight of a state once more: of the layer and the columns that remain, or None."""
@@ -88,7 +91,7 @@ def outlines(
     methods: Sequence[Method],
     find: Callable[[PreTrainedModel], Sequence[Unit]],
 ) -> list[Outline]:
-    """Return the model after each stage that makes it smaller, in turn. No weight is read.
+    """Return the model after each stage that changes its modules, in turn. No weight is read.
 
     Args:
         model: The model before, on any device.
@@ -101,6 +104,10 @@ def outlines(
     """
     after = []
     for method in methods:
+        if method.kind == "transform":
+            sizes = cast(Transform, method).sizes(model)
+            model = resized(model, sizes) if sizes else model
+            after.append(Outline(model, find(model)))
         if method.kind != "reshape":
             continue
         reshaper = cast(Reshaper, method)
@@ -294,6 +301,10 @@ def redo(
         changes: What the stages did.
     """
     for change in changes:
+        again = recipes.method(Stage.parse(change.stage))
+        if again.kind == "transform":
+            transform_again(cast(Transform, again), model, change.sizes)
+            continue
         roles = require_roles(model)
         for block in roles.blocks:
             recut(model, block, change.blocks.get(block.name, {}))

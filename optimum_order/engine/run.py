@@ -141,12 +141,12 @@ def refuse(recipe: Recipe, *, streams: bool, resumes: bool) -> None:
         OutputError: If there is such a stage.
     """
     for method in recipe.methods:
-        if method.kind == "reshape" and streams:
+        if method.kind in ("reshape", "transform") and streams:
             raise OutputError(
-                f"Stage '{method.stage}' makes a model smaller that is in memory as a whole: leave "
-                "out low_memory (--low-memory)."
+                f"Stage '{method.stage}' changes a model that is in memory as a whole: leave out "
+                "low_memory (--low-memory)."
             )
-        if method.kind in ("transform", "recover") and resumes:
+        if method.kind == "recover" and resumes:
             raise OutputError(
                 f"Stage '{method.stage}' cannot be resumed yet: run it without 'work_dir' "
                 "(--work-dir, --low-memory)."

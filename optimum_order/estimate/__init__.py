@@ -492,8 +492,8 @@ class _Walks:
         self._model, self._units = outline.model, outline.units
 
     def transform(self, transform: Transform) -> None:
-        """Refuse a stage that no estimate covers."""
-        _refuse(transform)
+        """Note the forwards before and after, and go on with the model that follows."""
+        self._become(_Walk(str(transform.stage), {}, runs=2))
 
     def recover(self, recovery: Recovery) -> None:
         """Refuse a stage that no estimate covers."""

@@ -197,7 +197,12 @@ class Prediction:
         self.reshape(remover)
 
     def transform(self, transform: Transform) -> None:
-        """Do nothing: layers keep their shapes."""
+        """Go on with the layers that there will be, which are compressed no longer."""
+        outline = next(self._after, None)
+        if outline is not None:
+            self._units = outline.units
+            self.targets = {t.name: t for unit in outline.units for t in unit.targets}
+        self._stages = dict.fromkeys(self.targets, ())
 
     def recover(self, recovery: Recovery) -> None:
         """Do nothing: layers keep their masks and grids."""

@@ -139,6 +139,19 @@ def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
         setattr(module, name, nn.Parameter(tensor.detach().clone(), requires_grad=False))
 
 
+def renew_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give every module new parameters of its own, in another dtype; shared ones are copied.
+
+    Args:
+        model: The model.
+        dtype: Of the new parameters.
+    """
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                _replace(module, name, parameter.data.to(dtype))
+
+
 class Structure:
     """The modules, parameters and config of a model as they are now, to come back to.
 
