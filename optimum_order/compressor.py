@@ -15,7 +15,7 @@ from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.engine import workdir
-from optimum_order.engine.recipe import KEPT, Recipe, canonical, with_options
+from optimum_order.engine.recipe import CODED, KEPT, Recipe, canonical, with_embedding, with_options
 from optimum_order.engine.run import Result, Subject, refuse, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
@@ -28,6 +28,7 @@ from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, bytes_of
+from optimum_order.models.units import embedding_name
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.budget import Budget, limits
@@ -519,10 +520,16 @@ class JointCompressor(Session):
                 "A search measures recipes on calibration data that is held back: give some "
                 "(calibration=..., --calibration)."
             )
+        if self.embeddings not in (KEPT, CODED):
+            raise OrderError(
+                "A search leaves embeddings as they are or codes them with the layers: "
+                f"embeddings={KEPT} or {CODED} (--embeddings), got {self.embeddings!r}."
+            )
         empty = estimate.empty(self.source)
-        units = self.units(empty)
-        sizes = Sizes(empty, units, self.source.states, demand)
-        search = Search(Menu(sizes), limit, max_loss, progress=progress)
+        whole = None if self.embeddings == KEPT else self._with_embedding
+        named = [Recipe.of(whole(Order("rtn:8")))] if whole else []
+        sizes = Sizes(empty, self.units(empty, *named), self.source.states, demand)
+        search = Search(Menu(sizes, whole=whole), limit, max_loss, progress=progress)
         with quiet():
             held = self.draw(1)
             if len(held) < 2:
@@ -542,7 +549,7 @@ class JointCompressor(Session):
 
         def make(candidate: Candidate, number: int) -> Attempt:
             compressed = self.compress(
-                candidate.order,
+                candidate.order if whole is None else whole(candidate.order),
                 pause=carrying.pause,
                 work_dir=carrying.folder(number),
                 resume=carrying.resumes(number),
@@ -562,6 +569,14 @@ class JointCompressor(Session):
             seconds=time.perf_counter() - begin,
         )
         return selection
+
+    def _with_embedding(self, order: Order) -> Order:
+        """Return an order that codes the embedding with the layers, or else in 8 bits."""
+        name = embedding_name(estimate.empty(self.source))
+        try:
+            return with_embedding(order, CODED, name)
+        except OrderError:
+            return with_embedding(order, "8", name)
 
     def study(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from optimum_order import formats
@@ -66,10 +66,12 @@ class Menu:
     Args:
         sizes: The sizes of results.
         columns: Whether the steps of columns may differ where stock formats need one scale a row.
+        whole: Gives an order with what becomes of embeddings, where `sizes` counts these.
     """
 
     sizes: Sizes
     columns: bool = True
+    whole: Callable[[Order], Order] | None = None
     _options: dict[Order, Option | None] = dataclasses.field(default_factory=dict)
 
     def least(self) -> Candidate | None:
@@ -169,8 +171,8 @@ class Menu:
         for width in near:
             same = [c for c in fitting if dict(c.order[0].options).get("bits", width) == width]
             yield max(same, key=lambda c: c.bits, default=None)
-        if not any(map(_zeros_are_cheap, fitting)):
-            return
+        if self.whole is not None or not any(map(_zeros_are_cheap, fitting)):
+            return  # what some layers take says nothing of embeddings in other bits
         usual = self._groups()[-1]
         for pruner in _pruners():
             pruned = [self._smallest(Order((pruner, *_quantized(w, usual)))) for w in near]
@@ -210,7 +212,9 @@ class Menu:
         """Return a recipe in the format that stores it in the fewest bytes."""
         order = canonical(order)
         if order not in self._options:
-            self._options[order] = self.sizes.smallest(order)
+            self._options[order] = self.sizes.smallest(
+                order if self.whole is None else self.whole(order)
+            )
         best = self._options[order]
         if best is None:
             return None

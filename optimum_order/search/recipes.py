@@ -185,7 +185,12 @@ class Search:
             raise OrderError(
                 f"No recipe is as small as {self.budget}: the smallest is '{least.order}' as "
                 f"'{least.format}', which takes {size(least.bytes)} with {least.bits:.2f} bits for "
-                f"each weight of the layers. {size(sizes.rest)} are not compressed."
+                f"each weight of the layers. {size(sizes.rest)} are not compressed"
+                + (
+                    ": embeddings=coded (--embeddings coded) compresses embeddings too."
+                    if self.menu.whole is None
+                    else "."
+                )
             )
 
     def _allows(self, bytes_: int, bits: float) -> bool:

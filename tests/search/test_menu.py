@@ -1,9 +1,10 @@
 """The recipes that a search considers: all kinds of them, within what is allowed."""
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_order import JointCompressor, estimate, formats
-from optimum_order.engine.recipe import canonical
+from optimum_order.engine.recipe import canonical, with_embedding
 from optimum_order.estimate.options import Demand, Sizes
 from optimum_order.models.units import find_units
 from optimum_order.order import Order
@@ -99,3 +100,37 @@ def test_the_curve_goes_from_few_bits_to_many(make_menu):
         bits = [c.bits for c in make_menu(**demand).curve()]
         assert min(bits) < 2.6 and max(bits) >= 8
         assert all(c.is_single for c in make_menu(**demand).curve())
+
+
+def test_embeddings_are_counted_where_they_are_coded():
+    """`ecsq` shares its rate with them; other methods leave them 8 bits."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    name = "model.embed_tokens"
+
+    def whole(order):
+        coded = any(stage.method == "ecsq" for stage in order)
+        return with_embedding(order, "coded" if coded else "8", name)
+
+    plain = Menu(Sizes(model, find_units(model), {}, Demand()))
+    sizes = Sizes(model, find_units(model, embeddings=[name]), {}, Demand())
+    menu = Menu(sizes, whole=whole)
+    assert menu.least().bytes < plain.least().bytes
+    assert menu.sizes.rest < plain.sizes.rest
+    listed = menu.within(4.0)
+    assert listed and all(name not in str(c.order) for c in listed)
+    eight = next(c for c in listed if c.exact and c.method == "gptq")
+    alone = plain._smallest(eight.order)
+    rows = 512 * 64
+    layers = sizes.weights - rows
+    expected = (alone.bits * layers + 8 * rows) / sizes.weights
+    assert expected < eight.bits < expected + 0.5 * rows / sizes.weights
+    coded = next(c for c in listed if str(c.order).startswith("ecsq") and c.is_single)
+    assert coded.bits <= 4.0 and coded.bytes == sizes.bytes_at(coded.bits)
