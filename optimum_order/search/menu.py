@@ -160,7 +160,8 @@ class Menu:
 
     def _fixed(self, bits: float) -> Iterator[Candidate | None]:
         """Yield integers of one width, alone and after a pruner."""
-        near = [width for width in _WIDTHS if bits - 2 < width <= bits + 1] or [_WIDTHS[-1]]
+        below = 2 if self.whole is None else 4  # embeddings in 8 bits take what layers spare
+        near = [width for width in _WIDTHS if bits - below < width <= bits + 1] or [_WIDTHS[-1]]
         fitting = []
         for width in near:
             for group in _GROUPS:

@@ -220,6 +220,8 @@ class Search:
         for candidate in listed:
             bits = looks[candidate.order].bits
             candidate = dataclasses.replace(candidate, error=looks[candidate.order].error)
+            if self.menu.whole is not None and rate_of(candidate) is None:
+                bits = None  # layers say nothing of an embedding that takes other bits
             if bits is not None:
                 bytes_ = self.menu.sizes.bytes_at(bits)
                 candidate = dataclasses.replace(candidate, bits=bits, bytes=bytes_)
