@@ -268,10 +268,13 @@ class Recipe:
         method = self.methods[place]
         if method.kind != "prune" or getattr(method.options, "off_grid", False):
             return
+        # a transform that is forced gives up what stages before it made
+        transforms = [at for at, m in enumerate(self.methods[:place]) if m.kind == "transform"]
+        before = self.methods[max(transforms, default=0) : place]
         for layer in layers:
             if not method.covers(layer.name, layer.kind):
                 continue
-            earlier = [m for m in self.methods[:place] if m.covers(layer.name, layer.kind)]
+            earlier = [m for m in before if m.covers(layer.name, layer.kind)]
             quantizer = next((m for m in reversed(earlier) if m.kind == "quantize"), None)
             pruned = any(m.kind == "prune" for m in earlier)
             if quantizer is not None and not quantizer.makes_zero and not pruned:
