@@ -42,6 +42,7 @@ from optimum_order.formats.engines import (
     case_of,
     cases_of,
 )
+from optimum_order.layers.grids.superblock_search import TYPES
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "optimum_order" / "formats" / "engines.json"
@@ -106,6 +107,8 @@ def samples() -> Iterator[Sample]:
                 case = Case("gguf", "", bits, size, symmetric)
                 options = f"group_size={size}, symmetric={str(symmetric).lower()}, scales=float16"
                 yield Sample(case, f"rtn(bits={bits}, {options})")
+    for kind in TYPES:
+        yield Sample(Case("gguf", kind), f"rtn:{kind}")
     yield from list(special("gguf", "bfloat16"))[:2]  # nothing is fused there
     for format, dtype in (("compressed-tensors", "bfloat16"), ("gptq", "float16")):
         yield from special(format, dtype)

@@ -6,6 +6,7 @@ the package `gguf` and by transformers, and run in llama.cpp, in an environment 
     make engines
     python benchmarks/run_llama.py                      # families
     python benchmarks/run_llama.py --model FOLDER       # speed and the usual route, of a model
+    python benchmarks/run_llama.py --model tiny-llama --types q4_k q3_k     # K-quants
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 import transformers
 
@@ -348,6 +350,87 @@ def route(args: argparse.Namespace, scratch: Path) -> None:
     print(f"llama.cpp is {args.generate / answers[1]['seconds'][0] / wall:.1f} times as fast")
 
 
+def importances(compressor: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mean squares of the inputs of every layer, by the tensor of a GGUF file.
+
+    Args:
+        compressor: Of the model; all of its calibration samples are read.
+        stored: The layers in the manifest of a GGUF folder.
+    """
+    model = compressor.compress("magnitude:0", progress=False).model
+    sums: dict[str, Any] = {}
+    tokens: dict[str, int] = {}
+
+    def count(name: str, rows: Any) -> None:
+        sums[name] = sums.get(name, 0) + rows.double().square().sum(0)
+        tokens[name] = tokens.get(name, 0) + len(rows)
+
+    for name in stored:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: count(name, inputs[0].flatten(0, -2))
+        )
+    with torch.no_grad():
+        for batch in compressor.draw().inputs():
+            model(**batch)
+    return {
+        stored[name]["stored"]["rows"][0][0]: (total / tokens[name]).float().numpy()
+        for name, total in sums.items()
+    }
+
+
+def k_quants(args: argparse.Namespace, scratch: Path) -> None:
+    """Compare our rounding on the grids of K-quants with llama.cpp's own, in llama.cpp.
+
+    Args:
+        args: The model, the types, the data and how many windows to measure on.
+        scratch: An empty folder.
+    """
+    compressor = JointCompressor.from_pretrained(
+        args.model, dtype="bfloat16", calibration=args.calibration, sequence_length=args.length
+    )
+    ids = compressor.evaluation_samples(args.evaluation, args.windows).inputs()
+    windows = [row for batch in ids for row in batch["input_ids"].tolist()][: args.windows]
+    compressor.compress("magnitude:0", format="gguf").save_pretrained(scratch / "dense", "gguf")
+    stored = json.loads((scratch / "dense" / "optimum_order.json").read_text())["layers"]
+    matrix = scratch / "importance.npz"
+    np.savez(matrix, **importances(compressor, stored))
+    names = {"dense": "the model in bfloat16"}
+    script = Path(__file__).with_name("llama_quantize.py")
+    for kind in args.types:
+        for title, extra in (("llama.cpp", []), ("llama.cpp, importance matrix", [str(matrix)])):
+            name = f"{kind}-{len(names)}"
+            names[name] = f"{kind}: {title}"
+            (scratch / name).mkdir()
+            files = [str(scratch / folder / "model.gguf") for folder in ("dense", name)]
+            subprocess.run([PYTHON, script, *files, kind, *extra], check=True, capture_output=True)
+        for order in (f"rtn:{kind}", f"gptq:{kind}", f"gptq(bits={kind}, zero=true)"):
+            result = compressor.compress(order, format="gguf")
+            if str(result.order) != order:
+                continue  # zero is on every grid of the kind
+            name = f"{kind}-{len(names)}"
+            names[name] = f"{kind}: {order}"
+            result.save_pretrained(scratch / name, "gguf")
+            print(
+                f"{order}: equal layers {equal_layers(result.layers, scratch / name)}", flush=True
+            )
+    prompt = windows[0][:32]
+    job = {"prompt": prompt, "windows": windows, "limit": 3600}
+    answers = ask([job | {"folder": str(scratch / name)} for name in names], scratch)
+    losses = {name: torch.tensor(answers[i]["losses"]) for i, name in enumerate(names)}
+    for name, title in names.items():
+        kind = name.partition("-")[0]
+        best = next((key for key, text in names.items() if text == f"{kind}: gptq:{kind}"), name)
+        difference = losses[name] - losses[best]
+        error = 1.96 * difference.std() / len(difference) ** 0.5
+        size = (scratch / name / "model.gguf").stat().st_size
+        print(
+            f"{title:45} {size:>11,} bytes, perplexity {losses[name].mean().exp():.4f}, loss less "
+            f"that of gptq:{kind} {difference.mean():+.4f} ± {error:.4f}",
+            flush=True,
+        )
+
+
 def transformers_speed(model: Any, prompt: list[int], generate: int) -> tuple[float, float]:
     """Return tokens per second of wall and of CPU time, of greedy text with a cache."""
     torch.set_num_threads(1)
@@ -364,6 +447,7 @@ def transformers_speed(model: Any, prompt: list[int], generate: int) -> tuple[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a model to compare routes with, in place of families")
+    parser.add_argument("--types", nargs="+", help="K-quants to compare with llama.cpp's own")
     parser.add_argument("--order", default="gptq(bits=4, group_size=32)")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--evaluation", default="builtin")
@@ -372,6 +456,9 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=64, help="tokens to measure speed with")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
+        if args.model and args.types:
+            k_quants(args, Path(scratch))
+            return
         if args.model:
             route(args, Path(scratch))
             return

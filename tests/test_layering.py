@@ -14,6 +14,7 @@ ROOT = Path(optimum_order.__file__).parent
 FLOORS = [
     "cli",
     "testing",
+    "bench",
     "compressor",
     "compressed",
     "session",

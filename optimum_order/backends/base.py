@@ -32,6 +32,8 @@ KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
 """Values of `Method.kind`."""
 IDLE = "no calibration token reached this layer"
 """In the notes of a layer that was compressed without data, by a method that uses data."""
+NO_ZERO = "Prune first, quantize with zero=true, or prune with off_grid=true."
+"""What helps where a layer is pruned on a grid without zero."""
 
 
 def option(
@@ -209,6 +211,11 @@ class Method(ABC):
         return frozenset()
 
     @property
+    def makes_zero(self) -> bool:
+        """False if a layer that was not pruned before gets a grid where zero may not be."""
+        return True
+
+    @property
     def needs_data(self) -> bool:
         """True if the method looks at the layers' inputs."""
         return bool(self.needs)
@@ -324,8 +331,13 @@ class Backend(Method):
 
         Raises:
             InvariantError: If a statistic that the backend needs is absent, or a promise is broken.
+            OrderError: If the backend prunes, and zero is not on the layer's grid.
         """
         where = f"{where}, stage '{self.stage}'"
+        off_grid = getattr(self.options, "off_grid", False)
+        without_zero = state.grid is not None and not state.grid.has_zero
+        if self.kind == "prune" and without_zero and not off_grid:
+            raise OrderError(f"{where}: zero is not on the layer's grid. {NO_ZERO}")
         if statistics is None:
             statistics = Statistics(0, {})
         for need in self.needs:
@@ -345,7 +357,6 @@ class Backend(Method):
             result.pruned is None or (state.pruned & ~result.pruned).any()
         ):
             raise InvariantError(f"{where}: the backend brought pruned weights back.")
-        off_grid = getattr(self.options, "off_grid", False)
         if state.grid is not None and result.grid is None and not off_grid:
             raise InvariantError(
                 f"{where}: the backend dropped the quantization grid, and no 'off_grid' asked for "

@@ -44,8 +44,8 @@ class GPTQ(Sweeper, UniformQuantizer):
         options = self.options
         weight = state.weight  # (out, in)
         pruned = state.mask  # (out, in)
-        grid = self.fit(state)
         factor = Factor.of(statistics, options.damping, act_order=options.act_order)
+        grid = self.fit(state, factor.importance)
 
         def choose(w: Tensor, d: Tensor, start: int) -> Tensor:
             """Remove what is removed already: w is (out, k)."""
@@ -55,5 +55,6 @@ class GPTQ(Sweeper, UniformQuantizer):
         swept, _ = sweep(aim, factor.U, grid=grid, choose=choose, order=factor.columns)
         rounded = grid.nearest(weight)
         new, lost = keep_better_rows(swept.to(weight.dtype), rounded, aim, statistics[Gram])
-        notes = remarks(self.stage, options.damping, factor.damping, lost, len(weight))
+        notes = self.remarks_on(grid)
+        notes += remarks(self.stage, options.damping, factor.damping, lost, len(weight))
         return dataclasses.replace(state, weight=new, grid=grid, notes=state.notes + notes)

@@ -162,6 +162,16 @@ class Factor:
     columns: Tensor
     damping: float
 
+    @property
+    def importance(self) -> Tensor:
+        """What the squared error of each column costs once later columns made up for it, (in,).
+
+        The error of a sweep is the sum of e_j^2 / U_jj^2.
+        """
+        importance = torch.empty(len(self.columns), device=self.U.device)
+        importance[self.columns] = self.U.diagonal().square().reciprocal()
+        return importance
+
     @classmethod
     def of(cls, statistics: Statistics, damping: float, *, act_order: bool = False) -> Factor:
         """Return the factor for a layer, computed once for all layers that read the same input.

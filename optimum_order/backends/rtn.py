@@ -15,4 +15,5 @@ class RTN(UniformQuantizer):
 
     def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
         grid = self.fit(state)
-        return dataclasses.replace(state, weight=grid.nearest(state.weight), grid=grid)
+        notes = state.notes + self.remarks_on(grid)
+        return dataclasses.replace(state, weight=grid.nearest(state.weight), grid=grid, notes=notes)

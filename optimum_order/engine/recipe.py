@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from optimum_order import backends
-from optimum_order.backends.base import Engine, Method, Reshaper, Transform, needs_of
+from optimum_order.backends.base import NO_ZERO, Engine, Method, Reshaper, Transform, needs_of
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage, Value
@@ -68,7 +68,7 @@ def with_options(order: Order, options: Mapping[str, Value]) -> Order:
         named = dict(stage.options) if stage.value is None else {names[0]: stage.value}
         added = {key: value for key, value in options.items() if key in names and key not in named}
         stages.append(stage.having(names[0], **added) if added else stage)
-    return Order(stages)
+    return canonical(Order(stages))
 
 
 def with_embedding(order: Order, choice: str, embedding: str) -> Order:
@@ -231,6 +231,7 @@ class Recipe:
                     f"'{earlier[0].stage}': what was removed or rounded would not stay so. "
                     "Put it first, or give zeros and grids up with force=true."
                 )
+            self._check_zero(place, layers)
             if not calibrated and method.needs_data:
                 raise DataError(
                     f"Stage '{method.stage}' needs calibration data and none was given. Pass "
@@ -261,6 +262,26 @@ class Recipe:
                 )
             if method.kind == "quantize":  # a layer whose groups break is quantized again
                 self._check_layers(method, layers)
+
+    def _check_zero(self, place: int, layers: Sequence[Target]) -> None:
+        """Refuse to prune a layer on a grid where zero may not be."""
+        method = self.methods[place]
+        if method.kind != "prune" or getattr(method.options, "off_grid", False):
+            return
+        # a transform that is forced gives up what stages before it made
+        transforms = [at for at, m in enumerate(self.methods[:place]) if m.kind == "transform"]
+        before = self.methods[max(transforms, default=0) : place]
+        for layer in layers:
+            if not method.covers(layer.name, layer.kind):
+                continue
+            earlier = [m for m in before if m.covers(layer.name, layer.kind)]
+            quantizer = next((m for m in reversed(earlier) if m.kind == "quantize"), None)
+            pruned = any(m.kind == "prune" for m in earlier)
+            if quantizer is not None and not quantizer.makes_zero and not pruned:
+                raise OrderError(
+                    f"Stage '{method.stage}' cannot follow '{quantizer.stage}': zero is not on its "
+                    f"grid. {NO_ZERO}"
+                )
 
     @staticmethod
     def _check_layers(method: Method, layers: Sequence[Target]) -> None:

@@ -113,8 +113,8 @@ class Laboratory:
         )  # a row of several groups
         for fewer in range(least, inputs):
             alike = all(
-                inputs % size or fewer % size == 0 for size in (32, 64, 128)
-            )  # what "auto" looks at
+                inputs % size or fewer % size == 0 for size in (32, 64, 128, 256)
+            )  # what "auto" and K-quants look at
             if (
                 inputs % fewer == 0
                 and alike

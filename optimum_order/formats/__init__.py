@@ -211,10 +211,12 @@ def choose(
         if fitting[0] != chosen:
             _say(f"Stored as '{chosen}', not as '{fitting[0]}': {fits[fitting[0]].doubt}")
         if not codecs[chosen].stock:
-            needed = codecs[chosen].import_first or ", ".join(codecs[chosen].packages)
+            needed = f"'import {codecs[chosen].import_first}' before transformers loads it"
+            if codecs[chosen].gguf_file:
+                needed = f"transformers loads it with gguf_file='{codecs[chosen].gguf_file}'"
             _say(
                 f"Stored as '{chosen}', the format for layers of a {fits[chosen].made_for}: "
-                f"'import {needed}' before transformers loads it. '--format dense' needs no import."
+                f"{needed}. '--format dense' needs nothing of the kind."
             )
         return codecs[chosen]
     if name not in codecs:

@@ -2,7 +2,8 @@
 
 Codes go over untouched, each with the scale of its group, repeated for every 32 inputs. llama.cpp
 and the package `gguf` compute `scale * code` in float32; rounded to the model's dtype, that is the
-weight, to the bit. So scales must be float16 numbers, which `scales=float16` makes them.
+weight, to the bit. So scales must be float16 numbers, which `scales=float16` makes them. The grids
+of K-quants, such as q4_k, go over with all of their scales.
 
 Beside the file lie config.json and the tokenizer, as in every format, so that
 `from_pretrained(folder, gguf_file="model.gguf")` loads the model in transformers.
@@ -26,7 +27,12 @@ from torch import Tensor
 
 from optimum_order.errors import ArtifactError, InvariantError, missing_extra
 from optimum_order.files import SINGLE, read_json
-from optimum_order.formats import gguf_blocks, gguf_families, gguf_vocabulary
+from optimum_order.formats import (
+    gguf_blocks,
+    gguf_families,
+    gguf_superblocks,
+    gguf_vocabulary,
+)
 from optimum_order.formats.base import (
     Codec,
     Container,
@@ -40,9 +46,11 @@ from optimum_order.formats.base import (
 from optimum_order.formats.gguf_blocks import BLOCK, BlockType
 from optimum_order.formats.gguf_families import Entry
 from optimum_order.formats.gguf_file import PLAIN, GGUFFile
+from optimum_order.formats.gguf_superblocks import SuperblockLayout
 from optimum_order.formats.layout import Layout, as_matrix, blocks
 from optimum_order.formats.older import with_older_keys
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
+from optimum_order.layers.grids.superblock import SuperblockGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
@@ -54,13 +62,25 @@ logger = logging.getLogger(__name__)
 FILE = "model.gguf"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NUMBERS = {dtype: number for number, dtype in PLAIN.items()}
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+_FILE_TYPES = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+}
 _PLAIN_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 _QUANTIZATION_VERSION = 2
+_Kind = BlockType | SuperblockLayout
 
 
 class GGUF(Codec):
-    """Blocks of 32 codes with a float16 scale: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0."""
+    """Blocks of 32 codes with a float16 scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0; and K-quants."""
 
     name = "gguf"
     summary = "one GGUF file for llama.cpp, 2-8 bit symmetric or 2-5 bit affine, in groups of 32 n"
@@ -69,6 +89,7 @@ class GGUF(Codec):
     packages = ("gguf>=0.19",)
     gguf_file = FILE
     options = {"scales": "float16"}  # noqa: RUF012 (a ClassVar of the base)
+    made_for = (SuperblockGrid,)
     widths = (4, 5, 8)
 
     def encodes(self, state: LayerState) -> bool:
@@ -88,6 +109,8 @@ class GGUF(Codec):
                 "'optimum-order compress CODED OUT --format gguf' moves these steps into what "
                 "makes the input"
             )
+        if isinstance(grid, SuperblockGrid):
+            return None
         if not isinstance(grid, UniformGrid):
             return f"its {type(grid).__name__} is not a grid of equal steps"
         if gguf_blocks.type_of(grid) is None:
@@ -97,7 +120,7 @@ class GGUF(Codec):
         return None
 
     def why_not_values(self, state: LayerState) -> str | None:
-        if gguf_blocks.inexact_scales(grid_of(state, UniformGrid)):
+        if isinstance(state.grid, UniformGrid) and gguf_blocks.inexact_scales(state.grid):
             return (
                 "it has scales that float16 does not hold; quantize with scales=float16, as "
                 "'--format gguf' does while it compresses"
@@ -122,52 +145,72 @@ class GGUF(Codec):
         return Size(sum(tensor.nbytes for tensor in self.encode(outline(state)).values()))
 
     def scheme(self, state: LayerState) -> dict[str, Any]:
-        grid = grid_of(state, UniformGrid)
-        return {
-            "type": _type_of(state).name,
-            "bits": grid.bits,
-            "group_size": grid.group_size,
-            "dtype": str(state.weight.dtype).removeprefix("torch."),
-        }
+        dtype = str(state.weight.dtype).removeprefix("torch.")
+        return {"type": _type_of(state).name, "dtype": dtype, **_widths(state)}
 
     def encode(self, state: LayerState) -> dict[str, Tensor]:
         return {"weight": _packed(state, _type_of(state))}
 
     def decode(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> LayerState:
         data = tensors.get("weight")
-        kind = gguf_blocks.BY_NAME.get(str(scheme.get("type")))
+        kind = _BY_NAME.get(str(scheme.get("type")))
         dtype = _DTYPES.get(str(scheme.get("dtype")))
-        bits, group_size = scheme.get("bits"), scheme.get("group_size")
-        if kind is None or dtype is None or type(bits) is not int or type(group_size) is not int:
+        if kind is None or dtype is None:
             raise ArtifactError(f"what is said of it cannot be read: {dict(scheme)}")
-        if not 2 <= bits <= kind.bits:
-            raise ArtifactError(f"{kind.name} has no codes of {bits} bits")
         if data is None or data.dtype != torch.uint8 or data.ndim != 2 or not data.numel():
             raise ArtifactError("a layer is rows of bytes, in the tensor 'weight'")
         if data.shape[1] % kind.bytes:
             raise ArtifactError(f"a row of {data.shape[1]} bytes is no whole blocks of {kind.name}")
-        parts = gguf_blocks.unpack(data.contiguous(), kind)
-        grid, codes = gguf_blocks.grid_of(parts, bits, group_size, dtype)
+        data = data.contiguous()
+        grid: UniformGrid | SuperblockGrid
+        if isinstance(kind, SuperblockLayout):
+            grid, codes = gguf_superblocks.unpack(data, kind, dtype)
+            return LayerState(grid.dequantize(codes), grid=grid)
+        bits, group_size = scheme.get("bits"), scheme.get("group_size")
+        if type(bits) is not int or type(group_size) is not int:
+            raise ArtifactError(f"what is said of it cannot be read: {dict(scheme)}")
+        if not 2 <= bits <= kind.bits:
+            raise ArtifactError(f"{kind.name} has no codes of {bits} bits")
+        grid, codes = gguf_blocks.grid_of(gguf_blocks.unpack(data, kind), bits, group_size, dtype)
         return LayerState(grid.dequantize(codes), grid=grid)
 
     def loads_dense(self, layers: Layers) -> bool:
         return True
 
 
-def _type_of(state: LayerState) -> BlockType:
+_BY_NAME: Mapping[str, _Kind] = gguf_blocks.BY_NAME | {
+    layout.name: layout for layout in gguf_superblocks.LAYOUTS
+}
+
+
+def _type_of(state: LayerState) -> _Kind:
     """Return the type of the blocks of a layer that no `why_not` refuses."""
+    if isinstance(state.grid, SuperblockGrid):
+        return gguf_superblocks.BY_KIND[state.grid.kind]
     kind = gguf_blocks.type_of(grid_of(state, UniformGrid))
     if kind is None:
         raise InvariantError("A layer that no type of block holds was to be packed.")
     return kind
 
 
-def _packed(state: LayerState, kind: BlockType) -> Tensor:
-    """Return the bytes of a layer, (out, bytes of a row) uint8."""
+def _widths(state: LayerState) -> dict[str, Any]:
+    """Return what the type of blocks does not say of a grid."""
+    if isinstance(state.grid, SuperblockGrid):
+        return {}
     grid = grid_of(state, UniformGrid)
-    if state.weight.is_meta:
-        return gguf_blocks.pack(state.weight, grid, kind)
-    return gguf_blocks.pack(grid.quantize(state.weight), grid, kind)
+    return {"bits": grid.bits, "group_size": grid.group_size}
+
+
+def _packed(state: LayerState, kind: _Kind) -> Tensor:
+    """Return the bytes of a layer, (out, bytes of a row) uint8."""
+    grid = state.grid
+    codes = state.weight
+    if grid is not None and not codes.is_meta:
+        codes = grid.quantize(codes)
+    if isinstance(grid, SuperblockGrid):
+        return gguf_superblocks.pack(codes, grid)
+    assert isinstance(kind, BlockType)
+    return gguf_blocks.pack(codes, grid_of(state, UniformGrid), kind)
 
 
 class GGUFFolder(Container):
@@ -237,7 +280,7 @@ class GGUFFolder(Container):
             stored = file.tensors.get(entry.name)
             if stored is None or stored.shape != entry.shape:
                 raise ArtifactError(f"'{folder / FILE}' has no tensor '{entry.name}' as the model.")
-            if isinstance(stored.kind, BlockType):
+            if isinstance(stored.kind, _Kind):
                 encoded.update(entry.keys)
             else:
                 tensors |= entry.undo(file.values(entry.name), _dtype_of(folder))
@@ -288,7 +331,7 @@ class _Plan:
         self.extra = {} if factors is None else {gguf_families.ROPE_FACTORS: factors}
         self._outlines = {name: outline(state) for name, state in contents.layers.states.items()}
         self._parts = self._placed()
-        self._kinds: dict[str, BlockType] = {}
+        self._kinds: dict[str, _Kind] = {}
         for entry in itertools.chain(*self.entries):
             kind = self._kind(entry, codec)
             if kind is not None:
@@ -319,7 +362,7 @@ class _Plan:
                 parts.setdefault(entry.name, []).append(part)
         return {name: sorted(listed, key=lambda part: part.first) for name, listed in parts.items()}
 
-    def _kind(self, entry: Entry, codec: Codec) -> BlockType | None:
+    def _kind(self, entry: Entry, codec: Codec) -> _Kind | None:
         """Return the type of the blocks of a tensor, or None if it is stored as values."""
         parts = self._parts.get(entry.name, [])
         states = [self._outlines[part.layer] for part in parts]
@@ -327,15 +370,18 @@ class _Plan:
         if rows != entry.rows_per_key * len(entry.keys) or not all(map(codec.encodes, states)):
             return None
         kinds = [_type_of(state) for state in states]
-        if len({kind.affine for kind in kinds}) > 1:
+        blocks = [kind for kind in kinds if isinstance(kind, BlockType)]
+        if len(blocks) < len(kinds):
+            return kinds[0] if len(set(kinds)) == 1 else None
+        if len({kind.affine for kind in blocks}) > 1:
             return None
-        return max(kinds, key=lambda kind: kind.bits)
+        return max(blocks, key=lambda kind: kind.bits)
 
     def _row_bytes(self, entry: Entry) -> int:
         kind = self._kinds.get(entry.name)
         if kind is None:
             return entry.shape[-1] * entry.dtype.itemsize
-        return entry.shape[-1] // BLOCK * kind.bytes
+        return entry.shape[-1] // kind.weights * kind.bytes
 
     @property
     def bytes(self) -> int:
@@ -375,8 +421,7 @@ class _Plan:
             places = [place for _, place in sorted(listed)]
             stored[layer] = {"rows": places}
             if all(place[0] in self._kinds for place in places):
-                grid = grid_of(self._outlines[layer], UniformGrid)
-                stored[layer] |= {"bits": grid.bits, "group_size": grid.group_size}
+                stored[layer] |= _widths(self._outlines[layer])
         return stored
 
     def writer(self, file: Path, header: Mapping[str, str]) -> Any:
@@ -563,10 +608,10 @@ def _stacked(parts: list[LayerState]) -> LayerState:
     Raises:
         ArtifactError: If they do not fit together.
     """
-    grids = [part.grid for part in parts if isinstance(part.grid, UniformGrid)]
+    grids = [part.grid for part in parts if part.grid is not None]
     try:
         weight = torch.cat([part.weight for part in parts])
-        grid = UniformGrid.concat(grids) if len(grids) == len(parts) else None
+        grid = type(grids[0]).concat(grids) if len(grids) == len(parts) else None
     except (RuntimeError, ValueError) as error:
         raise ArtifactError("its rows do not fit together") from error
     return LayerState(weight, grid=grid)

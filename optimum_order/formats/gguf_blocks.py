@@ -38,6 +38,7 @@ class BlockType:
     number: int
     bits: int
     affine: bool
+    weights = BLOCK
 
     @property
     def bytes(self) -> int:

@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats.gguf_blocks import BLOCK, BY_NUMBER, BlockType
+from optimum_order.formats import gguf_superblocks
+from optimum_order.formats.gguf_blocks import BY_NUMBER, BlockType
+from optimum_order.formats.gguf_superblocks import SuperblockLayout
 
 _MAGIC = b"GGUF"
 _VERSION = 3
@@ -50,7 +52,7 @@ class Stored:
     """
 
     shape: tuple[int, ...]
-    kind: torch.dtype | BlockType
+    kind: torch.dtype | BlockType | SuperblockLayout
     start: int
     bytes: int
 
@@ -161,16 +163,16 @@ class GGUFFile:
         return name, shape, number, offset
 
     def _stored(self, name: str, shape: tuple[int, ...], number: int, start: int) -> Stored:
-        kind = PLAIN.get(number) or BY_NUMBER.get(number)
+        kind = PLAIN.get(number) or BY_NUMBER.get(number) or gguf_superblocks.BY_NUMBER.get(number)
         if kind is None:
             raise self._wrong(f"tensor {name!r} has the type {number}, which is none that we write")
         count = math.prod(shape)
-        if isinstance(kind, BlockType):
-            if shape[-1] % BLOCK:
-                raise self._wrong(f"tensor {name!r} has rows of {shape[-1]}, no whole blocks")
-            size = count // BLOCK * kind.bytes
-        else:
+        if isinstance(kind, torch.dtype):
             size = count * kind.itemsize
+        else:
+            if shape[-1] % kind.weights:
+                raise self._wrong(f"tensor {name!r} has rows of {shape[-1]}, no whole blocks")
+            size = count // kind.weights * kind.bytes
         if not count or start + size > len(self._data):
             raise self._wrong(f"tensor {name!r} {list(shape)} is not all there")
         return Stored(shape, kind, start, size)
@@ -204,6 +206,6 @@ class GGUFFile:
             ArtifactError: If there is no such tensor, or it has codes.
         """
         stored, data = self.bytes_of(name)
-        if isinstance(stored.kind, BlockType):
+        if not isinstance(stored.kind, torch.dtype):
             raise ArtifactError(f"tensor {name!r} is quantized")
         return data.view(stored.kind).view(stored.shape)

@@ -230,7 +230,7 @@ AUTO = ["--order", "auto", "--stages"]
 BAD = [
     (["--order", "wandaa:0.5"], "Did you mean 'wanda'?"),
     (["--order", "gptq(bits=4, grup_size=32)"], "Did you mean 'group_size'?"),
-    (["--order", "gptq:9"], "must be an integer in 2..8, got 9"),
+    (["--order", "gptq:9"], "or an integer in 2..8, got 9"),
     (["--order", "wanda:1"], "must be a number in [0, 1), got 1"),
     (["--order", ""], "at least one stage"),
     (["--order", "wanda:0.5 >"], "the name of a method"),

@@ -10,7 +10,7 @@ from optimum_order.cli.methods import MethodsCommand
 
 
 def test_the_commands_are_found_by_walking_the_folder():
-    names = ["compress", "inspect", "methods", "plan", "push", "search", "study", "verify"]
+    names = ["bench", "compress", "inspect", "methods", "plan", "push", "search", "study", "verify"]
     assert list(available()) == names
     for command in available().values():
         assert issubclass(command, Command) and "\n" not in command.summary

@@ -30,8 +30,8 @@ def test_json_says_what_an_order_may_contain(listed):
     bits, *others = methods["gptq"]["options"]
     assert bits == {
         "name": "bits",
-        "help": "width of a weight",
-        "allowed": "an integer in 2..8",
+        "help": "width of a weight, or a K-quant of llama.cpp",
+        "allowed": "q2_k, q3_k, q4_k, q5_k, q6_k or an integer in 2..8",
         "required": True,
         "default": None,
     }

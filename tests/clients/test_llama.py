@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_order import JointCompressor
+from optimum_order import JointCompressor, bench
 from optimum_order.formats import engines
 from optimum_order.formats.engines import SEVERAL, Case
 
@@ -70,6 +70,36 @@ def test_a_trained_model_says_the_same(benchmark, tmp_path):
         assert answer["tokens"] == tokens
         loss = -sum(answer["logprobs"]) / len(logprobs)
         assert abs(loss + sum(logprobs) / len(logprobs)) < 0.02
+
+
+def test_k_quants_compute_what_transformers_computes(benchmark, tmp_path):
+    """Each on the grid that was measured, and as fast a file as any."""
+    compressor = JointCompressor.from_pretrained("tiny-llama")
+    prompt = compressor.source.processor(benchmark.TEXT)["input_ids"]
+    jobs, expected = [], []
+    for kind in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
+        result = compressor.compress(f"magnitude:0.1 > rtn:{kind}", format="gguf", progress=False)
+        result.save_pretrained(tmp_path / kind, "gguf")
+        assert benchmark.equal_layers(result.layers, tmp_path / kind) == "28/28"
+        expected.append(benchmark.reference(result.model, prompt, 8))
+        jobs.append({"folder": str(tmp_path / kind), "prompt": prompt, "generate": 8})
+    for job, answer, (logprobs, greedy) in zip(
+        jobs, benchmark.ask(jobs, tmp_path), expected, strict=True
+    ):
+        loss = -sum(answer["logprobs"]) / len(logprobs)
+        assert abs(loss + sum(logprobs) / len(logprobs)) < 0.03, job["folder"]
+        assert answer["generated"][:4] == greedy[:4], job["folder"]
+
+
+def test_bench_runs_it_in_its_own_environment(tmp_path):
+    compressor = JointCompressor.from_pretrained("tiny-llama")
+    compressor.compress("rtn:q4_k", progress=False).save_pretrained(tmp_path / "out", "gguf")
+    load = bench.Load(prompt=32, generate=8, repeats=1, timeout=120)
+    (speed,) = bench.measure(tmp_path / "out", [bench.engine_of(f"llama.cpp={PYTHON}")], load)
+    assert (speed.status, speed.reason) == ("ok", None)
+    assert speed.version and speed.prompt_rate > speed.generate_rate > 0
+    # neither torch nor what the process held that started it
+    assert 10e6 < speed.peak_bytes < 300e6
 
 
 def test_tokenizers_agree(benchmark, tmp_path):

@@ -132,6 +132,24 @@ class TestCheck:
         with pytest.raises(DataError, match=f"Stage '{stage}' needs calibration data"):
             made.check(units, calibrated=False)
 
+    def test_refuses_to_prune_where_zero_may_be_off_the_grid(self, make_model):
+        units = find_units(make_model("llama", hidden_size=64, intermediate_size=256))
+        for order in (
+            "rtn:q4_k > wanda:0.5",
+            "rtn:q4_k > gptq:q5_k > magnitude:0.5",
+            "magnitude(sparsity=0.1, targets=*.q_proj) > rtn:q2_k > wanda:0.5",
+        ):
+            with pytest.raises(OrderError, match=r"cannot follow .*: zero is not on its grid\."):
+                recipe(order).check(units, calibrated=True)
+        for order in (
+            "wanda:0.5 > rtn:q4_k > wanda:0.6",
+            "rtn(bits=q4_k, zero=true) > wanda:0.5",
+            "rtn:q4_k > gptq:q3_k > magnitude:0.5",
+            "rtn:q4_k > wanda(sparsity=0.5, off_grid=true)",
+            "rtn(bits=q4_k, targets=*.q_proj) > wanda(sparsity=0.5, targets=*.k_proj)",
+        ):
+            recipe(order).check(units, calibrated=True)
+
     def test_lets_other_stages_do_without(self, units):
         made = recipe("magnitude:0.5 > rtn:4 > bitsandbytes:int8")
         assert not made.needs_data
@@ -191,6 +209,7 @@ def test_options_go_to_the_stages_that_have_them():
 
     assert given("wanda:0.5 > gptq:4") == "wanda:0.5 > gptq(bits=4, scales=float16)"
     assert given("rtn(bits=4, group_size=32)") == "rtn(bits=4, group_size=32, scales=float16)"
+    assert given("gptq:q4_k") == "gptq:q4_k", "its scales are float16 numbers anyway"
     assert given("mixed_precision(bits=4)") == "mixed_precision(bits=4.0, scales=float16)"
     assert given("ecsq:3") == "ecsq:3.0"
     again = given("gptq:4 > rtn:8")

@@ -17,6 +17,7 @@ from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import available, method
 from optimum_order.errors import ArtifactError
 from optimum_order.layers.grids.base import Grid
+from optimum_order.layers.packed import Packed
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Gram, Statistics
 from optimum_order.order import Order
@@ -27,6 +28,7 @@ ORDERS = [
     "sparsegpt:0.5",
     "rtn:2",
     "rtn(bits=4, group_size=16, symmetric=false)",
+    "rtn:q4_k",
     "gptq(bits=3, act_order=true)",
     "bitsandbytes:nf4",
     "bitsandbytes(dtype=fp4, double_quant=true)",
@@ -83,6 +85,18 @@ def test_a_layer_comes_back_bit_for_bit(tmp_path):
         assert equal(before, after), order
         after.check("a layer that was read")  # what was computed on first use is computed again
         assert [file.name for file in tmp_path.iterdir()] == ["one.safetensors"]
+
+
+def test_superblocks_come_back_with_all_their_scales(tmp_path):
+    W = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).half()
+    for order in ("rtn:q4_k", "rtn(bits=q2_k, zero=true)", "rtn:q3_k"):
+        before = method(Order.parse(order)[0]).apply(LayerState(W))
+        small = Packed.of(before).reduced(only_masked=False)
+        assert small.weight.dtype in (torch.int8, torch.uint8), "codes take the place of values"
+        snapshot.save(small, tmp_path / "one.safetensors")
+        after = snapshot.load(tmp_path / "one.safetensors").state()
+        assert equal(before, after), order
+        after.check("a layer that was read")
 
 
 def test_every_backend_is_among_them():

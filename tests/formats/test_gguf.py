@@ -19,14 +19,16 @@ from optimum_order.artifact import manifest
 from optimum_order.artifact.convert import convert
 from optimum_order.artifact.loading import load
 from optimum_order.artifact.verify import verify
-from optimum_order.errors import ArtifactError, FormatError, InvariantError
+from optimum_order.errors import ArtifactError, FormatError, InvariantError, OrderError
 from optimum_order.formats.gguf import FILE, GGUF
 from optimum_order.formats.gguf_blocks import unpack
 from optimum_order.formats.gguf_file import GGUFFile
 from optimum_order.layers.grids.bitsandbytes import fit_rows
+from optimum_order.layers.grids.superblock import SuperblockGrid
+from optimum_order.layers.grids.superblock_search import TYPES
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
-from optimum_order.testing import CodecContract, same_bits
+from optimum_order.testing import CodecContract, same, same_bits
 
 pytest.importorskip("gguf")
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,14 @@ def lattice(weight, pruned=None, **options):
     if pruned is not None:
         weight = weight.masked_fill(pruned, 0.0)
     grid = UniformGrid.fit(weight, short_scales=True, **options)
+    return LayerState(grid.nearest(weight), pruned=pruned, grid=grid)
+
+
+def superblocks(weight, kind, pruned=None):
+    """A layer on the grid of a K-quant."""
+    if pruned is not None:
+        weight = weight.masked_fill(pruned, 0.0)
+    grid = SuperblockGrid.fit(weight, kind, zero=pruned is not None)
     return LayerState(grid.nearest(weight), pruned=pruned, grid=grid)
 
 
@@ -55,6 +65,9 @@ class TestContract(CodecContract):
                         yield lattice(weight, pruned, bits=bits, group_size=group)
                     for bits in range(2, 6):
                         yield lattice(weight, pruned, bits=bits, group_size=group, symmetric=False)
+            for kind in TYPES:
+                for pruned in (None, torch.rand(3, 512) < 0.5):
+                    yield superblocks(torch.randn(3, 512).to(dtype), kind, pruned)
 
     def refused(self):
         weight = torch.randn(4, 64)
@@ -180,6 +193,7 @@ def tiny():
         "rtn(bits=4, group_size=32, symmetric=false)",
         "rtn(bits=2, targets=*.self_attn.*) > rtn(bits=5, targets=*.mlp.*)",
         "magnitude:0.5",
+        "rtn(bits=q4_k, zero=true, targets=*.self_attn.*) > magnitude:0.5 > rtn(bits=q3_k, targets=*.mlp.*)",
     ],
 )
 def test_bytes_are_known_before_the_work(tiny, order, tmp_path):
@@ -225,6 +239,66 @@ def test_a_gguf_folder_is_where_another_run_begins(tiny, tmp_path):
         kept = ~state.mask
         assert torch.equal(state.weight[kept], first.layers[name].weight[kept])
         assert state.grid.bits == 4 and state.sparsity == 0.5
+
+
+def test_k_quants_go_where_their_layers_are_known(tiny, tmp_path):
+    """Chosen by themselves, read by transformers, and continued; other formats refuse them."""
+    order = "rtn:q4_k"
+    first = tiny.compress(order, progress=False)
+    assert first.save_pretrained(tmp_path / "first") == "gguf"
+    config = AutoConfig.from_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "first", gguf_file=FILE, config=config, dtype="auto"
+    )
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    stored = load(tmp_path / "first", manifest.load(tmp_path / "first"))
+    for name, state in first.layers.items():
+        assert stored.layers.states[name].grid.kind == "q4_k"
+        assert same(stored.layers.states[name].grid, state.grid), name
+    again = JointCompressor.from_pretrained(tmp_path / "first")
+    with pytest.raises(OrderError, match="zero is not on the layer's grid"):
+        again.compress("magnitude:0.5", progress=False)
+    for format in ("bitsandbytes", "coded", "compressed-tensors", "gptq", "sparse"):
+        with pytest.raises(FormatError, match="SuperblockGrid is not .* dense, gguf can"):
+            tiny.check_format(order, format)
+    assert tiny.check_format(order, "dense") == "dense"
+
+
+def test_a_run_with_k_quants_is_resumed_to_the_same_file(tiny, tmp_path):
+    order = "magnitude:0.3 > rtn:q4_k > magnitude:0.4"
+    tiny.compress(order, format="gguf", progress=False).save_pretrained(tmp_path / "a", "gguf")
+    with contextlib.closing(
+        tiny.compress(
+            order, format="gguf", low_memory=True, work_dir=tmp_path / "work", progress=False
+        )
+    ) as result:
+        result.save_pretrained(tmp_path / "b", "gguf")
+    assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
+    assert verify(tmp_path / "b") == []
+
+
+def test_rows_that_superblocks_do_not_divide_get_blocks(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    compressor = JointCompressor(LlamaForCausalLM(config).bfloat16())
+    expected = compressor.estimate("rtn:q6_k", format="gguf").steps[-1]
+    result = compressor.compress("rtn:q6_k", format="gguf", progress=False)
+    result.save_pretrained(tmp_path / "out", "gguf")
+    assert expected.bytes == (tmp_path / "out" / FILE).stat().st_size
+    assert verify(tmp_path / "out") == []
+    tensors = GGUFFile(tmp_path / "out" / FILE).tensors
+    assert tensors["blk.0.ffn_down.weight"].kind.name == "Q6_K"
+    assert tensors["blk.0.ffn_up.weight"].kind.name == "Q8_0"
+    notes = manifest.load(tmp_path / "out")["layers"]["model.layers.0.mlp.up_proj"]["notes"]
+    assert notes == ["rtn:q6_k: rows are no multiple of 256, so it has 8 bits in groups of 32"]
 
 
 def test_a_coded_ecsq_model_gets_the_narrowest_blocks(tmp_path):

@@ -19,7 +19,7 @@ Rounder = Callable[[int, Tensor, Tensor], Any]
 
 
 class Grid(ABC):
-    """The values that each weight of one layer may take. Zero is always one of them.
+    """The values that each weight of one layer may take. Zero is one of them, see `has_zero`.
 
     A subclass is one file: a frozen dataclass whose tensors are fields. Codes are what a format
     packs. `dequantize(quantize(W))` is the nearest point of the grid in the dtype in which the
@@ -33,6 +33,8 @@ class Grid(ABC):
     """Dtype of the dequantized weight."""
     group_size: int | None = None
     """Inputs of one output that share a scale, -1 for all; None if scales are shared otherwise."""
+    has_zero: bool = True
+    """Whether zero is on the grid. A layer where it is not cannot be pruned."""
     codes_are_cheap: ClassVar[bool] = False
     """True if `quantize` takes less time than to write the values to a disk."""
 
