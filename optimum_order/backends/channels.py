@@ -142,7 +142,7 @@ def breaks(grid: Grid | None, columns: Tensor) -> bool:
     if grid is None:
         return False
     try:
-        grid.take(columns=columns)
+        grid.take(columns=columns.cpu())
     except ValueError:
         return True
     return False
