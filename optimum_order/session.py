@@ -259,7 +259,12 @@ class Session:
         Raises:
             OrderError, DataError, ModelError: If the recipe cannot be run on this model.
         """
-        after = outlines(model, recipe.methods, lambda smaller: self.units(smaller, recipe))
+        after = outlines(
+            model,
+            recipe.methods,
+            lambda smaller: self.units(smaller, recipe),
+            self.source.states,
+        )
         calibrated = self.calibration is not None
         recipe.check(units, calibrated=calibrated, after=[one.units for one in after])
         return after

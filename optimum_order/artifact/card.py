@@ -153,7 +153,7 @@ def _metadata(manifest: Manifest, title: str, task: str | None) -> ModelCardData
         tags=[
             "optimum-order",
             *(["quantization"] if quantized else []),
-            *(["pruning"] if manifest["sparsity"] else []),
+            *(["pruning"] if manifest["sparsity"] or manifest.get("smaller") else []),
             *dict.fromkeys(stage["method"] for stage in manifest["stages"]),
         ],
         model_name=title,
@@ -211,7 +211,10 @@ def diagram(manifest: Manifest) -> str:
     """Draw the order as boxes and arrows, in plain text."""
     bytes_ = manifest["bytes"]
     boxes = [(manifest["base_model"]["id"], size(bytes_["before"]) if bytes_["before"] else "")]
-    boxes += [(stage.text, f"error {stage.mean:.2g}") for stage in _errors(manifest)]
+    boxes += [
+        (stage["stage"], "" if errors is None else f"error {errors.mean:.2g}")
+        for stage, errors in zip(manifest["stages"], _errors(manifest), strict=True)
+    ]
     boxes += [(manifest["format"], size(bytes_["after"]))]
     lines: list[str] = []
     for box in boxes:
@@ -261,29 +264,53 @@ class _Errors:
     """The errors that one stage added.
 
     Args:
-        text: The stage.
-        mean: The mean over all layers.
+        mean: The mean over the layers that it treated.
         largest: The largest.
         worst: The layer with the largest.
         kinds: What they are errors of.
     """
 
-    text: str
     mean: float
     largest: float
     worst: str
     kinds: str
 
 
-def _errors(manifest: Manifest) -> list[_Errors]:
-    stages = []
-    for index, stage in enumerate(manifest["stages"]):
-        records = {name: layer["stages"][index] for name, layer in manifest["layers"].items()}
-        errors = {name: float(record["relative_error"]) for name, record in records.items()}
+def _records(manifest: Manifest, layer: Mapping[str, Any]) -> list[Mapping[str, Any] | None]:
+    """Return what each stage of the order did to a layer; None where it left the layer alone.
+
+    Args:
+        manifest: The manifest.
+        layer: One of its layers. The record of an allocator names the stage that it chose.
+    """
+    texts = [stage["stage"] for stage in manifest["stages"]]
+    records = list(layer["stages"])
+    if len(records) == len(texts):
+        return records
+    aligned: list[Mapping[str, Any] | None] = []
+    for text in texts:
+        treated = bool(records) and (
+            records[0]["stage"] == text or records[0]["stage"] not in texts
+        )
+        aligned.append(records.pop(0) if treated else None)
+    return aligned
+
+
+def _errors(manifest: Manifest) -> list[_Errors | None]:
+    """Return the errors of each stage; None of a stage that changes no layer, such as depth."""
+    stages: list[_Errors | None] = []
+    aligned = {name: _records(manifest, layer) for name, layer in manifest["layers"].items()}
+    for index in range(len(manifest["stages"])):
+        records = {name: mine[index] for name, mine in aligned.items()}
+        treated = {name: record for name, record in records.items() if record is not None}
+        if not treated:
+            stages.append(None)
+            continue
+        errors = {name: float(record["relative_error"]) for name, record in treated.items()}
         worst = max(errors, key=errors.__getitem__)
         mean = sum(errors.values()) / len(errors)
-        kinds = "/".join(sorted({record["measured_on"] for record in records.values()}))
-        stages.append(_Errors(stage["stage"], mean, errors[worst], worst, kinds))
+        kinds = "/".join(sorted({record["measured_on"] for record in treated.values()}))
+        stages.append(_Errors(mean, errors[worst], worst, kinds))
     return stages
 
 
@@ -292,11 +319,11 @@ def _stages(manifest: Manifest) -> list[dict[str, Any]]:
     rows = []
     for errors, stage in zip(_errors(manifest), manifest["stages"], strict=True):
         row = {
-            "code": _code(errors.text),
+            "code": _code(stage["stage"]),
             "summary": _cell(stage.get("summary", "")),
-            "worst": _code(errors.worst),
+            "errors": errors,
         }
-        rows.append(vars(errors) | row)
+        rows.append(row if errors is None else row | {"worst": _code(errors.worst)})
     return rows
 
 
@@ -481,11 +508,18 @@ def _draw(axis: Any, panel: _Panel, kinds: _Kinds) -> None:
 
 def _panels(manifest: Manifest) -> list[_Panel]:
     def error(index: int) -> _Value:
-        return lambda layer: float(layer["stages"][index]["relative_error"])
+        def value(layer: Mapping[str, Any]) -> float:
+            record = _records(manifest, layer)[index]
+            return math.nan if record is None else float(record["relative_error"])
+
+        return value
 
     panels = [
         _Panel(f"error added by {stage['stage']}", error(index))
-        for index, stage in enumerate(manifest["stages"])
+        for index, (stage, errors) in enumerate(
+            zip(manifest["stages"], _errors(manifest), strict=True)
+        )
+        if errors is not None
     ]
     if manifest["sparsity"]:
         removed: _Value = lambda layer: layer["pruned"] / math.prod(layer["shape"])  # noqa: E731

@@ -117,6 +117,8 @@ class Method(ABC):
     """Frozen dataclass of options; the first is the main knob."""
     needs: ClassVar[frozenset[type[Accumulator]]] = frozenset()
     """The statistics of the layers' inputs that the method reads: accumulator classes."""
+    measures: ClassVar[bool] = False
+    """True if the method runs the model on calibration samples, whatever it `needs`."""
     joins: ClassVar[bool] = False
     """True if neighbors of this class in an order may share one walk (schedule "block")."""
 
@@ -217,8 +219,8 @@ class Method(ABC):
 
     @property
     def needs_data(self) -> bool:
-        """True if the method looks at the layers' inputs."""
-        return bool(self.needs)
+        """True if the method looks at the layers' inputs, or runs the model."""
+        return bool(self.needs) or self.measures
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -417,7 +419,7 @@ class Allocator(Method):
 
     kind = "allocate"
     kinds = ("allocate",)
-    needs_data = True
+    measures = True
     backends: Mapping[Stage, Backend]
     """The candidates, resolved: set by `bind`."""
 
@@ -569,6 +571,7 @@ class Remover(Reshaper):
     """
 
     slices = False
+    measures = True
     samples: ClassVar[int] = 4
     """Calibration samples on which the model is measured."""
 

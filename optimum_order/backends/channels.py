@@ -47,22 +47,27 @@ class ChannelOptions:
 
 
 def remaining_groups(
-    weight: Tensor, gram: Tensor, *, size: int, count: int, damping: float
+    weight: Tensor, gram: Tensor, *, size: int, count: int, options: ChannelOptions
 ) -> Tensor:
     """Return the groups of channels that remain after the least important were removed.
+
+    Without a refit a removal costs what the group adds to the output, tr(W_R H_RR W_R^T).
 
     Args:
         weight: (out, in).
         gram: (in, in) float32, of the layer's inputs.
         size: Channels in a group: consecutive columns of the weight.
         count: Groups that remain.
-        damping: As in `inverse_factor`.
+        options: Of the stage.
 
     Returns:
         (count,) int64, in ascending order.
     """
+    U, _ = inverse_factor(gram, options.damping)  # refuses inputs that are NaN
+    if not options.refit:
+        added = _added(weight.float(), gram, size)
+        return added.topk(count).indices.sort().values
     current = weight.float().clone()
-    U, _ = inverse_factor(gram, damping)
     inverse = U.T @ U  # (in, in)
     groups = len(gram) // size
     alive = torch.ones(groups, dtype=torch.bool, device=gram.device)
@@ -83,13 +88,30 @@ def remaining_groups(
     return alive.nonzero().flatten()
 
 
+def _grouped(weight: Tensor, square: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the columns of each group (groups, size, out), and its block (groups, size, size).
+
+    Args:
+        weight: (out, in).
+        square: (in, in).
+        size: Channels in a group.
+    """
+    groups = len(square) // size
+    blocks = square.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return weight.view(len(weight), groups, size).permute(1, 2, 0), blocks
+
+
+def _added(weight: Tensor, gram: Tensor, size: int) -> Tensor:
+    """Return the squared size of what each group adds to the output, (groups,)."""
+    columns, blocks = _grouped(weight, gram, size)
+    return (columns * (blocks @ columns)).sum((1, 2))
+
+
 def _scores(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     """Return the output error that the removal of each group would add, (groups,)."""
     if size == 1:
         return weight.square().sum(0) / inverse.diagonal().clamp(min=1e-30)
-    groups = len(inverse) // size
-    blocks = inverse.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.view(len(weight), groups, size).permute(1, 2, 0)  # (groups, size, out)
+    columns, blocks = _grouped(weight, inverse, size)
     ridge = 1e-6 * blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     # a group that is gone has a block of zeros, and its score is not looked at
     blocks = blocks + ridge.clamp(min=1e-30) * torch.eye(size, device=blocks.device)
@@ -142,7 +164,7 @@ def breaks(grid: Grid | None, columns: Tensor) -> bool:
     if grid is None:
         return False
     try:
-        grid.take(columns=columns)
+        grid.take(columns=columns.cpu())
     except ValueError:
         return True
     return False

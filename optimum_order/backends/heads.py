@@ -96,7 +96,7 @@ class Heads(Reshaper):
             seen[Gram],
             size=size,
             count=self.remaining(attention.kv_heads),
-            damping=self.options.damping,
+            options=self.options,
         )
         columns = _channels(groups, size)
         rows = _channels(groups, attention.head_dim)

@@ -92,7 +92,7 @@ class Width(Reshaper):
             seen[Gram],
             size=1,
             count=self.remaining(mlp.width),
-            damping=self.options.damping,
+            options=self.options,
         )
         rows: dict[str, list[torch.Tensor]] = {}  # gate and up may be one layer
         for layer in mlp.readers:

@@ -54,7 +54,7 @@ def _hook(mixture: Experts, norms: ExpertNorms, tokens: list[int]) -> Callable[.
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         x, index, weights = args
-        rows = torch.zeros(len(x), len(mixture.experts), device=norms.device)
+        rows = torch.zeros(len(x), len(mixture.experts), device=x.device)
         for expert in range(len(mixture.experts)):
             token, place = (index == expert).nonzero(as_tuple=True)
             if len(token):

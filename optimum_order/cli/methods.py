@@ -62,13 +62,11 @@ def _describe(method: Any) -> dict[str, Any]:
     from optimum_order.backends.base import describe
 
     types = typing.get_type_hints(method.Options)
-    kind = getattr(method, "kind", "allocate")
     return {
         "name": method.name,
         "summary": method.summary,
-        "kind": kind,
-        # an allocator measures every candidate on calibration data before it chooses
-        "calibration": kind == "allocate" or bool(method.needs),
+        "kind": method.kind,
+        "calibration": method.measures or bool(method.needs),
         "options": [
             {
                 "name": field.name,

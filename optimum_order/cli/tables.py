@@ -38,6 +38,20 @@ def metric_values(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | Non
     }
 
 
+def smaller_text(change: Mapping[str, Any]) -> str:
+    """Return what a stage that made the model smaller did to its config.
+
+    Args:
+        change: An entry of `smaller` in a manifest.
+    """
+    sizes = ", ".join(
+        f"{field} {value}" for field, value in change["sizes"].items() if isinstance(value, int)
+    )
+    removed = change.get("removed")
+    gone = f": without {', '.join(map(str, removed))}" if removed else ""
+    return f"{sizes}{gone}"
+
+
 def outcome_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the rows that say what a compression changed: figures, bytes, bits and sparsity.
 
@@ -56,6 +70,8 @@ def outcome_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("weights on disk", f"{before} → {size(bytes_['after'])}"),
         ("bits per compressed weight", f"{bytes_['per_weight_bits']:.2f}"),
     ]
+    for change in manifest.get("smaller", ()):
+        rows.append((change["stage"], smaller_text(change)))
     sparsity = f"{manifest['sparsity']:.1%}"
     coverage = manifest.get("coverage")  # 0.1.0 did not count
     if coverage is not None:

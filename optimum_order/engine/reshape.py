@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order.backends.base import Cut, Method, Reshaper, Transform
+from optimum_order.backends.channels import breaks
 from optimum_order.engine import recipe as recipes
 from optimum_order.engine.transform import transform_again
 from optimum_order.errors import InvariantError, ModelError, OrderError
@@ -90,6 +91,7 @@ def outlines(
     model: PreTrainedModel,
     methods: Sequence[Method],
     find: Callable[[PreTrainedModel], Sequence[Unit]],
+    start: Mapping[str, LayerState] | None = None,
 ) -> list[Outline]:
     """Return the model after each stage that changes its modules, in turn. No weight is read.
 
@@ -97,13 +99,15 @@ def outlines(
         model: The model before, on any device.
         methods: Of a recipe.
         find: Gives the blocks of a model.
+        start: Layers that are compressed already.
 
     Raises:
-        OrderError: If no config can hold what a stage asks for.
+        OrderError: If no config can hold what a stage asks for, or a grid breaks that no stage of
+            the recipe made.
         ModelError: If the roles of the layers are unknown.
     """
     after = []
-    for method in methods:
+    for place, method in enumerate(methods):
         if method.kind == "transform":
             sizes = cast(Transform, method).sizes(model)
             model = resized(model, sizes) if sizes else model
@@ -116,7 +120,10 @@ def outlines(
                 f"Stage '{reshaper.stage}' treats all blocks alike, since one field of the config "
                 "holds their size: leave 'targets' out."
             )
-        sizes = reshaper.sizes(roles_for(reshaper, model), model.config)
+        roles = roles_for(reshaper, model)
+        sizes = reshaper.sizes(roles, model.config)
+        if reshaper.slices:
+            _refuse_broken(reshaper, roles, methods[:place], start or {})
         try:
             model = resized(model, sizes)
             require_roles(model)
@@ -128,6 +135,27 @@ def outlines(
             ) from error
         after.append(Outline(model, find(model)))
     return after
+
+
+def _refuse_broken(
+    reshaper: Reshaper,
+    roles: Roles,
+    before: Sequence[Method],
+    start: Mapping[str, LayerState],
+) -> None:
+    """Refuse to break a grid that was there before the run: nothing says how it was made."""
+    for layer in (layer for block in roles.blocks for layer in reshaper.reads(block)):
+        state = start.get(layer.name)
+        again = any(method.kind == "quantize" and method.covers(layer.name) for method in before)
+        if state is None or state.grid is None or again:
+            continue
+        if breaks(state.grid, torch.arange(1, state.weight.shape[1])):
+            raise OrderError(
+                f"Stage '{reshaper.stage}' breaks the grid of '{layer.name}', whose columns share "
+                "scales, and the layer was quantized before this run. Start from the original "
+                "model, or quantize first, as in "
+                f"'gptq:4 > {reshaper.stage}'."
+            )
 
 
 def cut(
@@ -202,7 +230,8 @@ def _sliced(
     broken: ValueError | None = None
     if grid is not None:
         everything = torch.arange(state.weight.shape[1 - one.axis])
-        rows, columns = (index, everything) if one.axis == 0 else (everything, index)
+        chosen = one.indices.cpu()  # which index tensors of any device
+        rows, columns = (chosen, everything) if one.axis == 0 else (everything, chosen)
         try:
             grid = grid.take(rows, columns)
         except ValueError as error:

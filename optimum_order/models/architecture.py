@@ -74,7 +74,7 @@ class Layer:
         if self.rows is None:
             return indices
         every = torch.cat([torch.arange(rows.start, rows.stop) for rows in self.rows])
-        return every[indices]
+        return every.to(indices.device)[indices]
 
     def bias(self, model: nn.Module) -> nn.Parameter | None:
         """Return the bias of the whole layer, or None."""

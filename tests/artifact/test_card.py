@@ -277,3 +277,23 @@ def test_a_layer_has_a_block_and_a_name_in_it():
 def test_the_same_manifest_makes_the_same_card_and_plot(stated):
     again = json.loads(json.dumps(stated))
     assert text_of(again) == text_of(stated) and card.plot(again) == card.plot(stated)
+
+
+def test_stages_that_leave_layers_alone_or_change_none(facts):
+    """A stage that makes the MLPs narrower, one that removes blocks, and one with targets."""
+    order = ("width:0.2", "depth:1", "gptq:4")
+    facts["order"] = " > ".join(order)
+    facts["stages"] = [
+        {"stage": stage, "method": stage.partition(":")[0], "summary": "a summary"}
+        for stage in order
+    ]
+    figures = {"relative_error": 0.25, "measured_on": "weights"}
+    for name, layer in facts["layers"].items():
+        made = [{"stage": "gptq:4", **figures, "relative_error": 0.5}]
+        layer["stages"] = [{"stage": "width:0.2", **figures}] * (".mlp." in name) + made
+    text = text_of(facts)
+    assert "| `width:0.2` | a summary | 0.25 | 0.25 in `model.layers.0.mlp" in text
+    assert "| `depth:1` | a summary |  | | |" in text
+    assert "| `gptq:4` | a summary | 0.5 | 0.5 in" in text
+    assert card.diagram(facts).count("error") == 2
+    assert card.plot(facts).startswith(b"\x89PNG")

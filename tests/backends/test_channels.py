@@ -36,10 +36,15 @@ def best(weight, gram, columns):
     return weight.double() @ H[:, columns] @ torch.linalg.inv(square)
 
 
+def options(**changes):
+    return ChannelOptions(**{"ratio": 0.5, "damping": SLIGHT} | changes)
+
+
 def cut(weight, statistics, columns, **changes):
-    options = ChannelOptions(**{"ratio": 0.5, "damping": SLIGHT} | changes)
     state = weight if isinstance(weight, LayerState) else LayerState(weight)
-    return cut_columns("a", state, statistics, columns, stage=Stage("width", 0.5), options=options)
+    return cut_columns(
+        "a", state, statistics, columns, stage=Stage("width", 0.5), options=options(**changes)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -48,13 +53,30 @@ def test_the_group_that_goes_first_is_the_one_whose_removal_costs_least(gaussian
         weight = gaussian(6, 12, seed)
         gram = inputs("correlated", tokens=200, width=12, seed=seed)[Gram]
         groups = 12 // size
-        remaining = remaining_groups(weight, gram, size=size, count=groups - 1, damping=SLIGHT)
+        remaining = remaining_groups(weight, gram, size=size, count=groups - 1, options=options())
         costs = []
         for gone in range(groups):
             columns = [c for c in range(12) if c // size != gone]
             costs.append(error(best(weight, gram, columns), weight, columns, gram))
         (gone,) = set(range(groups)) - set(remaining.tolist())
         assert costs[gone] == pytest.approx(min(costs), rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_without_a_refit_the_group_that_adds_least_goes(gaussian, inputs, size):
+    for seed in range(5):
+        weight = gaussian(6, 12, seed)
+        gram = inputs("correlated", tokens=200, width=12, seed=seed)[Gram]
+        groups = 12 // size
+        remaining = remaining_groups(
+            weight, gram, size=size, count=groups - 1, options=options(refit=False)
+        )
+        costs = []
+        for gone in range(groups):
+            columns = [c for c in range(12) if c // size != gone]
+            costs.append(error(weight[:, columns], weight, columns, gram))
+        (gone,) = set(range(groups)) - set(remaining.tolist())
+        assert costs[gone] == pytest.approx(min(costs), rel=1e-5)
 
 
 def test_several_that_go_are_near_the_best_there_are(gaussian, inputs):
@@ -66,7 +88,7 @@ def test_several_that_go_are_near_the_best_there_are(gaussian, inputs):
             chosen: error(best(weight, gram, list(chosen)), weight, list(chosen), gram)
             for chosen in itertools.combinations(range(8), 5)
         }
-        remaining = remaining_groups(weight, gram, size=1, count=5, damping=SLIGHT)
+        remaining = remaining_groups(weight, gram, size=1, count=5, options=options())
         assert remaining.tolist() == sorted(set(remaining.tolist())) and len(remaining) == 5
         ratios.append(costs[tuple(remaining.tolist())] / min(costs.values()))
     assert max(ratios) < 2
@@ -111,7 +133,7 @@ def test_awkward_inputs_leave_finite_weights(gaussian, inputs, input_kinds):
         weight = gaussian(8, 32)
         statistics = inputs(kind, tokens=40, width=32)
         groups = remaining_groups(
-            weight, statistics[Gram], size=size, count=16 // size, damping=0.01
+            weight, statistics[Gram], size=size, count=16 // size, options=options(damping=0.01)
         )
         assert len(groups) == 16 // size, kind
         columns = (groups[:, None] * size + torch.arange(size)).flatten()
@@ -120,7 +142,9 @@ def test_awkward_inputs_leave_finite_weights(gaussian, inputs, input_kinds):
         if kind == "silent":
             torch.testing.assert_close(refitted.weight, weight[:, columns])
     with pytest.raises(InvariantError):
-        remaining_groups(weight, torch.full((32, 32), torch.nan), size=1, count=8, damping=0.01)
+        remaining_groups(
+            weight, torch.full((32, 32), torch.nan), size=1, count=8, options=options()
+        )
 
 
 def test_a_grid_breaks_where_its_groups_do(gaussian):

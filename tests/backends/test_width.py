@@ -151,3 +151,22 @@ def test_plans_and_studies_vary_its_place(make_compressor, text_file, tmp_path):
         compressed = compressor.compress(order, pause="block", progress=False)
         figure = compressed.evaluate([text], progress=False).value
         assert figure > 0
+
+
+def test_a_grid_that_was_there_before_the_run_is_not_broken(make_model, tmp_path):
+    compressor = JointCompressor(
+        make_model("llama"), calibration=IDS, sequence_length=16, device="cpu"
+    )
+    for order, broken in [("rtn(bits=4, group_size=8)", True), ("rtn:4", False)]:
+        folder = tmp_path / order[:5]
+        compressor.compress(order, progress=False).save_pretrained(
+            folder, format="compressed-tensors"
+        )
+        again = JointCompressor.from_pretrained(folder, calibration=IDS, sequence_length=16)
+        if broken:
+            with pytest.raises(OrderError, match="was quantized before this run") as caught:
+                again.compress(WIDTH, progress=False)
+            assert "\n" not in str(caught.value)
+            continue
+        compressed = again.compress(WIDTH, progress=False)
+        assert all(state.grid.bits == 4 for state in compressed.layers.values())

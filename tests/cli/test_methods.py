@@ -25,8 +25,9 @@ def test_json_says_what_an_order_may_contain(listed):
     methods = {method["name"]: method for method in listed["methods"]}
     assert methods["gptq"]["calibration"] and methods["mixed_precision"]["calibration"]
     assert not methods["rtn"]["calibration"] and not methods["magnitude"]["calibration"]
-    kinds = [methods[name]["kind"] for name in ("wanda", "gptq", "mixed_precision")]
-    assert kinds == ["prune", "quantize", "allocate"]
+    assert methods["depth"]["calibration"] and methods["width"]["calibration"]
+    kinds = [methods[name]["kind"] for name in ("wanda", "gptq", "mixed_precision", "depth")]
+    assert kinds == ["prune", "quantize", "allocate", "reshape"]
     bits, *others = methods["gptq"]["options"]
     assert bits == {
         "name": "bits",

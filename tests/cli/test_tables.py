@@ -1,6 +1,12 @@
 """Rows that several commands print."""
 
-from optimum_order.cli.tables import arrows, console, metric_values, outcome_rows
+from optimum_order.cli.tables import (
+    arrows,
+    console,
+    metric_values,
+    outcome_rows,
+    smaller_text,
+)
 
 MEASURED = {
     "perplexity": {"before": {"value": 10.0}, "after": {"value": 12.34567}},
@@ -53,3 +59,13 @@ def test_pruning_that_saves_no_byte_is_said_to():
         rows = dict(outcome_rows(manifest | {"format": format}))
         assert ("pruning" in rows) != saves, format
     assert "pruning" not in dict(outcome_rows(manifest | {"sparsity": 0.0, "format": "dense"}))
+
+
+def test_what_made_a_model_smaller_is_a_row():
+    sizes = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    assert smaller_text({"stage": "depth:1", "sizes": sizes, "removed": [2, 1]}) == (
+        "num_hidden_layers 3: without 2, 1"
+    )
+    assert smaller_text({"stage": "width:0.2", "sizes": {"intermediate_size": 608}}) == (
+        "intermediate_size 608"
+    )
