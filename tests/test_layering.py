@@ -31,6 +31,7 @@ FLOORS = [
     "layers",
     "order",
     "registry",
+    "progress",
     "files",
     "errors",
 ]
