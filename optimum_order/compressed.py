@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +16,10 @@ from transformers import PreTrainedModel
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import hub, manifest
+from optimum_order.artifact.config import Config
+from optimum_order.artifact.config import recipe as recipe_of
 from optimum_order.artifact.convert import convert
+from optimum_order.artifact.origin import Origin
 from optimum_order.backends.base import IDLE
 from optimum_order.calibration.stability import unchanged
 from optimum_order.engine.recipe import Recipe
@@ -24,17 +27,17 @@ from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
 from optimum_order.evaluation import Measurement, Metric, Samples
+from optimum_order.files import html_table, size
 from optimum_order.formats import transcode
 from optimum_order.layers.state import LayerState
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.source import bytes_of
-from optimum_order.models.units import Target
+from optimum_order.models.units import Target, find_units
+from optimum_order.order import Order
 from optimum_order.search.menu import Candidate
 from optimum_order.search.plan import Plan
 from optimum_order.search.selection import Attempt
-
-if TYPE_CHECKING:
-    from optimum_order.session import Session
+from optimum_order.session import Session
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Provenance:
         seconds: Wall time, planning included.
         plan: How the order was found, if it was "auto".
         search: How the recipe was found, if a budget was given in place of an order.
+        format: The format that a recipe names, if one was carried out.
     """
 
     recipe: Recipe
@@ -58,6 +62,7 @@ class Provenance:
     seconds: float
     plan: Plan | None = None
     search: Mapping[str, Any] | None = None
+    format: str | None = None
 
 
 class CompressedModel:
@@ -101,6 +106,55 @@ class CompressedModel:
         self._measured: list[tuple[bool, Measurement]] = []
         """Each with whether it was measured on dense values or on the format's own modules."""
         self._saved: dict[str, Any] = {}
+        self._folder: Path | None = None
+        """The artifact that was loaded, if one was."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+        device: str = "auto",
+    ) -> CompressedModel:
+        """Return a model that `save_pretrained` or `optimum-order compress` saved.
+
+        It is what it was before it was saved: its layers have their masks and grids as far as the
+        format stores them, and it can be measured, run, and saved in another format.
+
+        Args:
+            path: The folder, or an id on the Hub.
+            revision: Branch, tag or commit.
+            token: Hub token; it is never stored or printed.
+            cache_dir: The folder of downloads from the Hub.
+            device: Where it is measured.
+
+        Raises:
+            ArtifactError: If there is no such model, or it is not what its manifest says.
+        """
+        folder = hub.locate(path, revision=revision, token=token, cache_dir=cache_dir)
+        facts = manifest.load(folder)
+        source = Origin(folder, revision=None, token=None, dtype="auto", trust_remote_code=False)
+        length = facts.get("sequence_length")
+        session = Session(source, device=device, sequence_length=length)
+        stored = source.loaded()
+        units = find_units(stored.model, session.targets, session.ignore)
+        result = Result(dict(stored.layers.states), {})
+        provenance = Provenance(
+            recipe=Recipe.of(Order.parse(facts["order"]), facts["schedule"]),
+            pause=facts.get("pause", "block"),
+            base_model=facts["base_model"],
+            calibration=facts.get("calibration"),
+            seconds=0.0,
+            format=facts["format"],
+        )
+        loaded = cls(session, Subject(stored.model, units), result, provenance)
+        loaded._targets = dict(stored.layers.targets)  # embeddings and all
+        loaded._folder = folder
+        loaded._saved = facts
+        return loaded
 
     @property
     def order(self) -> Any:
@@ -122,6 +176,61 @@ class CompressedModel:
         """How the order was found, if it was "auto"."""
         return self.provenance.plan
 
+    @property
+    def config(self) -> Any:
+        """The config of the model."""
+        return self.model.config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer or image processor that goes with the model; None without one."""
+        return self._session.source.processor
+
+    @property
+    def recipe(self) -> Config:
+        """The options that make this model again, as `recipe.yaml` in a saved folder has them."""
+        return recipe_of({"format": "auto"} | self.manifest)
+
+    def generate(self, *inputs: Any, **options: Any) -> Any:
+        """Return what `generate` of the transformers model returns: token ids.
+
+        Args:
+            inputs: As transformers takes them, such as `**tokenizer("Hello", return_tensors="pt")`.
+            options: `max_new_tokens` and all others.
+        """
+        model: Any = self.model
+        return model.generate(*inputs, **options)
+
+    def __repr__(self) -> str:
+        facts = [f"{len(self.layers)} layers"]
+        saved = self.manifest["bytes"] if self._saved else {}
+        if "per_weight_bits" in saved:
+            facts.append(f"{saved['per_weight_bits']:.2f} bits/weight")
+        facts += [f"{name} {figure}" for name, figure in self._figures().items()]
+        return f"CompressedModel({str(self.order)!r}, {', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        saved = self._saved.get("bytes", {})
+        rows = [
+            ("order", str(self.order)),
+            ("schedule", self.schedule),
+            ("layers", str(len(self.layers))),
+            ("base model", str(self.provenance.base_model["id"])),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        rows += self._figures().items()
+        if saved:
+            rows.append(("weights on disk", size(saved["after"])))
+            rows.append(("bits per compressed weight", f"{saved['per_weight_bits']:.2f}"))
+        return html_table("CompressedModel", rows)
+
+    def _figures(self) -> dict[str, str]:
+        """Return what was measured last, by metric, for people."""
+        return {
+            measured.name: f"{measured.value:.4g} on {measured.source}"
+            for _, measured in self._measured
+        }
+
     def close(self) -> None:
         """Release the work dir of a run with `low_memory`: it alone holds the layers."""
         if self._work is not None:
@@ -140,7 +249,8 @@ class CompressedModel:
     @property
     def manifest(self) -> dict[str, Any]:
         """What was done, to what, with which result; complete with files and bytes once saved."""
-        return self._facts() | {"metrics": self._metrics()} | self._saved
+        facts = {} if self._folder is not None else self._facts() | {"metrics": self._metrics()}
+        return facts | self._saved
 
     def evaluate(
         self,
@@ -176,6 +286,11 @@ class CompressedModel:
             raise ModelError(
                 "With 'low_memory' the weights are on the disk: save the model, load it, and "
                 "measure that."
+            )
+        if self._folder is not None and metric == "fidelity":
+            raise ModelError(
+                "'fidelity' compares with the model before compression, which a saved model does "
+                "not hold. Measure perplexity or accuracy, or compress again and measure then."
             )
         samples = self._session.evaluation_samples(source)
         format, engine = self._chosen(format, engine)
@@ -235,33 +350,55 @@ class CompressedModel:
         overwrite: bool = False,
         unproven: bool = False,
         engine: str | None = None,
+        max_shard_size: str = artifact.SHARD,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        token: str | None = None,
+        private: bool = False,
     ) -> str:
         """Write a folder that stock `from_pretrained` loads, and `optimum-order verify` checks.
 
         Args:
-            path: The folder; made if missing, refused if not empty.
+            path: The folder; made if missing. An artifact that is there is replaced as a whole;
+                any other folder that is not empty is refused.
             format: A format's name, or "auto" for the smallest that holds every layer exactly; of
                 a model made under a budget, for the format that meets the budget.
-            overwrite: Whether a folder that is not empty may be replaced.
+            overwrite: Whether a folder with another model may be replaced too.
             unproven: Whether the format may be one that is not proven to load for this
                 architecture.
             engine: The engine that is to load the folder: "transformers", "peft", "vllm" or
                 "llama.cpp". "auto" then takes the smallest format that was seen to load there with
                 such layers, and keeps their widths.
+            max_shard_size: The most that one weight file may take, such as "5GB".
+            push_to_hub: Whether to upload the folder too.
+            repo_id: `namespace/name` on the Hub; by default the folder's name in your namespace.
+            token: Hub token; by default the one you are logged in with.
+            private: Whether a new repository is private.
 
         Returns:
             The name of the format.
 
         Raises:
+            HubError: If the upload fails; the folder is then there.
             FormatError: If the format cannot hold a layer exactly; the message names those that
                 can. Or if it is not proven to load, in the engine if there is one.
             OutputError: If the folder cannot be written. Nothing is left half-written.
         """
+        repo_id = repo_id or Path(path).resolve().name
+        if push_to_hub:
+            hub.check(repo_id, token)
         written = self._save(
-            path, format=format, overwrite=overwrite, unproven=unproven, engine=engine
+            path,
+            format=format,
+            overwrite=overwrite or artifact.is_ours(Path(path)),
+            unproven=unproven,
+            engine=engine,
+            max_shard_size=max_shard_size,
         )
         fields = ("format", "requires", "bytes", "files", "layers", "metrics")
         self._saved = {field: written[field] for field in fields}
+        if push_to_hub:
+            hub.push(path, repo_id, token=token, private=private)
         return str(written["format"])
 
     def push_to_hub(
@@ -320,9 +457,20 @@ class CompressedModel:
         overwrite: bool = False,
         unproven: bool = False,
         engine: str | None = None,
+        max_shard_size: str = artifact.SHARD,
     ) -> dict[str, Any]:
         contents = self._contents()
         format, engine = self._chosen(format, engine)
+        if self._folder is not None:
+            return convert(
+                self._folder,
+                path,
+                format,
+                overwrite=overwrite,
+                unproven=unproven,
+                engine=engine,
+                max_shard_size=max_shard_size,
+            )
         codec, moving = transcode.choose(contents, format, unproven=unproven, engine=engine)
         if moving:  # steps move into other weights, which those of `model` are not to follow
             with tempfile.TemporaryDirectory() as home:
@@ -334,15 +482,25 @@ class CompressedModel:
                     overwrite=overwrite,
                     unproven=unproven,
                     engine=engine,
+                    max_shard_size=max_shard_size,
                 )
         facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:
-            return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
+            return artifact.save(
+                contents,
+                facts,
+                path,
+                codec=codec,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+            )
 
     def _chosen(self, format: str, engine: str | None) -> tuple[str, str | None]:
         """Return the format and the engine that a search chose, where none is named."""
         search = self.provenance.search
+        if self.provenance.format is not None and format == "auto" and engine is None:
+            return self.provenance.format, None
         if search is None or format != "auto" or engine is not None:
             return format, engine
         return str(search["format"]), search["engine"]

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from optimum_order import estimate
+from optimum_order.artifact.config import ARGUMENTS, RUN, Config, of, read
 from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
@@ -23,12 +24,13 @@ from optimum_order.errors import DataError, FormatError, ModelError, OrderError,
 from optimum_order.estimate.fit import check_format
 from optimum_order.estimate.options import Demand, Sizes
 from optimum_order.evaluation import Measurement
+from optimum_order.files import html_table
 from optimum_order.formats import stage_options
 from optimum_order.models import hf
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, bytes_of
-from optimum_order.models.units import embedding_name
+from optimum_order.models.units import Unit, embedding_name
 from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.budget import Budget, limits
@@ -53,6 +55,9 @@ class JointCompressor(Session):
     settings.
     """
 
+    recipe: Config | None = None
+    """What `from_config` read."""
+
     @classmethod
     def from_pretrained(
         cls,
@@ -61,7 +66,10 @@ class JointCompressor(Session):
         dtype: str = "auto",
         revision: str | None = None,
         token: str | None = None,
+        cache_dir: str | None = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        chat_template: str | None = None,
         merge_adapter: bool = False,
         base: str | Path | None = None,
         **settings: Any,
@@ -73,7 +81,11 @@ class JointCompressor(Session):
             dtype: "auto" keeps the checkpoint's; else float32, bfloat16 or float16.
             revision: Branch, tag or commit.
             token: Hub token; it is never stored or printed.
+            cache_dir: The folder of downloads from the Hub.
             trust_remote_code: Whether to run code that comes with the model.
+            attn_implementation: "eager", "sdpa" or another of transformers.
+            chat_template: A Jinja template for conversations in place of the tokenizer's; it goes
+                with the result.
             merge_adapter: Whether the model is a LoRA adapter: PEFT merges it into its base model,
                 and the result is compressed.
             base: The base model of that adapter. By default the id on the Hub that its config
@@ -91,10 +103,62 @@ class JointCompressor(Session):
             base=base,
             revision=revision,
             token=token,
+            cache_dir=cache_dir,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            chat_template=chat_template,
         )
         return cls(checkpoint, **settings)
+
+    def __repr__(self) -> str:
+        (_, model), *facts = self._facts()
+        settings = (f"{name.replace(' ', '_')}={value}" for name, value in facts)
+        return f"JointCompressor({', '.join([model, *settings])})"
+
+    def _repr_html_(self) -> str:
+        return html_table("JointCompressor", self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what identifies the compressor, shortly; of data in memory only the type."""
+        data = self.calibration
+        named = isinstance(data, (str, Path))
+        source = f"'{data}'" if named else "none" if data is None else type(data).__name__
+        return [
+            ("model", f"'{self.source.id}'"),
+            ("calibration", source),
+            ("calibration samples", str(self.calibration_samples)),
+            ("seed", str(self.seed)),
+            ("device", str(self.device)),
+        ]
+
+    @classmethod
+    def from_config(
+        cls, config: str | Path | Mapping[str, Any], model: str | Path | None = None, **more: Any
+    ) -> JointCompressor:
+        """Return a compressor for what a recipe says; its `compress()` carries the recipe out.
+
+        Args:
+            config: A recipe.yaml, a saved model that holds one, or its options by name.
+            model: The model, where the recipe names none, or another.
+            more: Arguments of `from_pretrained` that count in place of the recipe's.
+
+        Raises:
+            OrderError: If the recipe cannot be read, or has an option that does not exist.
+            ModelError: As in `from_pretrained`.
+        """
+        recipe = of(config) if isinstance(config, Mapping) else read(config)
+        options = recipe.given()
+        named = options.get("model")
+        if model is not None and model != named:
+            options.pop("revision", None)  # of another model
+        model = model or named
+        if model is None:
+            raise ModelError("The recipe names no model: give one as the second argument.")
+        arguments = {name: options[name] for name in ARGUMENTS if name in options}
+        compressor = cls.from_pretrained(model, **arguments | more)
+        compressor.recipe = recipe
+        return compressor
 
     def compress(
         self,
@@ -119,7 +183,8 @@ class JointCompressor(Session):
         Args:
             order: `"wanda:0.5 > gptq:4"`, or stages; or "auto" for the order of `stages` that
                 `plan` recommends. The plan is then recorded in the manifest. None for the recipe
-                that `search` finds under `budget` or `max_loss`.
+                that `search` finds under `budget` or `max_loss`; without these for what the recipe
+                of `from_config` says, and all but `work_dir`, `resume` and `progress` with it.
             budget: In place of an order: the most that the result may take, as in `search`. The
                 result is saved in the format of the search unless another is named.
             max_loss: In place of an order: the most that the loss may rise, as in `search`.
@@ -156,6 +221,15 @@ class JointCompressor(Session):
                 or it holds another run, and then the message says in what they differ.
         """
         begin = time.perf_counter()
+        asked = order is not None or budget is not None or max_loss is not None
+        if self.recipe is not None and not asked:
+            options = self.recipe.given()
+            settings = {name: options[name] for name in RUN if name in options}
+            more: dict[str, Any] = {"work_dir": work_dir, "resume": resume, "progress": progress}
+            compressed = self.compress(**settings, **more)
+            named = self.recipe.format
+            compressed.provenance = dataclasses.replace(compressed.provenance, format=named)
+            return compressed
         if budget is not None or max_loss is not None:
             if order is not None or stages is not None or schedule != "stage" or low_memory:
                 raise OrderError(
@@ -190,6 +264,7 @@ class JointCompressor(Session):
         model = self.source.load() if weights is None else weights.model
         refuse(recipe, streams=low_memory, resumes=work_dir is not None)
         units = self.units(model, recipe)
+        _warn(recipe, units)
         after = self.outlines(model, units, recipe)
         states = self.source.states
         choice: dict[str, Any] = {"unproven": unproven, "engine": engine, "after": after}
@@ -199,6 +274,7 @@ class JointCompressor(Session):
         if samples and samples.note:
             logger.warning(samples.note)
         batches = samples.inputs() if samples else []
+        logger.info("Trying the model on a batch")
         hf.check_savable(model)
         if batches:
             # A model may change in its first forward only, so the outline is a new one.
@@ -222,6 +298,7 @@ class JointCompressor(Session):
                 execution = dataclasses.replace(execution, residency=streamed)
             subject = Subject(model, units, batches, self.source.load)
             start = Result.of(units, self.source.states) if self.source.states else None
+            logger.info("Compressing %d layers: %s", count_of(units), recipe.order)
             result = run(subject, recipe, execution, start=start, work=work)
             if weights is not None:
                 targets = {target.name: target for unit in units for target in unit.targets}
@@ -331,7 +408,7 @@ class JointCompressor(Session):
         """Return the plan of a run with order="auto", that of the work dir if it is resumed."""
         if (stages is not None) != (order == "auto"):
             raise OrderError(
-                "Give 'stages' with order='auto', and with no other order: "
+                "Give 'stages' with order='auto' (--order auto), and with no other order: "
                 "they are what it is made of."
             )
         if stages is None:
@@ -369,6 +446,7 @@ class JointCompressor(Session):
         recipe = Recipe.of(Order.of(order), schedule)
         model = estimate.empty(self.source)
         units = self.units(model, recipe)
+        _warn(recipe, units)
         after = self.outlines(model, units, recipe)
         begin = time.perf_counter()
         batches = self.draw().inputs() if recipe.needs_data else []
@@ -387,28 +465,34 @@ class JointCompressor(Session):
         )
 
     def evaluate(
-        self, source: Any = "builtin", metric: str = "auto", *, progress: bool = True
+        self,
+        source: Any = "builtin",
+        metric: str = "auto",
+        *,
+        samples: int | None = None,
+        progress: bool = True,
     ) -> Measurement:
         """Measure the model before compression; remembered, and put into later manifests.
 
         Args:
-            source: As for `calibration`; all of it is used.
+            source: As for `calibration`; or "literature" for WikiText-2 as papers measure on it.
             metric: "perplexity", "accuracy", "fidelity", or "auto" for the usual one of the
                 model's kind.
+            samples: Windows from all over the text, or images; by default all of them.
             progress: Whether to show a bar on stderr.
 
         Raises:
             DataError: If the text or the images cannot be used.
             ModelError: If the metric says nothing about the model.
         """
-        samples = self.evaluation_samples(source)
+        chosen_samples = self.evaluation_samples(source, samples)
         model = self.source.load()
         model.to(self.device)  # type: ignore[arg-type]
         chosen = self.metric(model, metric)
-        key = (chosen.name, samples.digest)
+        key = (chosen.name, chosen_samples.digest)
         if key not in self.measured:
             self.measured[key] = chosen.measure(
-                model, samples, batch_size=samples.batch_size, progress=progress
+                model, chosen_samples, batch_size=chosen_samples.batch_size, progress=progress
             )
         return self.measured[key]
 
@@ -656,3 +740,19 @@ class JointCompressor(Session):
             prefix_bytes = int(prefix_limit * 10**9)
             study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(study.trials, folder)
+
+
+def count_of(units: Iterable[Unit]) -> int:
+    """Return the number of layers in blocks."""
+    return sum(len(unit.targets) for unit in units)
+
+
+def _warn(recipe: Recipe, units: Iterable[Unit]) -> None:
+    """Say which stages gain nothing.
+
+    Args:
+        recipe: What is to be done.
+        units: The blocks of the model.
+    """
+    for remark in recipe.remarks([target for unit in units for target in unit.targets]):
+        logger.warning(remark)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import html
 import json
 import os
 import secrets
@@ -251,6 +252,20 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table as a notebook shows it; text from elsewhere stays text.
+
+    Args:
+        title: The heading.
+        rows: A name and a value each.
+    """
+    body = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{body}</table>"
 
 
 def weight_bytes(folder: str | Path) -> int:

@@ -16,6 +16,7 @@ options are for `optimum_order.backends` to say.
 from __future__ import annotations
 
 import fnmatch
+import html
 import itertools
 import math
 import re
@@ -228,6 +229,12 @@ class Order:
     def __str__(self) -> str:
         return " > ".join(map(str, self.stages))
 
+    def __repr__(self) -> str:
+        return f"Order({str(self)!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(str(self))}</code>"
+
     def __len__(self) -> int:
         return len(self.stages)
 
@@ -241,12 +248,14 @@ class Order:
 def parse_stages(text: str) -> list[Stage]:
     """Read stages in no order yet, separated by commas: `wanda:0.5, gptq(bits=4, group_size=64)`.
 
+    The separators of an order will do as well.
+
     Raises:
         OrderError: With the position and the piece of text that could not be read.
     """
     parser = _Parser(text)
     stages = [parser.stage()]
-    while parser.accept(","):
+    while parser.accept(",") or parser.accept_arrow():
         stages.append(parser.stage())
     if parser.peek():
         parser.fail("',' and another stage, or the end")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,8 @@ from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, InMemory, weights_digest
 from optimum_order.models.units import Unit, embedding_name, find_units
 from optimum_order.order import Order
+
+logger = logging.getLogger(__name__)
 
 _LENGTH = 512
 _WINDOWS = 64
@@ -145,6 +148,7 @@ class Session:
         return samples if self.outline is None else fitted(samples, self.outline)
 
     def _load(self, samples: int) -> Samples:
+        logger.info("Reading and tokenizing the calibration data")
         loaded = load_samples(
             self.source,
             self.calibration,
@@ -176,6 +180,7 @@ class Session:
         Raises:
             DataError: If the source cannot be used.
         """
+        logger.info("Reading and tokenizing the evaluation data")
         length = self._length()
         return self._fitted(load_evaluation(self.source, source, length=length, samples=samples))
 

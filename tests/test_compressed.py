@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from optimum_order import JointCompressor
-from optimum_order.artifact import manifest
+from optimum_order import CompressedModel, JointCompressor, Order
+from optimum_order.artifact import config, hub, manifest
 from optimum_order.artifact.convert import convert
 from optimum_order.artifact.verify import verify
 from optimum_order.data.images import digits
-from optimum_order.errors import FormatError, ModelError, OutputError
+from optimum_order.errors import ArtifactError, FormatError, ModelError, OutputError
 from optimum_order.models import precision
 
 SCRIPT = Path(__file__).parent / "reload_stock.py"
@@ -373,3 +373,101 @@ def test_weights_that_nobody_loads_are_carried_over_and_counted(with_extra, tmp_
             stored |= load_file(file)
         for name, tensor in extra.items():
             assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor)
+
+
+@pytest.fixture(scope="module")
+def original(compressor):
+    return compressor.compress("wanda:0.5 > gptq:4", progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    original.evaluate(INPUTS.repeat(2, 2), progress=False)
+    original.save_pretrained(folder)
+    return folder
+
+
+class TestSaved:
+    """A model that was saved is what it was before."""
+
+    def test_it_has_the_same_values_figures_and_recipe(self, original, folder):
+        loaded = CompressedModel.from_pretrained(folder)
+        assert str(loaded.order) == "wanda:0.5 > gptq:4" and loaded.schedule == "stage"
+        assert loaded.config.model_type == "llama" and loaded.tokenizer.vocab_size
+        assert loaded.manifest == manifest.load(folder)
+        assert loaded.recipe == config.read(folder)
+        for name, state in original.layers.items():
+            assert torch.equal(loaded.layers[name].weight, state.weight)
+            assert loaded.layers[name].grid is not None
+        before = original.evaluate(INPUTS.repeat(2, 2), progress=False)
+        assert loaded.evaluate(INPUTS.repeat(2, 2), progress=False).scores == before.scores
+        with pytest.raises(ModelError, match="which a saved model does not hold"):
+            loaded.evaluate(INPUTS.repeat(2, 2), "fidelity", progress=False)
+
+    def test_it_is_saved_again_as_convert_does(self, folder, tmp_path):
+        loaded = CompressedModel.from_pretrained(folder)
+        assert loaded.save_pretrained(tmp_path / "same") == "compressed-tensors"
+        assert manifest.load(tmp_path / "same") == manifest.load(folder)
+        assert loaded.save_pretrained(tmp_path / "dense", format="dense") == "dense"
+        convert(folder, tmp_path / "converted", "dense")
+        expected = manifest.load(tmp_path / "converted")
+        assert manifest.load(tmp_path / "dense") == expected
+        assert verify(tmp_path / "dense") == []
+
+    def test_what_is_no_artifact_is_refused(self, tiny_llama_folder, tmp_path):
+        with pytest.raises(ArtifactError, match="is not a folder that optimum-order wrote"):
+            CompressedModel.from_pretrained(tiny_llama_folder)
+        with pytest.raises(ArtifactError, match="There is no folder"):
+            CompressedModel.from_pretrained(tmp_path / "missing")
+
+    def test_it_generates_as_transformers_does(self, original):
+        inputs = INPUTS[:1]
+        ids = original.generate(inputs, max_new_tokens=4, do_sample=False)
+        assert torch.equal(ids, original.model.generate(inputs, max_new_tokens=4, do_sample=False))
+
+    def test_an_artifact_is_replaced_and_another_folder_is_not(self, original, folder, tmp_path):
+        place = Path(shutil.copytree(folder, tmp_path / "model"))
+        assert original.save_pretrained(place, format="dense") == "dense"
+        assert verify(place) == [] and manifest.load(place)["format"] == "dense"
+        (place / "notes.txt").write_text("mine")
+        with pytest.raises(OutputError, match=r"notes\.txt"):
+            original.save_pretrained(place)
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "notes.txt").write_text("mine")
+        with pytest.raises(OutputError, match="not empty"):
+            original.save_pretrained(tmp_path / "other")
+
+    def test_shards_are_as_large_as_is_said(self, original, tmp_path):
+        original.save_pretrained(tmp_path / "out", format="dense", max_shard_size="100KB")
+        assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+        assert verify(tmp_path / "out") == []
+
+    def test_it_is_pushed_to_the_id_or_to_the_name_of_the_folder(
+        self, original, tmp_path, monkeypatch
+    ):
+        calls = []
+        monkeypatch.setattr(hub, "check", lambda *args: calls.append(("check", *args)))
+        monkeypatch.setattr(hub, "push", lambda *args, **options: calls.append((*args, options)))
+        original.save_pretrained(tmp_path / "mine", push_to_hub=True, token="t", private=True)
+        options = {"token": "t", "private": True}
+        assert calls == [("check", "mine", "t"), (tmp_path / "mine", "mine", options)]
+        original.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/model")
+        assert calls[-1][1] == "me/model"
+
+    def test_what_a_notebook_shows_is_short(self, original, folder, compressor):
+        state = next(iter(original.layers.values()))
+        measurement = original.evaluate(INPUTS.repeat(2, 2), progress=False)
+        estimate = compressor.estimate("rtn:4")
+        things = [original, compressor, original.order, state, measurement, estimate]
+        things.append(CompressedModel.from_pretrained(folder))
+        for thing in things:
+            assert repr(thing).startswith(f"{type(thing).__name__}(") and len(repr(thing)) < 250
+            assert "tensor" not in repr(thing).replace("compressed-tensors", "")
+            assert thing._repr_html_().startswith(("<table>", "<code>"))
+        assert eval(repr(original.order), {"Order": Order}) == original.order
+        assert (
+            repr(state)
+            == "LayerState(64 x 64, float32, 50.0% pruned, 4-bit UniformGrid in rows, 1 note)"
+        )
+        assert repr(original).count("perplexity") == 1 and "bits/weight" in repr(original)

@@ -23,6 +23,7 @@ from optimum_order.artifact.verify import verify
 from optimum_order.engine.recipe import SCHEDULES
 from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.estimate import waiting
+from optimum_order.models import hf
 
 
 @pytest.fixture(scope="module")
@@ -394,3 +395,79 @@ def test_such_a_model_is_refused_before_the_work_and_a_method_without_data_is_no
     assert all(torch.equal(rwkv.state_dict()[name], before[name]) for name in before)
     with pytest.raises(ModelError, match="measure the saved model"):
         compressed.evaluate(samples, progress=False)
+
+
+class TestRecipe:
+    """A recipe is carried out as it was."""
+
+    def test_of_a_saved_model_makes_the_same_files(self, tmp_path):
+        first = JointCompressor.from_pretrained("tiny-vit", calibration_samples=8, seed=3)
+        compressed = first.compress("wanda:0.5 > rtn:4", "block", progress=False)
+        compressed.save_pretrained(tmp_path / "first", format="sparse")
+        again = JointCompressor.from_config(tmp_path / "first")
+        assert again.recipe.seed == 3
+        again.compress(progress=False).save_pretrained(tmp_path / "again")
+        names = {file.name for file in (tmp_path / "first").iterdir()}
+        assert "recipe.yaml" in names
+        for name in names:
+            same = (tmp_path / "again" / name).read_bytes() == (
+                tmp_path / "first" / name
+            ).read_bytes()
+            assert same, name
+        third = JointCompressor.from_config(tmp_path / "first", seed=4).compress(progress=False)
+        assert third.manifest["seed"] == 4, "what is given counts"
+
+    def test_needs_a_model_and_options_that_exist(self, tiny_llama_folder):
+        with pytest.raises(ModelError, match="names no model"):
+            JointCompressor.from_config({"order": "rtn:4"})
+        with pytest.raises(OrderError, match="Did you mean 'order'"):
+            JointCompressor.from_config({"ordr": "rtn:4"})
+        options = {"order": "rtn:4", "model": "some/model", "revision": "main"}
+        compressor = JointCompressor.from_config(options, tiny_llama_folder)
+        assert compressor.source.revision is None, "the revision is that of the other model"
+        assert str(compressor.compress(progress=False).order) == "rtn:4"
+        assert str(compressor.compress("rtn:3", progress=False).order) == "rtn:3"
+
+
+class TestLoading:
+    """What `from_pretrained` of transformers takes."""
+
+    def test_attention_and_chat_template_reach_the_model_and_the_tokenizer(
+        self, tiny_llama_folder, tmp_path
+    ):
+        compressor = JointCompressor.from_pretrained(
+            tiny_llama_folder,
+            attn_implementation="eager",
+            chat_template="{% for turn in messages %}<{{ turn['content'] }}>{% endfor %}",
+            calibration=[[{"role": "user", "content": "a word " * 200}]],
+            calibration_samples=2,
+            sequence_length=16,
+        )
+        assert compressor.source.load().config._attn_implementation == "eager"
+        compressed = compressor.compress("wanda:0.5", progress=False)
+        compressed.save_pretrained(tmp_path / "out")
+        template = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+        assert template == compressor.source.processor.chat_template and "turn" in template
+        with pytest.raises(ModelError, match="no tokenizer"):
+            JointCompressor.from_pretrained("tiny-vit", chat_template="x")
+        with pytest.raises(ModelError, match="Cannot load the weights"):
+            JointCompressor.from_pretrained(
+                tiny_llama_folder, attn_implementation="flash_attention_9"
+            ).compress("rtn:4", progress=False)
+
+    def test_downloads_are_looked_for_where_the_user_says(self, tmp_path, monkeypatch):
+        asked = []
+
+        def cached_file(model, name, *, cache_dir=None, **options):
+            asked.append(cache_dir)
+            raise OSError("offline")
+
+        monkeypatch.setattr(hf, "cached_file", cached_file)
+        with pytest.raises(ModelError, match="offline"):
+            JointCompressor.from_pretrained("some/model", cache_dir=str(tmp_path))
+        assert set(asked) == {str(tmp_path)}
+
+    def test_a_useless_stage_is_warned_of_before_the_work(self, tiny_llama_folder, caplog):
+        compressor = JointCompressor.from_pretrained(tiny_llama_folder)
+        compressor.compress("magnitude:0.5 > magnitude:0.3", progress=False)
+        assert "'magnitude:0.3' removes nothing after 'magnitude:0.5'" in caplog.text

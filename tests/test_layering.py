@@ -32,6 +32,7 @@ FLOORS = [
     "layers",
     "order",
     "registry",
+    "progress",
     "files",
     "errors",
 ]

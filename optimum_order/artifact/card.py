@@ -16,6 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from optimum_order import formats
 from optimum_order.artifact.manifest import PLOT
+from optimum_order.data.splits import SHORTCUTS
+from optimum_order.data.text import LITERATURE
 from optimum_order.errors import missing_extra
 from optimum_order.files import size
 from optimum_order.models.source import EMBEDDED
@@ -179,7 +181,7 @@ def _result(measurement: Mapping[str, Any], task: str) -> EvalResult:
     """
     source = measurement["source"]
     dataset, config, split = [*source.split(":"), "", ""][:3]
-    public = _is_public(source)
+    public = is_public(source)
     return EvalResult(
         task_type=task,
         dataset_type=dataset if public else "local",
@@ -191,9 +193,11 @@ def _result(measurement: Mapping[str, Any], task: str) -> EvalResult:
     )
 
 
-def _is_public(source: str) -> bool:
-    """Return whether others know data by this name: `builtin`, or a dataset with a namespace."""
-    return source == "builtin" or bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]*)*", source, re.ASCII))
+def is_public(source: str) -> bool:
+    """Return whether others know data by this name: a shortcut, or a dataset with a namespace."""
+    if source in ("builtin", LITERATURE) or source.partition(":")[0] in SHORTCUTS:
+        return True
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]*)*", source, re.ASCII))
 
 
 def _base(base: Mapping[str, Any]) -> str:
@@ -391,7 +395,7 @@ def _private_data(manifest: Manifest) -> list[str]:
     calibration = manifest["calibration"]
     sources = [calibration["source"]] if calibration else []
     sources += [both["after"]["source"] for both in manifest["metrics"].values()]
-    return [_code(source) for source in dict.fromkeys(sources) if not _is_public(source)]
+    return [_code(source) for source in dict.fromkeys(sources) if not is_public(source)]
 
 
 def _cell(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from optimum_order import formats
 from optimum_order.artifact import folder as artifact
 from optimum_order.artifact import manifest
+from optimum_order.artifact.folder import SHARD
 from optimum_order.artifact.loading import load
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
@@ -25,6 +26,7 @@ def convert(
     overwrite: bool = False,
     unproven: bool = False,
     engine: str | None = None,
+    max_shard_size: str = SHARD,
 ) -> dict[str, Any]:
     """Save an artifact in another format, every weight with the value it has, to the bit.
 
@@ -44,6 +46,7 @@ def convert(
         overwrite: Whether a folder that is not empty may be replaced.
         unproven: Whether the format may be one that is not proven to load for this architecture.
         engine: The engine that is to load the folder.
+        max_shard_size: The most that one weight file may take, such as "5GB".
 
     Returns:
         The new manifest.
@@ -93,4 +96,6 @@ def convert(
         ) from error
     if codec.name != source.name and not (codec.runs_dense and source.runs_dense):
         facts["metrics"] = {}
-    return artifact.save(contents, facts, path, codec=codec, overwrite=overwrite)
+    return artifact.save(
+        contents, facts, path, codec=codec, overwrite=overwrite, max_shard_size=max_shard_size
+    )

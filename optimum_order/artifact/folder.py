@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -18,19 +19,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimum_order import files, formats
-from optimum_order.artifact import manifest
+from optimum_order.artifact import config, manifest
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.formats import Codec, Contents
 from optimum_order.formats.older import keep_tokenizer
 from optimum_order.layers.state import tensor_bytes
 
+logger = logging.getLogger(__name__)
+
+SHARD = "5GB"
+"""The most that one weight file takes, if nobody says otherwise."""
 _PREFIX = 40
 """Characters of a name that the name of a result beside a taken place begins with."""
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _HIDDEN = {".gitattributes", ".cache", ".DS_Store"}
 """Hidden entries that downloads and file managers leave beside a model."""
 _MODEL_FILE = re.compile(
-    r".*\.(json|safetensors|bin|model|jinja|py|msgpack|h5|gguf|onnx|tiktoken)"
+    r".*\.(json|yaml|safetensors|bin|model|jinja|py|msgpack|h5|gguf|onnx|tiktoken)"
     r"|(README|USE_POLICY)\.md|(LICENSE|NOTICE)(\.\w+)?|(vocab|merges)\.txt"
 )
 """Names of the files of a model that this package did not write."""
@@ -99,6 +104,11 @@ def _replace(path: Path, scratch: Path, *, overwrite: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def is_ours(path: Path) -> bool:
+    """Return whether a folder holds an artifact, of whatever state."""
+    return files.is_plain(path / manifest.FILE, path)
+
+
 def check_output(path: Path, *, overwrite: bool) -> None:
     """Check that a folder could be written in the end.
 
@@ -157,7 +167,7 @@ def save(
     *,
     codec: Codec,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = SHARD,
 ) -> dict[str, Any]:
     """Write a self-contained folder: weights, config, generation config, processor and manifest.
 
@@ -167,7 +177,7 @@ def save(
         path: The folder.
         codec: What `formats.choose` returned for these contents.
         overwrite: Whether a folder that is not empty may be replaced.
-        max_shard_size: Of one weight file.
+        max_shard_size: The most that one weight file may take, such as "5GB".
 
     Returns:
         The manifest as written.
@@ -177,6 +187,7 @@ def save(
     """
     container = formats.container(codec.name)
     with staging(Path(path), overwrite=overwrite) as folder:
+        logger.info("Writing the weights as '%s'", codec.name)
         header = {manifest.KEY: facts["order"]}
         written = container.write(
             contents, codec, folder, header=header, max_shard_size=max_shard_size
@@ -189,6 +200,9 @@ def save(
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)
         _name_order(folder / "config.json", facts["order"])
+        recipe = config.text(facts | {"format": codec.name})
+        (folder / config.FILE).write_text(recipe, encoding="utf-8")
+        logger.info("Hashing the files that were written")
         weights = sum(file.stat().st_size for file in container.files(folder))
         count = sum(math.prod(layer["shape"]) for layer in facts["layers"].values())
         bits = round(8 * written.bytes / count, 4)
@@ -221,9 +235,9 @@ def _name_order(file: Path, order: str) -> None:
         file: The config.json.
         order: The canonical order.
     """
-    config = json.loads(file.read_text())
-    config[manifest.KEY] = {"schema": manifest.SCHEMA, "order": order, "manifest": manifest.FILE}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    values = json.loads(file.read_text())
+    values[manifest.KEY] = {"schema": manifest.SCHEMA, "order": order, "manifest": manifest.FILE}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _save_processor(processor: Any, folder: Path) -> None:

@@ -27,7 +27,7 @@ from optimum_order.errors import ArtifactError, HubError, chainable, redacted
 from optimum_order.files import is_folder
 from optimum_order.models.source import auto_class
 
-_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken")
+_PATTERNS = ("*.json", "recipe.yaml", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken")
 """Names of configurations, and of what tokenizers keep."""
 _CARD = "README.md"
 _LIBRARY: Any = {"library_name": "optimum-order", "library_version": __version__}
@@ -157,6 +157,7 @@ def pull(
     *,
     revision: str | None = None,
     token: str | None = None,
+    cache_dir: str | None = None,
     manifest_only: bool = False,
 ) -> Path:
     """Download an artifact into the Hub's cache, or find it there.
@@ -165,6 +166,7 @@ def pull(
         repo_id: `namespace/name`.
         revision: Branch, tag or commit; the main branch by default.
         token: As in `push`.
+        cache_dir: The folder of downloads from the Hub.
         manifest_only: Whether to leave out everything but the manifest.
 
     Returns:
@@ -176,21 +178,33 @@ def pull(
     """
     _check_id(repo_id)
     # The manifest first: a repository without one may be large, and is not ours.
-    folder = _download(repo_id, revision, token, [manifest.FILE])
+    place = {"token": token, "cache_dir": cache_dir}
+    folder = _download(repo_id, [manifest.FILE], revision=revision, **place)
     if not (folder / manifest.FILE).is_file():
         raise HubError(
             f"'{repo_id}' on the Hub has no {manifest.FILE}: it is not a model that optimum-order "
             "wrote."
         )
-    return folder if manifest_only else _download(repo_id, folder.name, token, patterns())
+    return (
+        folder if manifest_only else _download(repo_id, patterns(), revision=folder.name, **place)
+    )
 
 
-def locate(path: str | Path, *, revision: str | None = None, manifest_only: bool = False) -> Path:
+def locate(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    manifest_only: bool = False,
+) -> Path:
     """Return the folder of an artifact; one on the Hub is pulled.
 
     Args:
         path: A folder, or an id on the Hub.
         revision: Of a model on the Hub, as in `pull`.
+        token: Of a model on the Hub, as in `pull`.
+        cache_dir: Of a model on the Hub, as in `pull`.
         manifest_only: Of a model on the Hub, as in `pull`.
 
     Raises:
@@ -214,7 +228,13 @@ def locate(path: str | Path, *, revision: str | None = None, manifest_only: bool
         raise ArtifactError(
             f"There is no folder '{path}'. Give a folder, or an id on the Hub: namespace/name."
         )
-    return pull(str(path), revision=revision, manifest_only=manifest_only)
+    return pull(
+        str(path),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        manifest_only=manifest_only,
+    )
 
 
 def _check_id(repo_id: str) -> None:
@@ -260,14 +280,22 @@ def _stale(names: set[str]) -> list[str]:
     return sorted(name for name in stale if not manifest.DOCUMENTS.fullmatch(name))
 
 
-def _download(repo_id: str, revision: str | None, token: str | None, names: list[str]) -> Path:
+def _download(
+    repo_id: str,
+    names: list[str],
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None,
+) -> Path:
     """Download a snapshot of a repository.
 
     Args:
         repo_id: `namespace/name`.
+        names: Patterns of the files to download.
         revision: Branch, tag or commit.
         token: Hub token.
-        names: Patterns of the files to download.
+        cache_dir: The folder of downloads from the Hub.
     """
     folder = _ask(
         token,
@@ -275,6 +303,7 @@ def _download(repo_id: str, revision: str | None, token: str | None, names: list
         repo_id,
         revision=revision,
         token=token,
+        cache_dir=cache_dir,
         allow_patterns=names,
         **_LIBRARY,
     )

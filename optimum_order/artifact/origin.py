@@ -71,14 +71,12 @@ class Origin(Checkpoint):
         """Return the model, dense, with the dequantized values of its layers.
 
         Raises:
-            ModelError: If it cannot be loaded, or its layers cannot be continued.
+            ModelError: If it cannot be loaded.
         """
         try:
             loaded = load(Path(self._path), self._facts)
         except ArtifactError as error:
             raise ModelError(str(error)) from error
-        if self._facts is not None:
-            _check(self._facts, loaded.layers.states)
         self._loaded = loaded
         return loaded.model
 
@@ -99,15 +97,23 @@ class Origin(Checkpoint):
 
     @property
     def states(self) -> Mapping[str, LayerState]:
-        """The layers that are compressed already, by name."""
-        return self._layers().layers.states
+        """The layers that are compressed already, by name, for a run that goes on from them.
+
+        Raises:
+            ModelError: If the format did not store what a run has to keep.
+        """
+        states = self.loaded().layers.states
+        if self._facts is not None:
+            _check(self._facts, states)
+        return states
 
     @property
     def unloaded(self) -> Mapping[str, Tensor]:
         """The stored tensors that the model does not load."""
-        return self._layers().unloaded
+        return self.loaded().unloaded
 
-    def _layers(self) -> Loaded:
+    def loaded(self) -> Loaded:
+        """Return the model and its layers, as far as the format stores what they are."""
         if self._loaded is None:
             self.load()
         assert self._loaded is not None
@@ -151,16 +157,14 @@ def open_checkpoint(
 
 def _on_hub(repo_id: str, **options: Any) -> Checkpoint:
     """Return a model on the Hub; one that this package has compressed is pulled as a whole."""
-    revision, token = options["revision"], options["token"]
+    place: dict[str, Any] = {name: options.get(name) for name in ("revision", "token", "cache_dir")}
     try:
-        listed = hf.cached_file(
-            repo_id, manifest.FILE, revision=revision, token=token, required=False
-        )
+        listed = hf.cached_file(repo_id, manifest.FILE, required=False, **place)
     except (OSError, ValueError):
         listed = None  # loading the model says what is wrong
     if not listed:
         return Checkpoint(repo_id, **options)
-    folder = hub.pull(repo_id, revision=revision, token=token)
+    folder = hub.pull(repo_id, **place)
     origin = Origin(folder, **options)
     origin.id = repo_id
     origin.commit = folder.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from optimum_order.errors import ArtifactError
 from optimum_order.files import entries, is_folder, read_json, sha256
 from optimum_order.formats import Container
 from optimum_order.layers.state import LayerState
+from optimum_order.progress import Bar
+
+logger = logging.getLogger(__name__)
 
 _CONFIGS = (
     "config.json",
@@ -27,11 +31,12 @@ _CONFIGS = (
 """Files in which transformers looks for code to run."""
 
 
-def verify(path: str | Path) -> list[str]:
+def verify(path: str | Path, *, progress: bool = False) -> list[str]:
     """Return everything in which a saved folder differs from its manifest; empty if nothing does.
 
     Args:
         path: The folder of an artifact.
+        progress: Whether to show a bar on stderr.
 
     Returns:
         One sentence per difference.
@@ -51,6 +56,8 @@ def verify(path: str | Path) -> list[str]:
         problems.append(
             f"{manifest.FILE} was changed after it was written: its digest does not match."
         )
+    count = len(facts["files"])
+    logger.info("Verifying '%s': %d files, %d layers", folder.name, count, len(facts["layers"]))
     problems += _files(folder, facts["files"])
     if problems:
         return problems  # a file that cannot be trusted is not worth decoding
@@ -58,7 +65,10 @@ def verify(path: str | Path) -> list[str]:
         container = formats.container(facts["format"])
         problems += _code(folder, facts)
         problems += _orders(folder, facts, container)
-        problems += _layers(folder, facts, container)
+        with Bar(
+            total=len(facts["layers"]), desc="verify", unit="layer", disable=not progress
+        ) as bar:
+            problems += _layers(folder, facts, container, bar)
     except ArtifactError as error:
         problems.append(str(error))
     return problems
@@ -129,13 +139,16 @@ def _orders(folder: Path, facts: Mapping[str, Any], container: Container) -> Ite
         yield "the manifest's stages are not those of its order."
 
 
-def _layers(folder: Path, facts: Mapping[str, Any], container: Container) -> Iterator[str]:
+def _layers(
+    folder: Path, facts: Mapping[str, Any], container: Container, bar: Bar
+) -> Iterator[str]:
     """Yield which layers are not what the manifest says.
 
     Args:
         folder: The folder.
         facts: The manifest.
         container: Reads the layers.
+        bar: Counts them.
 
     Raises:
         ArtifactError: If the layers cannot be read.
@@ -154,6 +167,7 @@ def _layers(folder: Path, facts: Mapping[str, Any], container: Container) -> Ite
     for name, state in container.read(folder, stored):
         if problem := _difference(state, layers[name]):
             yield f"layer {name} {problem}."
+        bar.update()
 
 
 def _difference(state: LayerState, entry: Mapping[str, Any]) -> str | None:

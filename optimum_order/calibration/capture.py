@@ -303,6 +303,6 @@ def refuse_infinite_inputs(layer: str, statistics: Statistics) -> None:
         if not torch.isfinite(diagonal).all():
             raise ModelError(
                 f"The inputs of '{layer}' are NaN or infinite on the calibration data, so nothing "
-                "can be learned from them. Load the model with dtype='float32', or leave the "
-                "layer out with 'ignore'."
+                "can be learned from them. Load the model with dtype='float32' (--dtype "
+                "float32), or leave the layer out with 'ignore' (--ignore)."
             )

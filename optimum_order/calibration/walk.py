@@ -588,7 +588,8 @@ def _refuse_unseen(unit: Unit, unseen: Collection[Target]) -> None:
         raise ModelError(
             f"Running '{unit.name}' ({type(unit.module).__name__}) did not multiply "
             f"{', '.join(names[:3])}{more} with an input in a way that is understood, so nothing "
-            f"can be learned about them. Leave them out with ignore=['{names[0]}'] (--ignore), or "
+            f"can be learned about them. Leave them out with ignore=['{names[0]}'] "
+            f"(--ignore {names[0]}), or "
             "use methods that need no calibration: magnitude, rtn, bitsandbytes."
         )
 

@@ -6,21 +6,27 @@ One command is one file here, or an entry point of `optimum_order.commands`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo, RootOptimumCLICommand
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from optimum_order import __version__
 from optimum_order.cli.base import Command
+from optimum_order.cli.parser import CommandParser, Parser
 from optimum_order.registry import discover
 
 SUMMARY = "Prune and quantize a Hugging Face model, in the order that hurts the model least."
-EPILOG = (
-    "'optimum-order COMMAND --help' explains a command; begin with 'optimum-order compress --help'."
-)
+EPILOG = """\
+begin with:
+  optimum-order compress tiny-llama out --order "wanda:0.5 > gptq:4"
+
+'optimum-order COMMAND --help' explains a command.
+"""
 
 
 @functools.cache
@@ -45,6 +51,15 @@ class OrderCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has 
         parser.description = SUMMARY
 
 
+class Program(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no types
+    """The program `optimum-order`."""
+
+    def __init__(self) -> None:
+        self.parser = Parser("optimum-order", formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.args = None
+        _register(self)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program `optimum-order`.
 
@@ -54,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With the exit code, once a command has run.
     """
-    program = RootOptimumCLICommand("optimum-order")
+    program = Program()
     parser = program.parser
-    parser.description = SUMMARY
+    parser.description = SUMMARY.replace(", in", ",\nin")
     parser.epilog = EPILOG
     parser.add_argument("--version", action="version", version=f"optimum-order {__version__}")
-    _register(program)
+    _let_shells_complete(parser)
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words, argparse.Namespace(argv=words))
     if "func" not in args:
@@ -70,8 +85,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _register(group: BaseOptimumCLICommand) -> None:
     """Add every command to a group; aliases work and are in no help."""
+    group.subparsers = group.parser.add_subparsers(
+        title="commands", metavar="COMMAND", parser_class=CommandParser
+    )
     for command in available().values():
         group.register_subcommand(CommandInfo(command.name, command.summary, command))
         parsers = group.subparsers.choices
         parsers.update(dict.fromkeys(command.aliases, parsers[command.name]))
-    group.subparsers.metavar = "COMMAND"
+    group.parser.commands = list(available())
+
+
+def _let_shells_complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, where `argcomplete` is installed."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            argcomplete.autocomplete(parser)

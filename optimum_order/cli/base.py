@@ -7,7 +7,9 @@ import codecs
 import contextlib
 import io
 import json
+import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +20,7 @@ from typing import Any, ClassVar, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from optimum_order.cli import status
 from optimum_order.errors import OptimumOrderError, redacted
 
 _ISSUES = "https://github.com/optimum-order/optimum-order/issues"
@@ -53,6 +56,8 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
     """The text below the arguments in `--help`, printed unchanged."""
     json_help: ClassVar[str] = "print one JSON object on stdout and nothing else"
     """The help of `--json`."""
+    begins: ClassVar[str] = "Importing PyTorch and transformers"
+    """What the command does first, for the line that says so."""
 
     @classmethod
     def parse_args(cls, parser: argparse.ArgumentParser) -> None:
@@ -61,10 +66,23 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         parser.description = cls.description
         parser.epilog = cls.epilog
         cls.add_arguments(parser)
-        parser.add_argument("--json", action="store_true", help=cls.json_help)
-        parser.add_argument(
+        group = parser.add_argument_group("what is printed")
+        group.add_argument("--json", action="store_true", help=cls.json_help)
+        group.add_argument(
+            "-q",
+            "--quiet",
+            action="store_true",
+            help="print no progress: results and warnings only",
+        )
+        group.add_argument(
+            "-v", "--verbose", action="store_true", help="print every step as a line of its own"
+        )
+        group.add_argument("--no-progress", action="store_true", help="show no bars")
+        group.add_argument(
             "--debug", action="store_true", help="show the traceback of an unexpected error"
         )
+        words = [_word(action) for action in parser._actions if not action.option_strings]
+        parser.usage = " ".join([parser.prog, *words, "[options]"])
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -102,10 +120,10 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         _let_consoles_replace()
         try:
             # stdout holds the result and nothing else
-            with contextlib.redirect_stdout(sys.stderr), _terminable():
+            with contextlib.redirect_stdout(sys.stderr), _terminable(), self._told():
                 result = self.work()
         except OptimumOrderError as error:
-            self._fail(2, f"error: {error}")
+            self._fail(2, f"error: {in_options(str(error))}")
         except OSError as error:
             if error.filename is None:
                 self._fail_unexpectedly(error)
@@ -125,6 +143,15 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         except BrokenPipeError:  # whoever reads has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(self.exit_code(result))
+
+    def _told(self) -> contextlib.AbstractContextManager[None]:
+        """Show what is being done, as much of it as the user wants."""
+        quiet = getattr(self.args, "quiet", False)
+        level = logging.WARNING if quiet else logging.INFO
+        if getattr(self.args, "verbose", False):
+            level = logging.DEBUG
+        bars = not (quiet or getattr(self.args, "no_progress", False))
+        return status.shown(self.begins, level=level, bars=bars)
 
     def _fail_unexpectedly(self, error: Exception) -> NoReturn:
         """Report an error that is a fault of this package."""
@@ -181,6 +208,29 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _word(action: argparse.Action) -> str:
+    """Return a path as the usage line names it."""
+    name = str(action.metavar or action.dest)
+    return name if action.required else f"[{name}]"
+
+
+_KEYWORD = re.compile(
+    r"""(?:\b[a-z_]+=(?:'[^']*'|\[[^\]]*\]|\.\.\.|\w+)|'[a-z_]+'|\b[a-z]+_[a-z_]+)
+        [ ]\((--[a-z][^)]*)\)""",
+    re.VERBOSE,
+)
+
+
+def in_options(text: str) -> str:
+    """Return a message as the command line says it: `seed=3 (--seed)` is `--seed`.
+
+    Args:
+        text: A message that names keyword arguments, each with its option in brackets after it.
+    """
+    text = re.sub(r"\([a-z_]+=\.\.\., (--[a-z-]+)\)", r"(\1)", text)
+    return _KEYWORD.sub(r"\1", text)
 
 
 def printable(text: str) -> str:

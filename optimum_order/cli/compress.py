@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.cli.convert import convert, located
+from optimum_order.cli.parser import group_of, listed, one_of
+from optimum_order.cli.results import Stopwatch, saved, show_saved
 from optimum_order.cli.search import show_selection
-from optimum_order.cli.tables import arrows, console, metric_values, outcome_rows
-from optimum_order.errors import FormatError, HubError, ModelError, OrderError, unknown
+from optimum_order.cli.tables import arrows, console
+from optimum_order.errors import FormatError, HubError, ModelError, OrderError
 from optimum_order.files import size
 from optimum_order.order import Order, Stage, parse_stages
 
@@ -32,7 +34,9 @@ _WITHOUT_ORDER = {
     "push_to_hub",
     "private",
     "create_pr",
-    "json",
+    "max_shard_size",
+    "num_threads",
+    *("config", "json", "quiet", "verbose", "no_progress", "debug"),
 }
 """The arguments that mean something without an order."""
 
@@ -44,30 +48,35 @@ class CompressCommand(Command):
     aliases = ("export",)
     summary = "compress a model and save it"
     description = """\
-Compress MODEL by the stages of an order, first to last, and save it to OUTPUT: a folder that
-transformers loads by itself, without optimum-order. Without an order, MODEL is one that was
-saved so, and is saved again with the same values in another format.
+Compress MODEL by the stages of an order, first to last, and save it to
+OUTPUT: a folder that transformers loads by itself, without optimum-order.
 """
     epilog = """\
 how an order is written:
-  stage > stage > ...              quote it: the shell would take '>' for itself
-  a stage is  method:value         such as  wanda:0.5 (remove half) or gptq:4 (4 bit)
-              method(key=value)    such as  gptq(bits=4, group_size=64)
-              method               with its options at their defaults
+  stage > stage > ...       quote it: the shell would take '>' for itself;
+                            '->', '+' and '→' mean the same
+  a stage is  method:value       wanda:0.5 (remove half), gptq:4 (4 bit)
+              method(key=value)  gptq(bits=4, group_size=64)
+              method             with its options at their defaults
   'optimum-order methods' lists the methods with all their options.
 
 examples:
-  optimum-order compress tiny-llama out --order "wanda:0.5 > gptq:4" --evaluate builtin
-  optimum-order compress tiny-resnet out --order "gptq:4 > sparsegpt:0.5" --evaluate builtin
-  optimum-order compress tiny-llama out --order auto --stages "wanda:0.5, gptq:4"
+  optimum-order compress tiny-llama out --order "wanda:0.5 > gptq:4"
+  optimum-order compress tiny-resnet out --order "gptq:4 > sparsegpt:0.5" \\
+      --evaluate builtin
+  optimum-order compress tiny-llama out --order auto \\
+      --stages "wanda:0.5, gptq:4"
   optimum-order compress tiny-llama out --budget "2.5 bits"
-  optimum-order compress ./my-model out --order "rtn:8" --format compressed-tensors
-  optimum-order compress some/model out --order "sparsegpt(sparsity=0.5, pattern=2:4) > gptq:4" \\
+  optimum-order compress ./my-model out --order "rtn:8" \\
+      --format compressed-tensors
+  optimum-order compress some/model out \\
+      --order "sparsegpt(sparsity=0.5, pattern=2:4) > gptq:4" \\
       --calibration my-text.txt --evaluate my-held-out-text.txt
-  optimum-order compress out elsewhere --format sparse
+  optimum-order compress again --config out/recipe.yaml
 
-A run that is cut off leaves its finished blocks in OUTPUT.work. The same command with --resume
-continues from there, and OUTPUT is then, byte for byte, that of a run that was never cut off.
+A run that is cut off leaves its finished blocks in OUTPUT.work. The same
+command with --resume continues from there, and OUTPUT is then, byte for byte,
+that of a run that was never cut off.
 """
 
     _began = False
@@ -75,78 +84,76 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group_of(parser, "what is done")  # above all others in the help
         arguments.model(parser)
-        parser.add_argument(
-            "output", metavar="OUTPUT", help="the folder to write; refused if it is not empty"
-        )
-        parser.add_argument(
+        arguments.output(parser, "the folder to write; refused if it is not empty")
+        arguments.config(parser)
+        group = group_of(parser, "what is done")
+        group.add_argument(
             "--order",
             help='the stages, first to last, such as "wanda:0.5 > gptq:4"; or auto, for the best '
             "order of --stages",
         )
         arguments.stages(parser, "with --order auto: the stages that 'optimum-order plan' orders")
         arguments.budget(parser, "in place of --order: ")
-        parser.add_argument(
-            "--format",
-            default="auto",
-            help="how to store it; auto (default) takes the smallest format that holds every layer "
-            "exactly, needs nothing but transformers to load and is proven to load for the "
-            "architecture; 'optimum-order methods' lists all",
-        )
-        arguments.engine(parser)
-        parser.add_argument(
-            "--unproven",
-            action="store_true",
-            help="take the --format even if it is not proven to load for the architecture",
-        )
-        arguments.calibration(parser)
-        parser.add_argument(
+        group.add_argument(
             "--schedule",
             default="stage",
+            type=one_of("schedule", arguments.SCHEDULES),
+            metavar=listed(arguments.SCHEDULES),
             help="stage (default): each stage walks the whole model before the next begins; block: "
             "all stages on one block before the next block, which is faster",
         )
-        parser.add_argument(
+        group.add_argument(
             "--pause",
             default="auto",
+            type=one_of("pause", arguments.PAUSES),
+            metavar=listed(arguments.PAUSES),
             help="block: compress the layers of a block together; group: compress the layers that "
             "share an input when the forward reaches them, which is faster and takes more memory; "
             "auto (default) takes group where the activations fit",
         )
-        parser.add_argument(
+        arguments.loading(parser)
+        arguments.calibration(parser)
+        arguments.metric(parser)
+        group_of(parser, "evaluation").add_argument(
             "--evaluate",
             metavar="SRC",
             help="measure the model on this before and after; all of it is used",
         )
-        arguments.metric(parser)
-        arguments.loading(parser)
-        parser.add_argument(
+        arguments.evaluation(parser)
+        arguments.format(
+            parser,
+            "auto (default) takes the smallest format that holds every layer exactly, needs "
+            "nothing but transformers to load and is proven to load for the architecture",
+        )
+        arguments.engine(parser)
+        arguments.writing(parser)
+        group_of(parser, "the Hub").add_argument(
             "--push-to-hub",
             metavar="ID",
             help="then upload OUTPUT to namespace/name on the Hub, with a model card",
         )
         arguments.upload(parser)
-        parser.add_argument(
+        group = group_of(parser, "long runs")
+        group.add_argument(
             "--work-dir",
             metavar="DIR",
             help="holds the finished blocks until OUTPUT is written (default: OUTPUT.work)",
         )
-        parser.add_argument(
+        group.add_argument(
             "--resume",
             action="store_true",
             help="continue from the work dir of a run that was cut off; every other argument must "
             "be the same",
         )
-        parser.add_argument(
+        group.add_argument(
             "--low-memory",
             action="store_true",
             help="hold no more than a block of the model in memory; needs room on the disk for two "
             "copies of it",
         )
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace OUTPUT if it is not empty"
-        )
-        parser.add_argument(
+        group.add_argument(
             "--dry-run",
             action="store_true",
             help="read no weights and write nothing: say how long compressing would take, how much "
@@ -162,7 +169,8 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         # errors that need no computation come first
         searching = self._searches()
         order, stages = (None, None) if searching else self._order()
-        self._check_names()
+        arguments.check_names(args)
+        arguments.apply_protocol(args)
         overwrite = args.overwrite or (args.resume and self._is_written())
         folder.check_output(self._output, overwrite=overwrite)
         if args.push_to_hub:
@@ -187,7 +195,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                 pause="block" if args.low_memory else args.pause,
                 format=format,
             ).as_dict()
-        watch = _Stopwatch()
+        watch = Stopwatch()
         if args.evaluate:
             compressor.evaluate(args.evaluate, args.metric)
             watch.lap("evaluate_before")
@@ -209,7 +217,11 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                 compressed.evaluate(args.evaluate, args.metric, format=args.format, **choice)
                 watch.lap("evaluate_after")
             format = compressed.save_pretrained(
-                self._output, format=args.format, overwrite=overwrite, **choice
+                self._output,
+                format=args.format,
+                overwrite=overwrite,
+                max_shard_size=args.max_shard_size,
+                **choice,
             )
         except FormatError:
             self._refused = True  # by the values of a layer, which nobody knew before
@@ -251,7 +263,7 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         args = self.args
         self._carrying.check()
         compressor = arguments.compressor(args)
-        watch = _Stopwatch()
+        watch = Stopwatch()
         if args.evaluate:
             compressor.evaluate(args.evaluate, args.metric)
             watch.lap("evaluate_before")
@@ -270,7 +282,9 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         if args.evaluate:
             compressed.evaluate(args.evaluate, args.metric, **choice)
             watch.lap("evaluate_after")
-        format = compressed.save_pretrained(self._output, overwrite=overwrite, **choice)
+        format = compressed.save_pretrained(
+            self._output, overwrite=overwrite, max_shard_size=args.max_shard_size, **choice
+        )
         manifest = compressed.manifest | {"format": format}
         for folder in self._carrying.folders():
             workdir.remove(folder)
@@ -306,31 +320,12 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         return f"the finished blocks are in '{ours[-1]}'; to resume: {shlex.join(command)}"
 
     def show(self, result: dict[str, Any]) -> None:
-        from rich.table import Table
-
         if self.args.dry_run:
             _show_estimate(result)
             return
-        table = Table(show_header=False)
-        table.add_row("order", arrows(result["order"]))
-        for how in ("plan", "search"):
-            if how in result:
-                table.add_row("why", result[how]["reason"])
-        for row in outcome_rows(result):
-            table.add_row(*row)
-        table.add_row("format", result["format"])
-        seconds = ", ".join(f"{name} {value:g}" for name, value in result["seconds"].items())
-        table.add_row("seconds", seconds)
-        screen = console()
         if "search" in result:
             show_selection(result["search"])
-        screen.print(table)
-        screen.print(
-            f"Saved to {result['output']}; transformers loads it from there {_needs(result)}.",
-            soft_wrap=True,
-        )
-        if "url" in result:
-            screen.print(f"Uploaded: {result['url']}", soft_wrap=True)
+        show_saved(result)
 
     @property
     def _output(self) -> Path:
@@ -365,22 +360,11 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                     f"'--{option.replace('_', '-')}' avoids: plan first, with 'optimum-order "
                     "plan', and give the order."
                 )
+        arguments.refuse_redirection(args.stages, "--stages")
         stages = parse_stages(args.stages)
         for order in permutations(stages):
             canonical(order)
         return "auto", stages
-
-    def _check_names(self) -> None:
-        from optimum_order import evaluation, formats
-        from optimum_order.formats import engines
-
-        args = self.args
-        if args.engine is not None:
-            engines.engine(args.engine)
-        if args.format not in (names := ["auto", *formats.available()]):
-            raise FormatError(unknown("format", args.format, names))
-        if args.metric not in (names := ["auto", *evaluation.available()]):
-            raise ModelError(unknown("metric", args.metric, names))
 
     def _is_written(self) -> bool:
         """Return whether the run to resume was cut off when OUTPUT was already written."""
@@ -393,17 +377,15 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
         return any(workdir.led_to(folder, saved) for folder in self._work_dirs)
 
     def _convert(self) -> dict[str, Any]:
-        from optimum_order.artifact import hub, manifest
-        from optimum_order.artifact.convert import convert
+        from optimum_order.artifact import manifest
 
         args = self.args
-        source = Path(args.model)
-        if "/" in args.model:
-            source = hub.locate(args.model, revision=args.revision)
+        source = located(args.model, args.revision)
         if not (source / manifest.FILE).is_file():
             raise OrderError(
-                f"'--order' must say what is to be done to '{args.model}'. Without it only a model "
-                "that optimum-order has saved can be compressed, to save it in another format."
+                f"'--order' must say what is to be done to '{args.model}', such as --order "
+                "'wanda:0.5 > gptq:4', or '--budget 60MB' what it may take. Without these only a "
+                "model that optimum-order has saved is taken, to save it in another format."
             )
         parser = argparse.ArgumentParser()
         self.parse_args(parser)
@@ -414,32 +396,12 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                     f"'--{name.replace('_', '-')}' means nothing without '--order': '{args.model}' "
                     "is only stored anew."
                 )
-        watch = _Stopwatch()
-        converted = convert(
-            source,
-            self._output,
-            args.format,
-            overwrite=args.overwrite,
-            unproven=args.unproven,
-            engine=args.engine,
-        )
-        return self._finish(converted, watch)
+        watch = Stopwatch()
+        return self._finish(convert(source, self._output, args), watch)
 
-    def _finish(self, manifest: dict[str, Any], watch: _Stopwatch) -> dict[str, Any]:
+    def _finish(self, manifest: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
         """Upload OUTPUT if asked for, and return the result."""
-        watch.stop()
-        result = {
-            "output": str(self._output),
-            "order": manifest["order"],
-            "format": manifest["format"],
-            "schedule": manifest["schedule"],
-            "seconds": watch.seconds,
-            "bytes": manifest["bytes"],
-            "sparsity": manifest["sparsity"],
-            "metrics": metric_values(manifest["metrics"]),
-        }
-        fields = ("plan", "search", "coverage", "unloaded")
-        result |= {field: manifest[field] for field in fields if field in manifest}
+        result = saved(manifest, self._output, watch)
         if self.args.push_to_hub:
             result["url"] = self._push()
         return result
@@ -456,24 +418,6 @@ continues from there, and OUTPUT is then, byte for byte, that of a run that was 
                 f"{error} The model is saved in '{self._output}': 'optimum-order push "
                 f"{self._output} {repo_id}' tries again."
             ) from error
-
-
-class _Stopwatch:
-    """The seconds of each step of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._begin = self._last = time.perf_counter()
-
-    def lap(self, step: str) -> None:
-        """Record the seconds since the last step as those of this one."""
-        now = time.perf_counter()
-        self.seconds[step] = round(now - self._last, 2)
-        self._last = now
-
-    def stop(self) -> None:
-        """Record the seconds of all steps together."""
-        self.seconds["total"] = round(time.perf_counter() - self._begin, 2)
 
 
 def _show_estimate(result: dict[str, Any]) -> None:
@@ -502,16 +446,3 @@ def _show_estimate(result: dict[str, Any]) -> None:
         "top. The time is this machine's, under its load of this moment.",
         soft_wrap=True,
     )
-
-
-def _needs(result: dict[str, Any]) -> str:
-    """Return what transformers needs to load the result, as the end of a sentence."""
-    from optimum_order import formats
-
-    format = formats.available()[result["format"]]
-    if format.import_first:
-        return f"after 'import {format.import_first}'"
-    if format.stock:
-        return "by itself"
-    told = f"with gguf_file='{format.gguf_file}', " if format.gguf_file else ""
-    return f"{told}where {', '.join(format.packages)} are installed"

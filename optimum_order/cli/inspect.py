@@ -21,8 +21,9 @@ class InspectCommand(Command):
     name = "inspect"
     summary = "show what was done to a saved model, and what it cost"
     description = """\
-Show what was done to a saved model: base model, order, metrics and bytes before and after, a table
-of its layers, and whether 'optimum-order verify' confirms all of it. Exit code 1 if not.
+Show what was done to a saved model: base model, order, metrics and bytes
+before and after, a table of its layers, and whether 'optimum-order verify'
+confirms all of it. Exit code 1 if not.
 """
     json_help = (
         "print the whole manifest as one JSON object, and under 'problems' the result of verify"
@@ -53,7 +54,7 @@ of its layers, and whether 'optimum-order verify' confirms all of it. Exit code 
                 f"The manifest in '{args.path}' is damaged ({type(error).__name__}: {error}). Run "
                 "'optimum-order verify' on it, or get the model again."
             ) from error
-        return facts | {"problems": None if args.no_verify else verify(folder)}
+        return facts | {"problems": None if args.no_verify else verify(folder, progress=True)}
 
     def exit_code(self, result: dict[str, Any]) -> int:
         return 1 if result["problems"] else 0

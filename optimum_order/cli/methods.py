@@ -18,7 +18,8 @@ class MethodsCommand(Command):
     aliases = ("backends",)
     summary = "list the compression methods with their options, and the formats"
     description = """\
-List every compression method with its options, and every format, plug-ins included.
+List every compression method with its options, and every format, plug-ins
+included.
 """
 
     def work(self) -> dict[str, Any]:

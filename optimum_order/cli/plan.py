@@ -7,6 +7,7 @@ from typing import Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.cli.parser import group_of, listed, one_of
 from optimum_order.cli.tables import arrows, console
 from optimum_order.order import parse_stages
 
@@ -21,25 +22,33 @@ Rank every order of two to five stages for MODEL, without saving anything.
 """
     epilog = """\
 strategies:
-  auto     every order on a few layers, each with a small calibration draw of its own, then on more,
-           until one is surely ahead; whole models on a few samples where layers alone do not say
-  measure  every order in full, with --draws calibration draws; an order is only called decisively
-           better with two or more, unless no stage looks at calibration data
+  auto     every order on a few layers, each with a small calibration draw of
+           its own, then on more, until one is surely ahead; whole models on a
+           few samples where layers alone do not say
+  measure  every order in full, with --draws calibration draws; an order is
+           only called decisively better with two or more, unless no stage
+           looks at calibration data
   pih      weaker first, stronger later, by the loss of each stage alone
   proxy    by the layers' output errors on inputs of the original model
 
 examples:
   optimum-order plan tiny-llama --stages "wanda:0.5, gptq:4"
-  optimum-order plan ./my-model --stages "magnitude:0.4, wanda:0.5, gptq(bits=4, group_size=64)" \\
+  optimum-order plan ./my-model --stages "magnitude:0.4, wanda:0.5, gptq:4" \\
       --calibration my-text.txt --evaluate my-held-out-text.txt --json
 """
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group_of(parser, "what is done")  # above all others in the help
         arguments.model(parser)
+        arguments.config(parser)
         arguments.stages(parser, "the stages to order", required=True)
-        parser.add_argument(
-            "--strategy", default="auto", help="auto (default), measure, pih or proxy: see below"
+        group_of(parser, "what is done").add_argument(
+            "--strategy",
+            default="auto",
+            type=one_of("strategy", arguments.STRATEGIES),
+            metavar=listed(arguments.STRATEGIES),
+            help="how orders are compared (default auto): see below",
         )
         arguments.calibration(parser)
         arguments.measuring(
@@ -50,11 +59,19 @@ examples:
         arguments.loading(parser)
 
     def work(self) -> dict[str, Any]:
+        from optimum_order.engine.recipe import canonical
+        from optimum_order.search.plan import permutations
+
         arguments.quiet_libraries()
-        stages = parse_stages(self.args.stages)
-        compressor = arguments.compressor(self.args)
-        plan = compressor.plan(stages, self.args.strategy, **arguments.measurement(self.args))
-        return plan.as_dict()
+        args = self.args
+        arguments.check_names(args)
+        stages = parse_stages(args.stages)
+        arguments.refuse_redirection(args.stages, "--stages")
+        for order in permutations(stages):
+            canonical(order)
+        compressor = arguments.compressor(args)
+        plan = compressor.plan(stages, args.strategy, **arguments.measurement(args))
+        return plan.as_dict() | {"command": arguments.reproducing(args, str(plan.order), "auto")}
 
     def show(self, result: dict[str, Any]) -> None:
         from rich.table import Table
@@ -76,3 +93,4 @@ examples:
         verdict = "Decisive" if result["decisive"] else "Not decisive"
         screen.print(f"{verdict}: {result['reason']}", soft_wrap=True)
         screen.print(f"It took {result['cost']['seconds']:.1f} seconds.")
+        screen.print(f"To compress so: {result['command']}", soft_wrap=True)

@@ -15,9 +15,10 @@ class PushCommand(Command):
     name = "push"
     summary = "upload a saved model to the Hub, with a model card"
     description = """\
-Upload a saved model to the Hugging Face Hub in one commit, with a model card, after checking that
-it is what its manifest says. Log in with 'hf auth login' or set HF_TOKEN. A README.md, LICENSE or
-NOTICE in the folder is pushed with it; without a README.md the card is made from the manifest.
+Upload a saved model to the Hugging Face Hub in one commit, with a model card,
+after checking that it is what its manifest says. Log in with 'hf auth login'
+or set HF_TOKEN. A README.md, LICENSE or NOTICE in the folder is pushed with
+it; without a README.md the card is made from the manifest.
 """
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.cli.parser import group_of
 from optimum_order.cli.tables import arrows, console
 from optimum_order.files import size
 
@@ -18,44 +19,45 @@ class SearchCommand(Command):
     name = "search"
     summary = "find the recipe that loses least in a budget of bytes"
     description = """\
-Find the stages, their intensities, their order and the format for MODEL under a budget. Layers are
-compressed by themselves first; then three recipes at most are carried out on the whole model, the
-best single method among them, and compared on calibration data that was held back.
+Find the stages, their intensities, their order and the format for MODEL under
+a budget. Layers are compressed by themselves first; then at most three
+recipes are carried out on the whole model, the best single method among them,
+and are compared on calibration data that was held back.
 """
     epilog = """\
 budgets:
-  60MB        all weight files of the result, embeddings and side information included
-  '2.5 bits'  for each weight of the compressed layers, side information included
+  60MB        all weight files of the result, embeddings included
+  '2.5 bits'  for each weight of the compressed layers, side information
+              included
 
 examples:
   optimum-order search tiny-llama --budget "2.5 bits"
   optimum-order search tiny-llama out --budget 3MB --json
   optimum-order search tiny-llama --max-loss 0.03
-  optimum-order search ./my-model out --budget 80MB --for vllm --calibration my-text.txt
+  optimum-order search ./my-model out --budget 80MB --for vllm \\
+      --calibration my-text.txt
 """
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group_of(parser, "what is done")  # above all others in the help
         arguments.model(parser)
-        parser.add_argument(
-            "output",
-            metavar="OUTPUT",
-            nargs="?",
-            help="the folder to save the recommended model to; without it nothing is saved",
+        arguments.output(
+            parser,
+            "the folder to save the recommended model to; without it nothing is saved",
+            required=False,
         )
+        arguments.config(parser)
         arguments.budget(parser)
-        arguments.engine(parser)
-        parser.add_argument(
-            "--format",
-            default="auto",
-            help="how to store it; auto (default) takes the format of the fewest bytes, also one "
-            "that needs optimum-order to load unless --for names an engine",
-        )
-        arguments.calibration(parser)
         arguments.loading(parser)
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace OUTPUT if it is not empty"
+        arguments.calibration(parser)
+        arguments.format(
+            parser,
+            "auto (default) takes the format of the fewest bytes, also one that needs "
+            "optimum-order to load unless --for names an engine",
         )
+        arguments.engine(parser)
+        arguments.writing(parser, unproven=False)
 
     def work(self) -> dict[str, Any]:
         from optimum_order.artifact import folder
@@ -65,6 +67,7 @@ examples:
         args = self.args
         # errors that need no computation come first
         limits(args.budget, args.max_loss)
+        arguments.check_names(args)
         if args.output is not None:
             folder.check_output(Path(args.output), overwrite=args.overwrite)
         selection = arguments.compressor(args).search(
@@ -73,7 +76,11 @@ examples:
         result = selection.as_dict()
         if args.output is not None:
             selection.model.save_pretrained(
-                args.output, selection.format, overwrite=args.overwrite, engine=args.engine
+                args.output,
+                selection.format,
+                overwrite=args.overwrite,
+                engine=args.engine,
+                max_shard_size=args.max_shard_size,
             )
             result["output"] = args.output
         command = arguments.reproducing(args, str(selection.order), selection.format)

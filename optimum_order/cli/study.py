@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.cli.parser import group_of
 from optimum_order.cli.tables import console
 from optimum_order.errors import ModelError, OrderError, OutputError
 from optimum_order.order import Order, parse_stages
@@ -30,14 +31,15 @@ class StudyCommand(Command):
     name = "study"
     summary = "run many orders of a model and report what the order is worth"
     description = """\
-Run both orders of every pair of a pruning and a quantizing stage on MODEL, each stage alone, and
-any other orders, and write the results to DIR: report.html to read, summary.json, trials.csv and
-plots.
-Trials are stored as they finish: stopped and started again, a study continues.
+Run both orders of every pair of a pruning and a quantizing stage on MODEL,
+each stage alone, and any other orders, and write the results to OUTPUT:
+report.html to read, summary.json, trials.csv and plots. Trials are stored as
+they finish: stopped and started again, a study continues.
 """
     epilog = """\
 the grid, where none of its options and no --orders is given:
-  --pruners magnitude,wanda,sparsegpt --sparsities 0.3,0.5,0.65 --quantizers rtn,gptq --bits 2,3,4
+  --pruners magnitude,wanda,sparsegpt --sparsities 0.3,0.5,0.65
+  --quantizers rtn,gptq --bits 2,3,4
   which is 54 pairs
 
 an --orders file has one order in a line; what follows a # is a comment:
@@ -45,66 +47,85 @@ an --orders file has one order in a line; what follows a # is a comment:
   wanda:0.3 > gptq:4 > wanda:0.5      # P > Q > P
 
 examples:
-  optimum-order study tiny-llama -o study
-  optimum-order study tiny-vit --sparsities 0.4,0.6 --bits 3,4 --quantizers "gptq(group_size=16)" \\
-      -o study
-  optimum-order study some/model --calibration my-text.txt --evaluate held-out.txt \\
-      --orders orders.txt -o study
-  optimum-order study --report-only -o study
+  optimum-order study tiny-llama study
+  optimum-order study tiny-vit study --sparsities 0.4,0.6 --bits 3,4 \\
+      --quantizers "gptq(group_size=16)"
+  optimum-order study some/model study --orders orders.txt \\
+      --calibration my-text.txt --evaluate held-out.txt
+  optimum-order study study --report-only
 """
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group_of(parser, "what is done")  # above all others in the help
         arguments.model(parser, required=False)
-        parser.add_argument(
-            "-o", "--output", metavar="DIR", required=True, help="the folder of the study"
-        )
+        arguments.output(parser, "the folder of the study", required=False)
+        arguments.config(parser)
+        parser.add_argument("-o", "--output", dest="place", help=argparse.SUPPRESS)  # of 0.1.0
+        group = group_of(parser, "what is done")
         for option, values, help in [
             ("pruners", "STAGES", "pruning methods of the grid, without their sparsity"),
             ("sparsities", "LIST", "fractions to remove, each in [0, 1)"),
             ("quantizers", "STAGES", "quantizing methods, without their bits"),
             ("bits", "LIST", "bit widths"),
         ]:
-            parser.add_argument(f"--{option}", metavar=values, help=help)
-        parser.add_argument(
+            group.add_argument(f"--{option}", metavar=values, help=help)
+        group.add_argument(
             "--orders",
             metavar="FILE",
             help="orders of any number of stages, one in a line; with options of the grid, besides "
             "it, and in place of it otherwise",
         )
-        parser.add_argument(
+        group.add_argument(
             "--simulate",
             action="store_true",
             help="let pruning after quantizing leave the grid, as papers do; such models cannot be "
             "saved quantized",
         )
+        arguments.loading(parser)
         arguments.calibration(parser)
         arguments.measuring(
             parser,
             draws=3,
             draws_help="everything runs with each, for the better order may depend on the draw",
         )
-        arguments.loading(parser)
-        parser.add_argument(
+        group = group_of(parser, "long runs")
+        group.add_argument(
             "--prefix-limit",
             metavar="GB",
             type=float,
             default=16.0,
             help="disk for the beginnings that orders share, while it runs (default %(default)g)",
         )
-        parser.add_argument(
+        group.add_argument(
             "--report-only",
             action="store_true",
-            help="run nothing: write the report of the trials in DIR",
+            help="run nothing: write the report of the trials in OUTPUT; MODEL may be left out",
         )
 
     def work(self) -> dict[str, Any]:
         from optimum_order.study import report
 
         arguments.quiet_libraries()
+        self._place()
         summary = self._read() if self.args.report_only else self._run()
         folder = self._folder
         return {"output": str(folder), "report": str(folder / report.REPORT), "summary": summary}
+
+    def _place(self) -> None:
+        """Tell MODEL from OUTPUT: a report alone needs no model, and 0.1.0 had -o.
+
+        Raises:
+            OutputError: If there is no OUTPUT.
+        """
+        args = self.args
+        if args.place is None and args.output is None and args.report_only:
+            args.model, args.output = None, args.model
+        args.output = args.place or args.output
+        if args.output is None:
+            raise OutputError(
+                "Say where to write: 'optimum-order study MODEL OUTPUT', with a folder for OUTPUT."
+            )
 
     @property
     def _folder(self) -> Path:
@@ -131,6 +152,7 @@ examples:
         if self.args.model is None:
             raise ModelError("Say which MODEL to study: a folder, a Hub id or 'tiny-llama'.")
         # errors that need no computation come first
+        arguments.check_names(self.args)
         orders = self._orders()
         check_folder(self._folder)
         return arguments.compressor(self.args).study(

@@ -15,9 +15,10 @@ class VerifyCommand(Command):
     name = "verify"
     summary = "check that a saved model is what its manifest says"
     description = """\
-Check a saved model against its manifest: the digest of every file, the order wherever it is
-written, and that every layer decodes to the values that were measured, with its bits, groups, zeros
-and N:M pattern. Exit code 0 if all agrees, 1 if anything differs.
+Check a saved model against its manifest: the digest of every file, the order
+wherever it is written, and that every layer decodes to the values that were
+measured, with its bits, groups, zeros and N:M pattern. Exit code 0 if all
+agrees, 1 if anything differs.
 """
 
     @classmethod
@@ -29,7 +30,7 @@ and N:M pattern. Exit code 0 if all agrees, 1 if anything differs.
         from optimum_order.artifact.verify import verify
 
         folder = hub.locate(self.args.path, revision=self.args.revision)
-        problems = verify(folder)
+        problems = verify(folder, progress=True)
         code = not problems and bool(manifest.load(folder)["base_model"].get("remote_code"))
         return {"path": self.args.path, "problems": problems, "remote_code": code}
 

@@ -59,8 +59,8 @@ def load_split(source: str, purpose: Purpose, alternative: str, *, stream: bool 
     if not local and (is_path or identifier.count("/") > 1):
         raise DataError(f"The path '{identifier}' does not exist. Give one that does.")
     name = ":".join([Path(identifier).name, *parts[1:]]) if local else source
-    if not local and identifier in _SHORTCUTS:
-        shortcut = _SHORTCUTS[identifier]
+    if not local and identifier in SHORTCUTS:
+        shortcut = SHORTCUTS[identifier]
         identifier = shortcut.identifier
         config = config or shortcut.config
         split = split or shortcut.splits.get(purpose)
@@ -77,7 +77,7 @@ class _Shortcut:
     splits: Mapping[Purpose, str] = field(default_factory=dict)
 
 
-_SHORTCUTS = {
+SHORTCUTS = {
     "wikitext2": _Shortcut("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": _Shortcut("allenai/c4", "en"),
     "ultrachat": _Shortcut(

@@ -34,6 +34,11 @@ from optimum_order.data.splits import Split, load_split
 from optimum_order.data.tables import KINDS, File
 from optimum_order.errors import DataError
 
+LITERATURE = "literature"
+"""The source by which papers on compression state perplexity: the test split of WikiText-2, all of
+its lines joined by blank lines, tokenized at once with the tokenizer's own special tokens, and cut
+into windows of 2048 tokens (Frantar et al. 2022, GPTQ, and those that compare with GPTQ)."""
+_LITERATURE_LENGTH = 2048
 _MOST_CHARACTERS = 2**26
 """A calibration reads a stretch of a larger corpus: some 16 million tokens."""
 _STREAMED_CHARACTERS = 2**22
@@ -120,8 +125,9 @@ def load(
     Args:
         source: A path of one of the kinds of `tables.KINDS` (a table may name its column:
             `path.jsonl:column`), a dataset as `id[:config][:split][:column]`, also a folder that
-            `save_to_disk` wrote, a shortcut (wikitext2, c4, ultrachat), "builtin", a list of
-            strings (one document each), of rows or of conversations, a `datasets.Dataset`, or ids
+            `save_to_disk` wrote, a shortcut (wikitext2, c4, ultrachat), "builtin", "literature"
+            (evaluation only, in windows of 2048 tokens), a list of strings (one document each), of
+            rows or of conversations, a `datasets.Dataset`, or ids
             as a (tokens,) or (samples, length) integer tensor, which are taken unchanged.
         processor: The model's tokenizer, or a processor that has one; ids need none.
         samples: Windows to take; None takes every full one. A text with fewer windows, but at least
@@ -140,12 +146,28 @@ def load(
             "Windows need samples of 1 or more and a length of 2 or more, got "
             f"samples={samples}, length={length}."
         )
+    if isinstance(source, str) and source == LITERATURE:
+        if purpose != "evaluation":
+            raise DataError(
+                "'literature' is what papers measure on, and nobody calibrates on it. Calibrate on "
+                "wikitext2 or c4."
+            )
+        return _cut(_literature(processor), samples, _LITERATURE_LENGTH, None)
     if isinstance(source, Tensor):
         stream = _Stream("ids in memory", _checked_ids(source, length))
     else:
         tokens = None if samples is None else samples * length
         stream = _read(source, _Reading(processor, seed, purpose, tokens))
     return _cut(stream, samples, length, seed if purpose == "calibration" else None)
+
+
+def _literature(processor: Any) -> _Stream:
+    """Return the stream of tokens that papers measure on."""
+    tokenizer = _tokenizer(processor, LITERATURE)
+    split = load_split("wikitext2::test", "evaluation", "the files in the cache of datasets")
+    text = "\n\n".join(split.data["text"])
+    ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    return _Stream(LITERATURE, torch.tensor(ids))
 
 
 def _cut(stream: _Stream, samples: int | None, length: int, seed: int | None) -> Windows:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_order.backends.base import (
@@ -56,6 +55,7 @@ from optimum_order.models.memory import trim
 from optimum_order.models.sizes import Sizes, keep_blocks, resized, set_sizes
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
+from optimum_order.progress import Bar
 
 if TYPE_CHECKING:
     from optimum_order.engine.run import Result, Subject
@@ -85,7 +85,7 @@ class Passes:
         execution: Execution,
         *,
         work: WorkDir | None,
-        bar: tqdm[Any],
+        bar: Bar,
         shares: bool,
     ):
         self.subject = subject
@@ -96,6 +96,8 @@ class Passes:
         self.shares = shares and not execution.streams
         self.home = torch.device(execution.residency.device or subject.model.device)
         """Where the model and its states are."""
+        self.expected = 0
+        """Blocks that the bar counts on for the step that begins."""
         self._numbers = itertools.count()
         self._masked = set(result.records)
         """Layers whose weights are those that the run began with but for what was pruned."""
@@ -543,7 +545,8 @@ class Passes:
         """
         number = next(self._numbers)
         treated = names if treated is None else treated
-        self.bar.total += len(treated)
+        self.bar.total += len(treated) - self.expected
+        self.expected = 0
         self.bar.set_description(label)
         if self.work is None:
             return None

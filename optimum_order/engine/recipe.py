@@ -235,8 +235,8 @@ class Recipe:
             if not calibrated and method.needs_data:
                 raise DataError(
                     f"Stage '{method.stage}' needs calibration data and none was given. Pass "
-                    "calibration=... (a .txt, .csv, .jsonl or .parquet path, a Hub dataset, or "
-                    "'builtin'), or use only magnitude, rtn and bitsandbytes."
+                    "calibration=... (--calibration): a .txt, .csv, .jsonl or .parquet path, a "
+                    "Hub dataset, or 'builtin'; or use only magnitude, rtn and bitsandbytes."
                 )
 
     def _check_reshaper(
@@ -283,6 +283,27 @@ class Recipe:
                     f"grid. {NO_ZERO}"
                 )
 
+    def remarks(self, layers: Sequence[Target]) -> list[str]:
+        """Return a sentence for each stage from which nothing is gained after the stages before.
+
+        Such an order can be run: a study may want to know what it costs.
+
+        Args:
+            layers: The layers of the model.
+        """
+        covered = [
+            {layer.name for layer in layers if method.covers(layer.name, layer.kind)}
+            for method in self.methods
+        ]
+        remarks = []
+        for place, method in enumerate(self.methods):
+            # what was pruned meanwhile is a reason to round again
+            first = place - 1 if method.kind == "quantize" else 0
+            for number in range(max(first, 0), place):
+                if covered[place] <= covered[number]:
+                    remarks += _nothing_gained(self.methods[number], method)
+        return remarks
+
     @staticmethod
     def _check_layers(method: Method, layers: Sequence[Target]) -> None:
         covered = [layer for layer in layers if method.covers(layer.name, layer.kind)]
@@ -301,3 +322,29 @@ class Recipe:
             raise OrderError(
                 f"Stage '{method.stage}' cannot compress {', '.join(names[:3])}{more}: {reason}."
             )
+
+
+def _nothing_gained(earlier: Method, later: Method) -> list[str]:
+    """Return why a stage changes nothing for the better after another, as one sentence or none.
+
+    Args:
+        earlier: The first of two methods, for the same layers.
+        later: The second.
+    """
+    before = earlier.resolved
+    after = later.resolved
+    if earlier.kind == later.kind == "prune" and after["pattern"] in ("none", before["pattern"]):
+        if after["sparsity"] > before["sparsity"]:
+            return []
+        return [
+            f"'{later.stage}' removes nothing after '{earlier.stage}': {before['sparsity']:.0%} of "
+            "the weights are gone already, and they count. Give more, or leave the stage out."
+        ]
+    if earlier.kind == later.kind == "quantize" and {"bits"} <= before.keys() & after.keys():
+        if after["bits"] < before["bits"]:
+            return []
+        return [
+            f"'{later.stage}' gains nothing after '{earlier.stage}': the weights have values of "
+            f"{before['bits']} bits already. Give fewer bits, or leave the stage out."
+        ]
+    return []

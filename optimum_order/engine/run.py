@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_order.calibration.execution import Execution
@@ -20,6 +19,7 @@ from optimum_order.layers.packed import States
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.models.units import Unit
 from optimum_order.order import Order, Stage
+from optimum_order.progress import Bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +120,12 @@ def run(
     """
     refuse(recipe, streams=execution.streams, resumes=work is not None)
     result = _begin(subject, recipe, execution, start)
-    with tqdm(total=0, unit="block", disable=not execution.progress) as bar:
+    blocks = len(subject.units)
+    total = blocks * len(recipe.steps)
+    with Bar(total=total, unit="block", disable=not execution.progress) as bar:
         engine = Passes(subject, result, execution, work=work, bar=bar, shares=start is None)
         for step in recipe.steps:
+            engine.expected = blocks
             step.run(engine)
     if work is not None:
         work.wait()

@@ -36,7 +36,7 @@ def transform(
     if not batches:
         raise DataError(
             f"Stage '{method.stage}' is checked on a batch: pass calibration=... "
-            "(text, images or 'builtin')."
+            "(--calibration): text, images or 'builtin'."
         )
     sizes = method.sizes(model)
     dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}

@@ -39,6 +39,7 @@ from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
+from optimum_order.files import html_table, size
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.models.lazy import embedding_parameters
@@ -134,6 +135,24 @@ class Estimate:
     def bytes(self) -> int:
         """Of the weight files of the result."""
         return self.steps[-1].bytes
+
+    def __repr__(self) -> str:
+        about = "" if self.steps[-1].exact else "about "
+        return (
+            f"Estimate({self.order!r}, {about}{size(self.bytes)} as {self.steps[-1].format}, "
+            f"{self.seconds:.0f} s, {size(self.memory)} of memory)"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("order", self.order),
+            ("format", self.steps[-1].format),
+            ("weights on disk", f"{size(self.before)} → {size(self.bytes)}"),
+            ("seconds", f"{self.seconds:.0f}"),
+            ("peak memory", size(self.memory)),
+            ("peak memory with low_memory", size(self.low_memory)),
+        ]
+        return html_table("Estimate", rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_order.data.samples import Samples, placed
 from optimum_order.errors import ModelError
+from optimum_order.files import html_table
 from optimum_order.models import precision
+from optimum_order.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,23 @@ class Measurement:
     digest: str
     tokens: int | None = None
     details: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        error = f" ± {self.standard_error:.2g}" if self.standard_error is not None else ""
+        score = f", mean score {sum(self.scores) / len(self.scores):.4g}{error}"
+        count = len(self.scores)
+        return (
+            f"Measurement({self.name} {self.value:.6g}{score} of {count} samples of "
+            f"{self.source!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [(self.name, f"{self.value:.6g}")]
+        rows += [(name, f"{value:.6g}") for name, value in self.details.items()]
+        if self.standard_error is not None:
+            rows.append(("standard error of the mean score", f"{self.standard_error:.3g}"))
+        rows.append(("measured on", f"{len(self.scores)} samples of {self.source}"))
+        return html_table("Measurement", rows)
 
     @property
     def performances(self) -> Tensor:
@@ -191,7 +209,7 @@ class Metric(ABC):
         """Return the score of each sample, (samples,) float64."""
         scores: list[Tensor] = []
         count = 0
-        with tqdm(
+        with Bar(
             total=len(samples), desc=self.name, unit=samples.unit, disable=not progress
         ) as bar:
             for batch in samples.batches(batch_size):

@@ -8,6 +8,7 @@ mask `pruned` of removed weights, and the `grid` of values that a quantized weig
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,21 @@ class LayerState:
     def group_size(self) -> int | None:
         """Inputs that share a scale, -1 for all; None if there is no grid of such groups."""
         return None if self.grid is None else self.grid.group_size
+
+    def __repr__(self) -> str:
+        outputs, inputs = self.weight.shape
+        facts = [f"{outputs} x {inputs}", str(self.weight.dtype).removeprefix("torch.")]
+        if self.pruned is not None:
+            facts.append(f"{self.sparsity:.1%} pruned")
+        if self.grid is not None:
+            groups = {None: "", -1: " in rows"}.get(self.group_size, f" in {self.group_size}s")
+            facts.append(f"{self.bits}-bit {type(self.grid).__name__}{groups}")
+        if self.notes:
+            facts.append(f"{len(self.notes)} note{'s' if len(self.notes) > 1 else ''}")
+        return f"LayerState({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
 
     def to(self, device: torch.device) -> LayerState:
         """Return the state with all of its tensors on a device."""

@@ -81,18 +81,21 @@ class Adapter:
     tensors: Mapping[str, Tensor]
 
     @classmethod
-    def read(cls, path: str, *, revision: str | None, token: str | None) -> Adapter:
+    def read(
+        cls, path: str, *, revision: str | None, token: str | None, cache_dir: str | None = None
+    ) -> Adapter:
         """Read an adapter.
 
         Args:
             path: A folder, or an id on the Hub.
             revision: Branch, tag or commit.
             token: Hub token.
+            cache_dir: The folder of downloads from the Hub.
 
         Raises:
             ModelError: If there is none, or not one that can be merged.
         """
-        hub: dict[str, Any] = {"revision": revision, "token": token}
+        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         try:
             config_file = hf.cached_file(path, ADAPTER, required=False, **hub)
             weights_file = hf.cached_file(path, _WEIGHTS, required=False, **hub)
@@ -212,12 +215,15 @@ class Merged(Checkpoint):
         **options: Any,
     ):
         path = str(Path(model).expanduser()) if is_folder(Path(model).expanduser()) else str(model)
-        self._adapter = Adapter.read(path, revision=revision, token=token)
+        self._adapter = Adapter.read(
+            path, revision=revision, token=token, cache_dir=options.get("cache_dir")
+        )
         if base is None and options["trust_remote_code"]:
             raise ModelError(
                 f"The adapter '{self._adapter.id}' names '{self._adapter.base[:200]}' as its base "
                 "model, and the code of a model that a file names is not run: name the base "
-                "yourself, with base=..., or leave out trust_remote_code."
+                "yourself, with base=... (--base), or leave out trust_remote_code=True "
+                "(--trust-remote-code)."
             )
         super().__init__(
             self._adapter.named_base() if base is None else base,

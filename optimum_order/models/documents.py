@@ -62,7 +62,7 @@ def documents(path: str, hub: Mapping[str, Any], config: Any) -> dict[str, Path]
 
     Args:
         path: A folder or a Hub id.
-        hub: `revision`, `token` and `trust_remote_code`, as `from_pretrained` takes them.
+        hub: `revision`, `token`, `cache_dir` and `trust_remote_code`, as for `from_pretrained`.
         config: The config of the model.
     """
     local = is_folder(path)
@@ -72,7 +72,12 @@ def documents(path: str, hub: Mapping[str, Any], config: Any) -> dict[str, Path]
             file = Path(path, name)
             return file if is_plain(file, Path(path)) or _is_file(file) else None
         cached = hf.cached_file(
-            path, name, revision=hub["revision"], token=hub["token"], required=False
+            path,
+            name,
+            revision=hub["revision"],
+            token=hub["token"],
+            cache_dir=hub.get("cache_dir"),
+            required=False,
         )
         return Path(cached) if cached else None
 

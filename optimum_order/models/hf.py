@@ -110,7 +110,13 @@ def auto_classes() -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def cached_file(
-    model: str, name: str, *, revision: str | None, token: str | None, required: bool = True
+    model: str,
+    name: str,
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | None = None,
+    required: bool = True,
 ) -> str | None:
     """Return the path of one file of a model, downloaded where necessary.
 
@@ -119,6 +125,7 @@ def cached_file(
         name: The name of the file.
         revision: Branch, tag or commit on the Hub.
         token: Hub token.
+        cache_dir: The folder of downloads; by default that of huggingface_hub.
         required: Whether a missing file or an unreachable Hub is an error.
 
     Returns:
@@ -128,7 +135,8 @@ def cached_file(
         OSError: If the file is required and cannot be read.
     """
     quiet = {} if required else dict.fromkeys(_QUIET, False)
-    return hub.cached_file(model, name, revision=revision, token=token, **quiet)
+    place = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    return hub.cached_file(model, name, **place, **quiet)
 
 
 _QUIET = (

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, chainable, redacted
-from optimum_order.files import digest, is_folder, special, weight_bytes
+from optimum_order.files import digest, is_folder, size, special, weight_bytes
 from optimum_order.layers.state import LayerState, tensor_bytes
 from optimum_order.models import hf
 from optimum_order.models.documents import documents
 from optimum_order.models.lazy import Unloaded, Weights, planned
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
 """The file that makes a folder one of an adapter."""
@@ -118,6 +121,9 @@ class Checkpoint:
         model: A Hub id, a folder, or the name of an embedded model.
         revision: Branch, tag or commit on the Hub.
         token: Hub token; never stored or printed.
+        cache_dir: The folder of downloads from the Hub; by default that of huggingface_hub.
+        attn_implementation: The attention of transformers; by default what transformers takes.
+        chat_template: A Jinja template in place of the tokenizer's; it goes with the result.
         dtype: "auto" for the checkpoint's own, or a torch dtype or its name.
         trust_remote_code: Whether to run code that comes with the model.
 
@@ -133,6 +139,9 @@ class Checkpoint:
         token: str | None,
         dtype: str | torch.dtype,
         trust_remote_code: bool,
+        cache_dir: str | None = None,
+        attn_implementation: str | None = None,
+        chat_template: str | None = None,
     ):
         name = str(model)
         self.revision = revision
@@ -152,13 +161,16 @@ class Checkpoint:
         self._hub: dict[str, Any] = {
             "revision": revision,
             "token": token,
+            "cache_dir": cache_dir,
             "trust_remote_code": trust_remote_code,
         }
+        self._attention = attn_implementation
         if is_folder(self._path) and (entry := special(Path(self._path))):
             raise ModelError(
                 f"'{entry}' in '{self._path}' is a pipe, a socket or a device, and only files are "
                 "read: remove it."
             )
+        logger.info("Reading the config and the tokenizer of '%s'", self.id)
         self._refuse_adapter()
         self.commit: str | None = None
         self.adapter: dict[str, Any] | None = None
@@ -170,7 +182,11 @@ class Checkpoint:
         try:
             if not is_folder(self._path):  # a branch may move between two loads
                 file: Any = hf.cached_file(
-                    self._path, "config.json", revision=revision, token=token
+                    self._path,
+                    "config.json",
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
                 )
                 self.commit = Path(file).parent.name
                 self._hub["revision"] = self.commit
@@ -188,6 +204,18 @@ class Checkpoint:
             self.processor = load_processor(self._path, self._hub)
         except ModelError as error:
             self.processor_error = error
+        if chat_template is not None:
+            self._set_chat_template(chat_template)
+
+    def _set_chat_template(self, template: str) -> None:
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise ModelError(
+                f"'{self.id}' has no tokenizer, so no conversation is written for the model: leave "
+                "out chat_template=... (--chat-template)."
+            )
+        self.processor.chat_template = template
+        tokenizer.chat_template = template
 
     def _refuse_adapter(self) -> None:
         """Refuse a folder or a repository with an adapter, of which half would be compressed.
@@ -195,11 +223,9 @@ class Checkpoint:
         Raises:
             ModelError: If there is one.
         """
-        revision, token = self._hub["revision"], self._hub["token"]
+        place = {name: self._hub[name] for name in ("revision", "token", "cache_dir")}
         try:
-            adapter = hf.cached_file(
-                self._path, ADAPTER, revision=revision, token=token, required=False
-            )
+            adapter = hf.cached_file(self._path, ADAPTER, required=False, **place)
         except (OSError, ValueError):
             return  # reading the model says what is wrong
         if adapter:
@@ -224,6 +250,7 @@ class Checkpoint:
             ModelError: If the weights cannot be read, are not safetensors, or do not fill the
                 model.
         """
+        logger.info("Loading %s of weights", size(self.bytes))
         return self._from_pretrained()
 
     def load_empty(self, device: torch.device | str = "cpu") -> Weights:
@@ -283,11 +310,12 @@ class Checkpoint:
                 dtype=self._dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                **({"attn_implementation": self._attention} if self._attention else {}),
                 **self._hub,
             )
         except OptimumOrderError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             token = self._hub["token"]
             reason = _first_line(error, token)
             raise ModelError(f"Cannot load the weights of '{self.id}': {reason}") from chainable(
@@ -318,7 +346,9 @@ class Checkpoint:
         folder = Path(self._path)
         if not folder.is_dir():
             revision = self.commit or self.revision
-            file = try_to_load_from_cache(self._path, "config.json", revision=revision)
+            file = try_to_load_from_cache(
+                self._path, "config.json", self._hub["cache_dir"], revision=revision
+            )
             if not isinstance(file, str):
                 return 0
             folder = Path(file).parent
@@ -432,6 +462,7 @@ def weights_digest(model: nn.Module | Mapping[str, Tensor]) -> str:
         model: A model, or its tensors by name. Name, dtype, shape and bytes of each tensor count.
     """
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
+    logger.info("Hashing %d tensors of the model", len(tensors))
 
     def parts() -> Iterator[str | memoryview]:
         for name in sorted(tensors):
@@ -493,11 +524,12 @@ def load_processor(path: str, hub: dict[str, Any]) -> Any:
             return auto.from_pretrained(path, **hub)
         except Exception as caught:  # a damaged file can raise anything, `Exception` itself too
             error = caught
-    revision, token = hub["revision"], hub["token"]
+    token = hub["token"]
+    place = {name: hub.get(name) for name in ("revision", "token", "cache_dir")}
     files = {
         name: file
         for name in _PROCESSOR_FILES
-        if (file := hf.cached_file(path, name, revision=revision, token=token, required=False))
+        if (file := hf.cached_file(path, name, required=False, **place))
     }
     if not files:
         return None

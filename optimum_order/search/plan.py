@@ -8,6 +8,7 @@ from typing import Any
 
 from optimum_order.errors import OrderError
 from optimum_order.evaluation.comparison import Difference
+from optimum_order.files import html_table
 from optimum_order.order import Order, Stage
 
 MOST_STAGES = 5
@@ -64,6 +65,18 @@ class Plan:
         plain = ("scored_by", "strategy", "metric", "decisive", "reason", "cost")
         values = {name: fields[name] for name in plain}
         return cls(ranking, difference=difference, **values)
+
+    def __repr__(self) -> str:
+        verdict = "decisive" if self.decisive else "not decisive"
+        count = len(self.ranking)
+        return f"Plan({str(self.order)!r}, best of {count} orders, {verdict})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (str(order), "not measured" if score is None else f"{score:.4g}")
+            for order, score in self.ranking
+        ]
+        return html_table(f"{self.scored_by}. {self.reason}", rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan ready for JSON, and for the manifest of a model compressed by it."""

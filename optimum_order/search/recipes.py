@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from optimum_order import formats
 from optimum_order.calibration.folding import column_sources, find_folds
@@ -33,6 +32,7 @@ from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import FormatError, OrderError, OutputError
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.files import size
+from optimum_order.progress import Bar
 from optimum_order.search.budget import Budget
 from optimum_order.search.looks import look
 from optimum_order.search.menu import (
@@ -211,7 +211,7 @@ class Search:
         codecs = formats.available()
         asked = {c.order: None if c.exact else codecs[c.format]() for c in listed}
         layers = sum(len(unit.targets) for unit in runner.units)
-        with tqdm(
+        with Bar(
             total=min(_LAYERS, layers), desc="look", unit="layer", disable=not self.progress
         ) as bar:
             looks = look(runner, batches, asked, _LAYERS, bar.update)
@@ -243,7 +243,7 @@ class Search:
             original: M of the model before compression on the samples held back, (samples,).
             make: Carries a recipe out.
         """
-        with tqdm(
+        with Bar(
             total=MOST_ATTEMPTS, desc="search", unit="compression", disable=not self.progress
         ) as bar:
 

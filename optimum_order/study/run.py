@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 import sqlite3
 import tempfile
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tqdm.auto import tqdm
 
 from optimum_order import files, formats
 from optimum_order.engine.run import Result
@@ -30,10 +30,13 @@ from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Statistics
 from optimum_order.models.source import weights_digest
 from optimum_order.order import Order, Stage
+from optimum_order.progress import Bar
 from optimum_order.study.advantage import split_advantage
 from optimum_order.study.grid import REFERENCE, REFERENCE_BITS, draws_matter, with_parts
 from optimum_order.study.trials import ORIGINAL, Row, Trials
 from optimum_order.study.walks import error_correlations, input_statistics
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -135,6 +138,7 @@ class Study:
         self.trials.plan((str(order), draw) for draw, order in planned)
         done = self.trials.done()
         left = [(draw, order) for draw, order in planned if (str(order), draw) not in done]
+        logger.info("Running %d of %d trials", len(left), len(planned))
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet())
             folders = {
@@ -143,7 +147,7 @@ class Study:
             }
             start = len(planned) - len(left)
             bar = stack.enter_context(
-                tqdm(total=len(planned), initial=start, unit="trial", disable=not progress)
+                Bar(total=len(planned), initial=start, unit="trial", disable=not progress)
             )
             if (ORIGINAL, 0) not in done:
                 bar.set_description("original")
@@ -154,7 +158,7 @@ class Study:
                 self.runner.prefixes = Prefixes(folder, prefix_bytes)
                 self._draw(draw, [order for number, order in left if number == draw], bar)
 
-    def _draw(self, draw: int, orders: Sequence[Order], bar: tqdm[Any]) -> None:
+    def _draw(self, draw: int, orders: Sequence[Order], bar: Bar) -> None:
         """Run orders with one draw, and hold the prefixes that later ones need."""
         assert self.runner.prefixes is not None
         for position, order in enumerate(orders):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from optimum_order.cli import main
+from optimum_order.cli import main, status
 
 
 @dataclasses.dataclass
@@ -18,8 +18,10 @@ class Outcome:
 
 
 @pytest.fixture
-def program(capsys):
+def program(capsys, monkeypatch):
     """Run `optimum-order` with these arguments: its exit code, stdout and stderr."""
+    # whether it says that it begins would depend on the load of the machine
+    monkeypatch.setattr(status, "PATIENCE", 3600)
     verbosity = transformers.utils.logging.get_verbosity()
 
     def run(*arguments) -> Outcome:

@@ -14,7 +14,10 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from optimum_order import JointCompressor
+from optimum_order.data import text as module
 from optimum_order.data.builtin import reference_topics
+from optimum_order.data.splits import Split
 from optimum_order.data.text import load
 from optimum_order.errors import DataError
 
@@ -503,3 +506,27 @@ class TestErrors:
         message = "samples of 1 or more and a length of 2 or more"
         self.fail([prose], tokenizer, message, samples=0)
         self.fail([prose], tokenizer, message, length=1)
+
+
+def test_the_literature_reads_one_stream_with_the_special_tokens_of_the_tokenizer(monkeypatch):
+    """As GPTQ's code does: all lines, empty ones too, joined by blank lines and tokenized at once."""
+    rows = ["", " = Title = \n", "", *(f"line {number} of the text \n" for number in range(900))]
+    asked = []
+
+    def load_split(source, purpose, alternative):
+        asked.append(source)
+        return Split("wikitext2::test", {"text": rows}, None)
+
+    monkeypatch.setattr(module, "load_split", load_split)
+    monkeypatch.setattr(module, "_LITERATURE_LENGTH", 64)
+    tokenizer = JointCompressor.from_pretrained("tiny-llama").source.processor
+    windows = load("literature", tokenizer, samples=None, length=512, purpose="evaluation")
+    stream = tokenizer("\n\n".join(rows))["input_ids"]
+    count = len(stream) // 64
+    assert asked == ["wikitext2::test"] and windows.source == "literature"
+    assert windows.ids.tolist() == torch.tensor(stream[: count * 64]).view(count, 64).tolist()
+    assert len(load("literature", tokenizer, samples=2, length=9, purpose="evaluation")) == 2
+    with pytest.raises(DataError, match="nobody calibrates on it"):
+        load("literature", tokenizer, samples=2, length=64)
+    with pytest.raises(DataError, match="needs a tokenizer"):
+        load("literature", None, samples=2, length=64, purpose="evaluation")

@@ -243,3 +243,29 @@ class TestEmbeddings:
             "rtn(bits=4, targets=*)": True,
         }.items():
             assert method(Stage.parse(stage)).covers("model.wte", "embedding") is expected
+
+
+@pytest.mark.parametrize(
+    ("order", "remarks"),
+    [
+        ("wanda:0.5 > wanda:0.3", ["'wanda:0.3' removes nothing after 'wanda:0.5': 50%"]),
+        ("wanda:0.5 > gptq:4 > magnitude:0.5", ["'magnitude:0.5' removes nothing after"]),
+        ("wanda(pattern=2:4) > wanda(pattern=2:4)", ["removes nothing after"]),
+        ("gptq:4 > rtn:8", ["'rtn:8' gains nothing after 'gptq:4': the weights have values of 4"]),
+        ("rtn:4 > rtn:4", ["gains nothing"]),
+        ("gptq(bits=4, targets=*.q_proj) > rtn(bits=8, targets=*.q_proj)", ["gains nothing"]),
+        ("rtn:4 > rtn(bits=8, targets=*.q_proj)", ["gains nothing"]),
+        ("wanda:0.3 > wanda:0.5", []),
+        ("wanda:0.5 > wanda(pattern=2:4)", []),
+        ("gptq:4 > gptq:3", []),
+        ("gptq:4 > wanda:0.5 > gptq:4", []),
+        ("rtn(bits=4, targets=*.k_proj) > rtn(bits=8, targets=*.q_proj)", []),
+        ("rtn(bits=4, targets=*.k_proj) > rtn:8", []),
+        ("wanda:0.5 > gptq:4", []),
+        ("ecsq:3 > gptq:4", []),
+    ],
+)
+def test_a_stage_that_gains_nothing_is_remarked(units, order, remarks):
+    found = recipe(order).remarks([target for unit in units for target in unit.targets])
+    assert len(found) == len(remarks)
+    assert all(start in text for start, text in zip(remarks, found, strict=True))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.evaluation import Measurement, Metric, Samples
 from optimum_order.evaluation.comparison import Difference
 from optimum_order.order import Order
+from optimum_order.progress import Bar
 from optimum_order.search.plan import Ranking
 
 _CALIBRATING = {"window": 16, "image": 4}
@@ -110,14 +110,14 @@ class Task:
         return all(method.kind in ("prune", "quantize") for method in methods)
 
     @contextlib.contextmanager
-    def bar(self, unit: str, total: int | None = None) -> Iterator[tqdm[Any]]:
+    def bar(self, unit: str, total: int | None = None) -> Iterator[Bar]:
         """Show a bar while active.
 
         Args:
             unit: The word for one thing that is done.
             total: How many there are, if certain.
         """
-        with tqdm(total=total, desc="plan", unit=unit, disable=not self.progress) as bar:
+        with Bar(total=total, desc="plan", unit=unit, disable=not self.progress) as bar:
             yield bar
 
     def measure(self, metric: Metric, samples: Samples) -> Measurement:

@@ -1,0 +1,63 @@
+"""`optimum-order evaluate` measures a model as it is."""
+
+import json
+
+import pytest
+
+from optimum_order import JointCompressor
+from optimum_order.artifact import manifest
+from optimum_order.compressor import JointCompressor as Front
+
+SMALL = ["--sequence-length", 64]
+
+
+def test_a_figure_is_that_of_the_api(program, tiny_llama_folder, text_file):
+    done = program("evaluate", tiny_llama_folder, "--evaluate", text_file, *SMALL, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    compressor = JointCompressor.from_pretrained(tiny_llama_folder, sequence_length=64)
+    expected = compressor.evaluate(str(text_file), progress=False).as_dict()
+    assert result == {"model": str(tiny_llama_folder), **expected}
+    words = ["evaluate", tiny_llama_folder, "--evaluate", text_file, *SMALL]
+    done = program(*words, "--evaluation-samples", 3)
+    assert "perplexity" in done.out and "3 samples, 192 tokens" in done.out
+
+
+def test_a_saved_model_has_the_figure_of_its_manifest(program, saved, text_file):
+    done = program("evaluate", saved, "--evaluate", text_file, *SMALL, "--json")
+    assert done.code == 0, done.err
+    figure = manifest.load(saved)["metrics"]["perplexity"]["after"]
+    result = json.loads(done.out)
+    assert (result["value"], result["digest"]) == (figure["value"], figure["digest"])
+
+
+def test_the_protocol_of_the_literature_is_a_source_and_a_metric(program, monkeypatch):
+    asked = []
+
+    class Enough(Exception):
+        pass
+
+    def evaluate(self, source, metric, **options):
+        asked.append((source, metric))
+        raise Enough
+
+    monkeypatch.setattr(Front, "evaluate", evaluate)
+    assert program("evaluate", "tiny-llama", "--protocol", "literature").code == 70
+    assert asked == [("literature", "perplexity")]
+    for options in (["--metric", "fidelity"], ["--evaluate", "c4"]):
+        done = program("evaluate", "tiny-llama", "--protocol", "literature", *options)
+        assert done.code == 2 and "leave out --evaluate and --metric" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metric", "perplexty"], "Did you mean 'perplexity'?"),
+        (["--protocol", "papers"], "Unknown protocol 'papers'"),
+        (["--evaluate", "./missing.txt"], "missing.txt"),
+        (["--num-threads", "0"], "'--num-threads' must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line(program, options, message):
+    done = program("evaluate", "tiny-llama", *options)
+    assert done.code == 2 and message in done.err.splitlines()[-1]
