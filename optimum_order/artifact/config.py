@@ -218,7 +218,8 @@ def recipe(facts: Mapping[str, Any]) -> Config:
         calibration=calibration["source"] if public else None,
         calibration_samples=calibration.get("samples"),
         calibration_dtype=calibration.get("dtype"),
-        sequence_length=calibration.get("sequence_length"),
+        # also that of a run without data: the model is measured with it
+        sequence_length=facts.get("sequence_length", calibration.get("sequence_length")),
         seed=facts.get("seed"),
         format=facts["format"],
     )

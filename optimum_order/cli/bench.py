@@ -20,14 +20,16 @@ class BenchCommand(Command):
     name = "bench"
     summary = "measure tokens per second and memory of a saved model"
     description = """\
-Run a saved model in transformers, llama.cpp and vLLM, each in a process of its own: tokens per
-second of a prompt that is read at once and of generation one by one, and the most memory that the
-process held. llama.cpp runs folders of the format gguf. Exit code 1 if no engine ran the model.
+Run a saved model in transformers, llama.cpp and vLLM, each in a process of
+its own: tokens per second of a prompt that is read at once and of generation
+one by one, and the most memory that the process held. llama.cpp runs folders
+of the format gguf. Exit code 1 if no engine ran the model.
 """
     epilog = """\
 examples:
   optimum-order bench out
-  optimum-order bench out --engine transformers --engine llama.cpp=env/bin/python --threads 4
+  optimum-order bench out --threads 4 --engine transformers \\
+      --engine llama.cpp=env/bin/python
 """
 
     @classmethod

@@ -173,6 +173,11 @@ def test_a_model_that_goes_on_from_another_keeps_its_dtype():
     assert config.recipe(FACTS | {"continues": {"digest": "ef"}}).dtype is None
 
 
+def test_the_length_of_a_run_without_data_is_kept():
+    without = config.recipe(FACTS | {"calibration": None, "sequence_length": 96})
+    assert without.sequence_length == 96 and without.calibration is None
+
+
 def test_a_merged_adapter_is_no_model_of_the_hub():
     base = FACTS["base_model"] | {"id": "some/model", "revision": "c" * 40, "adapter": {"id": "x"}}
     assert config.recipe(FACTS | {"base_model": base}).model is None
