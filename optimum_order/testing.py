@@ -17,7 +17,7 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -60,8 +60,17 @@ def same(first: Any, second: Any) -> bool:
         second: Likewise.
     """
 
-    def outline(value: Any) -> str:
-        return repr(map_tensors(lambda tensor: tensor.new_zeros(()), value))
+    def outline(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return "tensor"
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = [field.name for field in dataclasses.fields(value) if field.repr]
+            return type(value), {name: outline(getattr(value, name)) for name in fields}
+        if isinstance(value, Mapping):
+            return type(value), {key: outline(member) for key, member in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value), [outline(member) for member in value]
+        return repr(value)
 
     return outline(first) == outline(second) and all(
         same_bits(one, other)

@@ -216,6 +216,7 @@ def test_all_brings_every_extra_that_is_used():
     assert set(extras) == {
         "adapters",
         "all",
+        "completion",
         "dev",
         "docs",
         "gguf",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from optimum_order.errors import InvariantError, OrderError, unknown
@@ -663,28 +663,38 @@ class Transform(Method):
 
 
 class Recovery(Method):
-    """A method that regains accuracy and preserves masks and codes, such as distillation."""
+    """A method that regains accuracy on the masks that layers have, such as distillation.
+
+    A quantized layer keeps its codes, and may get other scales; or its grid, and other codes.
+    """
 
     kind = "recover"
     kinds = ("recover",)
     needs_data = True
+    report: Callable[[str], None] = staticmethod(lambda text: None)
+    """To be called after each round, with a few words for the progress; set by the engine."""
+
+    @property
+    def rounds(self) -> int:
+        """How often `report` is called at most."""
+        return 0
 
     @abstractmethod
     def recover(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         states: Mapping[str, LayerState],
         batches: Sequence[Mapping[str, Tensor]],
-        teacher: nn.Module,
+        teacher: PreTrainedModel,
     ) -> Mapping[str, LayerState]:
-        """Return the layers that changed, by name, each on its mask and grid.
+        """Return the layers that changed, by name, each with its mask, and its codes or its grid.
 
         Args:
             model: The model after all earlier stages; must not be changed.
             states: Every compressed layer by name.
             batches: Calibration inputs, keyword arguments of a forward.
-            teacher: The original model; after a transform or a reshaper its layers differ from
-                the model's in order or shape.
+            teacher: The original model, a copy of its own; after a transform or a reshaper its
+                layers differ from the model's in order or shape.
         """
 
     def run(self, engine: Engine, joined: Sequence[Recovery]) -> None:

@@ -570,6 +570,13 @@ class Passes:
     def recover(self, recovery: Recovery) -> None:
         """Let a recovery change layers, and check that masks and grids are the same."""
         self._begin([], str(recovery.stage))
+        self.bar.total += recovery.rounds
+
+        def report(text: str) -> None:
+            self.bar.set_postfix_str(text)
+            self.bar.update()
+
+        recovery.report = report
         targets = {t.name: t for unit in self.subject.units for t in unit.targets}
         for name, before, after in recover(recovery, self.subject, self.result.states):
             self._settle(targets[name], (before, after), recovery.stage, None)

@@ -333,14 +333,20 @@ def _nothing_gained(earlier: Method, later: Method) -> list[str]:
     """
     before = earlier.resolved
     after = later.resolved
-    if earlier.kind == later.kind == "prune" and after["pattern"] in ("none", before["pattern"]):
+    options = before.keys() & after.keys()
+    if (
+        earlier.kind == later.kind == "prune"
+        and {"sparsity", "pattern"} <= options
+        and after["pattern"] in ("none", before["pattern"])
+    ):
         if after["sparsity"] > before["sparsity"]:
             return []
         return [
             f"'{later.stage}' removes nothing after '{earlier.stage}': {before['sparsity']:.0%} of "
             "the weights are gone already, and they count. Give more, or leave the stage out."
         ]
-    if earlier.kind == later.kind == "quantize" and {"bits"} <= before.keys() & after.keys():
+    widths = [before.get("bits"), after.get("bits")]
+    if earlier.kind == later.kind == "quantize" and all(isinstance(w, int) for w in widths):
         if after["bits"] < before["bits"]:
             return []
         return [

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from optimum_order.backends.base import Recovery
 from optimum_order.errors import InvariantError, ModelError
+from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.state import LayerState
 
 if TYPE_CHECKING:
@@ -46,9 +48,27 @@ def recover(
             raise InvariantError(f"{where}: the recovery dropped or made a grid.")
         if before.grid is not None and after.grid is not None:
             codes = before.grid.quantize(before.weight)
-            if type(before.grid) is not type(after.grid) or not torch.equal(
-                codes, after.grid.quantize(after.weight)
+            if not _same(before.grid, after.grid) and (
+                type(before.grid) is not type(after.grid)
+                or not torch.equal(codes, after.grid.quantize(after.weight))
             ):
-                raise InvariantError(f"{where}: the recovery changed the layer's codes.")
+                raise InvariantError(
+                    f"{where}: the recovery changed the layer's codes, and its grid too."
+                )
         after.check(where)
         yield name, before, after
+
+
+def _same(one: Grid, other: Grid) -> bool:
+    """Return whether two grids have the same values."""
+    mine, others = vars(one), vars(other)
+    return (
+        type(one) is type(other)
+        and mine.keys() == others.keys()
+        and all(
+            torch.equal(value, others[name])
+            if isinstance(value, Tensor) and isinstance(others[name], Tensor)
+            else value == others[name]
+            for name, value in mine.items()
+        )
+    )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order import files
 from optimum_order.backends import (
     Allocator,
     Backend,
@@ -39,7 +40,7 @@ from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
-from optimum_order.files import html_table, size
+from optimum_order.files import html_table
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.models.lazy import embedding_parameters
@@ -139,18 +140,18 @@ class Estimate:
     def __repr__(self) -> str:
         about = "" if self.steps[-1].exact else "about "
         return (
-            f"Estimate({self.order!r}, {about}{size(self.bytes)} as {self.steps[-1].format}, "
-            f"{self.seconds:.0f} s, {size(self.memory)} of memory)"
+            f"Estimate({self.order!r}, {about}{files.size(self.bytes)} as {self.steps[-1].format}, "
+            f"{self.seconds:.0f} s, {files.size(self.memory)} of memory)"
         )
 
     def _repr_html_(self) -> str:
         rows = [
             ("order", self.order),
             ("format", self.steps[-1].format),
-            ("weights on disk", f"{size(self.before)} → {size(self.bytes)}"),
+            ("weights on disk", f"{files.size(self.before)} → {files.size(self.bytes)}"),
             ("seconds", f"{self.seconds:.0f}"),
-            ("peak memory", size(self.memory)),
-            ("peak memory with low_memory", size(self.low_memory)),
+            ("peak memory", files.size(self.memory)),
+            ("peak memory with low_memory", files.size(self.low_memory)),
         ]
         return html_table("Estimate", rows)
 

@@ -148,7 +148,7 @@ class TestResult:
         run(make_model("llama"), "magnitude:0.5 > rtn:4", progress=True)
         shown = capsys.readouterr()
         assert "rtn:4" in shown.err
-        assert "4/4" in shown.err
+        assert "4 of 4" in shown.err
         assert not shown.out
         run(make_model("llama"), "magnitude:0.5 > rtn:4", progress=False)
         assert not any(capsys.readouterr())
@@ -341,13 +341,11 @@ class TestResume:
     def test_stages_that_cannot_be_resumed_are_refused(
         self, make_model, batches, tmp_path, run, plugins
     ):
-        for stage in ("permute:1.0", "refit:nothing"):
-            model = make_model("llama")
-            with WorkDir(tmp_path / "work", {}, resume=False) as work:
-                message = f"Stage '{stage}' cannot be resumed yet: run it without 'work_dir'"
-                with pytest.raises(OutputError, match=message):
-                    run(model, f"{stage} > rtn:4", batches, work=work)
-            assert not (tmp_path / "work").exists()
+        with WorkDir(tmp_path / "work", {}, resume=False) as work:
+            message = r"Stage 'refit:nothing' cannot be resumed yet"
+            with pytest.raises(OutputError, match=message):
+                run(make_model("llama"), "refit:nothing > rtn:4", batches, work=work)
+        assert not (tmp_path / "work").exists()
 
 
 class TestDevice:
