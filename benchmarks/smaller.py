@@ -3,9 +3,8 @@
     python benchmarks/smaller.py tiny-llama builtin builtin
     python benchmarks/smaller.py smollm2 valid.txt test.txt --characters 130000 --output rows.json
 
-Every row is a model that was made smaller, saved as bfloat16 and as a GGUF file, and measured.
-Tokens a second are those of a forward over `--length` tokens in transformers and, where
-`make engines` has made the environment of `benchmarks/run_llama.py`, of llama.cpp's own benchmark.
+Every row is a model that was made smaller, saved and measured. Tokens a second are those of a
+forward over `--length` tokens in transformers.
 `--output FILE` keeps the rows, and a second run goes on from there.
 """
 

@@ -224,7 +224,7 @@ for name, state in States().items():
 pruned = sum(layer["pruned"] for layer in layers.values())
 total = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())
 facts = {"schema": 1, "order": "magnitude:0.5", "stages": [{"stage": "magnitude:0.5"}]}
-facts |= {"schedule": "stage", "base_model": {}, "layers": layers, "bytes": {}, "versions": {}}
+facts |= {"schedule": "stage", "base_model": {"id": "", "digest": ""}, "layers": layers, "bytes": {}, "versions": {}}
 facts |= {"metrics": {}, "sparsity": round(pruned / total, 6)}
 tensors = weights.overlaid(targets, States())
 contents = formats.Contents(weights.model, formats.Layers(targets, States()), tensors)

@@ -81,7 +81,9 @@ def test_several_files(make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(size, "SHARD", "40KB")
     save = artifact.save
     monkeypatch.setattr(
-        artifact, "save", lambda *args, **options: save(*args, **options, max_shard_size="40KB")
+        artifact,
+        "save",
+        lambda *args, **options: save(*args, **options | {"max_shard_size": "40KB"}),
     )
     said, bytes_ = both(
         compressor(make_model("llama", hidden_size=64)), "rtn:4", "auto", tmp_path / "out"

@@ -117,7 +117,7 @@ def test_progress_is_on_stderr_and_only_if_asked_for(model, windows, capfd):
     assert capfd.readouterr() == ("", "")
     FirstToken().measure(model, windows, progress=True)
     out, err = capfd.readouterr()
-    assert out == "" and "first_token" in err and "3/3" in err
+    assert out == "" and "first_token" in err and "3 of 3" in err
 
 
 def test_samples_that_the_model_cannot_read_are_refused_before_it_runs(model):
