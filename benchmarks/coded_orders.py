@@ -49,7 +49,7 @@ def main() -> None:
             for first in (True, False):
                 order, measured, size = _at(compressor, stage, rate, bits, args.evaluation, first)
                 scores = torch.tensor([alone.scores, measured.scores], dtype=torch.float64)
-                gain = difference_over_draws(scores[1:] - scores[:1])
+                gain = difference_over_draws(scores[:1] - scores[1:])  # losses
                 print(
                     f"{order:33} {size:.3f} bits {measured.value:9.3f}, gain "
                     f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})",

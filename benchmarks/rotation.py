@@ -48,7 +48,7 @@ def main() -> None:
         plain = _measured(compressor, order, args.evaluation)
         rotated = _measured(compressor, f"rotate > {order}", args.evaluation)
         scores = torch.tensor([plain.scores, rotated.scores], dtype=torch.float64)
-        gain = difference_over_draws(scores[1:] - scores[:1])
+        gain = difference_over_draws(scores[:1] - scores[1:])  # losses
         print(
             f"{order:28} {plain.value:9.3f}, rotated {rotated.value:9.3f}, gain in log-perplexity "
             f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})",
