@@ -70,14 +70,14 @@ def _at(
         text: To measure on.
         first: Whether the pruner comes first.
     """
-    given = rate
+    coder_rate = rate
     for _ in range(4):
-        coder = f"ecsq:{given:.3f}"
+        coder = f"ecsq:{coder_rate:.3f}"
         order = f"{pruner} > {coder}" if first else f"{coder} > {pruner}"
         measured, size = _compressed(compressor, order, text)
         if abs(size / bits - 1) <= CLOSE:
             break
-        given *= bits / size
+        coder_rate *= bits / size
     return order, measured, size
 
 

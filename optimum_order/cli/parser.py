@@ -60,25 +60,25 @@ class CommandParser(Parser):
         """
         if self._within:  # the method of argparse below parses twice by this one
             return super().parse_known_args(args, namespace)
-        known = dict(vars(namespace)) if namespace is not None else {}
+        earlier = dict(vars(namespace)) if namespace is not None else {}
         self._within = True
         try:
-            result = self._read(args, known)
+            result = self._read(args, earlier)
             if getattr(result, "config", None) is not None and self.settings is not None:
-                result = self._configured(args, known, result.config)
+                result = self._configured(args, earlier, result.config)
         finally:
             self._within = False
         self._refuse_missing(result)
         return result, []
 
-    def _read(self, args: Sequence[str] | None, known: dict[str, Any]) -> argparse.Namespace:
-        result, rest = self.parse_known_intermixed_args(args, argparse.Namespace(**known))
+    def _read(self, args: Sequence[str] | None, earlier: dict[str, Any]) -> argparse.Namespace:
+        result, rest = self.parse_known_intermixed_args(args, argparse.Namespace(**earlier))
         if rest:
             self.error(self._advice(rest))
         return result
 
     def _configured(
-        self, args: Sequence[str] | None, known: dict[str, Any], file: str
+        self, args: Sequence[str] | None, earlier: dict[str, Any], file: str
     ) -> argparse.Namespace:
         """Return the arguments with those of a file where none was typed."""
         assert self.settings is not None
@@ -89,7 +89,7 @@ class CommandParser(Parser):
         model = settings.pop("model", None)
         options = {action.dest: action.default for action in self._actions}
         self.set_defaults(**{name: settings[name] for name in settings if name in options})
-        result = self._read(args, known)
+        result = self._read(args, earlier)
         self.set_defaults(**{name: options[name] for name in settings if name in options})
         if model is not None and "output" in options and result.output is None:
             result.output, result.model = result.model, model  # one path is the place to write to

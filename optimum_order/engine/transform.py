@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,18 +40,16 @@ def transform(
             "(--calibration): text, images or 'builtin'."
         )
     sizes = method.sizes(model)
-    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
-    renew_parameters(model, torch.float32)
-    before = _outputs(model, batches[0])
-    rewrite(method, model, sizes)
-    after = _outputs(model, batches[0])
+    with _in_float32(model):
+        before = _outputs(model, batches[0])
+        _rewrite(method, model, sizes)
+        after = _outputs(model, batches[0])
     change = ((after - before).abs().max() / before.abs().max().clamp(min=1e-30)).item()
     if not change <= method.tolerance:
         raise InvariantError(
             f"Stage '{method.stage}' changed an output by {change:.2g} of the largest, "
             f"more than {method.tolerance:g}. This is a bug in the method, not in your input."
         )
-    _round(model, dtypes)
     return sizes
 
 
@@ -62,20 +61,23 @@ def transform_again(method: Transform, model: PreTrainedModel, sizes: Sizes) -> 
         model: The model as it was before.
         sizes: What `transform` returned.
     """
-    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
-    renew_parameters(model, torch.float32)
-    rewrite(method, model, sizes)
-    _round(model, dtypes)
+    with _in_float32(model):
+        _rewrite(method, model, sizes)
 
 
-def rewrite(method: Transform, model: PreTrainedModel, sizes: Sizes) -> None:
+def _rewrite(method: Transform, model: PreTrainedModel, sizes: Sizes) -> None:
     """Rewrite parameters that are in float32 and not shared."""
     with torch.inference_mode(False), torch.no_grad():
         method.transform(model)
     set_sizes(model, sizes)
 
 
-def _round(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Give the model new parameters in float32, none of them shared; then round them again."""
+    dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+    renew_parameters(model, torch.float32)
+    yield
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.data = parameter.data.to(dtypes[name])
 
