@@ -22,7 +22,7 @@ texts = ["The order of two compression methods changes the result. " * 40] * 8
 compressor = JointCompressor(
     model, tokenizer, calibration=texts, calibration_samples=8, sequence_length=128
 )
-compressed = compressor.compress("sparsegpt(pattern=2:4) > rtn:8")
+compressed = compressor.compress("sparsegpt:0.5 > rtn:8")
 
 for name, layer in compressed.layers.items():
     first = layer.weight[0, :4].tolist()

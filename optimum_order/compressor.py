@@ -26,7 +26,7 @@ from optimum_order.estimate.options import Demand, Sizes
 from optimum_order.evaluation import Measurement
 from optimum_order.files import html_table
 from optimum_order.formats import stage_options
-from optimum_order.models import hf
+from optimum_order.models import hf, precision
 from optimum_order.models.memory import giving_memory_back
 from optimum_order.models.rehearsal import outline
 from optimum_order.models.source import Checkpoint, bytes_of
@@ -306,8 +306,9 @@ class JointCompressor(Session):
                 stack.pop_all()  # the states are read from there until the result is closed
         calibration = None
         if samples is not None:
-            dtype = str(execution.dtype).removeprefix("torch.")
-            calibration = samples.describe() | {"dtype": dtype}
+            calibration = samples.describe() | precision.describe(
+                execution.matmul_dtype(model), self.device
+            )
         provenance = Provenance(
             recipe=recipe,
             pause=pause,
@@ -726,8 +727,8 @@ class JointCompressor(Session):
                 self.draw(
                     max(numbers)
                 )  # all in one reading, and an error now if there is too little
-                dtype = str(runner.dtype).removeprefix("torch.")
-                calibration = self.draw(0).describe() | {"seed": self.seed, "dtype": dtype}
+                calibration = self.draw(0).describe() | {"seed": self.seed}
+                calibration |= precision.describe(runner.dtype, self.device)
                 if note := calibration.pop("note"):
                     logger.warning(note)
             study = Study(

@@ -42,7 +42,7 @@ class Accumulation:
         """
         rows = x.reshape(-1, x.shape[-1])
         self.tokens += len(rows)
-        with products(self.dtype):
+        with products(self.dtype, x.device):
             for accumulator in self._accumulators:
                 if not accumulator.compares:
                     accumulator.update(rows)

@@ -70,7 +70,7 @@ examples:
   optimum-order compress ./my-model out --order "rtn:8" \\
       --format compressed-tensors
   optimum-order compress some/model out \\
-      --order "sparsegpt(sparsity=0.5, pattern=2:4) > gptq:4" \\
+      --order "gptq(bits=4, group_size=64) > wanda:0.3" \\
       --calibration my-text.txt --evaluate my-held-out-text.txt
   optimum-order compress again --config out/recipe.yaml
 

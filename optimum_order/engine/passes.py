@@ -192,7 +192,8 @@ class Passes:
     ) -> None:
         """Put a changed layer into the model and the result, and record how far it moved."""
         before, after = change
-        with precision.products(torch.bfloat16):  # a figure of four digits for people
+        # a figure of four digits for people
+        with precision.products(torch.bfloat16, before.weight.device):
             error, measured_on = relative_error(before.weight, after.weight, statistics)
         if self.work is not None and not is_masked(before, after):
             self._masked.discard(target.name)

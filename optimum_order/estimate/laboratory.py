@@ -194,7 +194,7 @@ class Laboratory:
         return _backend(stage).apply(before, seen)
 
     def _check(self, before: LayerState, after: LayerState, seen: Statistics | None) -> None:
-        with precision.products(torch.bfloat16):  # as the pipeline does it
+        with precision.products(torch.bfloat16, self.device):  # as the pipeline does it
             relative_error(before.weight, after.weight, seen)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

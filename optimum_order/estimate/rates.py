@@ -55,7 +55,7 @@ def measure(
     with torch.inference_mode(), precision.forwards(dtype, model_dtype, device):
         forward = products(device, model_dtype, rows, width)
     x, sums = torch.randn(rows, width, device=device), torch.zeros(width, width, device=device)
-    with precision.products(dtype):
+    with precision.products(dtype, device):
         gram = 2 * rows * width**2 / _fastest(lambda: sums.addmm_(x.T, x), device)
     matrix = torch.eye(_SIZE, device=device) + 0.01
     factors = _SIZE**3 / 3 / _fastest(lambda: torch.linalg.cholesky_ex(matrix), device)

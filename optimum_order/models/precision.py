@@ -130,19 +130,86 @@ def restored(output: Any, dtype: torch.dtype, device: torch.device) -> Any:
     return output
 
 
+def sums_dtype(dtype: torch.dtype, device: torch.device) -> str:
+    """Return what sums of products of float32 matrices really multiply on a device.
+
+    Args:
+        dtype: What calibration multiplies in, from `choose`.
+        device: Where the sums are.
+
+    Returns:
+        "float32"; "bfloat16", where a processor has units for it; "tfloat32" on a CUDA device,
+        where torch rounds no further.
+    """
+    if dtype != torch.bfloat16:
+        return "float32"
+    if device.type == "cuda":
+        return "tfloat32"
+    return "bfloat16" if has_units(device) else "float32"
+
+
+def describe(dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """Return what a manifest says: what a calibration multiplies in, and its sums of products.
+
+    Args:
+        dtype: From `choose`.
+        device: Where calibration runs.
+    """
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "sums": sums_dtype(dtype, device),
+    }
+
+
 @contextlib.contextmanager
-def products(dtype: torch.dtype) -> Iterator[None]:
-    """Let products of float32 matrices round their inputs, where the processor has units for it.
+def products(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Let products of float32 matrices round their inputs, where that is faster on a device.
+
+    The setting of torch is enough for CUDA devices and for processors with units for matrices
+    (AMX). It changes nothing on processors that multiply bfloat16 in vectors only (AVX512-BF16),
+    so there the matrices are cast.
 
     Args:
         dtype: bfloat16, or another dtype that changes nothing.
+        device: Where the matrices are.
     """
-    if dtype != torch.bfloat16:
+    used = sums_dtype(dtype, device)
+    if used == "float32":
         yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    elif used == "bfloat16" and not _has_matrix_units():
+        with _InBfloat16():  # type: ignore[no-untyped-call]  # of torch
+            yield
+    else:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _has_matrix_units() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())  # nothing public says so
+
+
+class _InBfloat16(TorchDispatchMode):
+    """Multiplies float32 matrices as bfloat16 and adds the products to float32 sums.
+
+    Each product is summed in float32 and rounded to bfloat16 once, as torch has no kernel for CPUs
+    that returns the sums: 0.1 % of an entry, which differs from batch to batch.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _SUMS and all(tensor.dtype == torch.float32 for tensor in args):
+            *sums, a, b = args
+            product = (a.bfloat16() @ b.bfloat16()).float()
+            if not sums:
+                return product
+            if func == _aten.addmm_.default and not kwargs:
+                return sums[0].add_(product)
+        return func(*args, **kwargs)
+
+
+_SUMS = {_aten.mm.default, _aten.addmm_.default}
+"""What accumulators and errors of layers are computed with."""
