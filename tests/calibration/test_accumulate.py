@@ -7,6 +7,7 @@ import torch
 
 from optimum_order.calibration.accumulate import Accumulation
 from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
+from optimum_order.models import precision
 
 CPU = torch.device("cpu")
 NEEDS = [{Gram}, {SquaredNorms}, {Gram, SquaredNorms}]
@@ -86,15 +87,11 @@ def test_sums_of_inference_mode_are_completed_outside():
     assert torch.allclose(sums.result()[Gram], X.T @ X, rtol=1e-2, atol=1e-1)
 
 
-def test_products_round_inputs_as_told():
-    """The dtype reaches torch; whether a processor has units for it is another matter."""
-    seen = []
-
-    class Watching(SquaredNorms):
-        def update(self, rows):
-            seen.append(torch.get_float32_matmul_precision())
-
-    for dtype in (torch.float32, torch.bfloat16):
-        Accumulation(3, {Watching}, CPU, dtype).add(torch.zeros(2, 3))
-    assert seen == [torch.get_float32_matmul_precision(), "medium"]
-    assert torch.get_float32_matmul_precision() != "medium"
+def test_products_round_inputs_as_told(monkeypatch):
+    """bfloat16 has 8 digits: 257 is 256 where a processor has units for it, and only if told."""
+    monkeypatch.setattr(precision, "has_units", lambda device: True)
+    monkeypatch.setattr(precision, "_has_matrix_units", lambda: False)
+    for dtype, expected in ((torch.float32, 257.0**2), (torch.bfloat16, 256.0**2)):
+        sums = Accumulation(1, {Gram}, CPU, dtype)
+        sums.add(torch.full((1, 1), 257.0))
+        assert sums.result()[Gram].item() == expected
