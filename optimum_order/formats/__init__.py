@@ -95,9 +95,21 @@ def intended(format: str, engine: str | None = None) -> type[Codec] | None:
 
 
 def stage_options(format: str, engine: str | None = None) -> Mapping[str, Value]:
-    """Return the options with which stages make what a format holds, as `Codec.options`."""
+    """Return the options with which stages make what a format holds and an engine loads.
+
+    Those of the format are `Codec.options`. A stage that meets a rate takes codes as large as it may,
+    so an engine that loads narrow codes alone says how large.
+
+    Args:
+        format: The name of a format, or "auto".
+        engine: The engine that is to load the model.
+    """
     codec = intended(format, engine)
-    return {} if codec is None else codec.options
+    options = {} if codec is None else dict(codec.options)
+    widest = None if engine is None else engines.engine(engine).widest
+    if widest is not None:
+        options["max_code"] = 2 ** (widest - 1) - 1
+    return options
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,12 @@ class Engine:
                 formats.append(case.format)
         return widths
 
+    @property
+    def widest(self) -> int | None:
+        """The most bits of a code that the engine loads with one scale for each row, if any."""
+        rows = [case.bits for case in self.verdicts if case.group_size == -1 and self.loads(case)]
+        return max(rows, default=0) or None
+
     def why_not(self, model: PreTrainedModel, codec: Codec, layers: Layers) -> str | None:
         """Return why nobody has seen the engine load a folder, or that it does not; None if it has.
 

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from optimum_order import JointCompressor, formats
 from optimum_order.errors import FormatError
 from optimum_order.formats import engines
 from optimum_order.formats.engines import FUSED, OK, READ, SEVERAL, SEVERAL_GROUPS, Case
+from optimum_order.order import Order
 
 ROOT = Path(__file__).parents[2]
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -209,6 +211,34 @@ def test_vllm_is_refused_what_it_does_not_load_before_the_work(
         compressor.compress(order, engine="vllm", progress=False)
     with pytest.raises(FormatError, match=match):
         compressor.check_format(order, "auto", engine="vllm")
+
+
+@pytest.mark.parametrize(
+    ("engine", "order", "expected"),
+    [
+        ("vllm", "ecsq:3", "ecsq(max_code=7, rate=3.0)"),
+        ("vllm", "ecsq(rate=3, max_code=15)", "ecsq(max_code=15, rate=3.0)"),  # who says so insists
+        ("transformers", "ecsq:3", "ecsq:3.0"),
+        ("vllm", "wanda:0.5 > gptq:4", "wanda:0.5 > gptq:4"),
+    ],
+)
+def test_codes_of_a_rate_are_as_narrow_as_an_engine_loads(engine, order, expected):
+    from optimum_order.engine.recipe import with_options
+
+    options = formats.stage_options("auto", engine)
+    assert with_options(Order.parse(order), options) == with_options(Order.parse(expected), {})
+
+
+def test_a_rate_for_vllm_is_stored_in_four_bits(tmp_path):
+    """At 3.5 bits on tiny-llama some code is beyond 7 if nothing says that only 4 bits load."""
+    ids = torch.randint(2, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    compressor = JointCompressor.from_pretrained("tiny-llama", calibration=ids, sequence_length=32)
+    compressed = compressor.compress("ecsq:3.5", engine="vllm", progress=False)
+    assert compressed.save_pretrained(tmp_path / "out", engine="vllm") == "compressed-tensors"
+    assert {state.grid.bits for state in compressed.layers.values()} == {4}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = config["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == {4}
 
 
 def test_check_format_names_what_auto_will_take():
