@@ -673,6 +673,7 @@ class JointCompressor(Session):
         evaluation: Any = "builtin",
         evaluation_samples: int | None = None,
         prefix_limit: float = 16.0,
+        command: str | None = None,
         progress: bool = True,
     ) -> dict[str, Any]:
         """Run every order, and each of its stages alone, and write down what the numbers say.
@@ -691,6 +692,7 @@ class JointCompressor(Session):
                 or all of them if they are fewer.
             prefix_limit: GB of disk that beginnings which orders share may take while the study
                 runs.
+            command: What was typed to run the study; the report shows it.
             progress: Whether to show a bar on stderr.
 
         Returns:
@@ -736,8 +738,10 @@ class JointCompressor(Session):
                 chosen,
                 samples,
                 folder,
-                settings={"calibration": calibration},
+                settings=self.study_settings(runner.model, calibration),
             )
+            if command is not None:
+                study.trials.note_command(command)
             prefix_bytes = int(prefix_limit * 10**9)
             study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(study.trials, folder)

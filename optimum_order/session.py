@@ -351,6 +351,27 @@ class Session:
             **({"continues": continues["digest"]} if continues else {}),
         }
 
+    def study_settings(
+        self, model: PreTrainedModel, calibration: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return what else decides the trials of a study, beside its model and its samples.
+
+        Args:
+            model: The model before compression.
+            calibration: The entry of a manifest for the calibration data.
+        """
+        return {
+            "calibration": calibration,
+            "revision": self.source.commit or self.source.revision,
+            "adapter": self.source.adapter,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "targets": self.targets,
+            "ignore": self.ignore,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": manifest.versions(),
+        }
+
     def fingerprint(
         self,
         base: Mapping[str, Any],

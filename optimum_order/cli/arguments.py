@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -308,6 +309,28 @@ def reproducing(args: argparse.Namespace, order: str, format: str) -> str:
         words.append(action.option_strings[-1])
         if value is not True:
             words += map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
+
+
+def typed() -> str:
+    """Return the command line as it was typed, without a token and without folders of this machine.
+
+    Of a path that begins at the root or at a home only the last name stays.
+    """
+    words = [Path(sys.argv[0]).name]
+    secret = False
+    for word in sys.argv[1:]:
+        if secret or word.startswith("--token="):
+            words.append("TOKEN" if secret else "--token=TOKEN")
+            secret = False
+            continue
+        secret = word == "--token"
+        option, equals, value = word.partition("=")
+        if not word.startswith("--") or not equals:
+            option, equals, value = "", "", word
+        if value.startswith(("/", "~")):
+            value = Path(value).name
+        words.append(option + equals + value)
     return shlex.join(words)
 
 

@@ -159,6 +159,7 @@ examples:
             orders,
             self._folder,
             prefix_limit=self.args.prefix_limit,
+            command=arguments.typed(),
             **arguments.measurement(self.args),
         )
 

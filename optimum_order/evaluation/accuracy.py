@@ -20,6 +20,7 @@ class Accuracy(Metric):
     name = "accuracy"
     summary = "fraction of images whose most likely class is the true one, for image classifiers"
     higher_is_better = True
+    bounds = (0.0, 1.0)
 
     @classmethod
     def is_usual(cls, model: PreTrainedModel) -> bool:

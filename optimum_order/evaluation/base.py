@@ -109,6 +109,8 @@ class Metric(ABC):
     """Whether a better model has a higher value."""
     needs_reference: ClassVar[bool] = False
     """Whether the metric compares with the model before compression."""
+    bounds: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    """The least and the most that M of a sample can be."""
 
     def __init__(self, reference: PreTrainedModel | None = None) -> None:
         if self.needs_reference and reference is None:

@@ -29,7 +29,7 @@ more.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,18 @@ class Difference:
     def decisive(self) -> bool:
         """Whether the interval excludes 0, so that the sign is certain."""
         return self.low > 0 or self.high < 0
+
+    def within(self, low: float, high: float) -> Difference:
+        """Return the difference with its interval cut off where no difference can be.
+
+        A t interval over a handful of samples reaches beyond what is possible, such as -108 points
+        of accuracy. Cutting off the impossible leaves the coverage as it is.
+
+        Args:
+            low: The least that the difference can be.
+            high: The most that the difference can be.
+        """
+        return replace(self, low=max(self.low, low), high=min(self.high, high))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields and the verdict, ready for JSON."""

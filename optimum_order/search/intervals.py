@@ -55,6 +55,17 @@ def interval(metric: Metric, gaps: Tensor, over: str = "draws and samples") -> D
     return dataclasses.replace(difference_over_draws(gaps, confidence=CONFIDENCE), over=over)
 
 
+def possible(metric: Metric, gap: Difference) -> Difference:
+    """Return a gap in M without the part of its interval that lies beyond what M can be.
+
+    Args:
+        metric: M.
+        gap: M of one order less M of another.
+    """
+    low, high = metric.bounds
+    return gap.within(low - high, high - low)
+
+
 def jackknife(metric: Metric, whole: Tensor, reduced: Tensor) -> Difference:
     """Return a gap between two models with its interval over draws, layers and samples.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from optimum_order.engine.runner import Runner
 from optimum_order.errors import OrderError, unknown
 from optimum_order.order import Stage
+from optimum_order.search.intervals import possible
 from optimum_order.search.plan import Plan, permutations
 from optimum_order.search.strategies import auto, measure, pih, proxy
 from optimum_order.search.strategies.base import USUAL, Effort, Scoring, Task, Verdict
@@ -72,7 +73,7 @@ def plan(
         verdict.scored_by,
         strategy,
         scoring.metric.name,
-        verdict.difference,
+        verdict.difference and possible(scoring.metric, verdict.difference),
         verdict.decisive,
         verdict.reason,
         cost,

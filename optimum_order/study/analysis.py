@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from optimum_order.order import Order
+from optimum_order.study import choice
 from optimum_order.study.grid import REFERENCE
 from optimum_order.study.pairs import (
     Pair,
@@ -55,13 +56,18 @@ def summarize(trials: Trials) -> dict[str, Any]:
         groups[first, second, pair["simulated"]].append(pair)
     original = runs.rows.get((ORIGINAL, 0), {})
     settings = trials.settings
+    measure = _measure(settings.get("metric", "M"))
+    models = choice.models(runs, orders, settings)
     return {
         "settings": {"calibration": None} | settings | {"layers": len(settings.get("layers", ()))},
-        "measure": _measure(settings.get("metric", "M")),
+        "commands": trials.commands(),
+        "measure": measure,
         "confidence": CONFIDENCE,
         "draws": sorted({draw for order, draw in runs.rows if order != ORIGINAL}),
         "trials": _progress(trials, runs),
         "original": {key: original.get(key) for key in ("value", "performance", "bytes")},
+        "recommendation": choice.recommend(models, measure["metric"], original.get("bytes")),
+        "models": models,
         "orders": orders,
         "reference": {
             "method": REFERENCE,

@@ -1,9 +1,14 @@
-"""The pictures of a report, drawn from its summary: small, so that a telephone shows them too."""
+"""The pictures of a report, drawn from its summary: small, so that a telephone shows them too.
+
+Each is a PNG and an SVG, and comes with its numbers.
+"""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +25,18 @@ from optimum_order.study.trials import ORIGINAL
 try:
     import matplotlib
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize, SymLogNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, SymmetricalLogLocator
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+    from matplotlib.ticker import (
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullLocator,
+        SymmetricalLogLocator,
+    )
 except ImportError as error:
     raise missing_extra("study", error) from error
 
@@ -35,7 +49,9 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "figure.dpi": 100,
+    "hatch.linewidth": 0.6,
     "savefig.dpi": 180,
+    "svg.hashsalt": "optimum-order",  # the same picture gives the same file
     "text.parse_math": False,
 }
 # Of Okabe and Ito, whose colors the color-blind can tell apart.
@@ -50,9 +66,26 @@ _MOST_NUMBERS = 10
 """Rows or columns of a map up to which each cell has room for its number."""
 _LETTERS = 56
 """Letters of small type in the width of a picture."""
+_FEWEST = 5
+"""Pairs below which a panel would show no pattern: the tables show these."""
+_MOST_LABELS = 8
 
 Summary = Mapping[str, Any]
+Rows = Sequence[Mapping[str, Any]]
 _Item = TypeVar("_Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A drawing as files.
+
+    Args:
+        png: For screens.
+        svg: For print, sharp at every size.
+    """
+
+    png: bytes
+    svg: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +97,25 @@ class Picture:
         name: The name of the file, without ending.
         title: What the picture shows.
         caption: What is particular about it, or "".
-        png: The contents of the file.
+        image: What is drawn.
+        rows: The numbers that it shows.
     """
 
     section: str
     name: str
     title: str
     caption: str
-    png: bytes
+    image: Image
+    rows: Rows
+
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of its files by name."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self.rows for key in row)))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        contents = {"png": self.image.png, "svg": self.image.svg, "csv": text.getvalue().encode()}
+        return {f"{self.name}.{ending}": content for ending, content in contents.items()}
 
 
 def draw(summary: Summary) -> list[Picture]:
@@ -95,13 +139,68 @@ def group_name(group: Mapping[str, Any]) -> str:
     return " × ".join(group["methods"]) + (", off the grid" if group["simulated"] else "")
 
 
-def _png(height: float, draw: Callable[..., None], *arguments: Any) -> bytes:
+def _image(height: float, draw: Callable[..., None], *arguments: Any) -> Image:
     """Return what `draw(figure, ax, *arguments)` draws."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     draw(figure, figure.subplots(), *arguments)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Creator": None, "Date": None})
+    return Image(png.getvalue(), svg.getvalue())
+
+
+def _write_labels(figure: Figure, ax: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
+    """Write beside points what they are, as far as there is room: labels never overlap.
+
+    Args:
+        figure: The figure.
+        ax: Its axes, with everything else drawn.
+        labels: x, y and the text of each point, the most important first.
+    """
+    figure.draw_without_rendering()  # the layout decides where there is room
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    frame = ax.get_window_extent(renderer)
+    taken: list[Any] = []
+    right_sides = [(6, 4, "left"), (6, -10, "left")]
+    left_sides = [(-6, 4, "right"), (-6, -10, "right")]
+    sides = [*right_sides, *left_sides, (0, 9, "center"), (0, -15, "center")]
+    for x, y, text in labels:
+        for right, up, align in sides:
+            label = ax.annotate(
+                text,
+                (x, y),
+                (right, up),
+                textcoords="offset points",
+                ha=align,
+                fontsize=7.5,
+                zorder=1.9,
+            )
+            label.set_path_effects([withStroke(linewidth=2, foreground="white")])
+            label.set_in_layout(False)
+            box = label.get_window_extent(renderer)
+            inside = box.x0 >= frame.x0 and box.x1 <= frame.x1
+            inside = inside and box.y0 >= frame.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
+
+
+def _pair_rows(summary: Summary, pairs: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return the advantage of pairs, as the picture shows it."""
+    factor = summary["measure"]["factor"]
+    return [
+        {
+            "first": pair["first"],
+            "second": pair["second"],
+            "advantage": factor * pair["advantage"]["mean"],
+            "low": factor * pair["advantage"]["low"],
+            "high": factor * pair["advantage"]["high"],
+            "decisive": pair["advantage"]["decisive"],
+        }
+        for pair in pairs
+    ]
 
 
 def _slug(text: str) -> str:
@@ -142,7 +241,7 @@ def _intensities(summary: Summary) -> Iterator[Picture]:
         groups.insert(0, ("all pairs", "all", summary["all"], summary["pairs"]))
     for title, slug, figures, members in groups:
         pairs = [pair for pair in members if has_intensity(pair)]
-        if len(pairs) < 2:
+        if len(pairs) < _FEWEST:
             continue
         rho = figures["spearman"]
         text = "Spearman's rho: "
@@ -152,8 +251,12 @@ def _intensities(summary: Summary) -> Iterator[Picture]:
         text = text.replace("-", "−")
         bounds = f"; x is only a bound in {rho['bounds']} of them." if rho["bounds"] else "."
         caption = f"{text}, over {rho['pairs']} pairs{bounds}"
-        png = _png(3.5, _intensity, summary, pairs, text)
-        yield Picture("intensity", f"intensity-{slug}", title, caption, png)
+        image = _image(3.5, _intensity, summary, pairs, text)
+        rows = [
+            {**row, "x": pair["intensity"]["value"], "bound": pair["intensity"]["bound"]}
+            for row, pair in zip(_pair_rows(summary, pairs), pairs, strict=True)
+        ]
+        yield Picture("intensity", f"intensity-{slug}", title, caption, image, rows)
 
 
 def _intensity(
@@ -185,6 +288,11 @@ def _intensity(
     ax.set_xlabel("x = C*P − C*Q   (right: pruning is the stronger)")
     ax.set_ylabel(f"A(Q → P), {summary['measure']['difference']}")
     ax.set_title(text, fontsize=9, loc="left")
+    order = sorted(range(len(pairs)), key=lambda index: -abs(values[index]))[:_MOST_LABELS]
+    names = [f"{pairs[index]['first']}, {pairs[index]['second']}" for index in order]
+    shown = [textwrap.shorten(name, 26, placeholder="…") for name in names]
+    places = [(pairs[index]["intensity"]["value"], values[index]) for index in order]
+    _write_labels(figure, ax, [(x, y, name) for (x, y), name in zip(places, shown, strict=True)])
 
 
 # --- map of advantages -----------------------------------------------------------------------
@@ -197,13 +305,14 @@ def _maps(summary: Summary) -> Iterator[Picture]:
             sorted(dict.fromkeys(pair[end] for pair in pairs), key=_natural)
             for end in ("first", "second")
         )
-        if len(pairs) > 1 and len(rows) * len(columns) <= 3 * len(pairs):
-            png = _png(1.3 + 0.42 * min(len(rows), 12), _map, summary, pairs, rows, columns)
+        if len(pairs) >= _FEWEST and len(rows) * len(columns) <= 3 * len(pairs):
+            image = _image(1.3 + 0.42 * min(len(rows), 12), _map, summary, pairs, rows, columns)
             caption = "Here orange means that the stage below is better first, violet the other."
             if all(pair["prunes_and_quantizes"] for pair in pairs):
                 caption = ""
             title = group_name(group)
-            yield Picture("map", f"map-{_slug(title)}", title, caption, png)
+            data = _pair_rows(summary, pairs)
+            yield Picture("map", f"map-{_slug(title)}", title, caption, image, data)
 
 
 def _natural(text: str) -> list[tuple[int, float, str]]:
@@ -218,6 +327,15 @@ def _natural(text: str) -> list[tuple[int, float, str]]:
 def _knob(stage: str) -> str:
     value = Stage.parse(stage).value
     return stage if value is None else str(value)
+
+
+def _shared_scale(summary: Summary) -> Normalize:
+    """Return the scale of colors of every map, so that two maps can be compared."""
+    factor = summary["measure"]["factor"]
+    sizes = [abs(factor * pair["advantage"]["mean"]) for pair in summary["pairs"]]
+    most = max(sizes) or 1.0
+    linear = _linear_part(sizes)
+    return SymLogNorm(linear, vmin=-most, vmax=most) if linear else Normalize(-most, most)
 
 
 def _map(
@@ -235,20 +353,16 @@ def _map(
         cell = rows.index(pair["first"]), columns.index(pair["second"])
         grid[cell] = factor * pair["advantage"]["mean"]
         decisive[cell] = pair["advantage"]["decisive"]
-    sizes = np.abs(grid[np.isfinite(grid)])
-    most = float(sizes.max()) or 1.0
-    linear = _linear_part(sizes.tolist())
-    norm = SymLogNorm(linear, vmin=-most, vmax=most) if linear else Normalize(-most, most)
-    image = ax.imshow(grid, cmap=_SIGNS, norm=norm, aspect="auto")
+    norm = _shared_scale(summary)
+    image = ax.imshow(np.where(decisive, grid, np.nan), cmap=_SIGNS, norm=norm, aspect="auto")
+    for row, column in np.argwhere(np.isfinite(grid) & ~decisive):
+        corner = (column - 0.5, row - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, hatch="////", fc="#f2f2f2", ec="#c4c4c4", lw=0))
     if max(grid.shape) <= _MOST_NUMBERS:
         for row, column in np.argwhere(np.isfinite(grid)):
-            text = signed(grid[row, column])
-            if not decisive[row, column]:
-                text = f"({text})"
-            dark = abs(float(norm(grid[row, column])) - 0.5) > 0.32
-            _write_cell(ax, row, column, text, dark=dark, fontsize=8.5)
-    else:
-        _color_bar(figure, ax, image)
+            dark = abs(float(norm(grid[row, column])) - 0.5) > 0.32 and decisive[row, column]
+            _write_cell(ax, row, column, signed(grid[row, column]), dark=dark, fontsize=8.5)
+    _color_bar(figure, ax, image)
     ax.set_xticks(range(len(columns)), _thinned([_knob(stage) for stage in columns]))
     ax.set_yticks(range(len(rows)), _thinned([_knob(stage) for stage in rows]))
     ax.set_xlabel(Stage.parse(columns[0]).method)
@@ -343,9 +457,26 @@ def _sizes(summary: Summary) -> Iterator[Picture]:
         span = max(point.performance for point in front) - lowest or 1.0
         floor = lowest - 0.15 * span
         below = sum(point.performance < floor for point in points)
-        caption = f"{below} models far below the line lie outside the picture." if below else ""
-        png = _png(4.0, _size, summary, points, front, floor)
-        yield Picture("bytes", f"bytes-{family}", title, caption, png)
+        caption = f"{below} models that are much worse lie outside the picture." if below else ""
+        image = _image(4.0, _size, summary, points, front, floor)
+        rows = [
+            {
+                "order": point.name,
+                "kind": point.kind,
+                "bytes": point.size,
+                "shown": _shown(summary, point),
+                "front": point in front,
+            }
+            for point in points
+        ]
+        yield Picture("bytes", f"bytes-{family}", title, caption, image, rows)
+
+
+def _shown(summary: Summary, point: _Point) -> float:
+    """Return what the picture shows of a model: the perplexity of one that has one, else M."""
+    if summary["measure"]["metric"] == "perplexity":
+        return math.exp(-point.performance)
+    return float(summary["measure"]["factor"] * point.performance)
 
 
 def _size(
@@ -358,10 +489,9 @@ def _size(
 ) -> None:
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
     unit, name = next((unit, name) for unit, name in units if points[0].size >= unit or unit == 1)
-    factor = summary["measure"]["factor"]
     ax.plot(
         [point.size / unit for point in front],
-        [factor * point.performance for point in front],
+        [_shown(summary, point) for point in front],
         color=_GREY,
         lw=1.2,
         zorder=1,
@@ -371,7 +501,7 @@ def _size(
         if shown:
             ax.scatter(
                 [point.size / unit for point in shown],
-                [factor * point.performance for point in shown],
+                [_shown(summary, point) for point in shown],
                 90 if kind == "original" else 26,
                 color=color,
                 marker=marker,
@@ -382,9 +512,29 @@ def _size(
             )
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     ax.set_xlabel(f"weights on disk, {name}")
-    ax.set_ylabel(f"M: {summary['measure']['performance']}")
     ax.grid(color="#eeeeee")
+    if summary["measure"]["metric"] == "perplexity":
+        _log_axis(ax)
+        ax.set_ylabel("perplexity, logarithmic: lower is better")
+    else:
+        ax.set_ylabel(f"M: {summary['measure']['performance']}")
     _legend(figure, ncols=3, handletextpad=0.3, columnspacing=1)
+    labels = [
+        (point.size / unit, _shown(summary, point), textwrap.shorten(arrows(point.name), 30))
+        for point in front
+        if point.performance >= floor
+    ]
+    _write_labels(figure, ax, labels[:_MOST_LABELS])
+
+
+def _log_axis(ax: Axes) -> None:
+    """Make the axis of y logarithmic, with plain numbers however narrow its range."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    few: Any = MaxNLocator(6, steps=[1, 2, 5, 10])
+    ax.yaxis.set_major_locator(few if high < 8 * low else LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _legend(figure: Figure, **options: Any) -> None:
@@ -400,10 +550,16 @@ def _splits(summary: Summary) -> Iterator[Picture]:
         pairs.sort(
             key=lambda pair: (_natural(pair["first"]), _natural(pair["second"])), reverse=True
         )
+        if len(pairs) < _FEWEST:
+            continue
         for part, shown in _parts(pairs, 18):
             title = group_name(group) + part
-            png = _png(1.3 + 0.24 * len(shown), _split, shown)
-            yield Picture("split", f"split-{_slug(title)}", title, "", png)
+            image = _image(1.3 + 0.24 * len(shown), _split, shown)
+            rows = [
+                {"first": pair["first"], "second": pair["second"], **pair["split"]}
+                for pair in shown
+            ]
+            yield Picture("split", f"split-{_slug(title)}", title, "", image, rows)
 
 
 def _parts(items: Sequence[_Item], most: int) -> list[tuple[str, Sequence[_Item]]]:
@@ -461,9 +617,13 @@ def _correlations(summary: Summary) -> Iterator[Picture]:
             "would not correlate."
         )
         title = "Correlation of the blocks' errors"
-        yield Picture(
-            "correlation", "correlation", title, caption, _png(3.6, _correlation, figures)
-        )
+        image = _image(3.6, _correlation, figures)
+        rows = [
+            {"block": block + 1, "other": other + 1, "correlation": value}
+            for block, line in enumerate(figures["matrix"])
+            for other, value in enumerate(line)
+        ]
+        yield Picture("correlation", "correlation", title, caption, image, rows)
 
 
 def _correlation(figure: Figure, ax: Axes, figures: Mapping[str, Any]) -> None:
@@ -496,11 +656,16 @@ def _rankings(summary: Summary) -> Iterator[Picture]:
         entries = group["ranking"][:30]
         labels = [textwrap.wrap(arrows(entry["order"]), _LETTERS) for entry in entries]
         height = 0.9 + sum(0.22 + 0.16 * len(lines) for lines in labels)
-        png = _png(height, _ranking, summary, entries, labels)
+        image = _image(height, _ranking, summary, entries, labels)
         count = len(group["ranking"])
         caption = f"{count} of {group['permutations']} orders, the best first."
         title = ", ".join(group["stages"])
-        yield Picture("ranking", f"ranking-{number}", title, caption, png)
+        rows = [
+            {"order": entry["order"], "performance": entry["performance"]}
+            | {end: (entry["difference"] or {}).get(end) for end in ("mean", "low", "high")}
+            for entry in group["ranking"]
+        ]
+        yield Picture("ranking", f"ranking-{number}", title, caption, image, rows)
 
 
 def arrows(order: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from optimum_order.study.trials import Trials
 
 try:
     import jinja2
+    import markupsafe
 except ImportError as error:
     raise missing_extra("study", error) from error
 
@@ -27,6 +29,8 @@ SUMMARY = "summary.json"
 PLOTS = "plots"
 REPORT = "report.html"
 
+_SCRIPT = Path(__file__).with_name("report.js")
+"""Sorts tables. The page allows this script alone, by its digest."""
 _FEW = 5
 """Decisive pairs below which nothing is said about a rule."""
 
@@ -39,7 +43,8 @@ def write(trials: Trials, folder: str | Path) -> dict[str, Any]:
 
     Args:
         trials: The trials of the study.
-        folder: Gets trials.csv, summary.json, plots/*.png and report.html.
+        folder: Gets trials.csv, summary.json, report.html, and in plots each picture as PNG and SVG
+            with its numbers as CSV.
 
     Returns:
         The contents of summary.json.
@@ -54,10 +59,12 @@ def write(trials: Trials, folder: str | Path) -> dict[str, Any]:
     page = render(summary, pictures)
     try:
         (folder / PLOTS).mkdir(parents=True, exist_ok=True)
-        for stale in (folder / PLOTS).glob("*.png"):
-            stale.unlink()
+        for stale in (folder / PLOTS).iterdir():
+            if stale.suffix in (".png", ".svg", ".csv"):
+                stale.unlink()
         for picture in pictures:
-            (folder / PLOTS / f"{picture.name}.png").write_bytes(picture.png)
+            for name, drawn in picture.files().items():
+                (folder / PLOTS / name).write_bytes(drawn)
         _write_csv(trials, folder / CSV)
         for name, content in ((SUMMARY, text), (REPORT, page)):
             with files.atomic(folder / name) as partial:
@@ -324,22 +331,28 @@ def _rho(correlation: Mapping[str, Any]) -> str:
 
 # --- the page --------------------------------------------------------------------------------
 
+_BYTES = "bytes"
+"""The section of the pictures that stand beside the models, above all others."""
+_LEGEND = (
+    ("P, Q", "a stage that prunes, a stage that quantizes; P → Q applies P first"),
+    ("M", "the performance, higher is better: {performance}"),
+    ("A(Q → P)", "M of quantizing first less M of pruning first: above 0, quantize first"),
+    ("C*", "how strong a stage is alone: 1 − b/16, for {reference} does as well at b bits"),
+    ("x", "C* of P less C* of Q: above 0, the pruning is the stronger of the two"),
+)
+"""The symbols of the report, explained before the first of them is used."""
 _SECTIONS = {
+    "map": (
+        "The advantage of every pair",
+        "Orange: quantizing first is better. Violet: pruning first is. Hatched in grey: the "
+        "interval includes 0, so that neither is shown to be. All maps have one scale of colors.",
+    ),
     "intensity": (
         "Advantage against intensity",
         "A(Q → P) against x = C*P − C*Q, how much stronger pruning is than quantizing. The "
         "hypothesis says that pairs lie in the shaded quarters and rise to the right. A filled "
         "point is decisive, a line its interval, and of a triangle x is only known to lie beyond "
         "it. The scale of A is logarithmic away from 0 where sizes differ much.",
-    ),
-    "map": (
-        "The advantage of every pair",
-        "Orange: quantizing first is better. Violet: pruning first is. In brackets: the interval "
-        "includes 0.",
-    ),
-    "bytes": (
-        "Quality against bytes",
-        "Higher is better. The line joins the models that no other beats in both size and quality.",
     ),
     "split": (
         "Owner changes and interference",
@@ -379,6 +392,10 @@ def render(summary: Summary, pictures: Sequence[plots.Picture]) -> str:
         "scaled": lambda value: signed(summary["measure"]["factor"] * value),
         "size": files.size,
     }
+    script = _SCRIPT.read_text(encoding="utf-8").strip()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    measure = summary["measure"]
+    words = {"performance": measure["performance"], "reference": summary["reference"]["method"]}
     sections = [
         (title, text, [picture for picture in pictures if picture.section == key])
         for key, (title, text) in _SECTIONS.items()
@@ -388,6 +405,44 @@ def render(summary: Summary, pictures: Sequence[plots.Picture]) -> str:
         table=table(summary),
         findings=findings(summary),
         sections=[section for section in sections if section[-1]],
-        data=lambda picture: "data:image/png;base64," + base64.b64encode(picture.png).decode(),
-        advantage=summary["measure"]["difference"],
+        beside_models=[picture for picture in pictures if picture.section == _BYTES],
+        legend=[(symbol, text.format(**words)) for symbol, text in _LEGEND],
+        advice=advice(summary),
+        script=markupsafe.Markup(script),
+        script_digest=digest,
+        data=lambda picture: (
+            "data:image/png;base64," + base64.b64encode(picture.image.png).decode()
+        ),
+        advantage=measure["difference"],
+    )
+
+
+def advice(summary: Summary) -> str:
+    """Return which model to take, and why, in plain language.
+
+    Args:
+        summary: From `analysis.summarize`.
+    """
+    recommendation = summary["recommendation"]
+    if recommendation is None:
+        return (
+            "No model can be recommended: none that stock transformers loads is smaller than the "
+            "original and was measured beside it."
+        )
+    model = recommendation["model"]
+    loss = model["loss"]
+    share = _percent(model["bytes"] / recommendation["original_bytes"])
+    tolerance = _scaled(summary, recommendation["tolerance"])
+    lost = f"{_scaled(summary, max(loss['mean'], 0.0))} [{_interval(summary, loss)}]"
+    text = f"{files.size(model['bytes'])}, {share} of the original, for a loss of {lost}"
+    value = model["value"]
+    before = summary["original"]["value"]
+    if value is not None and before is not None:
+        metric = summary["measure"]["metric"]
+        text += f": {metric} {_number(value, '.4g')}, that of the original {_number(before, '.4g')}"
+    if recommendation["within"]:
+        return f"{text}. It is the smallest model here that loses at most {tolerance}."
+    return (
+        f"{text}. No smaller model here loses as little as {tolerance}; this one loses least. More "
+        "bits or less pruning would lose less."
     )

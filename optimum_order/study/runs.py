@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from optimum_order import evaluation
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.order import Order
 from optimum_order.study.grid import draws_matter
@@ -31,6 +33,8 @@ class Runs:
     def __init__(self, trials: Trials):
         self.rows = trials.rows("trials")
         self.names = list(dict.fromkeys(order for order, _ in self.rows if order != ORIGINAL))
+        metric = evaluation.available().get(trials.settings.get("metric", ""))
+        self._bounds = (-math.inf, math.inf) if metric is None else metric.bounds
         self._draws: dict[str, set[int]] = {name: set() for name in [*self.names, ORIGINAL]}
         for (order, draw), row in self.rows.items():
             if row["performance"] is not None:
@@ -95,8 +99,20 @@ class Runs:
             ]
             sums.append(sum(terms[1:], terms[0]))
         difference = difference_over_draws(torch.stack(sums), confidence=CONFIDENCE)
+        difference = difference.within(*self._possible(weights.values()))
         calibrated = not all(map(_is_fixed, weights))
         return difference.as_dict() | {"draws": draws, "calibrated": calibrated}
+
+    def _possible(self, weights: Iterable[float]) -> tuple[float, float]:
+        """Return the least and the most that a weighted sum of M can be."""
+        low, high = self._bounds
+        least = 0.0
+        most = 0.0
+        for weight in filter(None, weights):
+            ends = sorted((weight * low, weight * high))
+            least += ends[0]
+            most += ends[1]
+        return least, most
 
 
 @functools.cache

@@ -63,13 +63,13 @@ class Trials:
             key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)
         ]
         # the settings that people choose first
-        differing.sort(key=lambda key: key == "weights" or key.endswith("digest"))
+        differing.sort(key=_weight)
         first, *others = differing
         more = f" ({', '.join(others)} differ too)" if others else ""
         raise OutputError(
             f"'{self.folder / TRIALS}' holds the trials of another study: '{first}' is "
             f"{_brief(before.get(first))} there and {_brief(now.get(first))} now{more}. Choose "
-            "another folder, or the same model and settings."
+            f"another folder, or {_advice(first)}."
         )
 
     @classmethod
@@ -114,6 +114,24 @@ class Trials:
                 "has made."
             ) from error
 
+    def note_command(self, command: str) -> None:
+        """Store a command that ran a part of the study, for the report."""
+        with self._transaction():
+            self._db.execute("CREATE TABLE IF NOT EXISTS commands (command TEXT PRIMARY KEY)")
+            self._db.execute("INSERT OR IGNORE INTO commands VALUES (?)", (command,))
+
+    def commands(self) -> list[str]:
+        """Return the commands that ran the study, oldest first."""
+        if not self._has("commands"):
+            return []
+        rows = self._db.execute("SELECT command FROM commands ORDER BY rowid")
+        return [command for (command,) in rows]
+
+    def _has(self, table: str) -> bool:
+        """Return whether the file has a table, as those of earlier versions may not."""
+        tables = self._db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,))
+        return tables.fetchone() is not None
+
     def _stored(self) -> dict[str, Any]:
         rows = self._db.execute("SELECT key, value FROM settings")
         return {key: json.loads(value) for key, value in rows}
@@ -125,8 +143,7 @@ class Trials:
 
     def planned(self) -> list[tuple[str, int]]:
         """Return (order, draw) of every trial that was ever planned."""
-        tables = self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'planned'")
-        if not tables.fetchone():
+        if not self._has("planned"):
             return []
         return self._db.execute("SELECT orders, draw FROM planned ORDER BY rowid").fetchall()
 
@@ -183,6 +200,23 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
+
+
+def _weight(setting: str) -> int:
+    """Return a key that sorts the settings that people choose before all others."""
+    if setting == "weights" or setting.endswith("digest"):
+        return 2
+    return int(setting.startswith("versions."))
+
+
+def _advice(setting: str) -> str:
+    """Return what to do about a setting that differs."""
+    if setting.startswith("versions."):
+        package = setting.removeprefix("versions.").replace("_", "-")
+        return f"the version of {package} that the study began with"
+    if setting == "threads":
+        return "the same number of threads (--num-threads)"
+    return "the same model and settings"
 
 
 def _brief(value: Any) -> str:

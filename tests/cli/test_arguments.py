@@ -5,6 +5,7 @@ import ast
 import inspect
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,14 @@ def test_no_message_names_a_keyword_without_its_option():
             if keyword.search(in_options(text)):
                 wrong.append(f"{file.name}:{node.lineno}: {in_options(text)}")
     assert wrong == []
+
+
+def test_what_was_typed_is_shown_without_tokens_and_folders(monkeypatch):
+    words = ["/usr/bin/optimum-order", "study", "/home/me/model", "out", "--token", "hf_secret"]
+    words += ["--token=hf_secret", "--calibration=/data/x.txt", "--orders", "~/o o.txt"]
+    words += ["--quantizers", "gptq(group_size=64)", "--evaluate", "builtin"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert arguments.typed() == (
+        "optimum-order study model out --token TOKEN --token=TOKEN --calibration=x.txt --orders "
+        "'o o.txt' --quantizers 'gptq(group_size=64)' --evaluate builtin"
+    )

@@ -57,6 +57,8 @@ def test_a_grid_is_run_and_reported(program, arguments, studied, tmp_path):
         summary["pairs"] = {tuple(pair["orders"]): pair for pair in summary["pairs"]}
     assert result["summary"]["pairs"] == expected["pairs"]
     assert result["summary"]["settings"] == expected["settings"]
+    assert {"versions", "dtype", "device", "threads"} <= set(expected["settings"])
+    assert len(result["summary"]["commands"]) == 1 and not expected["commands"]
     assert done.err.count("100%") >= 1
     assert "Loading weights" not in done.err and "Writing" not in done.err
 

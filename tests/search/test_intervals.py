@@ -6,7 +6,7 @@ import torch
 from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import Difference
 from optimum_order.evaluation.perplexity import Perplexity
-from optimum_order.search.intervals import extrapolate, interval, jackknife, student
+from optimum_order.search.intervals import extrapolate, interval, jackknife, possible, student
 
 
 def tensor(*values):
@@ -102,3 +102,9 @@ def test_errors_that_are_as_close_as_some_that_misled_are_not_decisive():
         assert not extrapolate(certain, around(ratio, 0.0)).decisive
     for ratio in (0.15, 0.3):
         assert extrapolate(certain, around(ratio, 0.0)).decisive
+
+
+def test_a_gap_never_reaches_beyond_what_the_metric_can_be():
+    wide = Difference(-0.23, -1.08, 0.62, "samples", 0.95)
+    assert possible(Accuracy(), wide) == Difference(-0.23, -1.0, 0.62, "samples", 0.95)
+    assert possible(Perplexity(), wide) == wide

@@ -3,8 +3,10 @@
 import io
 import random
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -15,33 +17,40 @@ def pair(first, second, mean, decisive):
     return {"first": first, "second": second, "advantage": {"mean": mean, "decisive": decisive}}
 
 
-def draw_map(pairs, rows, columns, factor=1.0):
+def draw_map(pairs, rows, columns, factor=1.0, others=()):
     """Return the axes of a map."""
     figure = Figure()
     ax = figure.subplots()
-    summary = {"measure": {"factor": factor, "difference": "log-perplexity"}}
+    measure = {"factor": factor, "difference": "log-perplexity"}
+    summary = {"measure": measure, "pairs": [*pairs, *others]}
     plots._map(figure, ax, summary, pairs, rows, columns)
     return ax
 
 
-def test_each_cell_of_a_map_has_its_number_in_brackets_unless_it_is_decisive():
+def test_each_cell_of_a_map_has_its_number_and_a_color_where_it_is_decisive():
     rows = ["wanda:0.3", "wanda:0.5"]
     columns = ["rtn:2", "rtn:4"]
     pairs = [pair("wanda:0.5", "rtn:2", -0.25, True), pair("wanda:0.3", "rtn:4", 0.012, False)]
     ax = draw_map(pairs, rows, columns, factor=100.0)
     texts = {text.get_position(): text.get_text() for text in ax.texts}
-    assert texts == {(0, 1): "−25", (1, 0): "(+1.2)"}
+    assert texts == {(0, 1): "−25", (1, 0): "+1.2"}
     colors = ax.images[0].get_array().filled(np.nan)
     assert colors[1, 0] == -25
-    assert colors[0, 1] == pytest.approx(1.2)
-    assert np.isnan(colors[[0, 1], [0, 1]]).all()
+    assert np.isnan(colors[[0, 1, 0], [0, 1, 1]]).all()
+    (hatched,) = ax.patches
+    assert hatched.get_hatch() and hatched.get_xy() == (0.5, -0.5)
+    assert len(ax.figure.axes) == 2, "a bar of colors"
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["0.3", "0.5"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("rtn", "wanda")
 
 
 def test_both_signs_are_as_far_from_the_middle_of_the_colors():
-    ax = draw_map([pair("wanda:0.3", "rtn:4", 0.5, True)], ["wanda:0.3"], ["rtn:4"])
+    pairs = [pair("wanda:0.3", "rtn:4", 0.5, True)]
+    ax = draw_map(pairs, ["wanda:0.3"], ["rtn:4"])
     assert ax.images[0].get_clim() == (-0.5, 0.5)
+    others = [pair("sparsegpt:0.3", "rtn:4", -0.7, True)]
+    ax = draw_map(pairs, ["wanda:0.3"], ["rtn:4"], others=others)
+    assert ax.images[0].get_clim() == (-0.7, 0.7), "one scale for the maps of all methods"
 
 
 def test_a_map_with_many_cells_has_colors_only_and_no_crowd_of_labels():
@@ -92,8 +101,41 @@ def test_models_are_of_the_kind_that_their_stages_make_them():
 
 
 def test_a_picture_is_a_png_that_is_the_same_every_time():
-    drawn = [plots._png(2.0, lambda figure, ax: ax.plot([0, 1], [0, 1])) for _ in range(2)]
+    with matplotlib.rc_context(plots._STYLE):
+        drawn = [plots._image(2.0, lambda figure, ax: ax.plot([0, 1], [0, 1])) for _ in range(2)]
     assert drawn[0] == drawn[1]
-    with Image.open(io.BytesIO(drawn[0])) as image:
+    assert b"<svg" in drawn[0].svg and b"dc:date" not in drawn[0].svg
+    with Image.open(io.BytesIO(drawn[0].png)) as image:
         assert image.format == "PNG"
         assert "Software" not in image.info
+
+
+def test_labels_never_overlap_and_stay_inside():
+    figure = Figure()
+    ax = figure.subplots()
+    ax.plot([0, 1, 0.5, 0.5, 0.5], [0, 1, 0.5, 0.5, 0.5], "o")
+    points = [(0.5, 0.5, f"model {number} > gptq:4") for number in range(9)] + [(1, 1, "corner")]
+    plots._write_labels(figure, ax, points)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in ax.texts]
+    assert 3 <= len(boxes) < 10, "as many as there is room for"
+    frame = ax.get_window_extent(renderer)
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        assert frame.x0 <= box.x0 and box.x1 <= frame.x1
+    assert ax.texts[-1].get_text() == "corner"
+
+
+@pytest.mark.parametrize("most", [1.2, 400.0])
+def test_perplexity_has_a_logarithmic_axis_with_plain_numbers(most):
+    figure = Figure()
+    ax = figure.subplots()
+    ax.plot([0, 1], [20.0, 20 * most])
+    plots._log_axis(ax)
+    FigureCanvasAgg(figure).draw()
+    assert ax.get_yscale() == "log"
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+    labels = [ax.yaxis.get_major_formatter()(tick) for tick in ticks]
+    assert len(ticks) >= 3
+    assert [float(label) for label in labels] == pytest.approx(ticks)

@@ -85,3 +85,26 @@ def test_a_broken_trial_has_no_draw(make_trials):
     assert runs.draws("rtn:2") == []
     assert runs.overall("rtn:2") is None
     assert runs.finished("rtn:2") == []
+
+
+def test_an_interval_holds_only_what_can_be(store_trials, tmp_path):
+    """Two draws and a t interval reach far beyond 100 points of accuracy."""
+    scores = {
+        "wanda:0.5": [[1.0, 0.0], [0.0, 0.0]],
+        "gptq:4": [[0.0, 0.0], [1.0, 1.0]],
+        "wanda:0.3": [[0.5, 0.0], [0.0, 0.5]],
+    }
+    ends = {}
+    for metric in ("fidelity", "accuracy"):
+        runs = Runs(store_trials(tmp_path / metric, scores, metric=metric))
+        for weights in (
+            {"wanda:0.5": 1, "gptq:4": -1},
+            {"wanda:0.5": 1, "gptq:4": -0.5, "wanda:0.3": -0.5},
+        ):
+            contrast = runs.contrast(weights)
+            ends[metric, len(weights)] = (contrast["low"], contrast["high"])
+            assert contrast["low"] <= contrast["mean"] <= contrast["high"]
+    assert all(
+        low < -1.5 and high > 1.5 for low, high in (ends["fidelity", 2], ends["fidelity", 3])
+    )
+    assert ends["accuracy", 2] == ends["accuracy", 3] == (-1, 1)

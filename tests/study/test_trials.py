@@ -41,6 +41,26 @@ def test_the_error_names_what_people_chose_before_digests(tmp_path):
     assert len(message) < 400
 
 
+def test_a_study_does_not_go_on_with_another_version_or_machine(tmp_path):
+    settings = {"model": "m", "threads": 2, "versions": {"torch": "2.13.0", "optimum_order": "0.2"}}
+    Trials(tmp_path, settings).plan([("rtn:4", 0)])
+    for change, advice in [
+        ({"threads": 4}, r"'threads' is 2 there and 4 now.*--num-threads"),
+        ({"versions": settings["versions"] | {"torch": "2.14.0"}}, r"the version of torch that"),
+        ({"threads": 4, "model": "n"}, r"'model' is 'm'.*\(threads differ too\).*the same model"),
+    ]:
+        with pytest.raises(OutputError, match=advice):
+            Trials(tmp_path, settings | change)
+
+
+def test_commands_are_kept_each_once(tmp_path):
+    trials = Trials(tmp_path, {})
+    assert trials.commands() == []
+    for command in ("study a", "study b", "study a"):
+        trials.note_command(command)
+    assert Trials.open(tmp_path).commands() == ["study a", "study b"]
+
+
 def test_rows_are_stored_all_or_none(tmp_path):
     trials = Trials(tmp_path, {})
     with pytest.raises(OutputError):
