@@ -346,6 +346,7 @@ class Session:
             "architecture": type(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "digest": weights_digest(tensors),
+            **self.source.card,
             **({"adapter": self.source.adapter} if self.source.adapter else {}),
             **({"remote_code": True} if getattr(model.config, "auto_map", None) else {}),
             **({"continues": continues["digest"]} if continues else {}),

@@ -20,6 +20,7 @@ from optimum_order.data.splits import SHORTCUTS
 from optimum_order.data.text import LITERATURE
 from optimum_order.errors import missing_extra
 from optimum_order.files import size
+from optimum_order.formats import engines
 from optimum_order.models.source import EMBEDDED
 
 Manifest = Mapping[str, Any]
@@ -35,7 +36,7 @@ _TASKS = {
     "AutoModel": "feature-extraction",
 }
 _OURS = {"base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "model-index"}
-_PANELS_IN_A_ROW = 3
+_PLOT_WIDTH = 4.2  # inches
 _MOST_KINDS = 10
 _MANY_BLOCKS = 16
 _LONGEST_TITLE = 44
@@ -46,7 +47,8 @@ _COLORS = (
     *("#8C564B", "#7F7F7F", "#9467BD"),
 )
 _MARKERS = "osD^vP*Xhd"
-_WIDEST_DIAGRAM = 100
+_WIDEST_DIAGRAM = 46
+"""Letters that a telephone shows in a line of a card."""
 _ARROW = ("   ", " → ", "   ", "   ")
 _STYLE: Any = {
     "font.size": 9,
@@ -120,6 +122,7 @@ def make(
         base=_base(manifest["base_model"]),
         diagram=diagram(manifest),
         figures=_figures(manifest),
+        serving=_serving(manifest, repo_id, codec) if task == "text-generation" else [],
         stages=_stages(manifest),
         plot=PLOT,
         command=command(manifest),
@@ -150,6 +153,9 @@ def _metadata(manifest: Manifest, title: str, task: str | None) -> ModelCardData
         # "quantized" is the nearest of the Hub's relations for a model that is pruned as well, but
         # not for one that is only pruned; there is none for that.
         base_model_relation="quantized" if quantized and _on_hub(base) else None,
+        license=base.get("license"),
+        license_name=base.get("license_name"),
+        language=base.get("language"),
         library_name="transformers",
         pipeline_tag=task,
         tags=[
@@ -200,6 +206,52 @@ def is_public(source: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]*)*", source, re.ASCII))
 
 
+def _serving(manifest: Manifest, repo_id: str, codec: type[formats.Codec]) -> list[tuple[str, str]]:
+    """Return for each engine how it serves the model, or that it does not.
+
+    Args:
+        manifest: The manifest of the artifact.
+        repo_id: Where the model will be.
+        codec: Its format.
+    """
+    vllm = engines.engine("vllm")
+    text = f"was not seen to load these layers as `{codec.name}`: tried was {vllm.title}."
+    if all(map(vllm.loads, _cases(manifest))):
+        text = f"`vllm serve {repo_id}`. {vllm.title} was seen to load such layers."
+    rows = [("vLLM", text)]
+    text = (
+        f"reads GGUF. `optimum-order convert {repo_id} OUTPUT --format gguf` writes such a file "
+        "with the same values, where GGUF can hold them."
+    )
+    if codec.gguf_file:
+        text = f"`llama-server -hf {repo_id}`, or the code above."
+    rows.append(("llama.cpp", text))
+    text = "`transformers serve`, or the code above."
+    if codec.import_first:
+        return [("transformers", f"the code above; it alone imports `{codec.import_first}`.")]
+    return [*rows, ("transformers", text)]
+
+
+def _cases(manifest: Manifest) -> list[engines.Case]:
+    """Return all that an engine must have been seen to load, as far as a manifest tells."""
+    layers = manifest["layers"].values()
+    name = manifest["format"]
+    widths = {(layer["bits"], layer["group_size"]) for layer in layers if layer["bits"] < 16}
+    if name == "dense" or not widths:
+        return [engines.Case(name)]
+    signs = (True, False) if name == "gptq" else (True,)
+    cases = [
+        engines.Case(name, "", bits, group or -1, symmetric)
+        for bits, group in sorted(widths, key=str)
+        for symmetric in signs
+    ]
+    if len({bits for bits, _ in widths}) > 1:
+        cases.append(engines.Case(name, engines.SEVERAL))
+    elif len(widths) > 1:
+        cases.append(engines.Case(name, engines.SEVERAL_GROUPS))
+    return cases
+
+
 def _base(base: Mapping[str, Any]) -> str:
     name = f"`{base['id']}`"
     if _on_hub(base):
@@ -232,7 +284,7 @@ def diagram(manifest: Manifest) -> str:
             lines = drawn
             continue
         with_arrow = [f"{arrow}{part}" for arrow, part in zip(_ARROW, drawn, strict=True)]
-        if len(lines[-4]) + width > _WIDEST_DIAGRAM:
+        if len(lines[-4]) + len(with_arrow[0]) > _WIDEST_DIAGRAM:
             lines += with_arrow
         else:
             lines[-4:] = [line + part for line, part in zip(lines[-4:], with_arrow, strict=True)]
@@ -350,6 +402,10 @@ def _speed(manifest: Manifest) -> dict[str, Any]:
         "sparsity": manifest["sparsity"],
         "patterns": [] if None in patterns else sorted(patterns),
         "saved": saved,
+        "same_bytes": bool(manifest["sparsity"])
+        and not manifest.get("smaller")
+        and formats.available()[manifest["format"]].stock,
+        "bytes": size(manifest["bytes"]["after"]),
         "quantized": bits < 16,
     }
 
@@ -456,16 +512,14 @@ def plot(manifest: Manifest) -> bytes:
         block, kind = _place(name)
         kinds[kind].append((block, layer))
     panels = _panels(manifest)
-    columns = min(len(panels), _PANELS_IN_A_ROW)
-    rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(_STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.05)
-        figure = Figure((3.8 * columns, 2.8 * rows + 0.7), 160, facecolor="white", layout=layout)
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis, panel in zip(axes, panels, strict=False):
+        # one below the other: a telephone shows this width at the size of its own letters
+        height = 2.2 * len(panels) + 0.7
+        figure = Figure((_PLOT_WIDTH, height), 160, facecolor="white", layout=layout)
+        axes = figure.subplots(len(panels), 1, squeeze=False).flatten()
+        for axis, panel in zip(axes, panels, strict=True):
             _draw(axis, panel, kinds)
-        for axis in axes[len(panels) :]:
-            axis.remove()
         handles, labels = axes[0].get_legend_handles_labels()
         letters = int(_LETTERS_IN_AN_INCH * figure.get_figwidth())
         in_a_row = max(1, letters // (max(map(len, labels)) + 7))

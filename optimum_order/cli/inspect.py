@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command, printable
 from optimum_order.cli.tables import arrows, console, metric_values, outcome_rows
 from optimum_order.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _MOST_LINES = 8
 
@@ -22,8 +25,8 @@ class InspectCommand(Command):
     summary = "show what was done to a saved model, and what it cost"
     description = """\
 Show what was done to a saved model: base model, order, metrics and bytes
-before and after, a table of its layers, and whether 'optimum-order verify'
-confirms all of it. Exit code 1 if not.
+before and after, its layers in a line, and whether 'optimum-order verify'
+confirms all of it. Exit code 1 if not. --layers shows each layer.
 """
     json_help = (
         "print the whole manifest as one JSON object, and under 'problems' the result of verify"
@@ -32,6 +35,11 @@ confirms all of it. Exit code 1 if not.
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         arguments.saved_model(parser)
+        parser.add_argument(
+            "--layers",
+            action="store_true",
+            help="show a table of all layers first, with the error that each stage added",
+        )
         parser.add_argument(
             "--no-verify",
             action="store_true",
@@ -64,18 +72,11 @@ confirms all of it. Exit code 1 if not.
         from rich.text import Text
 
         screen = console()
-        table = Table()
-        # the beginning that all names share is printed once, so that a row fits into 80 columns
-        names = [row[0] for row in self._layers]
-        shared = os.path.commonprefix(names).rpartition(".")[0]  # noqa: RUF071 (no paths)
-        table.add_column(printable(f"{shared}.") if shared else "layer", overflow="fold")
-        for column in ("shape", "bits", "group", "pruned", "error by stage"):
-            table.add_column(column, justify="right")
-        for name, *cells in self._layers:
-            table.add_row(*map(printable, (name[len(shared) + 1 :] if shared else name, *cells)))
-        screen.print(table)
+        if self.args.layers:
+            screen.print(self._layer_table())
         problems = result["problems"] or []
-        for lines, style in ((self._notes, None), (problems, "red")):
+        notes = self._notes if self.args.layers else []
+        for lines, style in ((notes, None), (problems, "red")):
             for line in lines[:_MOST_LINES]:
                 screen.print(printable(line), style=style, soft_wrap=True)
             if len(lines) > _MOST_LINES:
@@ -85,12 +86,29 @@ confirms all of it. Exit code 1 if not.
         table = Table(show_header=False)
         for row in self._overview:
             table.add_row(*map(printable, row))
+        if self._notes and not self.args.layers:
+            table.add_row("notes", f"{len(self._notes)} on layers: --layers shows them")
         if result["problems"] is not None:
             count = len(problems)
             no = f"no: {problems[0]}" if count == 1 else f"no: {count} differences"
             verdict = Text(no, "bold red") if problems else Text("yes", "bold green")
             table.add_row("verifies", verdict)
         screen.print(table)
+
+    def _layer_table(self) -> Table:
+        """Return a table of all layers."""
+        from rich.table import Table
+
+        table = Table()
+        # the beginning that all names share is printed once, so that a row fits into 80 columns
+        names = [row[0] for row in self._layers]
+        shared = os.path.commonprefix(names).rpartition(".")[0]  # noqa: RUF071 (no paths)
+        table.add_column(printable(f"{shared}.") if shared else "layer", overflow="fold")
+        for column in ("shape", "bits", "group", "pruned", "error by stage"):
+            table.add_column(column, justify="right")
+        for name, *cells in self._layers:
+            table.add_row(*map(printable, (name[len(shared) + 1 :] if shared else name, *cells)))
+        return table
 
 
 def _overview_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -103,6 +121,7 @@ def _overview_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("schedule", manifest["schedule"]),
         ("format", manifest["format"]),
         ("loads with", ", ".join(("transformers", *_packages(manifest)))),
+        ("layers", _layers_in_a_line(manifest["layers"])),
         *outcome_rows({**manifest, "metrics": metric_values(manifest["metrics"])}),
     ]
 
@@ -115,6 +134,18 @@ def _packages(manifest: Mapping[str, Any]) -> Sequence[str]:
         return [str(package) for package in manifest["requires"]]
     codec = formats.available().get(manifest["format"])
     return () if codec is None else codec.packages
+
+
+def _layers_in_a_line(layers: Mapping[str, Any]) -> str:
+    """Return how many layers there are, how wide their codes are, and which lost most."""
+    bits = sorted({layer["bits"] for layer in layers.values()})
+    widths = f"{bits[0]}" if len(bits) == 1 else f"{bits[0]} to {bits[-1]}"
+    errors = {
+        name: sum(stage["relative_error"] for stage in layer["stages"])
+        for name, layer in layers.items()
+    }
+    worst = max(errors, key=errors.__getitem__)
+    return f"{len(layers)} of {widths} bits, most error in {worst} ({errors[worst]:.2g})"
 
 
 def _layer_rows(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:

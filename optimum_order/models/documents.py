@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub.repocard import metadata_load
+
 from optimum_order.files import is_folder, is_plain
 from optimum_order.models import hf
 
@@ -50,6 +53,11 @@ _HUB_NAMES = _NAMES[:9]
 _IN_MODULE = ("config.json", "model.safetensors", *_NAMES[9:])
 """Files of a module of sentence-transformers."""
 _PICKLED = "pytorch_model.bin"
+_CARD = "README.md"
+_MOST_CARD = 10**6
+_MOST_LANGUAGES = 200
+_WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
+"""The name of a license or of a language."""
 _PLAIN = re.compile(r"\w[\w.-]*")
 """A name that leads nowhere else."""
 
@@ -98,6 +106,41 @@ def documents(path: str, hub: Mapping[str, Any], config: Any) -> dict[str, Path]
                     _PICKLED,
                 )
     return files
+
+
+def card_facts(path: str, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the license and the languages of a model, as its card states them.
+
+    A card is text of anybody: only short plain words are taken.
+
+    Args:
+        path: A folder or a Hub id.
+        hub: As in `documents`.
+    """
+    if is_folder(path):
+        file: str | None = str(Path(path, _CARD)) if _is_file(Path(path, _CARD)) else None
+    else:
+        place = {name: hub[name] for name in ("revision", "token")}
+        cache = hub.get("cache_dir")
+        file = hf.cached_file(path, _CARD, required=False, cache_dir=cache, **place)
+    try:
+        if file is None or Path(file).stat().st_size > _MOST_CARD:
+            return {}
+        metadata = metadata_load(file) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    facts = {
+        name: metadata[name]
+        for name in ("license", "license_name")
+        if isinstance(metadata.get(name), str) and _WORD.fullmatch(metadata[name])
+    }
+    languages = metadata.get("language")
+    languages = [languages] if isinstance(languages, str) else languages
+    if not isinstance(languages, list) or not 0 < len(languages) <= _MOST_LANGUAGES:
+        return facts
+    if all(isinstance(word, str) and _WORD.fullmatch(word) for word in languages):
+        facts["language"] = languages
+    return facts
 
 
 def _is_file(file: Path) -> bool:

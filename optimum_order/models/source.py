@@ -26,7 +26,7 @@ from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, c
 from optimum_order.files import digest, is_folder, size, special, weight_bytes
 from optimum_order.layers.state import LayerState, tensor_bytes
 from optimum_order.models import hf
-from optimum_order.models.documents import documents
+from optimum_order.models.documents import card_facts, documents
 from optimum_order.models.lazy import Unloaded, Weights, planned
 
 logger = logging.getLogger(__name__)
@@ -299,6 +299,11 @@ class Checkpoint:
         """Files beside the model that go with it, by their path in the folder."""
         return documents(self._path, self._hub, self.config)
 
+    @functools.cached_property
+    def card(self) -> dict[str, Any]:
+        """The license and the languages, as the model's card states them."""
+        return card_facts(self._path, self._hub)
+
     @property
     def _runs_code(self) -> bool:
         return bool(self._hub["trust_remote_code"] and getattr(self.config, "auto_map", None))
@@ -375,6 +380,7 @@ class InMemory:
     targets: ClassVar[None] = None
     ignore: ClassVar[None] = None
     documents: ClassVar[Mapping[str, Path]] = {}
+    card: ClassVar[Mapping[str, Any]] = {}
     processor_error: ClassVar[ModelError | None] = None
     """A model in memory is all there is."""
 

@@ -85,6 +85,36 @@ def test_a_base_model_is_named_only_if_it_is_on_the_hub(facts):
     assert "base_model_relation" not in data_of(facts).to_dict()
 
 
+def test_license_and_languages_are_those_of_the_base_model(facts):
+    facts["base_model"] |= {"license": "apache-2.0", "language": ["en", "de"]}
+    data = data_of(facts).to_dict()
+    assert (data["license"], data["language"]) == ("apache-2.0", ["en", "de"])
+    data = data_of(facts, metadata={"license": "mit"}).to_dict()
+    assert data["license"] == "mit", "what people wrote stays"
+
+
+def test_each_engine_is_named_with_what_serves_the_model_there(facts):
+    text = text_of(facts)
+    assert "- vLLM: `vllm serve me/small`. vllm" in text and "was seen to load such layers" in text
+    assert "`optimum-order convert me/small OUTPUT --format gguf`" in text
+    for layer in facts["layers"].values():
+        layer["bits"] = 3
+    assert "- vLLM: was not seen to load these layers as `compressed-tensors`" in text_of(facts)
+    facts["format"] = "gguf"
+    assert "- llama.cpp: `llama-server -hf me/small`" in text_of(facts)
+    facts["format"] = "sparse"
+    text = text_of(facts)
+    assert "vLLM" not in text and "it alone imports `optimum_order`" in text
+    assert "To serve it" not in text_of(facts, AutoModel)
+
+
+def test_the_same_bytes_without_pruning_are_named(facts):
+    words = f"**The same order without its pruning takes the same {size(facts['bytes']['after'])}**"
+    assert words in text_of(facts)
+    assert words not in text_of(facts | {"format": "sparse"}), "where zeros save bytes"
+    assert words not in text_of(facts | {"sparsity": 0.0})
+
+
 def test_a_public_dataset_is_named_as_the_hub_names_it(facts):
     facts["metrics"]["perplexity"]["after"]["source"] = "org/text:raw:test"
     (result,) = data_of(facts).eval_results
@@ -105,8 +135,9 @@ def test_what_people_added_stays_and_what_is_ours_is_new(stated):
 
 def test_the_order_is_drawn_and_every_stage_is_in_the_table(stated):
     drawn = card.diagram(stated).split("\n")
-    assert len(drawn) == 4 and len({len(line) for line in drawn}) == 1
-    boxes = [box.strip(" │") for box in drawn[1].split(" → ")]
+    assert len(drawn) % 4 == 0 and max(map(len, drawn)) <= 46, "as wide as a telephone shows"
+    names = " ".join(drawn[1::4]).split("│")
+    boxes = [box.strip() for box in names if box.strip(" →")]
     assert boxes == [stated["base_model"]["id"], "wanda:0.5", "gptq:4", "compressed-tensors"]
     text = text_of(stated)
     assert card.diagram(stated) in text
@@ -252,12 +283,13 @@ def picture(facts):
 def test_the_plot_shows_each_stage_and_reads_on_any_background(facts):
     first = picture(facts)
     height, width, _ = first.shape
-    assert width > 2.5 * height  # two stages and the sparsity, side by side
+    assert height > 1.5 * width  # two stages and the sparsity, one below the other
+    assert width < 700  # whose letters a screen of 400 pixels shows at half their size or more
     assert (first[..., 3] == 1).all() and (first[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
     layer = facts["layers"]["model.layers.1.mlp.up_proj"]
     layer["stages"][0]["relative_error"] *= 2
-    changed = (picture(facts) != first).any(axis=(0, 2)).nonzero()[0]
-    assert len(changed) and changed.max() < width / 3 + 20  # in the first panel, and nowhere else
+    changed = (picture(facts) != first).any(axis=(1, 2)).nonzero()[0]
+    assert len(changed) and changed.max() < height / 3 + 20  # in the first panel, and nowhere else
     # the panel of the sparsity has gone, that of the bits has come
     facts["sparsity"] = 0
     layer["bits"] = 3

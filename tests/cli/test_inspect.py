@@ -52,8 +52,12 @@ def test_a_model_on_the_hub(hub, saved):
 
 def test_people_see_what_was_done(program, saved, tiny_llama_folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    text = program("inspect", saved).out
+    short = program("inspect", saved).out
+    text = program("inspect", saved, "--layers").out
+    assert "--layers shows them" in short and "left uncorrected" in text
     facts = manifest.load(saved)
+    assert f"{len(facts['layers'])} of 4 bits, most error in model.layers." in short
+    assert len(short.splitlines()) < 20 < len(text.splitlines())
     assert tiny_llama_folder.name in text and str(tiny_llama_folder) not in text
     assert "wanda:0.5 → gptq:4" in text
     before, after = (facts["metrics"]["perplexity"][when]["value"] for when in ("before", "after"))

@@ -10,7 +10,7 @@ from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
 from optimum_order.artifact.convert import convert
 from optimum_order.artifact.verify import verify
-from optimum_order.models.documents import documents
+from optimum_order.models.documents import card_facts, documents
 
 HUB = {"revision": None, "token": None, "trust_remote_code": False}
 CODE = SimpleNamespace(auto_map={"AutoModel": "own.Model", "AutoConfig": "other/repo--far.Config"})
@@ -80,3 +80,30 @@ def test_they_are_saved_sealed_and_converted(folder, tmp_path):
         assert not (result / "README.md").exists() and not (result / "own.py").exists()
     (saved / "1_Pooling" / "config.json").write_text("{ }")
     assert "1_Pooling/config.json" in verify(saved)[0]
+
+
+CARDS = {
+    "license: apache-2.0\nlanguage:\n- en\n- de": {
+        "license": "apache-2.0",
+        "language": ["en", "de"],
+    },
+    "license: other\nlicense_name: llama3.2\nlanguage: en": {
+        "license": "other",
+        "license_name": "llama3.2",
+        "language": ["en"],
+    },
+    "license: [mit]\nlanguage: {en: 1}": {},
+    "license: 'x\\n# title'\nlanguage: ['[a](b)']": {},
+    "license: mit\nlanguage: [en, 5]": {"license": "mit"},
+    "license: &a [*a": {},
+}
+
+
+def test_a_card_tells_license_and_languages_and_no_more(folder):
+    for head, facts in CARDS.items():
+        (folder / "README.md").write_text(f"---\n{head}\n---\n# A card\n")
+        assert card_facts(str(folder), HUB) == facts, head
+    (folder / "README.md").write_text("no head")
+    assert card_facts(str(folder), HUB) == {}
+    (folder / "README.md").unlink()
+    assert card_facts(str(folder), HUB) == {}
