@@ -30,6 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from optimum_order import JointCompressor, formats
+from optimum_order.engine.choices import DType
 from optimum_order.errors import FormatError
 from optimum_order.formats.engines import (
     FUSED,
@@ -81,7 +82,7 @@ class Sample:
     case: Case
     order: str
     ignore: tuple[str, ...] = ()
-    dtype: str = "bfloat16"
+    dtype: DType = "bfloat16"
 
 
 def samples() -> Iterator[Sample]:
@@ -114,7 +115,7 @@ def samples() -> Iterator[Sample]:
         yield from special(format, dtype)
 
 
-def special(format: str, dtype: str) -> Iterator[Sample]:
+def special(format: str, dtype: Any) -> Iterator[Sample]:
     """Yield folders with layers that are not all alike."""
     parts = (
         "bits={}, group_size={}, targets=*.self_attn.*",

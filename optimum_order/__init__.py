@@ -20,6 +20,7 @@ __all__ = [
     "JointCompressor",
     "LayerState",
     "Metric",
+    "OptimumOrderConfig",
     "OptimumOrderError",
     "Order",
     "Recovery",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from optimum_order.errors import OptimumOrderError
     from optimum_order.evaluation import Metric
     from optimum_order.formats import Codec, Container
+    from optimum_order.integrations.on_load import OptimumOrderConfig
     from optimum_order.layers.grids.base import Grid
     from optimum_order.layers.state import LayerState
     from optimum_order.layers.statistics import Accumulator, Statistics
@@ -61,6 +63,7 @@ _HOME = {
     "JointCompressor": "compressor",
     "LayerState": "layers.state",
     "Metric": "evaluation",
+    "OptimumOrderConfig": "integrations.on_load",
     "OptimumOrderError": "errors",
     "Order": "order",
     "Recovery": "backends",

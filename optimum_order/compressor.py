@@ -10,12 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optimum_order import estimate
 from optimum_order.artifact.config import ARGUMENTS, RUN, Config, of, read
 from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.engine import workdir
+from optimum_order.engine.choices import DType, Pause, Schedule, Strategy
 from optimum_order.engine.recipe import CODED, KEPT, Recipe, canonical, with_embedding, with_options
 from optimum_order.engine.run import Result, Subject, refuse, run
 from optimum_order.engine.streamed import Streamed
@@ -45,6 +48,8 @@ from optimum_order.study.trials import check_folder
 
 logger = logging.getLogger(__name__)
 
+_SPREADING = ("balanced", "balanced_low_0", "sequential", "disk", "meta")
+"""What accelerate calls ways to spread a model over devices, or places that hold no values."""
 Stages = str | Order | Stage | Iterable[Stage | str]
 
 
@@ -63,7 +68,7 @@ class JointCompressor(Session):
         cls,
         model: str | Path,
         *,
-        dtype: str = "auto",
+        dtype: DType = "auto",
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | None = None,
@@ -72,6 +77,7 @@ class JointCompressor(Session):
         chat_template: str | None = None,
         merge_adapter: bool = False,
         base: str | Path | None = None,
+        device_map: Any = None,
         **settings: Any,
     ) -> JointCompressor:
         """Return a compressor for a Hub id, a local folder, or an embedded model (`tiny-llama`).
@@ -90,6 +96,9 @@ class JointCompressor(Session):
                 and the result is compressed.
             base: The base model of that adapter. By default the id on the Hub that its config
                 names; a path in a config is not followed.
+            device_map: "auto" or one device, which means the same as `device`: a model is
+                compressed on one device. What does not fit there is compressed block by block with
+                `compress(..., low_memory=True, work_dir=...)`.
             settings: `calibration`, `calibration_samples`, `sequence_length`, `seed`,
                 `calibration_dtype`, `device`, `targets`, `ignore` and `embeddings`, as in the
                 class.
@@ -97,6 +106,8 @@ class JointCompressor(Session):
         Raises:
             ModelError: If there is no such model, or it cannot be compressed.
         """
+        if device_map is not None:
+            settings.setdefault("device", _one_device(device_map))
         checkpoint = open_checkpoint(
             model,
             merge_adapter=merge_adapter,
@@ -163,12 +174,12 @@ class JointCompressor(Session):
     def compress(
         self,
         order: Stages | None = None,
-        schedule: str = "stage",
+        schedule: Schedule = "stage",
         *,
         budget: str | Budget | None = None,
         max_loss: float | None = None,
         stages: Iterable[Stage | str] | None = None,
-        pause: str = "auto",
+        pause: Pause = "auto",
         work_dir: str | Path | None = None,
         resume: bool = False,
         low_memory: bool = False,
@@ -281,8 +292,8 @@ class JointCompressor(Session):
             whole = model if weights is None else outline(self.source)
             if whole is not None:
                 check_forward(whole, batches[0])
-        pause = self.pause_for(pause, recipe, batches, low_memory=low_memory)
-        execution = self.execution(model, pause, progress=progress)
+        paused = self.pause_for(pause, recipe, batches, low_memory=low_memory)
+        execution = self.execution(model, paused, progress=progress)
         base = self.base_model(model, model.state_dict() if weights is None else weights)
         tensors = None
         memory = giving_memory_back() if low_memory else contextlib.nullcontext()
@@ -311,7 +322,7 @@ class JointCompressor(Session):
             )
         provenance = Provenance(
             recipe=recipe,
-            pause=pause,
+            pause=paused,
             base_model=base,
             calibration=calibration,
             seconds=time.perf_counter() - begin,
@@ -426,9 +437,9 @@ class JointCompressor(Session):
     def estimate(
         self,
         order: Stages,
-        schedule: str = "stage",
+        schedule: Schedule = "stage",
         *,
-        pause: str = "auto",
+        pause: Pause = "auto",
         format: str = "auto",
     ) -> estimate.Estimate:
         """Return what `compress` would take, and the size of what comes out. No weight is read.
@@ -452,8 +463,8 @@ class JointCompressor(Session):
         begin = time.perf_counter()
         batches = self.draw().inputs() if recipe.needs_data else []
         drawing = time.perf_counter() - begin
-        pause = self.pause_for(pause, recipe, batches, low_memory=False)
-        execution = dataclasses.replace(self.execution(model, pause), device=self.device)
+        paused = self.pause_for(pause, recipe, batches, low_memory=False)
+        execution = dataclasses.replace(self.execution(model, paused), device=self.device)
         beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
         result = estimate.estimate(
             model, units, recipe, batches, execution, format=format, beside=beside, after=after
@@ -500,7 +511,7 @@ class JointCompressor(Session):
     def plan(
         self,
         stages: Iterable[Stage | str],
-        strategy: str = "auto",
+        strategy: Strategy = "auto",
         *,
         metric: str = "auto",
         evaluation: Any = "builtin",
@@ -745,6 +756,24 @@ class JointCompressor(Session):
             prefix_bytes = int(prefix_limit * 10**9)
             study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
             return report.write(study.trials, folder)
+
+
+def _one_device(device_map: Any) -> str:
+    """Return the device that a map of devices names.
+
+    Raises:
+        ModelError: If it names several, or is no map.
+    """
+    named = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    places = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in named}
+    strange = any(not isinstance(place, (str, int, torch.device)) for place in named)
+    if strange or len(places) != 1 or places & set(_SPREADING):
+        raise ModelError(
+            f"A model is compressed on one device, got device_map={device_map!r}. Give device="
+            "'cuda:0' or device='cpu'; what does not fit there is compressed block by block with "
+            "compress(..., low_memory=True, work_dir=...)."
+        )
+    return places.pop()
 
 
 def count_of(units: Iterable[Unit]) -> int:

@@ -18,6 +18,7 @@ from optimum_order.data.draws import Draws
 from optimum_order.data.fit import fitted, usable_length
 from optimum_order.data.load import load_evaluation, load_samples, reads_images, reads_text
 from optimum_order.data.samples import Samples
+from optimum_order.engine.choices import CalibrationDType, Embeddings
 from optimum_order.engine.recipe import EMBEDDINGS, KEPT, Recipe, with_embedding
 from optimum_order.engine.reshape import Outline, outlines
 from optimum_order.engine.runner import Batches, Runner
@@ -84,11 +85,11 @@ class Session:
         calibration_samples: int = 128,
         sequence_length: int | None = None,
         seed: int = 0,
-        calibration_dtype: str = "auto",
+        calibration_dtype: CalibrationDType = "auto",
         device: str = "auto",
         targets: Iterable[str] | None = None,
         ignore: Iterable[str] | None = None,
-        embeddings: str = KEPT,
+        embeddings: Embeddings = "keep",
     ):
         self.source: Checkpoint | InMemory
         self.source = model if isinstance(model, Checkpoint) else InMemory.of(model, processor)

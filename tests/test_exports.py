@@ -18,6 +18,7 @@ PUBLIC = [
     "JointCompressor",
     "LayerState",
     "Metric",
+    "OptimumOrderConfig",
     "OptimumOrderError",
     "Order",
     "Recovery",

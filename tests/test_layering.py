@@ -15,6 +15,7 @@ FLOORS = [
     "cli",
     "testing",
     "bench",
+    "integrations",
     "compressor",
     "compressed",
     "session",

@@ -51,6 +51,7 @@ __all__ = [
     "convert",
     "eager_experts",
     "experts_transposed",
+    "forget_quantization",
     "is_left_dense",
     "load_without_values",
     "modules_left_dense",
@@ -405,6 +406,19 @@ def register_quantization(
         return
     auto.register_quantization_config(method)(config)
     auto.register_quantizer(method)(quantizer)
+
+
+def forget_quantization(quantizer: Any, model: PreTrainedModel) -> None:
+    """Make a model that a quantizer loaded an ordinary one, which is saved as it was loaded.
+
+    Args:
+        quantizer: The `HfQuantizer`.
+        model: The model, with its weights.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    quantizer.remove_quantization_config(model)
+    if conversions is not None:
+        remember_conversions(model, conversions)
 
 
 def translate_quantization(

@@ -28,6 +28,7 @@ from optimum_order import formats
 from optimum_order.calibration.folding import column_sources, find_folds
 from optimum_order.calibration.sensitivity import single_samples
 from optimum_order.engine import workdir
+from optimum_order.engine.choices import Pause
 from optimum_order.engine.runner import Batches, Runner
 from optimum_order.errors import FormatError, OrderError, OutputError
 from optimum_order.evaluation.comparison import difference_over_draws
@@ -79,7 +80,7 @@ class Carrying:
         resume: Whether to go on from what is there.
     """
 
-    pause: str = "auto"
+    pause: Pause = "auto"
     work_dir: Path | None = None
     resume: bool = False
 

@@ -1,0 +1,1 @@
+"""optimum-order inside other libraries."""
