@@ -17,6 +17,7 @@ from optimum_order.artifact.config import ARGUMENTS, RUN, Config, of, read
 from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
+from optimum_order.data.load import reads_text
 from optimum_order.engine import workdir
 from optimum_order.engine.choices import DType, Pause, Schedule, Strategy
 from optimum_order.engine.recipe import CODED, KEPT, Recipe, canonical, with_embedding, with_options
@@ -24,7 +25,8 @@ from optimum_order.engine.run import Result, Subject, refuse, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
-from optimum_order.estimate.fit import check_format
+from optimum_order.estimate.fit import check_format, predicted_bytes
+from optimum_order.estimate.forecast import Forecast, forecast
 from optimum_order.estimate.options import Demand, Sizes
 from optimum_order.evaluation import Measurement
 from optimum_order.files import html_table
@@ -471,10 +473,64 @@ class JointCompressor(Session):
         )
         return dataclasses.replace(
             result,
-            before=self.source.bytes,
+            before=self.source.bytes or result.before,
             loading=result.loading + drawing,
             steps=tuple(step.carrying(bytes_of(self.source.unloaded)) for step in result.steps),
         )
+
+    def result_bytes(self, order: Stages, format: str = "auto") -> int | None:
+        """Return the bytes of the weight files of a result. No weight and no data is read.
+
+        Args:
+            order: As in `compress`, but not "auto".
+            format: What the result is to be saved as.
+
+        Returns:
+            The bytes, as far as shapes tell them; None where they do not.
+
+        Raises:
+            OrderError, ModelError, FormatError: As in `compress`.
+        """
+        order, _ = self._made_for(order, None, format, None)
+        recipe = Recipe.of(Order.of(order))
+        model = estimate.empty(self.source)
+        units = self.units(model, recipe)
+        after = self.outlines(model, units, recipe)
+        beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
+        return predicted_bytes(
+            model, units, recipe, self.source.states, format, beside=beside, after=after
+        )
+
+    def forecast(
+        self,
+        orders: Iterable[str | Order],
+        *,
+        draws: int = 1,
+        evaluation_samples: int | None = None,
+    ) -> Forecast:
+        """Return what running and measuring many orders would take. No weight is read.
+
+        Args:
+            orders: The orders, such as those of a study.
+            draws: Calibration draws.
+            evaluation_samples: What each model is measured on, as in `study`.
+
+        Raises:
+            OrderError, DataError, ModelError: As in `estimate`.
+        """
+        checked = [canonical(Order.of(order)) for order in orders]
+        stages = {stage.method: stage for order in checked for stage in order}
+        estimates = {name: self.estimate(Order((stage,))) for name, stage in stages.items()}
+        runs = [
+            (order, draw)
+            for order in checked
+            for draw in range(draws if Recipe.of(order).needs_data else 1)
+        ]
+        tokens = None
+        if reads_text(self.source):
+            tokens = float((evaluation_samples or self.usual_samples) * self.sequence_length)
+        parameters = estimate.empty(self.source).num_parameters()
+        return forecast(runs, estimates, tokens, parameters)
 
     def evaluate(
         self,
@@ -769,9 +825,9 @@ def _one_device(device_map: Any) -> str:
     strange = any(not isinstance(place, (str, int, torch.device)) for place in named)
     if strange or len(places) != 1 or places & set(_SPREADING):
         raise ModelError(
-            f"A model is compressed on one device, got device_map={device_map!r}. Give device="
-            "'cuda:0' or device='cpu'; what does not fit there is compressed block by block with "
-            "compress(..., low_memory=True, work_dir=...)."
+            f"A model is compressed on one device, got {device_map!r} as 'device_map'. Name it as "
+            "'device' (--device), such as 'cuda:0'; what does not fit there is compressed block by "
+            "block with 'low_memory' and a 'work_dir' (--low-memory)."
         )
     return places.pop()
 

@@ -9,13 +9,14 @@ import html
 import json
 import os
 import secrets
+import shutil
 import sqlite3
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from optimum_order.errors import ArtifactError
+from optimum_order.errors import ArtifactError, OutputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -252,6 +253,35 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 40 seconds, 12 minutes, 3.5 hours, 2 days."""
+    for unit, length in (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.2g} {unit}s"
+    return f"{max(seconds, 1):.0f} second{'' if seconds < 1.5 else 's'}"
+
+
+def check_room(path: Path, count: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        path: Where the result will be; it need not be there yet.
+        count: Bytes of the result.
+
+    Raises:
+        OutputError: If fewer bytes are free there.
+    """
+    folder = next((parent for parent in [path, *path.absolute().parents] if parent.is_dir()), None)
+    if folder is None:
+        return
+    free = shutil.disk_usage(folder).free
+    if free < count:
+        raise OutputError(
+            f"The disk of '{path}' has {size(free)} free, and the result takes {size(count)}. Make "
+            "room, or write to another disk."
+        )
 
 
 def html_table(title: str, rows: Iterable[tuple[str, str]]) -> str:

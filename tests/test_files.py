@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from optimum_order import files
-from optimum_order.errors import ArtifactError
+from optimum_order.errors import ArtifactError, OutputError
 
 
 class TestAtomic:
@@ -168,3 +168,18 @@ def test_sizes_are_in_units_that_people_read():
         (5_000_000_000_000, "5e+03 GB"),
     ]:
         assert files.size(count) == text
+
+
+def test_times_are_said_as_people_say_them():
+    said = [files.duration(seconds) for seconds in (0.2, 40, 100, 12 * 60, 3.5 * 3600, 2.1 * 86400)]
+    assert said == ["1 second", "40 seconds", "1.7 minutes", "12 minutes", "3.5 hours", "2.1 days"]
+
+
+def test_what_a_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 10**6})
+    monkeypatch.setattr(
+        files.shutil, "disk_usage", lambda folder: usage if folder == tmp_path else 1 / 0
+    )
+    files.check_room(tmp_path / "new" / "out", 10**6)
+    with pytest.raises(OutputError, match="1 MB free, and the result takes 2 MB"):
+        files.check_room(tmp_path / "new" / "out", 2 * 10**6)

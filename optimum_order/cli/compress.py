@@ -16,7 +16,7 @@ from optimum_order.cli.results import Stopwatch, saved, show_saved
 from optimum_order.cli.search import show_selection
 from optimum_order.cli.tables import arrows, console
 from optimum_order.errors import FormatError, HubError, ModelError, OrderError
-from optimum_order.files import size
+from optimum_order.files import check_room, duration, size
 from optimum_order.order import Order, Stage, parse_stages
 
 if TYPE_CHECKING:
@@ -195,6 +195,10 @@ that of a run that was never cut off.
                 pause="block" if args.low_memory else args.pause,
                 format=format,
             ).as_dict()
+        if order != "auto" and not args.resume:  # what is finished already is not thrown away
+            predicted = compressor.result_bytes(order, format)
+            if predicted is not None:
+                check_room(Path(self._output), predicted)
         watch = Stopwatch()
         if args.evaluate:
             compressor.evaluate(args.evaluate, args.metric)
@@ -425,15 +429,15 @@ def _show_estimate(result: dict[str, Any]) -> None:
 
     table = Table()
     table.add_column("step", overflow="fold")
-    for column in ("seconds", "peak memory", "in low memory", "tokens", "on disk"):
+    for column in ("time", "peak memory", "in low memory", "tokens", "on disk"):
         table.add_column(column, justify="right")
-    table.add_row("load", f"{result['loading']:.1f}", "", "", "", size(result["before"]))
+    table.add_row("load", duration(result["loading"]), "", "", "", size(result["before"]))
     for step in (*result["steps"], result["total"] | {"stages": "in all"}):
         if step["stages"] == "in all":
             table.add_section()
         table.add_row(
             arrows(step["stages"]),
-            f"{step['seconds']:.1f}",
+            duration(step["seconds"]),
             size(step["memory"]),
             size(step["low_memory"]),
             f"{step['tokens']:,}" if step["tokens"] else "none",

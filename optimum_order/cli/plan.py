@@ -50,6 +50,12 @@ examples:
             metavar=listed(arguments.STRATEGIES),
             help="how orders are compared (default auto): see below",
         )
+        group_of(parser, "what is done").add_argument(
+            "--dry-run",
+            action="store_true",
+            help="run nothing and read no weight: say how long every order in full would take, "
+            "and in how much memory",
+        )
         arguments.calibration(parser)
         arguments.measuring(
             parser,
@@ -70,10 +76,21 @@ examples:
         for order in permutations(stages):
             canonical(order)
         compressor = arguments.compressor(args)
+        if args.dry_run:
+            forecast = compressor.forecast(
+                permutations(stages),
+                draws=args.draws,
+                evaluation_samples=args.evaluation_samples,
+            )
+            return {"forecast": forecast.as_dict()}
         plan = compressor.plan(stages, args.strategy, **arguments.measurement(args))
         return plan.as_dict() | {"command": arguments.reproducing(args, str(plan.order), "auto")}
 
     def show(self, result: dict[str, Any]) -> None:
+        if "forecast" in result:
+            text = f"Nothing was run. Every order in full: {result['forecast']['summary']}."
+            console().print(f"{text} Other strategies take less.", soft_wrap=True)
+            return
         from rich.table import Table
 
         table = Table()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from optimum_order.cli.tables import console
 from optimum_order.errors import ModelError, OrderError, OutputError
 from optimum_order.order import Order, parse_stages
 
+logger = logging.getLogger(__name__)
+
 GRID = {
     "pruners": "magnitude,wanda,sparsegpt",
     "sparsities": "0.3,0.5,0.65",
@@ -21,6 +24,9 @@ GRID = {
     "bits": "2,3,4",
 }
 _MOST_BYTES = 10**6
+_MANY = 100
+"""Orders times draws from which a study first says how long it takes; to know that takes seconds
+itself."""
 
 Number = TypeVar("Number", int, float)
 
@@ -98,6 +104,12 @@ examples:
             help="disk for the beginnings that orders share, while it runs (default %(default)g)",
         )
         group.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="run nothing and read no weight: say how many trials there are, how long they "
+            "take and in how much memory",
+        )
+        group.add_argument(
             "--report-only",
             action="store_true",
             help="run nothing: write the report of the trials in OUTPUT; MODEL may be left out",
@@ -108,6 +120,8 @@ examples:
 
         arguments.quiet_libraries()
         self._place()
+        if self.args.dry_run:
+            return self._run()
         summary = self._read() if self.args.report_only else self._run()
         folder = self._folder
         return {"output": str(folder), "report": str(folder / report.REPORT), "summary": summary}
@@ -147,6 +161,7 @@ examples:
 
     def _run(self) -> dict[str, Any]:
         """Return the summary of a study, after running it."""
+        from optimum_order.study.grid import references, with_parts
         from optimum_order.study.trials import check_folder
 
         if self.args.model is None:
@@ -154,8 +169,19 @@ examples:
         # errors that need no computation come first
         arguments.check_names(self.args)
         orders = self._orders()
-        check_folder(self._folder)
-        return arguments.compressor(self.args).study(
+        if not self.args.dry_run:
+            check_folder(self._folder)
+        compressor = arguments.compressor(self.args)
+        if self.args.dry_run or len(orders) * self.args.draws >= _MANY:
+            forecast = compressor.forecast(
+                with_parts([*orders, *references()]),
+                draws=self.args.draws,
+                evaluation_samples=self.args.evaluation_samples,
+            )
+            if self.args.dry_run:
+                return {"forecast": forecast.as_dict()}
+            logger.info("The study has %s", forecast)
+        return compressor.study(
             orders,
             self._folder,
             prefix_limit=self.args.prefix_limit,
@@ -183,6 +209,9 @@ examples:
         return [off_grid(order) if args.simulate else canonical(order) for order in orders]
 
     def show(self, result: dict[str, Any]) -> None:
+        if "forecast" in result:
+            console().print(f"Nothing was run. {result['forecast']['summary']}.", soft_wrap=True)
+            return
         from rich.table import Table
 
         from optimum_order.study import report

@@ -30,7 +30,7 @@ from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.reshape import Outline
 from optimum_order.estimate.laboratory import Laboratory
 from optimum_order.estimate.rates import Rates
-from optimum_order.estimate.size import grown
+from optimum_order.estimate.size import grown, stored
 from optimum_order.estimate.trace import Counter, UnitCost
 from optimum_order.formats.transcode import choose
 from optimum_order.layers.state import LayerState
@@ -91,6 +91,42 @@ def check_format(
     with Counter():  # answers what formats ask of numbers that are not there
         codec, _ = choose(contents, format, unproven=unproven, engine=engine)
     return format if engine is None else codec.name
+
+
+def predicted_bytes(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    recipe: Recipe,
+    start: Mapping[str, LayerState],
+    format: str,
+    *,
+    beside: Mapping[str, Any],
+    after: Sequence[Outline],
+) -> int | None:
+    """Return the bytes of the weight files of a result, or None where shapes do not tell them.
+
+    Args:
+        model: The model; it may be empty.
+        units: Its blocks.
+        recipe: What is to be done; checked.
+        start: Layers that are compressed already.
+        format: The name of a format, or "auto".
+        beside: What goes with the layers, as fields of `formats.Contents`.
+        after: The model after each stage that makes it smaller.
+
+    Raises:
+        FormatError: If the format cannot hold the result.
+    """
+    prediction = Prediction(units, after=after)
+    for step in recipe.steps:
+        step.run(prediction)
+    if not prediction.is_sure or (after and start):
+        return None
+    samples = prediction.samples(start)
+    layers = {name: (target, samples[name]) for name, target in prediction.targets.items()}
+    smaller = after[-1].model if after else model
+    size = stored(smaller, layers, format, str(recipe.order), beside)
+    return size.bytes if size.exact else None
 
 
 def small_laboratory(units: Sequence[Unit]) -> Laboratory:

@@ -122,10 +122,10 @@ class OnLoad(hf.HfQuantizer):
         several = torch.cuda.device_count() > 1 and isinstance(device_map, str)
         if len(places) > 1 or places & {"disk", "meta"} or several:
             raise ModelError(
-                f"A model is compressed on one device, got device_map={device_map!r}. Leave out "
-                "'device_map' or name a device such as 'cuda:0'; what fits no device is compressed "
-                "block by block with JointCompressor.from_pretrained(...).compress(..., "
-                "low_memory=True, work_dir=...)."
+                f"A model is compressed on one device, got {device_map!r} as 'device_map'. Leave "
+                "it out or name a device such as 'cuda:0'; what fits no device is compressed block "
+                "by block by the 'compress' of a JointCompressor, with 'low_memory' and a "
+                "'work_dir'."
             )
 
     def update_device_map(self, device_map: Any) -> Any:

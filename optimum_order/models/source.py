@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
@@ -269,27 +270,45 @@ class Checkpoint:
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights, its parameters on the meta device.
 
+        Where no weights are on this machine, the config alone says what the model is: nobody has
+        to download a model to learn that it does not fit.
+
         Raises:
-            ModelError: As in `load_empty`.
+            ModelError: As in `load_empty`; or if the config describes no model.
         """
-        return self.load_empty().model
+        if self.bytes or self._runs_code:
+            return self.load_empty().model
+        dtype = self.config.dtype if self._dtype == "auto" else self._dtype
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = self.auto.from_config(self.config, dtype=dtype or torch.float32)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ModelError(
+                f"The config of '{self.id}' describes no model: {_first_line(error, None)}"
+            ) from error
+        return cast(PreTrainedModel, model.eval())
 
     @property
     def states(self) -> Mapping[str, LayerState]:
         """The layers that are compressed already, by name: none."""
         return {}
 
-    @functools.cached_property
+    @property
     def unloaded(self) -> Mapping[str, Tensor]:
         """The stored tensors that the model does not load, such as heads for other tasks.
+
+        None are known before the weights are on this machine.
 
         Raises:
             ModelError: As in `load_empty`.
         """
-        if self._runs_code:
-            return Unloaded(
-                {}
-            )  # the class of the model may read files in ways that nobody can follow
+        # the class of a model with code may read files in ways that nobody can follow
+        if self._runs_code or not self.bytes:
+            return Unloaded({})
+        return self._unloaded
+
+    @functools.cached_property
+    def _unloaded(self) -> Mapping[str, Tensor]:
         with planned() as plan:
             self._from_pretrained()
         return Unloaded({key: plan.files[key] for key in plan.unloaded})

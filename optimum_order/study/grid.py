@@ -88,6 +88,11 @@ def with_parts(orders: Iterable[Order]) -> list[Order]:
     return list(dict.fromkeys([*alone, *orders]))
 
 
+def references() -> list[Order]:
+    """Return plain quantization at the widths that every study measures."""
+    return [canonical(Order((Stage(REFERENCE, bits),))) for bits in REFERENCE_BITS]
+
+
 def draws_matter(order: Order) -> bool:
     """Return whether an order calibrates, so that its result depends on the calibration draw."""
     return any(method(stage).needs_data for stage in order)

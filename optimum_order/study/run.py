@@ -29,10 +29,10 @@ from optimum_order.layers.error import relative_error
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Statistics
 from optimum_order.models.source import weights_digest
-from optimum_order.order import Order, Stage
+from optimum_order.order import Order
 from optimum_order.progress import Bar
 from optimum_order.study.advantage import split_advantage
-from optimum_order.study.grid import REFERENCE, REFERENCE_BITS, draws_matter, with_parts
+from optimum_order.study.grid import draws_matter, references, with_parts
 from optimum_order.study.trials import ORIGINAL, Row, Trials
 from optimum_order.study.walks import error_correlations, input_statistics
 
@@ -130,7 +130,7 @@ class Study:
                 the model is a trial without a performance.
         """
         checked = with_parts(self.runner.check(Order.of(order)) for order in orders)
-        reference = [self.runner.check(Order((Stage(REFERENCE, bits),))) for bits in REFERENCE_BITS]
+        reference = [self.runner.check(order) for order in references()]
         checked = list(dict.fromkeys([*checked, *reference]))
         planned = [
             (draw, order) for draw in draws for order in checked if draw == 0 or draws_matter(order)

@@ -16,6 +16,7 @@ import transformers
 from PIL import Image
 
 from optimum_order import JointCompressor
+from optimum_order import files as our_files
 from optimum_order.artifact import manifest
 from optimum_order.cli.compress import CompressCommand
 from optimum_order.data.builtin import digits
@@ -600,3 +601,23 @@ def test_people_see_what_a_run_would_take(program, arguments):
 def test_a_dry_run_finds_errors(program, arguments):
     done = program(*arguments, "--order", "gptq(bits=4, group_size=48)", "--dry-run")
     assert "does not divide" in done.err
+
+
+def test_a_disk_without_room_is_refused_before_the_work(program, arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        our_files.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 9})
+    )
+    monkeypatch.setattr(JointCompressor, "result_bytes", lambda *_: 10**6)
+    with failing(APPLY, AssertionError("too late")):
+        done = program(*arguments)
+    assert done.code == 2 and "9 bytes free, and the result takes 1 MB" in done.err
+    assert names(tmp_path) == []
+
+
+def test_the_bytes_of_a_result_are_known_before_the_work(tiny_llama_folder, tmp_path):
+    compressor = JointCompressor.from_pretrained(tiny_llama_folder)
+    predicted = compressor.result_bytes("magnitude:0.5 > rtn:4", "compressed-tensors")
+    compressed = compressor.compress("magnitude:0.5 > rtn:4", progress=False)
+    compressed.save_pretrained(tmp_path / "out", format="compressed-tensors")
+    assert our_files.weight_bytes(tmp_path / "out") == predicted
+    assert compressor.result_bytes("rtn:4", "coded") is None, "which depends on the values"

@@ -226,3 +226,39 @@ def test_the_defaults_are_those_of_the_api(program, monkeypatch):
             assert options[name] == parameters[name].default, name
     study = inspect.signature(JointCompressor.study).parameters
     assert options["evaluate"] == study["evaluation"].default
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(
+    program, arguments, tmp_path, tiny_llama_folder
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_llama_folder.iterdir():
+        if file.suffix == ".json":
+            (bare / file.name).write_bytes(file.read_bytes())
+    arguments[1] = bare
+    done = program(*arguments, *GRID_OPTIONS, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)["forecast"]
+    # 2 pairs both ways and wanda, with two draws each; rtn at 6 widths with one
+    assert result["trials"] == 2 * 4 + 2 + 6
+    assert result["summary"].startswith("16 trials, about ")
+    assert result["seconds"] > 0 and result["memory"] > 10**6
+    assert not (tmp_path / "out").exists()
+    plan = ["plan", bare, "--stages", "wanda:0.5, rtn:4", *arguments[2:-2], "--dry-run"]
+    done = program(*plan)
+    assert done.code == 0 and "Every order in full: 4 trials, about " in done.out
+    done = program("compress", bare, tmp_path / "o", "--order", "rtn:4", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert 0 < json.loads(done.out)["total"]["bytes"] < json.loads(done.out)["before"]
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_large_study_says_first_how_long_it_takes(program, arguments, monkeypatch):
+    monkeypatch.setattr("optimum_order.cli.study._MANY", 1)
+    monkeypatch.setattr(
+        JointCompressor, "study", lambda *_, **__: (_ for _ in ()).throw(OrderError("enough"))
+    )
+    done = program(*arguments, *GRID_OPTIONS)
+    assert done.code == 2 and "enough" in done.err
+    assert "The study has 16 trials, about " in done.err
