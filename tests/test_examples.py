@@ -50,6 +50,15 @@ def test_every_example_runs(run, name):
     assert run(ROOT / "examples" / name)
 
 
+def test_every_cell_of_the_notebook_runs(run):
+    notebook = json.loads((ROOT / "examples" / "first_steps.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 3 and not any(cell["outputs"] for cell in cells)
+    output = run(code="\n".join("".join(cell["source"]) for cell in cells))
+    first, second, text = output.splitlines()[:3]
+    assert first.startswith("wanda") and second.startswith("gptq") and "import statement" in text
+
+
 def test_every_example_says_how_to_run_it():
     for name in [*EXAMPLES, *TRAINING]:
         docstring = (ROOT / "examples" / name).read_text(encoding="utf-8").split('"""')[1]
