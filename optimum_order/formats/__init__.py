@@ -97,8 +97,8 @@ def intended(format: str, engine: str | None = None) -> type[Codec] | None:
 def stage_options(format: str, engine: str | None = None) -> Mapping[str, Value]:
     """Return the options with which stages make what a format holds and an engine loads.
 
-    Those of the format are `Codec.options`. A stage that meets a rate takes codes as large as it may,
-    so an engine that loads narrow codes alone says how large.
+    Those of the format are `Codec.options`. A stage that meets a rate takes codes as large as it
+    may, so an engine that loads narrow codes alone says how large.
 
     Args:
         format: The name of a format, or "auto".
