@@ -521,11 +521,7 @@ class JointCompressor(Session):
         checked = [canonical(Order.of(order)) for order in orders]
         stages = {stage.method: stage for order in checked for stage in order}
         estimates = {name: self.estimate(Order((stage,))) for name, stage in stages.items()}
-        runs = [
-            (order, draw)
-            for order in checked
-            for draw in range(draws if Recipe.of(order).needs_data else 1)
-        ]
+        runs = {order: draws if Recipe.of(order).needs_data else 1 for order in checked}
         tokens = None
         if reads_text(self.source):
             tokens = float((evaluation_samples or self.usual_samples) * self.sequence_length)

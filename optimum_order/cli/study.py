@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
 from optimum_order.cli.parser import group_of
 from optimum_order.cli.tables import console
-from optimum_order.errors import ModelError, OrderError, OutputError
+from optimum_order.errors import ModelError, OptimumOrderError, OrderError, OutputError
 from optimum_order.order import Order, parse_stages
+
+if TYPE_CHECKING:
+    from optimum_order.compressor import JointCompressor
+    from optimum_order.estimate.forecast import Forecast
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +166,6 @@ examples:
 
     def _run(self) -> dict[str, Any]:
         """Return the summary of a study, after running it."""
-        from optimum_order.study.grid import references, with_parts
         from optimum_order.study.trials import check_folder
 
         if self.args.model is None:
@@ -172,21 +176,28 @@ examples:
         if not self.args.dry_run:
             check_folder(self._folder)
         compressor = arguments.compressor(self.args)
-        if self.args.dry_run or len(orders) * self.args.draws >= _MANY:
-            forecast = compressor.forecast(
-                with_parts([*orders, *references()]),
-                draws=self.args.draws,
-                evaluation_samples=self.args.evaluation_samples,
-            )
-            if self.args.dry_run:
-                return {"forecast": forecast.as_dict()}
-            logger.info("The study has %s", forecast)
+        if self.args.dry_run:
+            return {"forecast": self._forecast(compressor, orders).as_dict()}
+        if len(orders) * self.args.draws >= _MANY:
+            # what cannot be studied is refused by the study itself, in its own words
+            with contextlib.suppress(OptimumOrderError):
+                logger.info("The study has %s", self._forecast(compressor, orders))
         return compressor.study(
             orders,
             self._folder,
             prefix_limit=self.args.prefix_limit,
             command=arguments.typed(),
             **arguments.measurement(self.args),
+        )
+
+    def _forecast(self, compressor: JointCompressor, orders: list[Order]) -> Forecast:
+        """Return what the study would take."""
+        from optimum_order.study.grid import references, with_parts
+
+        return compressor.forecast(
+            with_parts([*orders, *references()]),
+            draws=self.args.draws,
+            evaluation_samples=self.args.evaluation_samples,
         )
 
     def _orders(self) -> list[Order]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from optimum_order import files
 from optimum_order.engine.recipe import method
 from optimum_order.estimate import Estimate
-from optimum_order.order import Order
+from optimum_order.order import Order, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Forecast:
 
 
 def forecast(
-    runs: Iterable[tuple[Order, int]],
+    runs: Mapping[Order, int],
     estimates: Mapping[str, Estimate],
     measured_tokens: float | None,
     parameters: int,
@@ -54,17 +54,18 @@ def forecast(
     """Return what some runs would take.
 
     Args:
-        runs: Each order with the number of its calibration draw.
+        runs: The calibration draws of each order.
         estimates: What one stage of each method takes, by the name of the method.
         measured_tokens: Tokens that each model is measured on, or None if not known.
         parameters: Weights of the model.
     """
-    runs = list(runs)
-    prefixes = {
-        (draw if any(method(stage).needs_data for stage in prefix) else 0, prefix)
-        for order, draw in runs
-        for prefix in (order.stages[:length] for length in range(1, len(order) + 1))
-    }
+    prefixes: dict[tuple[Stage, ...], int] = {}
+    for order, draws in runs.items():
+        for length in range(1, len(order) + 1):
+            prefix = order.stages[:length]
+            times = draws if any(method(stage).needs_data for stage in prefix) else 1
+            prefixes[prefix] = max(times, prefixes.get(prefix, 0))
+    trials = sum(runs.values())
     seconds = {
         name: sum(step.seconds for step in estimate.steps) for name, estimate in estimates.items()
     }
@@ -72,10 +73,11 @@ def forecast(
     measuring = None
     if measured_tokens is not None:
         speed = max(estimate.rates.forward for estimate in estimates.values())
-        measuring = (len(runs) + 1) * 2 * parameters * measured_tokens / speed
+        measuring = (trials + 1) * 2 * parameters * measured_tokens / speed
     return Forecast(
-        trials=len(runs),
-        compressing=loading + sum(seconds[prefix[-1].method] for _, prefix in prefixes),
+        trials=trials,
+        compressing=loading
+        + sum(times * seconds[prefix[-1].method] for prefix, times in prefixes.items()),
         measuring=measuring,
         memory=max(estimate.memory for estimate in estimates.values()),
     )

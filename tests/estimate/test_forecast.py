@@ -19,9 +19,7 @@ def takes(seconds, memory=10):
 def test_shared_beginnings_count_once_and_fixed_orders_have_one_draw():
     texts = ["rtn:4", "wanda:0.5", "wanda:0.5 > rtn:4", "rtn:4 > wanda:0.5"]
     orders = [canonical(Order.of(text)) for text in texts]
-    runs = [
-        (order, draw) for order in orders for draw in (0, 1) if draw == 0 or order is not orders[0]
-    ]
+    runs = dict.fromkeys(orders, 2) | {orders[0]: 1}
     estimates = {"rtn": takes(1.0, memory=30), "wanda": takes(100.0)}
     result = forecast(runs, estimates, 50.0, 20)
     # rtn alone once; for each draw wanda, rtn after wanda, and wanda after rtn
