@@ -387,6 +387,11 @@ class Profiler(Backend):
     profiled: ClassVar[int] = 8
     """Calibration samples of which the statistics and gradients are taken for profiles."""
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """True to be given `sensitivity` and `sources`, for which the run takes gradients."""
+        return True
+
     @abstractmethod
     def profile(
         self,

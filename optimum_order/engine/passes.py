@@ -234,8 +234,11 @@ class Passes:
         if not missing:
             return profiles
         samples = list(itertools.islice(single_samples(self.subject.batches), profiler.profiled))
-        sensitivities = output_sensitivities(self.subject.model, units, samples)
-        sources = column_sources(find_folds(self.subject.model, units, samples[0]))
+        sensitivities: Mapping[str, Tensor] = {}
+        sources: Mapping[str, Tensor] = {}
+        if profiler.weighs_outputs:
+            sensitivities = output_sensitivities(self.subject.model, units, samples)
+            sources = column_sources(find_folds(self.subject.model, units, samples[0]))
         rows: dict[str, Profile] = {}
         walked = walk(
             self.subject.model,
