@@ -584,6 +584,12 @@ class Passes:
         targets = {t.name: t for unit in self.subject.units for t in unit.targets}
         for name, before, after in recover(recovery, self.subject, self.result.states):
             self._settle(targets[name], (before, after), recovery.stage, None)
+        if recovery.parameters:
+            reshaping.put_parameters(self.subject.model, recovery.parameters)
+            change = reshaping.Change(
+                str(recovery.stage), {}, {}, parameters=dict(recovery.parameters)
+            )
+            self.result.changes = (*self.result.changes, change)
 
     def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
         names = [unit.name for unit in self.subject.units]
