@@ -538,6 +538,7 @@ class CompressedModel:
         total = sum(math.prod(layer["shape"]) for layer in layers.values())
         plan = {} if provenance.plan is None else {"plan": provenance.plan.as_dict()}
         search = {} if provenance.search is None else {"search": provenance.search}
+        smaller = [change.describe() for change in self._changes if not change.parameters]
         tensors = session.source.unloaded
         unloaded = {"tensors": len(tensors), "bytes": bytes_of(tensors)}
         idle = sum(any(IDLE in note for note in layer["notes"]) for layer in layers.values())
@@ -550,11 +551,7 @@ class CompressedModel:
             "pause": provenance.pause,
             **plan,
             **search,
-            **(
-                {"smaller": [change.describe() for change in self._changes]}
-                if self._changes
-                else {}
-            ),
+            **({"smaller": smaller} if smaller else {}),
             **({"continues": session.source.continues} if session.source.continues else {}),
             "calibration": provenance.calibration,
             "sequence_length": session.sequence_length,

@@ -255,6 +255,20 @@ class GridContract(ABC):
                 assert same(again, values[rows][:, columns]), f"{case}: take({rows}, {columns})"
                 assert part.holds(again), case
 
+    def test_codes_stay_where_scales_become_others(self) -> None:
+        """`with_scales`, for a grid whose `scales` are free, stretches values and moves no code."""
+        for weight, grid, case in self.cases():
+            if grid.scales is None:
+                continue
+            codes = grid.quantize(weight)
+            assert grid.with_scales(grid.scales.float()).holds(grid.dequantize(codes)), case
+            generator = torch.Generator().manual_seed(0)
+            factors = 0.8 + 0.45 * torch.rand(grid.scales.shape, generator=generator)
+            other = grid.with_scales(grid.scales.float() * factors)
+            assert type(other) is type(grid) and other.bits == grid.bits, case
+            assert other.unit == grid.unit and other.dtype == grid.dtype, case
+            assert torch.equal(other.quantize(other.dequantize(codes)), codes), case
+
     def test_a_part_that_separates_weights_of_one_scale_is_refused(self) -> None:
         """`take` raises ValueError for such columns, and for none."""
         for _, grid, case in self.cases():

@@ -387,6 +387,11 @@ class Profiler(Backend):
     profiled: ClassVar[int] = 8
     """Calibration samples of which the statistics and gradients are taken for profiles."""
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """True to be given `sensitivity` and `sources`, for which the run takes gradients."""
+        return True
+
     @abstractmethod
     def profile(
         self,
@@ -673,6 +678,9 @@ class Recovery(Method):
     needs_data = True
     report: Callable[[str], None] = staticmethod(lambda text: None)
     """To be called after each round, with a few words for the progress; set by the engine."""
+    parameters: Mapping[str, Tensor] = types.MappingProxyType({})
+    """New values of parameters that are no layers, such as gains of norms, by name; set by
+    `recover`."""
 
     @property
     def rounds(self) -> int:

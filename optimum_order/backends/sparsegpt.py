@@ -11,6 +11,7 @@ import dataclasses
 
 from torch import Tensor
 
+from optimum_order.backends.allocation import AllocatedPruner, AllocationOptions
 from optimum_order.backends.obs import (
     BLOCK,
     Factor,
@@ -20,17 +21,17 @@ from optimum_order.backends.obs import (
     remarks,
     sweep,
 )
-from optimum_order.backends.selection import Pruner, PruningOptions, leave_grid, lowest
+from optimum_order.backends.selection import leave_grid, lowest
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, Statistics
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGPTOptions(SweepOptions, PruningOptions):
+class SparseGPTOptions(SweepOptions, AllocationOptions):
     """The options of pruning, and of the sweep."""
 
 
-class SparseGPT(Sweeper, Pruner):
+class SparseGPT(Sweeper, AllocatedPruner):
     """Score `w^2 / U_jj^2` in every 128 columns; survivors take over the work of the removed."""
 
     name = "sparsegpt"
@@ -64,3 +65,7 @@ class SparseGPT(Sweeper, Pruner):
         new, lost = keep_better_rows(swept.to(weight.dtype), masked, aim, statistics[Gram])
         notes = remarks(self.stage, options.damping, factor.damping, lost, len(weight))
         return dataclasses.replace(state, weight=new, pruned=pruned, notes=state.notes + notes)
+
+    def costs(self, state: LayerState, statistics: Statistics) -> Tensor:
+        factor = Factor.of(statistics, self.options.damping)
+        return state.weight.float().square() * factor.importance

@@ -234,8 +234,11 @@ class Passes:
         if not missing:
             return profiles
         samples = list(itertools.islice(single_samples(self.subject.batches), profiler.profiled))
-        sensitivities = output_sensitivities(self.subject.model, units, samples)
-        sources = column_sources(find_folds(self.subject.model, units, samples[0]))
+        sensitivities: Mapping[str, Tensor] = {}
+        sources: Mapping[str, Tensor] = {}
+        if profiler.weighs_outputs:
+            sensitivities = output_sensitivities(self.subject.model, units, samples)
+            sources = column_sources(find_folds(self.subject.model, units, samples[0]))
         rows: dict[str, Profile] = {}
         walked = walk(
             self.subject.model,
@@ -581,6 +584,12 @@ class Passes:
         targets = {t.name: t for unit in self.subject.units for t in unit.targets}
         for name, before, after in recover(recovery, self.subject, self.result.states):
             self._settle(targets[name], (before, after), recovery.stage, None)
+        if recovery.parameters:
+            reshaping.put_parameters(self.subject.model, recovery.parameters)
+            change = reshaping.Change(
+                str(recovery.stage), {}, {}, parameters=dict(recovery.parameters)
+            )
+            self.result.changes = (*self.result.changes, change)
 
     def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
         names = [unit.name for unit in self.subject.units]

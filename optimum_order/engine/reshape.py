@@ -43,12 +43,14 @@ class Change:
         sizes: The new values of config fields.
         blocks: For each block that was cut, by name, what `cut_block` returned.
         removed: Blocks that were removed, counted from 0, the one that is missed least first.
+        parameters: New values of parameters that are no layers, by name.
     """
 
     stage: str
     sizes: Sizes
     blocks: Mapping[str, Mapping[str, Any]]
     removed: tuple[int, ...] = ()
+    parameters: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return what a manifest says of the change."""
@@ -331,6 +333,9 @@ def redo(
     """
     for change in changes:
         again = recipes.method(Stage.parse(change.stage))
+        if again.kind == "recover":
+            put_parameters(model, change.parameters)
+            continue
         if again.kind == "transform":
             transform_again(cast(Transform, again), model, change.sizes)
             continue
@@ -343,6 +348,20 @@ def redo(
         units = present(units)
         set_sizes(model, change.sizes)
     return units
+
+
+def put_parameters(model: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
+    """Give a model new parameters in place of some.
+
+    Args:
+        model: The model.
+        values: Their values by name, in shape and dtype as before.
+    """
+    for name, value in values.items():
+        old = model.get_parameter(name)
+        module, _, attribute = name.rpartition(".")
+        new = torch.nn.Parameter(value.to(old.device, copy=True), requires_grad=old.requires_grad)
+        setattr(model.get_submodule(module), attribute, new)
 
 
 def left(roles: Roles, removed: Sequence[int]) -> list[int]:

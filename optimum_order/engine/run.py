@@ -149,6 +149,13 @@ def refuse(recipe: Recipe, *, streams: bool, resumes: bool) -> None:
                 f"Stage '{method.stage}' changes a model that is in memory as a whole: leave out "
                 "low_memory (--low-memory)."
             )
+        allocation = getattr(method.options, "allocation", "uniform")
+        if allocation != "uniform" and streams:
+            raise OutputError(
+                f"Stage '{method.stage}' looks at all layers before it treats the first, and a "
+                "model that is read block by block is read once for each stage: leave out "
+                f"low_memory (--low-memory), or allocation={allocation}."
+            )
         if method.kind == "recover" and resumes:
             raise OutputError(
                 f"Stage '{method.stage}' cannot be resumed yet: run it without 'work_dir' "

@@ -1,8 +1,12 @@
 """Layers and inputs of every awkward kind that the methods must live with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from optimum_order import JointCompressor
 from optimum_order.layers.statistics import Gram, Statistics
 
 
@@ -75,3 +79,45 @@ def not_worse():
         return bool((a <= b * (1 + 1e-4) + noise).all())
 
     return check
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+IDS = torch.randint(2, 60, (32, 16), generator=torch.Generator().manual_seed(0))
+
+
+def make_model(tied=True, experts=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    if experts:
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3, pad_token_id=None))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data *= 4  # predictions that something is lost of
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def compressor(**settings):
+    return JointCompressor(
+        make_model(**settings), calibration=IDS, sequence_length=16, device="cpu"
+    )
+
+
+def divergence(compressed, original):
+    with torch.no_grad():
+        one, other = (m(IDS).logits.float().log_softmax(-1) for m in (compressed, original))
+    return (other.exp() * (other - one)).sum(-1).mean().item()
+
+
+@pytest.fixture(scope="session")
+def learning():
+    """A model whose predictions can be lost and learned, what compresses it, and how far it is."""
+    return SimpleNamespace(make=make_model, compressor=compressor, divergence=divergence, ids=IDS)

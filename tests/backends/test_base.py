@@ -19,6 +19,7 @@ SETTINGS = {
     "magnitude": ["magnitude:0.5", "magnitude(pattern=2:4)"],
     "wanda": ["wanda:0.3", "wanda(pattern=1:4)"],
     "sparsegpt": ["sparsegpt:0.6", "sparsegpt(pattern=2:4)"],
+    "alps": ["alps:0.6", "alps(pattern=2:4)"],
     "rtn": ["rtn:2", "rtn(bits=8, group_size=16, symmetric=false)", "rtn:q5_k"],
     "ecsq": ["ecsq:4", "ecsq(rate=2, columns=false, max_code=7)"],
     "gptq": ["gptq:4", "gptq(bits=3, group_size=32, symmetric=false, act_order=false)"],
@@ -209,7 +210,7 @@ class TestOptions:
         for text, message in [
             (
                 "wandaa:0.5",
-                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: bitsandbytes, depth,",
+                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: alps, bitsandbytes,",
             ),
             (
                 "gptq(bit=4)",

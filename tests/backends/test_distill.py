@@ -2,43 +2,9 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from optimum_order import JointCompressor
 from optimum_order.errors import DataError, OrderError, OutputError
-
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-IDS = torch.randint(2, 60, (32, 16), generator=torch.Generator().manual_seed(0))
-
-
-def make(tied=True, experts=False, dtype=torch.float32):
-    torch.manual_seed(0)
-    if experts:
-        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3, pad_token_id=None))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data *= 4  # predictions that something is lost of
-        parameter.data = parameter.data.to(dtype)
-    return model.eval()
-
-
-def compressor(**settings):
-    return JointCompressor(make(**settings), calibration=IDS, sequence_length=16, device="cpu")
-
-
-def divergence(compressed, original):
-    with torch.no_grad():
-        one, other = (m(IDS).logits.float().log_softmax(-1) for m in (compressed, original))
-    return (other.exp() * (other - one)).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize(
@@ -52,12 +18,14 @@ def divergence(compressed, original):
         ("width:0.5", 0.8),
     ],
 )
-def test_the_model_comes_nearer_and_keeps_its_mask_and_grid(order, part):
-    mine = compressor()
+def test_the_model_comes_nearer_and_keeps_its_mask_and_grid(order, part, learning):
+    mine = learning.compressor()
     before = mine.compress(order, progress=False)
     after = mine.compress(f"{order} > distill(steps=60, rate=0.001)", progress=False)
-    original = make()
-    assert divergence(after.model, original) < part * divergence(before.model, original)
+    original = learning.make()
+    assert learning.divergence(after.model, original) < part * learning.divergence(
+        before.model, original
+    )
     moved = 0
     for name, state in after.layers.items():
         state.check(name)
@@ -73,15 +41,15 @@ def test_the_model_comes_nearer_and_keeps_its_mask_and_grid(order, part):
     assert torch.equal(after.model.model.norm.weight, original.model.norm.weight)
 
 
-def test_experts_and_coded_embeddings_learn_too():
-    mine = compressor(experts=True)
+def test_experts_and_coded_embeddings_learn_too(learning):
+    mine = learning.compressor(experts=True)
     order = "rtn(bits=3, group_size=32)"
     before = mine.compress(order, progress=False)
     after = mine.compress(f"{order} > distill(steps=20, rate=0.002)", progress=False)
-    assert divergence(after.model, make(experts=True)) < divergence(
-        before.model, make(experts=True)
+    assert learning.divergence(after.model, learning.make(experts=True)) < learning.divergence(
+        before.model, learning.make(experts=True)
     )
-    tied = compressor()
+    tied = learning.compressor()
     order = "rtn(bits=3, group_size=32, targets=[*, *embed_tokens])"
     before = tied.compress(order, progress=False)
     stage = "distill(steps=20, rate=0.002, targets=[*, *embed_tokens])"
@@ -89,11 +57,13 @@ def test_experts_and_coded_embeddings_learn_too():
     name = "model.embed_tokens"
     assert not torch.equal(after.layers[name].weight, before.layers[name].weight)
     assert after.model.lm_head.weight is after.model.model.embed_tokens.weight
-    assert divergence(after.model, make()) < divergence(before.model, make())
+    assert learning.divergence(after.model, learning.make()) < learning.divergence(
+        before.model, learning.make()
+    )
 
 
-def test_it_may_stand_between_stages_and_in_another_dtype(tmp_path):
-    mine = compressor(dtype=torch.bfloat16)
+def test_it_may_stand_between_stages_and_in_another_dtype(tmp_path, learning):
+    mine = learning.compressor(dtype=torch.bfloat16)
     order = "wanda:0.5 > distill(steps=10, rate=0.002) > gptq(bits=4, group_size=32)"
     compressed = mine.compress(order, progress=False)
     compressed.save_pretrained(tmp_path / "out")
@@ -106,18 +76,20 @@ def test_it_may_stand_between_stages_and_in_another_dtype(tmp_path):
     assert all((state.weight[state.mask] == 0).all() for state in compressed.layers.values())
 
 
-def test_what_diverges_is_stopped_and_the_best_state_taken(caplog):
-    mine = compressor()
+def test_what_diverges_is_stopped_and_the_best_state_taken(caplog, learning):
+    mine = learning.compressor()
     before = mine.compress("rtn(bits=4, group_size=32)", progress=False)
     stages = "rtn(bits=4, group_size=32) > distill(steps=60, rate=0.9)"
     after = mine.compress(stages, progress=False)
     assert "diverged at step" in caplog.text
-    original = make()
-    assert divergence(after.model, original) <= 1.05 * divergence(before.model, original)
+    original = learning.make()
+    assert learning.divergence(after.model, original) <= 1.05 * learning.divergence(
+        before.model, original
+    )
 
 
-def test_where_nothing_is_lost_nothing_changes(caplog):
-    mine = compressor()
+def test_where_nothing_is_lost_nothing_changes(caplog, learning):
+    mine = learning.compressor()
     after = mine.compress(
         "rtn(bits=8, group_size=32) > distill(steps=2, rate=1e-9)", progress=False
     )
@@ -128,21 +100,23 @@ def test_where_nothing_is_lost_nothing_changes(caplog):
 
 
 class TestRefused:
-    def test_options(self):
+    def test_options(self, learning):
         for stage, message in {
             "distill:0": "a positive integer",
             "distill(steps=3, rate=2.0)": "between 0 and 1",
         }.items():
             with pytest.raises(OrderError, match=message):
-                compressor().compress(f"rtn:4 > {stage}", progress=False)
+                learning.compressor().compress(f"rtn:4 > {stage}", progress=False)
 
-    def test_too_few_samples(self):
-        few = JointCompressor(make(), calibration=IDS[:4], sequence_length=16, device="cpu")
+    def test_too_few_samples(self, learning):
+        few = JointCompressor(
+            learning.make(), calibration=learning.ids[:4], sequence_length=16, device="cpu"
+        )
         with pytest.raises(DataError, match="more than 4 samples"):
             few.compress("rtn(bits=4, group_size=32) > distill:5", progress=False)
 
-    def test_a_work_dir(self, tmp_path):
+    def test_a_work_dir(self, tmp_path, learning):
         with pytest.raises(OutputError, match="'distill:5' cannot be resumed yet"):
-            compressor().compress(
+            learning.compressor().compress(
                 "rtn(bits=4, group_size=32) > distill:5", work_dir=tmp_path, progress=False
             )

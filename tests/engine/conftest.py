@@ -130,7 +130,7 @@ class RefitRows(Recovery):
     class Options:
         spoil: str = option("nothing", "the promise that is broken")
 
-    name = "refit"
+    name = "mend"
     summary = "fit a scale of each row"
     needs = frozenset()
     needs_data = False

@@ -34,7 +34,7 @@ def test_layers_come_nearer_on_the_same_mask_and_codes(make_model, batches, run,
         model = make_model("llama")
         result = run(
             model,
-            f"{order} > refit",
+            f"{order} > mend",
             batches,
             pause=pause,
             original=lambda: make_model("llama"),
@@ -50,7 +50,7 @@ def test_layers_come_nearer_on_the_same_mask_and_codes(make_model, batches, run,
             if earlier.grid is not None:
                 codes = earlier.grid.quantize(earlier.weight)
                 assert torch.equal(state.grid.quantize(state.weight), codes)
-            assert result.records[name][-1].stage == "refit:nothing"
+            assert result.records[name][-1].stage == "mend:nothing"
             assert result.records[name][-1].relative_error > 0
 
 
@@ -63,10 +63,10 @@ def test_layers_come_nearer_on_the_same_mask_and_codes(make_model, batches, run,
     ],
 )
 def test_a_broken_promise_is_refused_by_name(make_model, batches, run, plugins, spoil, message):
-    with pytest.raises(InvariantError, match=rf"q_proj, stage 'refit:{spoil}': {message}"):
+    with pytest.raises(InvariantError, match=rf"q_proj, stage 'mend:{spoil}': {message}"):
         run(
             make_model("llama"),
-            f"magnitude:0.5 > rtn:4 > refit:{spoil}",
+            f"magnitude:0.5 > rtn:4 > mend:{spoil}",
             batches,
             original=lambda: make_model("llama"),
         )
@@ -75,15 +75,15 @@ def test_a_broken_promise_is_refused_by_name(make_model, batches, run, plugins, 
 def test_the_original_model_is_needed(make_model, plugins):
     model = make_model("llama")
     subject = Subject(model, find_units(model))
-    with pytest.raises(ModelError, match="'refit:nothing' learns from the original model"):
-        list(recover(method(Stage("refit")), subject, {}))
+    with pytest.raises(ModelError, match="'mend:nothing' learns from the original model"):
+        list(recover(method(Stage("mend")), subject, {}))
 
 
 def test_from_the_front_door_to_a_saved_folder(make_model, plugins, tmp_path):
     original = make_model("llama")
     compressor = JointCompressor(original, device="cpu")
     plain = compressor.compress("rtn:3", progress=False)
-    compressed = compressor.compress("rtn:3 > refit", progress=False)
+    compressed = compressor.compress("rtn:3 > mend", progress=False)
     assert distance(compressed.model, original) < distance(plain.model, original)
     assert compressed.save_pretrained(tmp_path / "out") == "compressed-tensors"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -342,9 +342,9 @@ class TestResume:
         self, make_model, batches, tmp_path, run, plugins
     ):
         with WorkDir(tmp_path / "work", {}, resume=False) as work:
-            message = r"Stage 'refit:nothing' cannot be resumed yet"
+            message = r"Stage 'mend:nothing' cannot be resumed yet"
             with pytest.raises(OutputError, match=message):
-                run(make_model("llama"), "refit:nothing > rtn:4", batches, work=work)
+                run(make_model("llama"), "mend:nothing > rtn:4", batches, work=work)
         assert not (tmp_path / "work").exists()
 
 

@@ -26,6 +26,7 @@ ORDERS = [
     "magnitude:0.5",
     "wanda(pattern=2:4)",
     "sparsegpt:0.5",
+    "alps:0.5",
     "rtn:2",
     "rtn(bits=4, group_size=16, symmetric=false)",
     "rtn:q4_k",

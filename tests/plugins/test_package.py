@@ -28,10 +28,10 @@ def results(run, tiny_llama_folder, text_file, tmp_path_factory):
         "narrowed": "narrow",
         "narrowed and pruned": "narrow(fraction=0.25) > wanda:0.5 > gptq:4",
         "coarse": "rtn(bits=2, group_size=32)",
-        "refitted": "rtn(bits=2, group_size=32) > refit",
-        "pruned, coarse and refitted": "wanda:0.5 > rtn(bits=3, symmetric=false) > refit",
+        "refitted": "rtn(bits=2, group_size=32) > mend",
+        "pruned, coarse and refitted": "wanda:0.5 > rtn(bits=3, symmetric=false) > mend",
         "all kinds": "shuffle > narrow(fraction=0.25) > wanda:0.5 > powers:4",
-        "narrowed and refitted": "narrow(fraction=0.25) > rtn(bits=2, group_size=32) > refit",
+        "narrowed and refitted": "narrow(fraction=0.25) > rtn(bits=2, group_size=32) > mend",
         "narrowed and coarse": "narrow(fraction=0.25) > rtn(bits=2, group_size=32)",
     }
     folder = tmp_path_factory.mktemp("saved")
@@ -42,7 +42,7 @@ def results(run, tiny_llama_folder, text_file, tmp_path_factory):
 
 def test_the_plug_ins_keep_the_contracts(run, tmp_path):
     contracts = shutil.copy(HERE / "package" / "contracts.py", tmp_path)
-    assert "35 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", contracts)
+    assert "36 passed" in run("-m", "pytest", "-q", "-p", "no:cacheprovider", contracts)
 
 
 def test_every_result_loads_as_it_was_measured_and_verifies(results):

@@ -107,6 +107,27 @@ class Grid(ABC):
             ValueError: If the layout does not fit the shape.
         """
 
+    @property
+    def scales(self) -> Tensor | None:
+        """Scales that may be others while codes stay, (out, groups), each of as many inputs.
+
+        None if there are none. `with_scales` makes use of them.
+        """
+        return None
+
+    def with_scales(self, scales: Tensor) -> Self:
+        """Return the grid with other scales, rounded and clamped to what the grid can store.
+
+        Codes stay: what they are is what `quantize` gives for their new values.
+
+        Args:
+            scales: (out, groups) float32, positive.
+
+        Raises:
+            NotImplementedError: If `scales` is None.
+        """
+        raise NotImplementedError(f"The scales of a {type(self).__name__} are not free.")
+
     def nearest(self, weight: Tensor, columns: Selection = ALL) -> Tensor:
         """Return the grid values nearest to a weight.
 

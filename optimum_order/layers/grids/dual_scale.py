@@ -99,6 +99,14 @@ class DualScaleGrid(Grid):
         return self.scale.dtype
 
     @property
+    def scales(self) -> Tensor | None:
+        return self.scale
+
+    def with_scales(self, scales: Tensor) -> Self:
+        least, most = self.scale_range(self.dtype, self.bits, self.exponent)
+        return dataclasses.replace(self, scale=scales.clamp(least, most).to(self.dtype))
+
+    @property
     def unit(self) -> int:
         return len(self.exponent)
 

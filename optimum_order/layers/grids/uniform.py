@@ -26,6 +26,16 @@ def _scales(digits: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.to(dtype)
 
 
+def _range(dtype: torch.dtype, bits: int) -> tuple[float, float]:
+    """Return the least and the largest scale.
+
+    None is smaller than float32, in which codes are computed, holds in full; none is so large that
+    one of the grid's values overflows.
+    """
+    info = torch.finfo(dtype)
+    return max(info.tiny * info.eps, torch.finfo(torch.float32).tiny), info.max / 2**bits
+
+
 def _float16_scales(digits: int, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales that both the dtype of the weights and float16 hold.
 
@@ -123,11 +133,7 @@ class UniformGrid(Grid):
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        # No scale is smaller than float32, in which codes are computed, holds in full; none is so
-        # large that one of the grid's values overflows.
-        info = torch.finfo(weight.dtype)
-        least = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
-        most = info.max / 2**bits
+        least, most = _range(weight.dtype, bits)
 
         def spanning(shrink: float) -> UniformGrid:
             """Return the grid that spans this part of each group's range."""
@@ -198,6 +204,19 @@ class UniformGrid(Grid):
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]  # that of the scales
         return self.scale.dtype
+
+    @property
+    def scales(self) -> Tensor | None:
+        # a code of more digits than the dtype may be another's once its value is rounded
+        return self.scale if self._codes_are_exact else None
+
+    def with_scales(self, scales: Tensor) -> Self:
+        least, most = _range(self.dtype, self.bits)
+        scales = scales.clamp(least, most)
+        digits = _FLOAT16_DIGITS if self.symmetric else _FLOAT16_DIGITS - self.bits
+        are_short = torch.equal(_float16_scales(digits, self.scale, self.dtype), self.scale)
+        rounded = (_float16_scales if are_short else _scales)(digits, scales, self.dtype)
+        return dataclasses.replace(self, scale=rounded)
 
     @property
     def symmetric(self) -> bool:

@@ -16,20 +16,20 @@ from optimum_order.layers.statistics import Gram
 
 
 @dataclasses.dataclass(frozen=True)
-class RefitOptions:
+class MendOptions:
     """No option of its own."""
 
 
-class Refit(Recovery):
+class Mend(Recovery):
     """Multiply the scales of each row q by `f = (w H q^T) / (q H q^T)`, w the original's row.
 
     This f minimizes `||X w^T - f X q^T||` for the inputs X that the layer has now, `H = X^T X`.
     A layer whose shape is not the original's has no such rows, and is left as it is.
     """
 
-    name = "refit"
+    name = "mend"
     summary = "refit the scales of quantized rows to the original layer"
-    Options = RefitOptions
+    Options = MendOptions
 
     def recover(
         self,
@@ -48,11 +48,11 @@ class Refit(Recovery):
         }
         grams = _grams(model, list(quantized), batches)
         return {
-            name: _refit(state, original[name], grams[name]) for name, state in quantized.items()
+            name: _mended(state, original[name], grams[name]) for name, state in quantized.items()
         }
 
 
-def _refit(state: LayerState, original: Tensor, gram: Tensor) -> LayerState:
+def _mended(state: LayerState, original: Tensor, gram: Tensor) -> LayerState:
     """Return the layer with other scales.
 
     Args:
