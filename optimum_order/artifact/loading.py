@@ -54,15 +54,15 @@ def load(folder: Path, facts: Mapping[str, Any] | None) -> Loaded:
     blank = skeleton(config)
     shapes = hf.to_checkpoint(blank, blank.state_dict())
     tensors, encoded = container.plain(folder)
+    if unknown := encoded - set(shapes):
+        raise ArtifactError(
+            f"'{folder}' has a layer '{min(unknown)}', which {type(blank).__name__} has not."
+        )
     stored = (
         _places(folder, blank, encoded, partly=container.keeps_others)
         if facts is None
         else {name: entry.get("stored") for name, entry in facts["layers"].items()}
     )
-    if unknown := encoded - set(shapes):
-        raise ArtifactError(
-            f"'{folder}' has a layer '{min(unknown)}', which {type(blank).__name__} has not."
-        )
     unloaded = {key: tensors.pop(key) for key in set(tensors) - set(shapes)}
     if others := encoded - _keys(blank, stored):
         tensors |= container.values(folder, others)
