@@ -515,6 +515,7 @@ class CompressedModel:
             processor=source.processor,
             unloaded=source.unloaded,
             documents=source.documents,
+            origin=source.origin,
         )
 
     def _metrics(self, runs_dense: bool | None = None) -> dict[str, Any]:

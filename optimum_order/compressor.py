@@ -281,7 +281,7 @@ class JointCompressor(Session):
         after = self.outlines(model, units, recipe)
         states = self.source.states
         choice: dict[str, Any] = {"unproven": unproven, "engine": engine, "after": after}
-        beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
+        beside = self._beside()
         check_format(model, units, recipe, states, format, beside=beside, **choice)
         samples = self.draw() if recipe.needs_data else None
         if samples and samples.note:
@@ -369,7 +369,7 @@ class JointCompressor(Session):
         model = estimate.empty(self.source)
         units = self.units(model, *recipes)
         states = self.source.states
-        beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
+        beside = self._beside()
         choice: dict[str, Any] = {"unproven": unproven, "engine": engine}
         chosen: list[str] = []
         refusals = []
@@ -467,7 +467,7 @@ class JointCompressor(Session):
         drawing = time.perf_counter() - begin
         paused = self.pause_for(pause, recipe, batches, low_memory=False)
         execution = dataclasses.replace(self.execution(model, paused), device=self.device)
-        beside = {"processor": self.source.processor, "unloaded": self.source.unloaded}
+        beside = self._beside()
         result = estimate.estimate(
             model, units, recipe, batches, execution, format=format, beside=beside, after=after
         )

@@ -273,6 +273,7 @@ class Session:
         )
         calibrated = self.calibration is not None
         recipe.check(units, calibrated=calibrated, after=[one.units for one in after])
+        recipe.check_start(units, self.source.states)
         return after
 
     def runner(self, *recipes: Recipe, progress: bool = True) -> Runner:
@@ -332,6 +333,15 @@ class Session:
     def _embeddings(self, recipes: Iterable[Recipe]) -> list[str]:
         """Return patterns of embeddings: what stages name, and what is compressed already."""
         return [*(pattern for recipe in recipes for pattern in recipe.named), *self.source.states]
+
+    def _beside(self) -> dict[str, Any]:
+        """Return what goes with the layers, as fields of `formats.Contents`."""
+        source = self.source
+        return {
+            "processor": source.processor,
+            "unloaded": source.unloaded,
+            "origin": source.origin,
+        }
 
     def base_model(self, model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a manifest says of the model before compression.

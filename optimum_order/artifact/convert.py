@@ -85,6 +85,7 @@ def convert(
         processor=load_processor(str(folder), hub),
         unloaded=loaded.unloaded,
         documents=documents(str(folder), hub, loaded.model.config),
+        origin=folder,
     )
     try:
         codec = formats.choose(contents, format, unproven=unproven, engine=engine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from optimum_order.formats import Container, Layers, Layout
 from optimum_order.models import hf
 from optimum_order.models.quantizer import encoding
 from optimum_order.models.source import read_config, skeleton
-from optimum_order.models.units import find_targets
+from optimum_order.models.units import find_targets, find_units
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,15 @@ def load(folder: Path, facts: Mapping[str, Any] | None) -> Loaded:
         raise ArtifactError(
             f"'{folder}' has a layer '{min(unknown)}', which {type(blank).__name__} has not."
         )
+    stored = (
+        _places(folder, blank, encoded, partly=container.keeps_others)
+        if facts is None
+        else {name: entry.get("stored") for name, entry in facts["layers"].items()}
+    )
     unloaded = {key: tensors.pop(key) for key in set(tensors) - set(shapes)}
-    for key in encoded:
+    if others := encoded - _keys(blank, stored):
+        tensors |= container.values(folder, others)
+    for key in encoded - others:
         tensors[key] = torch.zeros(shapes[key].shape, dtype=shapes[key].dtype)
     cls: Any = type(blank)
     model, info = cls.from_pretrained(
@@ -70,11 +77,6 @@ def load(folder: Path, facts: Mapping[str, Any] | None) -> Loaded:
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
-    stored = (
-        _places(folder, blank, encoded)
-        if facts is None
-        else {name: entry.get("stored") for name, entry in facts["layers"].items()}
-    )
     layers = _layers(folder, container, stored, model)
     if facts is not None:
         pruned = {name: entry["pruned"] for name, entry in facts["layers"].items()}
@@ -88,6 +90,8 @@ def format_of(folder: Path) -> str:
     Raises:
         ArtifactError: If no installed format reads it.
     """
+    if (folder / "model.gguf").exists():
+        return "gguf"
     entry = read_json(folder / "config.json").get("quantization_config")
     name = encoding(entry) if isinstance(entry, dict) else None
     if not isinstance(name, str) or name not in formats.available():
@@ -98,13 +102,23 @@ def format_of(folder: Path) -> str:
     return name
 
 
-def _places(folder: Path, model: PreTrainedModel, encoded: set[str]) -> dict[str, Any]:
+def _keys(model: PreTrainedModel, layers: Collection[str]) -> set[str]:
+    """Return the names of the stored tensors that hold these layers."""
+    layout = Layout.of(model)
+    targets = [target for target in find_targets(model) if target.name in layers]
+    return {piece.key for target in targets for piece in layout.pieces(target)}
+
+
+def _places(
+    folder: Path, model: PreTrainedModel, encoded: set[str], *, partly: bool
+) -> dict[str, Any]:
     """Return each layer that is encoded, with its entry for `Container.read`.
 
     Args:
         folder: The folder.
         model: Its model.
         encoded: Names of the stored tensors that are encoded.
+        partly: Whether embeddings, heads and others outside the blocks may be no layers.
 
     Raises:
         ArtifactError: If something is encoded that is no layer of a kind that can be compressed.
@@ -112,7 +126,10 @@ def _places(folder: Path, model: PreTrainedModel, encoded: set[str]) -> dict[str
     layout = Layout.of(model)
     places: dict[str, Any] = {}
     covered: set[str] = set()
+    inside = {target.name for unit in find_units(model) for target in unit.targets}
     for target in find_targets(model):
+        if partly and target.name not in inside:
+            continue
         pieces = layout.pieces(target)
         keys = {piece.key for piece in pieces}
         if not keys & encoded:
@@ -125,7 +142,7 @@ def _places(folder: Path, model: PreTrainedModel, encoded: set[str]) -> dict[str
             if plain and not target.transposed
             else {"rows": rows, "transposed": target.transposed}
         )
-    if others := encoded - covered:
+    if (others := encoded - covered) and not partly:
         raise ArtifactError(
             f"'{folder}' holds the quantized tensor '{min(others)}', which is no layer that this "
             "package compresses: give the model that it was made from."

@@ -6,6 +6,7 @@ quantized model of somebody else in a format that this package reads.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order import formats
 from optimum_order.artifact import hub, manifest
 from optimum_order.artifact.loading import Loaded, format_of, load
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, ModelError
 from optimum_order.files import is_folder, read_json
+from optimum_order.formats.gguf_published import stage
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
 from optimum_order.models.adapter import Merged
@@ -80,6 +83,12 @@ class Origin(Checkpoint):
         self._loaded = loaded
         return loaded.model
 
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files on disk in bytes."""
+        name = format_of(self.origin) if self._facts is None else self._facts["format"]
+        return sum(file.stat().st_size for file in formats.container(name).files(self.origin))
+
     def load_empty(self, device: torch.device | str = "cpu") -> NoReturn:
         """Refuse: codes are not read a block at a time.
 
@@ -108,6 +117,11 @@ class Origin(Checkpoint):
         return states
 
     @property
+    def origin(self) -> Path:
+        """The folder."""
+        return Path(self._path)
+
+    @property
     def unloaded(self) -> Mapping[str, Tensor]:
         """The stored tensors that the model does not load."""
         return self.loaded().unloaded
@@ -118,6 +132,27 @@ class Origin(Checkpoint):
             self.load()
         assert self._loaded is not None
         return self._loaded
+
+
+class Published(Origin):
+    """A GGUF file of somebody else, with its grids as they are.
+
+    Args:
+        file: The file, or a folder with one.
+        options: As in `Checkpoint`; `dtype` must be "auto".
+
+    Raises:
+        ModelError: If the file cannot be read, or another format has to be given first.
+    """
+
+    def __init__(self, file: Path, **options: Any):
+        self._staged = tempfile.TemporaryDirectory(prefix="optimum-order-")
+        try:
+            stage(file, Path(self._staged.name))
+        except ArtifactError as error:
+            raise ModelError(str(error)) from error
+        super().__init__(self._staged.name, **options)
+        self.id = file.name
 
 
 def open_checkpoint(
@@ -146,13 +181,33 @@ def open_checkpoint(
             "(--merge-adapter) with it."
         )
     folder = Path(model).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        return Published(folder, **options)
     if is_folder(folder):
+        if file := _only_file(folder):
+            return Published(file, **options)
         quantized = (folder / "config.json").is_file() and "quantization_config" in _config(folder)
         if quantized or (folder / manifest.FILE).exists():
             return Origin(folder, **options)
     elif "/" in str(model) and not str(model).startswith((".", "/", "~")):
         return _on_hub(str(model), **options)
     return Checkpoint(model, **options)
+
+
+def _only_file(folder: Path) -> Path | None:
+    """Return the one GGUF file of a folder that this package has not written, if it is its model.
+
+    Raises:
+        ModelError: If there are several.
+    """
+    listed = sorted(folder.glob("*.gguf"))
+    if not listed or (folder / manifest.FILE).exists() or any(folder.glob("*.safetensors")):
+        return None
+    if len(listed) > 1:
+        raise ModelError(
+            f"'{folder}' holds {len(listed)} GGUF files: name one, such as '{listed[0]}'."
+        )
+    return listed[0]
 
 
 def _on_hub(repo_id: str, **options: Any) -> Checkpoint:

@@ -337,8 +337,7 @@ class Backend(Method):
         """
         where = f"{where}, stage '{self.stage}'"
         off_grid = getattr(self.options, "off_grid", False)
-        without_zero = state.grid is not None and not state.grid.has_zero
-        if self.kind == "prune" and without_zero and not off_grid:
+        if self.kind == "prune" and not state.has_zero and not off_grid:
             raise OrderError(f"{where}: zero is not on the layer's grid. {NO_ZERO}")
         if statistics is None:
             statistics = Statistics(0, {})

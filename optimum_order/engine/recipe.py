@@ -11,6 +11,7 @@ from typing import Any, cast
 from optimum_order import backends
 from optimum_order.backends.base import NO_ZERO, Engine, Method, Reshaper, Transform, needs_of
 from optimum_order.errors import DataError, OrderError, unknown
+from optimum_order.layers.state import LayerState
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Order, Stage, Value
 from optimum_order.registry import discover
@@ -282,6 +283,35 @@ class Recipe:
                     f"Stage '{method.stage}' cannot follow '{quantizer.stage}': zero is not on its "
                     f"grid. {NO_ZERO}"
                 )
+
+    def check_start(self, units: Sequence[Unit], states: Mapping[str, LayerState]) -> None:
+        """Refuse to prune layers that a model begins with, on grids where zero is not.
+
+        Args:
+            units: The blocks of the model.
+            states: The layers that are compressed already.
+
+        Raises:
+            OrderError: If there are any.
+        """
+        targets = [target for unit in units for target in unit.targets]
+        without = [
+            target
+            for target in targets
+            if target.name in states and not states[target.name].has_zero
+        ]
+        for method in self.methods:
+            if method.kind == "prune" and not getattr(method.options, "off_grid", False):
+                refused = [t.name for t in without if method.covers(t.name, t.kind)]
+                if refused:
+                    raise OrderError(
+                        f"Stage '{method.stage}' cannot prune {len(refused)} of {len(targets)} "
+                        f"layers, such as '{refused[0]}': zero lies between two values of the grid "
+                        "that they have. Prune the others, with targets=..., or leave the grid "
+                        "with off_grid=true and quantize again."
+                    )
+            if method.kind in ("quantize", "transform"):  # other grids follow
+                without = [t for t in without if not method.covers(t.name, t.kind)]
 
     def remarks(self, layers: Sequence[Target]) -> list[str]:
         """Return a sentence for each stage from which nothing is gained after the stages before.

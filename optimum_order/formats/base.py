@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.errors import FormatError
+from optimum_order.errors import ArtifactError, FormatError
 from optimum_order.formats.layout import Layout
 from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.state import LayerState
@@ -57,6 +57,8 @@ class Contents:
         unloaded: Tensors of the checkpoint that the model does not load, by stored name; they are
             written as they are.
         documents: Files beside the model that go with it, by their path in the folder.
+        origin: The folder of the compressed model that this one began as. What has not changed
+            since, a container may write as it is stored there.
     """
 
     model: PreTrainedModel
@@ -65,6 +67,7 @@ class Contents:
     processor: Any = None
     unloaded: Mapping[str, Tensor] = field(default_factory=dict)
     documents: Mapping[str, Path] = field(default_factory=dict)
+    origin: Path | None = None
 
     @cached_property
     def layout(self) -> Layout:
@@ -286,6 +289,8 @@ class Container(ABC):
     """Name that codecs refer to."""
     patterns: ClassVar[tuple[str, ...]]
     """Shell patterns of the names of its weight files."""
+    keeps_others: ClassVar[bool] = False
+    """Whether it writes quantized weights that are no layers of a run as they are stored."""
 
     @abstractmethod
     def write(
@@ -332,6 +337,21 @@ class Container(ABC):
         Raises:
             ArtifactError: If a file is missing or damaged.
         """
+
+    def values(self, folder: Path, keys: Collection[str]) -> dict[str, Tensor]:
+        """Return the values of encoded weights that are no layers of a run, by stored name.
+
+        Args:
+            folder: The folder.
+            keys: Names of stored tensors, of those that `plain` calls encoded.
+
+        Raises:
+            ArtifactError: If the container does not write such weights as they are stored.
+        """
+        raise ArtifactError(
+            f"'{folder}' holds the quantized tensor '{min(keys)}', which is no layer that this "
+            "package compresses: give the model that it was made from."
+        )
 
     @abstractmethod
     def header(self, file: Path) -> dict[str, str]:

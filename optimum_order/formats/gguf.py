@@ -17,7 +17,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ from optimum_order.formats.base import (
     grid_of,
     outline,
 )
-from optimum_order.formats.gguf_blocks import BLOCK, BlockType
+from optimum_order.formats.gguf_blocks import BlockType
 from optimum_order.formats.gguf_families import Entry
-from optimum_order.formats.gguf_file import PLAIN, GGUFFile
+from optimum_order.formats.gguf_file import PLAIN, GGUFFile, Stored
+from optimum_order.formats.gguf_published import FILE, kept_fields
 from optimum_order.formats.gguf_superblocks import SuperblockLayout
 from optimum_order.formats.layout import Layout, as_matrix, blocks
 from optimum_order.formats.older import with_older_keys
+from optimum_order.layers.grids.block import BLOCK, BlockGrid
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.superblock import SuperblockGrid
 from optimum_order.layers.grids.uniform import UniformGrid
@@ -59,7 +61,6 @@ from optimum_order.models.units import Target
 
 logger = logging.getLogger(__name__)
 
-FILE = "model.gguf"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NUMBERS = {dtype: number for number, dtype in PLAIN.items()}
 _FILE_TYPES = {
@@ -89,7 +90,7 @@ class GGUF(Codec):
     packages = ("gguf>=0.19",)
     gguf_file = FILE
     options = {"scales": "float16"}  # noqa: RUF012 (a ClassVar of the base)
-    made_for = (SuperblockGrid,)
+    made_for = (SuperblockGrid, BlockGrid)
     widths = (4, 5, 8)
 
     def encodes(self, state: LayerState) -> bool:
@@ -109,7 +110,7 @@ class GGUF(Codec):
                 "'optimum-order compress CODED OUT --format gguf' moves these steps into what "
                 "makes the input"
             )
-        if isinstance(grid, SuperblockGrid):
+        if isinstance(grid, (SuperblockGrid, BlockGrid)):
             return None
         if not isinstance(grid, UniformGrid):
             return f"its {type(grid).__name__} is not a grid of equal steps"
@@ -138,6 +139,9 @@ class GGUF(Codec):
                 f"The model does not load the tensor '{min(contents.unloaded)}', for which a GGUF "
                 "has no place."
             )
+        origin = _origin(contents)
+        if origin is not None and "tokenizer.ggml.model" in origin.texts:
+            return None  # it is written as it is
         embeddings: Any = contents.model.get_input_embeddings()
         return gguf_vocabulary.why_not(contents.processor, len(embeddings.weight))
 
@@ -162,9 +166,12 @@ class GGUF(Codec):
         if data.shape[1] % kind.bytes:
             raise ArtifactError(f"a row of {data.shape[1]} bytes is no whole blocks of {kind.name}")
         data = data.contiguous()
-        grid: UniformGrid | SuperblockGrid
+        grid: UniformGrid | BlockGrid | SuperblockGrid
         if isinstance(kind, SuperblockLayout):
             grid, codes = gguf_superblocks.unpack(data, kind, dtype)
+            return LayerState(grid.dequantize(codes), grid=grid)
+        if scheme.keys().isdisjoint(("bits", "group_size")):  # nobody says more than the file
+            grid, codes = gguf_blocks.as_they_are(gguf_blocks.unpack(data, kind), kind, dtype)
             return LayerState(grid.dequantize(codes), grid=grid)
         bits, group_size = scheme.get("bits"), scheme.get("group_size")
         if type(bits) is not int or type(group_size) is not int:
@@ -187,7 +194,8 @@ def _type_of(state: LayerState) -> _Kind:
     """Return the type of the blocks of a layer that no `why_not` refuses."""
     if isinstance(state.grid, SuperblockGrid):
         return gguf_superblocks.BY_KIND[state.grid.kind]
-    kind = gguf_blocks.type_of(grid_of(state, UniformGrid))
+    grid = state.grid if isinstance(state.grid, BlockGrid) else grid_of(state, UniformGrid)
+    kind = gguf_blocks.type_of(grid)
     if kind is None:
         raise InvariantError("A layer that no type of block holds was to be packed.")
     return kind
@@ -195,7 +203,7 @@ def _type_of(state: LayerState) -> _Kind:
 
 def _widths(state: LayerState) -> dict[str, Any]:
     """Return what the type of blocks does not say of a grid."""
-    if isinstance(state.grid, SuperblockGrid):
+    if isinstance(state.grid, (SuperblockGrid, BlockGrid)):
         return {}
     grid = grid_of(state, UniformGrid)
     return {"bits": grid.bits, "group_size": grid.group_size}
@@ -210,7 +218,9 @@ def _packed(state: LayerState, kind: _Kind) -> Tensor:
     if isinstance(grid, SuperblockGrid):
         return gguf_superblocks.pack(codes, grid)
     assert isinstance(kind, BlockType)
-    return gguf_blocks.pack(codes, grid_of(state, UniformGrid), kind)
+    if not isinstance(grid, BlockGrid):
+        grid = grid_of(state, UniformGrid)
+    return gguf_blocks.pack(codes, grid, kind)
 
 
 class GGUFFolder(Container):
@@ -218,6 +228,7 @@ class GGUFFolder(Container):
 
     name = "gguf"
     patterns = ("*.gguf",)
+    keeps_others = True
 
     def write(
         self,
@@ -263,11 +274,18 @@ class GGUFFolder(Container):
     ) -> Iterator[tuple[str, LayerState]]:
         file = GGUFFile(folder / FILE)
         dtype = str(read_json(folder / "config.json").get("dtype"))
+        # somebody else's folder is asked for by the names of a checkpoint
+        places = {} if layers and all(map(_is_listed, layers.values())) else _places(folder)
         if layers is None:
-            layers = _matrices(file, folder)
+            layers = {
+                key.removesuffix(".weight"): None
+                for key, place in places.items()
+                if place[0] in file.tensors and len(file.tensors[place[0]].shape) > 1
+            }
         for layer, stored in layers.items():
             try:
-                state = _layer(file, stored, dtype)
+                listed = stored if _is_listed(stored) else _translated(layer, stored, places)
+                state = _layer(file, listed, dtype)
             except ArtifactError as error:
                 raise ArtifactError(f"Layer '{layer}' in {folder}: {error}.") from error
             yield layer, state
@@ -286,11 +304,25 @@ class GGUFFolder(Container):
                 tensors |= entry.undo(file.values(entry.name), _dtype_of(folder))
         return tensors, encoded
 
+    def values(self, folder: Path, keys: Collection[str]) -> dict[str, Tensor]:
+        file = GGUFFile(folder / FILE)
+        values: dict[str, Tensor] = {}
+        for entry in _entries(folder):
+            if not set(keys).isdisjoint(entry.keys):
+                values |= _values(file, entry, _dtype_of(folder))
+        return {key: values[key] for key in keys}
+
     def header(self, file: Path) -> dict[str, str]:
         return GGUFFile(file).texts
 
 
 # Writing
+
+
+def _origin(contents: Contents) -> GGUFFile | None:
+    """Return the GGUF file that a model began as, if it was one."""
+    file = None if contents.origin is None else contents.origin / FILE
+    return GGUFFile(file) if file is not None and file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -331,11 +363,14 @@ class _Plan:
         self.extra = {} if factors is None else {gguf_families.ROPE_FACTORS: factors}
         self._outlines = {name: outline(state) for name, state in contents.layers.states.items()}
         self._parts = self._placed()
+        self._origin = _origin(contents)
         self._kinds: dict[str, _Kind] = {}
         for entry in itertools.chain(*self.entries):
             kind = self._kind(entry, codec)
             if kind is not None:
                 self._kinds[entry.name] = kind
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._kept = self._before()
         self.sizes = {name: tensor.nbytes for name, tensor in self.extra.items()} | {
             entry.name: self._row_bytes(entry) * (torch.Size(entry.shape[:-1]).numel())
             for entry in itertools.chain(*self.entries)
@@ -377,10 +412,48 @@ class _Plan:
             return None
         return max(blocks, key=lambda kind: kind.bits)
 
+    def _before(self) -> dict[str, Stored]:
+        """Return the tensors that are written as they are in the file that the model began as.
+
+        Embeddings, heads and norms are no layers, as a rule: where their values are the same, so
+        are their bytes, of whatever type. Plain values that others have taken the place of keep
+        their dtype if it holds them.
+        """
+        kept: dict[str, Stored] = {}
+        if self._origin is None:
+            return kept
+        model = self._contents.model
+        dense = hf.tensors_to_save(model)
+        for block, entries in zip(blocks(dense), self.entries, strict=True):
+            listed = [entry for entry in entries if self._is_as_before(entry)]
+            tensors = {name: dense[name] for name in block}
+            now = hf.to_checkpoint(model, tensors) if listed and self._compare else {}
+            for entry in listed:
+                stored = self._origin.tensors[entry.name]
+                before = _values(self._origin, entry, model.dtype) if now else {}
+                if all(torch.equal(now[key].cpu(), value) for key, value in before.items()):
+                    kept[entry.name] = stored
+                elif isinstance(stored.kind, torch.dtype):
+                    values = entry.values(now).float()
+                    if torch.equal(values.to(stored.kind).float(), values):
+                        self._dtypes[entry.name] = stored.kind
+        return kept
+
+    def _is_as_before(self, entry: Entry) -> bool:
+        """Return whether a tensor has no codes now, and the shape that it began with."""
+        stored = None if self._origin is None else self._origin.tensors.get(entry.name)
+        return entry.name not in self._kinds and stored is not None and stored.shape == entry.shape
+
+    def _type(self, entry: Entry) -> _Kind | torch.dtype:
+        """Return how a tensor is stored."""
+        if entry.name in self._kept:
+            return self._kept[entry.name].kind
+        return self._kinds.get(entry.name) or self._dtypes.get(entry.name, entry.dtype)
+
     def _row_bytes(self, entry: Entry) -> int:
-        kind = self._kinds.get(entry.name)
-        if kind is None:
-            return entry.shape[-1] * entry.dtype.itemsize
+        kind = self._type(entry)
+        if isinstance(kind, torch.dtype):
+            return entry.shape[-1] * kind.itemsize
         return entry.shape[-1] // kind.weights * kind.bytes
 
     @property
@@ -431,7 +504,7 @@ class _Plan:
             file: The file.
             header: Fields to add.
         """
-        from gguf import GGMLQuantizationType, GGUFWriter
+        from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
         contents = self._contents
         family = gguf_families.FAMILIES[type(contents.model).__name__]
@@ -439,16 +512,22 @@ class _Plan:
         writer.add_quantization_version(_QUANTIZATION_VERSION)
         writer.add_file_type(self._file_type())
         listed = list(itertools.chain(*self.entries))
-        rows = next(entry.shape[0] for entry in listed if entry.name == "token_embd.weight")
         values = gguf_families.fields(contents.model, listed)
-        values |= gguf_vocabulary.fields(contents.processor, rows)
+        kept = {} if self._origin is None else kept_fields(self._origin, values, contents.processor)
+        if not any(key.startswith("tokenizer.") for key in kept):
+            rows = next(entry.shape[0] for entry in listed if entry.name == "token_embd.weight")
+            values |= gguf_vocabulary.fields(contents.processor, rows)
+        for key, field in kept.items():
+            inner = None if field.inner is None else GGUFValueType(field.inner)
+            writer.add_key_value(key, field.value, GGUFValueType(field.kind), inner)
         for key, value in {**values, **header}.items():
-            _ADD[type(value)](writer, key, value)
+            if key not in kept:
+                _ADD[type(value)](writer, key, value)
         for name, tensor in self.extra.items():
             writer.add_tensor_info(name, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
         for entry in listed:
-            kind = self._kinds.get(entry.name)
-            number = _NUMBERS[entry.dtype] if kind is None else kind.number
+            kind = self._type(entry)
+            number = _NUMBERS[kind] if isinstance(kind, torch.dtype) else kind.number
             writer.add_tensor_info(
                 entry.name,
                 (*entry.shape[:-1], self._row_bytes(entry)),
@@ -465,8 +544,11 @@ class _Plan:
         """Return llama.cpp's number for what most bytes are."""
         bytes_: Counter[int] = Counter()
         for entry in itertools.chain(*self.entries):
-            kind = self._kinds.get(entry.name)
-            number = _PLAIN_FILE_TYPES[entry.dtype] if kind is None else _FILE_TYPES[kind.name]
+            kind = self._type(entry)
+            if isinstance(kind, torch.dtype):
+                number = _PLAIN_FILE_TYPES[kind]
+            else:
+                number = _FILE_TYPES[kind.name]
             bytes_[number] += torch.Size(entry.shape).numel()
         return bytes_.most_common(1)[0][0]
 
@@ -480,6 +562,8 @@ class _Plan:
         Raises:
             InvariantError: If they do not hold the weights of the layers.
         """
+        if entry.name in self._kept and self._origin is not None:
+            return self._origin.bytes_of(entry.name)[1]
         kind = self._kinds.get(entry.name)
         parts = self._parts.get(entry.name, [])
         packed = []
@@ -497,7 +581,8 @@ class _Plan:
             if kind is not None:
                 packed.append(_packed(state, kind))
         if kind is None:
-            whole = entry.values(stored).contiguous().cpu()
+            whole = entry.values(stored).to(self._dtypes.get(entry.name, entry.dtype))
+            whole = whole.contiguous().cpu()
             return whole.view(-1, entry.shape[-1]).view(torch.uint8)
         whole = torch.cat(packed)
         if entry.heads:
@@ -543,22 +628,58 @@ def _entries(folder: Path) -> Iterable[Entry]:
     return itertools.chain(*gguf_families.entries(model))
 
 
-def _matrices(file: GGUFFile, folder: Path) -> dict[str, Any]:
-    """Return every matrix by its name in a checkpoint, with its entry in `Written.stored`."""
-    matrices: dict[str, Any] = {}
-    for entry in _entries(folder):
-        stored = file.tensors.get(entry.name)
-        if stored is None or len(entry.shape) < 2:
-            continue
-        for index, key in enumerate(entry.keys):
-            rows = [[entry.name, index * entry.rows_per_key, entry.rows_per_key, entry.heads]]
-            matrices[key.removesuffix(".weight")] = {"rows": rows}
-            if isinstance(stored.kind, BlockType):
-                matrices[key.removesuffix(".weight")] |= {
-                    "bits": stored.kind.bits,
-                    "group_size": BLOCK,
-                }
-    return matrices
+def _values(file: GGUFFile, entry: Entry, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the stored tensors of a checkpoint that a tensor of a file is, dequantized."""
+    stored, data = file.bytes_of(entry.name)
+    if isinstance(stored.kind, torch.dtype):
+        return entry.undo(file.values(entry.name), dtype)
+    scheme = {"type": stored.kind.name, "dtype": str(dtype).removeprefix("torch.")}
+    weight = GGUF().decode({"weight": data}, scheme).weight
+    return entry.undo(weight.view(stored.shape), dtype)
+
+
+def _places(folder: Path) -> dict[str, list[Any]]:
+    """Return where each stored tensor of a checkpoint is, as `Written.stored` says it, by name."""
+    return {
+        key: [entry.name, index * entry.rows_per_key, entry.rows_per_key, entry.heads]
+        for entry in _entries(folder)
+        for index, key in enumerate(entry.keys)
+    }
+
+
+def _is_listed(stored: Any) -> bool:
+    """Return whether an entry names tensors of a GGUF file, and not those of a checkpoint."""
+    rows = stored.get("rows") if isinstance(stored, dict) else None
+    return isinstance(rows, list) and all(isinstance(r, list) and len(r) == 4 for r in rows)
+
+
+def _translated(layer: str, stored: Any, places: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Return where a layer is, by the tensors of a GGUF file.
+
+    Args:
+        layer: Its name.
+        stored: Where it is, by the tensors of a checkpoint; None if it is one of its name.
+        places: Of each tensor of a checkpoint.
+
+    Raises:
+        ArtifactError: If it is in none of these.
+    """
+    if stored is None:
+        whole = places.get(f"{layer}.weight")
+        if whole is None:
+            raise ArtifactError("the file has no place for it")
+        return {"rows": [whole]}
+    rows = stored.get("rows") if isinstance(stored, dict) else None
+    listed = []
+    for row in rows if isinstance(rows, list) else [None]:
+        if not isinstance(row, list) or [type(item) for item in row] != [str, int, int]:
+            raise ArtifactError("the list of its rows cannot be read")
+        key, at, count = row
+        if key not in places:
+            raise ArtifactError(f"the file has no place for '{key}'")
+        name, first, _, heads = places[key]
+        listed.append([name, first + at, count, heads])
+    return {"rows": listed}
 
 
 def _layer(file: GGUFFile, stored: Any, dtype: str) -> LayerState:

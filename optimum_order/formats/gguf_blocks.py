@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optimum_order.errors import ArtifactError
+from optimum_order.layers.grids.block import BLOCK, BlockGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 
-BLOCK = 32
-"""Codes in a block."""
 _HALF = BLOCK // 2
 _Bytes = NDArray[Any]
 
@@ -62,7 +61,7 @@ BY_NUMBER = {kind.number: kind for kind in TYPES}
 BY_NAME = {kind.name: kind for kind in TYPES}
 
 
-def type_of(grid: UniformGrid) -> BlockType | None:
+def type_of(grid: UniformGrid | BlockGrid) -> BlockType | None:
     """Return the smallest type that holds the codes of a grid, or None if no type does."""
     fitting = [kind for kind in TYPES if kind.affine != grid.symmetric and kind.bits >= grid.bits]
     return min(fitting, key=lambda kind: kind.bits, default=None)
@@ -75,12 +74,12 @@ def inexact_scales(grid: UniformGrid) -> bool:
     return any(not torch.equal(number.half().float(), number) for number in numbers)
 
 
-def pack(codes: Tensor, grid: UniformGrid, kind: BlockType) -> Tensor:
+def pack(codes: Tensor, grid: UniformGrid | BlockGrid, kind: BlockType) -> Tensor:
     """Return the bytes of a layer.
 
     Args:
         codes: (out, in), of the grid.
-        grid: A grid whose scales float16 holds, in groups that are whole blocks.
+        grid: A grid of blocks, or one whose scales float16 holds, in groups that are whole blocks.
         kind: A type that holds the codes.
 
     Returns:
@@ -92,9 +91,7 @@ def pack(codes: Tensor, grid: UniformGrid, kind: BlockType) -> Tensor:
         return torch.empty(rows, blocks * kind.bytes, dtype=torch.uint8, device="meta")
     stored = (codes + kind.offset).to(torch.int16).cpu().numpy().astype(np.uint8)
     stored = stored.reshape(rows, blocks, BLOCK)
-    parts = [_half(grid.scale, blocks)]
-    if grid.zero_point is not None:
-        parts.append(_half(-grid.scale.float() * grid.zero_point, blocks))
+    parts = _numbers(grid, blocks)
     if kind.bits == 5:
         parts.append(np.packbits(stored >> 4, axis=-1, bitorder="little"))
     if kind.bits == 8:
@@ -105,11 +102,22 @@ def pack(codes: Tensor, grid: UniformGrid, kind: BlockType) -> Tensor:
     return torch.from_numpy(np.concatenate(parts, axis=-1).reshape(rows, -1))
 
 
+def _numbers(grid: UniformGrid | BlockGrid, blocks: int) -> list[_Bytes]:
+    """Return the scale and, if there is one, the least of every block: (out, blocks, 2) uint8."""
+    if isinstance(grid, BlockGrid):
+        numbers = [grid.scale, grid.least]
+    else:
+        zero = grid.zero_point
+        numbers = [grid.scale, None if zero is None else -grid.scale.float() * zero]
+        # -0.0 is a value of its own in the file, and no scale times zero point
+        numbers = [None if values is None else values + 0.0 for values in numbers]
+    return [_half(values, blocks) for values in numbers if values is not None]
+
+
 def _half(values: Tensor, blocks: int) -> _Bytes:
     """Return values (out, groups) as float16, repeated for each block: (out, blocks, 2) uint8."""
-    repeated = values.float().half().repeat_interleave(blocks // values.shape[1], dim=1)
-    # -0.0 is a value of its own in the file, and no scale times zero point
-    numbers: _Bytes = (repeated + 0.0).cpu().numpy()
+    repeated = values.half().repeat_interleave(blocks // values.shape[1], dim=1)
+    numbers: _Bytes = repeated.contiguous().cpu().numpy()
     return numbers.view(np.uint8).reshape(*numbers.shape, 2)
 
 
@@ -155,6 +163,25 @@ def unpack(data: Tensor, kind: BlockType) -> Unpacked:
         halves[..., 0].contiguous(),
         halves[..., 1].contiguous() if kind.affine else None,
     )
+
+
+def as_they_are(parts: Unpacked, kind: BlockType, dtype: torch.dtype) -> tuple[BlockGrid, Tensor]:
+    """Return the grid that blocks have whoever made them, and the codes on it.
+
+    Args:
+        parts: What a file holds.
+        kind: The type of the blocks.
+        dtype: Of the weights.
+
+    Raises:
+        ArtifactError: If a scale is not finite.
+    """
+    least = parts.least
+    for numbers in (parts.scale, least):
+        if numbers is not None and not torch.isfinite(numbers).all():
+            raise ArtifactError(f"a scale of its {kind.name} is not finite")
+    grid = BlockGrid(kind.bits, parts.scale.half(), None if least is None else least.half(), dtype)
+    return grid, parts.codes
 
 
 def grid_of(

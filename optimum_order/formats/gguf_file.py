@@ -1,7 +1,7 @@
 """Reading a GGUF file that nobody has checked: every length is held against the file's own size.
 
     magic, version, number of tensors, number of fields
-    fields     key, kind of value, value; only texts are kept
+    fields     key, kind of value, value; decoded when they are asked for, but for texts
     tensors    name, dimensions (the last first), type, offset
     data       from the next multiple of the alignment
 
@@ -29,8 +29,8 @@ from optimum_order.formats.gguf_superblocks import SuperblockLayout
 _MAGIC = b"GGUF"
 _VERSION = 3
 _ALIGNMENT = 32
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a number or truth value by kind."""
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+"""What `struct` calls the kinds of numbers and truth values."""
 _U32, _TEXT, _LIST = 4, 8, 9
 _MOST_TEXTS = 2**22
 """More than any vocabulary or list of merges has."""
@@ -57,6 +57,21 @@ class Stored:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Field:
+    """One field of a header.
+
+    Args:
+        value: A number, truth value, text, or list of these.
+        kind: Number of its kind, as files have it.
+        inner: Number of the kind of what a list holds; None if it is no list.
+    """
+
+    value: Any
+    kind: int
+    inner: int | None = None
+
+
 class GGUFFile:
     """The header of a GGUF file, and its tensors one at a time.
 
@@ -79,6 +94,7 @@ class GGUFFile:
             raise ArtifactError(f"'{path}' cannot be read: {error}.") from error
         self._at = 0
         self.texts: dict[str, str] = {}
+        self._places: dict[str, int] = {}
         self.tensors: dict[str, Stored] = {}
         try:
             self._read()
@@ -132,6 +148,9 @@ class GGUFFile:
 
     def _field(self) -> None:
         key = self._text()
+        if key in self._places:
+            raise self._wrong(f"the field {key!r} is listed twice")
+        self._places[key] = self._at
         (kind,) = self._unpack("<I")
         if key == "general.alignment":
             if (kind, *self._unpack("<I")) != (_U32, _ALIGNMENT):
@@ -149,9 +168,31 @@ class GGUFFile:
             self._skip(self._width(kind))
 
     def _width(self, kind: int) -> int:
-        if kind not in _WIDTHS:
+        if kind not in _NUMBERS:
             raise self._wrong(f"a field has the unknown kind {kind}")
-        return _WIDTHS[kind]
+        return struct.calcsize(f"<{_NUMBERS[kind]}")
+
+    def fields(self) -> dict[str, Field]:
+        """Return all fields by key.
+
+        Raises:
+            ArtifactError: If a text is no UTF-8.
+        """
+        self._texts_left = _MOST_TEXTS
+        return {key: self._value(place) for key, place in self._places.items()}
+
+    def _value(self, place: int) -> Field:
+        """Return the field whose kind is at a place, which was walked over before."""
+        self._at = place
+        (kind,) = self._unpack("<I")
+        if kind == _TEXT:
+            return Field(self._text(), kind)
+        if kind != _LIST:
+            return Field(self._unpack(f"<{_NUMBERS[kind]}")[0], kind)
+        inner, count = self._unpack("<IQ")
+        if inner == _TEXT:
+            return Field([self._text() for _ in range(count)], kind, inner)
+        return Field(list(self._unpack(f"<{count}{_NUMBERS[inner]}")), kind, inner)
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._text()
@@ -165,7 +206,10 @@ class GGUFFile:
     def _stored(self, name: str, shape: tuple[int, ...], number: int, start: int) -> Stored:
         kind = PLAIN.get(number) or BY_NUMBER.get(number) or gguf_superblocks.BY_NUMBER.get(number)
         if kind is None:
-            raise self._wrong(f"tensor {name!r} has the type {number}, which is none that we write")
+            raise self._wrong(
+                f"tensor {name!r} has the type {number}, which is none that we write: F32, F16, "
+                "BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, and Q2_K to Q6_K"
+            )
         count = math.prod(shape)
         if isinstance(kind, torch.dtype):
             size = count * kind.itemsize

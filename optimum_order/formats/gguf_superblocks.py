@@ -129,13 +129,13 @@ def unpack(
         dtype: Of the weights.
 
     Raises:
-        ArtifactError: If a scale is no finite number that a grid may have.
+        ArtifactError: If a scale is not finite.
     """
     rows = len(data)
     parts = _UNPACK[layout.name](data.numpy().reshape(-1, layout.bytes))
     for scales in (parts.d, parts.e):
-        if scales is not None and not (np.isfinite(scales) & (scales >= 0)).all():
-            raise ArtifactError(f"a scale of its {layout.name} is negative or not finite")
+        if scales is not None and not np.isfinite(scales).all():
+            raise ArtifactError(f"a scale of its {layout.name} is not finite")
 
     def shaped(array: _Bytes | None, dtype: torch.dtype) -> Any:
         return None if array is None else torch.from_numpy(array.copy()).to(dtype).view(rows, -1)

@@ -7,12 +7,16 @@ tokenizer that does anything else is refused.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from optimum_order.errors import FormatError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from optimum_order.errors import ArtifactError, FormatError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -130,7 +134,104 @@ def _specials(tokenizer: Any) -> dict[str, Any]:
     return numbers | {"add_bos_token": frame[0], "add_eos_token": frame[1]}
 
 
+def tokenizer(values: Mapping[str, Any], rows: int) -> Any:
+    """Return the tokenizer of a file: what `fields` says, backwards.
+
+    Args:
+        values: The fields of the file, which nobody has checked.
+        rows: Rows of the embeddings.
+
+    Raises:
+        FormatError: If it is of a kind, or splits text by a rule, that is not known here.
+        ArtifactError: If the fields do not fit together.
+    """
+
+    def said(key: str, kind: type, default: Any = None) -> Any:
+        value = values.get(f"tokenizer.ggml.{key}", default)
+        if value is not default and type(value) is not kind:
+            raise ArtifactError(f"The GGUF file has {key} of a tokenizer that cannot be read.")
+        return value
+
+    model, rule = said("model", str), said("pre", str, "default")
+    tokens, merges = said("tokens", list, []), said("merges", list, [])
+    kinds = said("token_type", list, [_NORMAL] * len(tokens))
+    if model != "gpt2" or rule not in (*_SPLITTERS, *_WHOLE_WORDS.values()):
+        raise FormatError(f"Its tokenizer is of the kind {model}, and splits text as '{rule}'.")
+    if not 0 < len(tokens) <= rows or len(kinds) != len(tokens) or not _are_texts(tokens, merges):
+        raise ArtifactError(
+            f"The GGUF file has {len(tokens)} tokens of {len(kinds)} kinds, and embeddings of "
+            f"{rows} rows."
+        )
+    whole = rule in _WHOLE_WORDS.values()
+    used = {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED}
+    try:
+        backend = Tokenizer(
+            models.BPE(used, [tuple(pair.split(" ", 1)) for pair in merges], ignore_merges=whole)
+        )
+    except Exception as error:  # tokenizers raises `Exception` itself
+        raise ArtifactError("The GGUF file has merges of tokens that it does not have.") from error
+    plain = next(key for key, name in _WHOLE_WORDS.items() if name == rule) if whole else rule
+    backend.pre_tokenizer = _SPLITTERS[plain]()
+    backend.decoder = decoders.ByteLevel()
+    added = [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER)
+    ]
+    backend.add_tokens(added)
+    ids = {name: said(key, int) for name, key in _SPECIAL.items()}
+    if any(index is not None and not 0 <= index < len(tokens) for index in ids.values()):
+        raise ArtifactError("The GGUF file names a special token that it does not have.")
+    names = {
+        name.removesuffix("_id"): tokens[index] for name, index in ids.items() if index is not None
+    }
+    first = names.get("bos_token") if said("add_bos_token", bool, whole) else None
+    last = names.get("eos_token") if said("add_eos_token", bool, False) else None
+    _frame(backend, first, last)
+    template = values.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template if isinstance(template, str) else None,
+        **names,
+    )
+
+
+def _are_texts(*lists: list[Any]) -> bool:
+    return all(type(text) is str for texts in lists for text in texts)
+
+
+def _frame(backend: Tokenizer, first: str | None, last: str | None) -> None:
+    """Have a tokenizer put tokens before and after every text."""
+    ends = [token for token in (first, last) if token is not None]
+    if ends:
+        before, after = [first] if first else [], [last] if last else []
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1"]
+            + [f"{token}:1" for token in after],
+            special_tokens=[(token, backend.token_to_id(token)) for token in ends],
+        )
+
+
 # Bytes
+
+
+def _split_by(rule: str) -> pre_tokenizers.PreTokenizer:
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(rule), "isolated"), bytes_])
+
+
+def _split_digits() -> pre_tokenizers.PreTokenizer:
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+
+
+_SPLITTERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": _split_digits,
+    **{name: functools.partial(_split_by, rule) for rule, name in RULES.items()},
+}
+"""What splits text by each rule that has a name."""
 
 
 def _bytes(rules: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class LayerState:
         return 0.0 if self.pruned is None else self.pruned.float().mean(dtype=torch.float64).item()
 
     @property
+    def has_zero(self) -> bool:
+        """Whether zero is a value that a weight may have, so that weights can be pruned."""
+        return self.grid is None or self.grid.has_zero
+
+    @property
     def bits(self) -> int:
         """Width of one stored weight, in bits."""
         return self.weight.element_size() * 8 if self.grid is None else self.grid.bits

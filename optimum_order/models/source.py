@@ -313,6 +313,11 @@ class Checkpoint:
             self._from_pretrained()
         return Unloaded({key: plan.files[key] for key in plan.unloaded})
 
+    @property
+    def origin(self) -> Path | None:
+        """The folder of a compressed model, to go on from: None."""
+        return None
+
     @functools.cached_property
     def documents(self) -> dict[str, Path]:
         """Files beside the model that go with it, by their path in the folder."""
@@ -394,6 +399,7 @@ class InMemory:
     embedded: bool = False
     unloaded: ClassVar[Mapping[str, Tensor]] = {}
     states: ClassVar[Mapping[str, LayerState]] = {}
+    origin: ClassVar[None] = None
     adapter: ClassVar[None] = None
     continues: ClassVar[None] = None
     targets: ClassVar[None] = None

@@ -73,10 +73,24 @@ def test_types_have_the_sizes_and_numbers_of_the_package(layout):
 
 def test_scales_that_are_no_numbers_are_refused():
     weight = gaussian(2, SUPERBLOCK)
-    for number in (float("inf"), float("nan"), -1.0):
+    for number in (float("inf"), float("nan")):
         grid = SuperblockGrid.fit(weight, "q4_k")
         codes = grid.quantize(weight)
         grid = dataclasses.replace(grid, scale=torch.full_like(grid.scale, number))
         data = gguf_superblocks.pack(codes, grid)
         with pytest.raises(ArtifactError, match="a scale of its Q4_K"):
             gguf_superblocks.unpack(data, BY_KIND["q4_k"], torch.bfloat16)
+
+
+def test_scales_of_either_sign_come_back_as_they_are():
+    """llama.cpp makes negative ones, and zeros where all weights are zero."""
+    for kind in ("q3_k", "q6_k"):
+        weight = gaussian(2, SUPERBLOCK)
+        grid = SuperblockGrid.fit(weight, kind)
+        codes = grid.quantize(weight)
+        grid = dataclasses.replace(grid, scale=torch.tensor([[-0.01], [0.0]]).half())
+        data = gguf_superblocks.pack(codes, grid)
+        again, same = gguf_superblocks.unpack(data, BY_KIND[kind], torch.float32)
+        assert torch.equal(again.scale, grid.scale) and torch.equal(same, codes)
+        values = again.dequantize(codes)
+        assert again.has_zero and again.holds(values) and not values[1].any()

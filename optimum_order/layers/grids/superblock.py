@@ -47,9 +47,10 @@ class SuperblockGrid(Grid):
 
     Args:
         kind: A name in `TYPES`.
-        scale: (out, superblocks) float16, finite and positive: d.
+        scale: (out, superblocks) float16, finite: d. A fit makes it positive; what somebody else
+            has made may be negative or zero.
         factor: (out, blocks) int8: f, of either sign where the type is symmetric.
-        least: (out, superblocks) float16, finite and not negative: e; None where symmetric.
+        least: (out, superblocks) float16, finite: e; None where symmetric.
         least_factor: (out, blocks) int8: m; None where symmetric.
         zero: Whether zero is on the grid in every block.
         dtype: Of the dequantized weight.
@@ -155,7 +156,7 @@ class SuperblockGrid(Grid):
         lowest = self.lowest
         if lowest is None:
             return dataclasses.replace(self, zero=True)
-        code = (lowest / divisor(self.step)).round().clamp(max=self.type.codes[1])
+        code = (lowest / divisor(self.step)).round().clamp(*self.type.codes)
         return dataclasses.replace(self, zero=torch.equal(code * self.step, lowest))
 
     def _beside(self, values: Tensor, columns: Selection) -> tuple[Tensor, Tensor, Tensor | float]:
