@@ -29,6 +29,7 @@ from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
+from optimum_order.search.intervals import WIDENING, conformal
 from optimum_order.search.planner import plan
 from optimum_order.search.strategies.base import USUAL, Effort, Scoring
 from optimum_order.study.grid import grid
@@ -36,6 +37,7 @@ from optimum_order.study.run import Study, quiet
 from optimum_order.study.trials import Trials
 
 DRAWS = 3
+STORED = Path(__file__).with_name("plans.json")
 PRUNERS, QUANTIZERS = (
     [Stage("magnitude"), Stage("wanda"), Stage("sparsegpt")],
     [Stage("rtn"), Stage("gptq")],
@@ -44,6 +46,7 @@ TRIPLE = "wanda:0.4 > gptq:4 > magnitude:0.55"
 GRIDS = {
     "tiny-llama": grid(PRUNERS, [0.3, 0.5, 0.65], QUANTIZERS, [2, 3, 4]),
     "tiny-llama, three stages": list(Order.parse(TRIPLE).permutations()),
+    "tiny-llama, one sparsity": grid(PRUNERS, [0.5], [Stage("gptq")], [2, 3, 4]),
     "tiny-vit": grid(PRUNERS, [0.4, 0.6], QUANTIZERS, [2, 3]),
     "tiny-resnet": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
 }
@@ -264,6 +267,29 @@ def claim(result: dict, truth: Truth, best: Order) -> tuple[bool, bool, bool, fl
     return result["decisive"], first == best, gap["low"] <= true <= gap["high"], gap["mean"], true
 
 
+def intervals(name: str, truth: Truth, rows: list[dict]) -> list[dict]:
+    """Of every plan by `auto`: what its interval covers, its middle, its half-width before widening, and the truth."""
+    result = []
+    for row in rows:
+        entry = row["plan"]
+        first, second = (Order.parse(line["order"]) for line in entry["ranking"][:2])
+        if entry["strategy"] != "auto" or any(
+            (str(order), 0) not in truth.rows for order in (first, second)
+        ):
+            continue
+        gap = entry["difference"]
+        half = (gap["high"] - gap["low"]) / 2 / WIDENING[gap["over"]]
+        true = float(truth.draws(first).mean() - truth.draws(second).mean())
+        result.append(
+            {"model": name, "pair": row["index"], "over": gap["over"]}
+            | {
+                key: round(value, 5)
+                for key, value in (("mean", gap["mean"]), ("half", half), ("true", true))
+            }
+        )
+    return result
+
+
 def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Table, dict]:
     """What `auto` would be with other confidences, with the rules beside it: accuracy and regret against cost."""
     shown = Table(title=f"{name}: accuracy against cost", title_justify="left")
@@ -338,7 +364,7 @@ def main() -> None:
         "--only",
         nargs="+",
         metavar="PART",
-        help="'truth NAME DRAW', 'plans NAME', 'curve NAME' or 'table'",
+        help="'truth NAME DRAW', 'plans NAME', 'curve NAME', 'table' or 'intervals'",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that processor seconds are those of the work
@@ -360,6 +386,21 @@ def main() -> None:
                     folder / "curve.jsonl",
                     [("auto", confidence) for confidence in CONFIDENCES],
                 )
+    if part == "intervals":
+        made = []
+        for name in GRIDS:
+            folder = args.output / name.replace(", ", "-").replace(" ", "-")
+            if rows := lines(folder / "plans.jsonl"):
+                made += intervals(name, Truth(folder), rows)
+        for over in sorted({row["over"] for row in made}):
+            ratios = [
+                abs(row["true"] - row["mean"]) / row["half"] for row in made if row["over"] == over
+            ]
+            held = sum(ratio <= 1 for ratio in ratios)
+            print(
+                f"{over}: {held} of {len(ratios)} hold the truth; widen by {conformal(ratios):.2f}"
+            )
+        STORED.write_text("[\n" + ",\n".join(map(json.dumps, made)) + "\n]\n")
     if part in ("", "table", "curve"):
         console, everything = Console(width=110), {}
         for name in GRIDS:

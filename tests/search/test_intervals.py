@@ -1,12 +1,26 @@
 """Intervals over a handful of samples, layers and draws, against figures worked by hand."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import Difference
 from optimum_order.evaluation.perplexity import Perplexity
-from optimum_order.search.intervals import extrapolate, interval, jackknife, possible, student
+from optimum_order.search.intervals import (
+    WIDENING,
+    conformal,
+    extrapolate,
+    interval,
+    jackknife,
+    possible,
+    student,
+    widened,
+)
 
 
 def tensor(*values):
@@ -108,3 +122,53 @@ def test_a_gap_never_reaches_beyond_what_the_metric_can_be():
     wide = Difference(-0.23, -1.08, 0.62, "samples", 0.95)
     assert possible(Accuracy(), wide) == Difference(-0.23, -1.0, 0.62, "samples", 0.95)
     assert possible(Perplexity(), wide) == wide
+
+
+# Widening
+
+PLANS = json.loads((Path(__file__).parents[2] / "benchmarks" / "plans.json").read_text())
+"""Plans whose truth was measured in full (benchmarks/planner.py --only intervals)."""
+
+
+def ratios(over):
+    """Return how far the truth lay from the middle of each interval, in its half-widths."""
+    return [abs(row["true"] - row["mean"]) / row["half"] for row in PLANS if row["over"] == over]
+
+
+def test_widened_intervals_hold_the_truth_of_the_stored_plans():
+    held = [
+        row["mean"] - WIDENING[row["over"]] * row["half"]
+        <= row["true"]
+        <= row["mean"] + WIDENING[row["over"]] * row["half"]
+        for row in PLANS
+    ]
+    assert len(held) >= 50
+    assert sum(held) >= 0.95 * len(held)
+
+
+@pytest.mark.parametrize("over", sorted({row["over"] for row in PLANS}))
+def test_the_factors_are_those_that_the_stored_plans_ask_for(over):
+    """And no larger: an interval that always holds the truth says nothing."""
+    assert WIDENING[over] == pytest.approx(max(1.0, conformal(ratios(over))), abs=0.06)
+
+
+def test_intervals_are_widened_around_their_middle():
+    narrow = Difference(1.0, 0.5, 2.0, "draws, layers and samples", 0.95)
+    factor = WIDENING[narrow.over]
+    wide = widened(narrow)
+    assert wide.mean == 1.0
+    assert (wide.low, wide.high) == pytest.approx((1 - factor * 0.5, 1 + factor))
+
+
+def test_a_conformal_factor_holds_the_truth_of_one_more():
+    """Of 40 intervals and one more, 95 % are 39; fewer than 19 cannot say, and take the largest."""
+    assert conformal([number / 10 for number in range(40)], 0.95) == 3.8
+    assert conformal([0.5, 2.0, 1.0], 0.95) == 2.0
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=60), st.floats(0.5, 0.99))
+def test_a_conformal_factor_covers_at_least_what_it_says(values, confidence):
+    factor = conformal(values, confidence)
+    assert sum(value <= factor for value in values) >= min(
+        confidence * len(values), len(values)
+    ) or factor == max(values)

@@ -17,7 +17,7 @@ from torch import Tensor
 from optimum_order.evaluation import Metric, Samples
 from optimum_order.evaluation.comparison import Difference
 from optimum_order.order import Order
-from optimum_order.search.intervals import extrapolate, interval, jackknife, student
+from optimum_order.search.intervals import extrapolate, interval, jackknife, student, widened
 from optimum_order.search.plan import Ranking
 from optimum_order.search.sketch import Sketch
 from optimum_order.search.strategies import small
@@ -138,7 +138,7 @@ class _Elimination:
             performances.append(self._performances(metric))
         measured = interval(metric, (performances[0] - performances[1])[None])
         ratio = student(self.sketch.logarithms(second) - self.sketch.logarithms(best))
-        return extrapolate(measured, ratio)
+        return widened(extrapolate(measured, ratio))
 
     def _by_models(self, dropped: Sequence[Order]) -> Verdict:
         """Rank orders whose layers are all compressed by M of the whole model."""
@@ -148,19 +148,20 @@ class _Elimination:
         ranked = sorted(self.alive, key=lambda order: -means[order])
         best, second = ranked[:2]
         scored = self._gap(best, second, task.scorer, self.scores[best] - self.scores[second])
-        difference = scored if task.scorer is metric else self._gap(best, second, metric)
+        difference = widened(scored if task.scorer is metric else self._gap(best, second, metric))
+        decisive = difference.decisive if task.scorer is metric else scored.decisive
         suffix = "" if task.scorer is metric else f", by {task.scorer.name}"
         unit = task.scoring.samples.unit
         evidence = (
             f"all layers, each {self._evidence()}, scored on {len(self.samples)} {unit}s{suffix}"
         )
-        if scored.decisive:
+        if decisive:
             reason = f"with {evidence}, '{best}' is ahead of '{second}'."
         else:
             reason = f"no difference between '{best}' and '{second}' that {evidence}, would show."
         ranking: Ranking = [(order, means[order]) for order in ranked]
         ranking += [(order, None) for order in dropped]
-        return Verdict(ranking, task.scorer.name, difference, scored.decisive, reason)
+        return Verdict(ranking, task.scorer.name, difference, decisive, reason)
 
     def _gap(
         self, best: Order, second: Order, metric: Metric, whole: Tensor | None = None

@@ -50,13 +50,17 @@ def test_the_difference_is_extrapolated_from_what_was_measured(make_task, monkey
         measurement = task.measure(task.scoring.metric, task.few_samples())
         gaps.append(measurement.performances)
     assert measured == intervals.student(gaps[0] - gaps[1])
-    assert verdict.difference == intervals.extrapolate(measured, ratio)
+    assert verdict.difference == intervals.widened(intervals.extrapolate(measured, ratio))
 
 
 def test_what_layer_errors_do_not_say_of_performance_is_in_the_interval(make_task, monkeypatch):
+    monkeypatch.setattr(intervals, "WIDENING", dict.fromkeys(intervals.WIDENING, 1.0))
     verdict = auto.rank(make_task(EASY, confidence=0.0))
     assert verdict.decisive
     assert verdict.reason.endswith("in the other layers.")
+    monkeypatch.undo()
+    assert not auto.rank(make_task(EASY, confidence=0.0)).decisive  # the sketch is not the model
+    monkeypatch.setattr(intervals, "WIDENING", dict.fromkeys(intervals.WIDENING, 1.0))
     monkeypatch.setattr(intervals, "BIAS", 10.0)
     wide = auto.rank(make_task(EASY, confidence=0.0))
     assert wide.ranking == verdict.ranking
