@@ -7,7 +7,7 @@ that rises until the mask stands still. Conjugate gradients then fit the survivo
 On a quantized layer the survivors are fitted by the sweep of `sparsegpt`, which rounds each to the
 grid in its turn.
 
-Source: Meng et al. 2024, arXiv 2406.07831, algorithm 1 and 2, and the penalties of section B.
+Source: Meng et al. 2024, arXiv 2406.07831 (ALPS), with its step rule for the penalty.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_it_beats_sparsegpt(inputs, gaussian, row_errors):
         for name in ("alps", "sparsegpt"):
             state = method(Stage(name, sparsity)).apply(LayerState(gaussian(48, 96)), statistics)
             errors.append(row_errors(state.weight, gaussian(48, 96), statistics).sum())
-        assert errors[0] < 0.9 * errors[1], sparsity
+        assert errors[0] < 0.03 * errors[1], sparsity
 
 
 def test_awkward_inputs_give_numbers_and_lose_nothing(
