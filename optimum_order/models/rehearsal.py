@@ -289,7 +289,8 @@ def _token_table(model: PreTrainedModel) -> int | None:
 def _plain_token(model: PreTrainedModel) -> int:
     """Return a token that means nothing special to the model, such as padding."""
     config = model.config.get_text_config()
-    special = {
-        value for name, value in config.to_dict().items() if name.endswith("_id") and value != -1
-    }
+    special = set()
+    for name, value in config.to_dict().items():
+        if name.endswith("_id"):  # Llama 3 and GLM list several tokens that end a text
+            special |= set(value) if isinstance(value, (list, tuple)) else {value}
     return next(token for token in range(len(special) + 1) if token not in special)
