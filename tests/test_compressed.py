@@ -324,7 +324,7 @@ class TestManifest:
             "samples": 32,
             "image_shape": [3, 32, 32],
             "note": "",
-            "dtype": str(dtype).removeprefix("torch."),
+            **precision.describe(dtype, torch.device("cpu")),
         }
         metric = manifest["metrics"]["accuracy"]
         assert metric["after"]["value"] == after.value

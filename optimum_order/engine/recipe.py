@@ -307,8 +307,8 @@ class Recipe:
                     raise OrderError(
                         f"Stage '{method.stage}' cannot prune {len(refused)} of {len(targets)} "
                         f"layers, such as '{refused[0]}': zero lies between two values of the grid "
-                        "that they have. Prune the others, with targets=..., or leave the grid "
-                        "with off_grid=true and quantize again."
+                        "that they have. Prune the others, with the stage's option targets, or "
+                        "leave the grid with off_grid=true and quantize again."
                     )
             if method.kind in ("quantize", "transform"):  # other grids follow
                 without = [t for t in without if not method.covers(t.name, t.kind)]

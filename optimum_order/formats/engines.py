@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from optimum_order.errors import FormatError, unknown
 from optimum_order.formats.base import Codec, Layers
 from optimum_order.layers.grids.base import Grid
-from optimum_order.layers.grids.block import BlockGrid
+from optimum_order.layers.grids.block import ForeignBlockGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 
@@ -261,7 +261,7 @@ def _schemes(format: str, layers: Layers) -> dict[str, Case]:
     grouped = {grid.unit for grid in grids.values() if _group_size(grid) != -1}
     cases = {}
     for name, grid in grids.items():
-        if not isinstance(grid, (BlockGrid, UniformGrid)):
+        if not isinstance(grid, (ForeignBlockGrid, UniformGrid)):
             cases[name] = Case(format, getattr(grid, "data_type", f"int{grid.bits}"))
             continue
         # A row that is just one group long is stored the same either way.
@@ -278,7 +278,7 @@ def _grids(states: Mapping[str, LayerState]) -> Iterable[tuple[str, Grid]]:
 
 
 def _group_size(grid: Grid) -> int:
-    return grid.group_size if isinstance(grid, (BlockGrid, UniformGrid)) else -1
+    return grid.group_size if isinstance(grid, (ForeignBlockGrid, UniformGrid)) else -1
 
 
 def _apart(parts: list[str], layers: Layers, modules: Collection[str]) -> str | None:

@@ -50,7 +50,7 @@ from optimum_order.formats.gguf_published import FILE, kept_fields
 from optimum_order.formats.gguf_superblocks import SuperblockLayout
 from optimum_order.formats.layout import Layout, as_matrix, blocks
 from optimum_order.formats.older import with_older_keys
-from optimum_order.layers.grids.block import BLOCK, BlockGrid
+from optimum_order.layers.grids.block import BLOCK, ForeignBlockGrid
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
 from optimum_order.layers.grids.superblock import SuperblockGrid
 from optimum_order.layers.grids.uniform import UniformGrid
@@ -90,7 +90,7 @@ class GGUF(Codec):
     packages = ("gguf>=0.19",)
     gguf_file = FILE
     options = {"scales": "float16"}  # noqa: RUF012 (a ClassVar of the base)
-    made_for = (SuperblockGrid, BlockGrid)
+    made_for = (SuperblockGrid, ForeignBlockGrid)
     widths = (4, 5, 8)
 
     def encodes(self, state: LayerState) -> bool:
@@ -110,7 +110,7 @@ class GGUF(Codec):
                 "'optimum-order compress CODED OUT --format gguf' moves these steps into what "
                 "makes the input"
             )
-        if isinstance(grid, (SuperblockGrid, BlockGrid)):
+        if isinstance(grid, (SuperblockGrid, ForeignBlockGrid)):
             return None
         if not isinstance(grid, UniformGrid):
             return f"its {type(grid).__name__} is not a grid of equal steps"
@@ -166,7 +166,7 @@ class GGUF(Codec):
         if data.shape[1] % kind.bytes:
             raise ArtifactError(f"a row of {data.shape[1]} bytes is no whole blocks of {kind.name}")
         data = data.contiguous()
-        grid: UniformGrid | BlockGrid | SuperblockGrid
+        grid: UniformGrid | ForeignBlockGrid | SuperblockGrid
         if isinstance(kind, SuperblockLayout):
             grid, codes = gguf_superblocks.unpack(data, kind, dtype)
             return LayerState(grid.dequantize(codes), grid=grid)
@@ -194,7 +194,7 @@ def _type_of(state: LayerState) -> _Kind:
     """Return the type of the blocks of a layer that no `why_not` refuses."""
     if isinstance(state.grid, SuperblockGrid):
         return gguf_superblocks.BY_KIND[state.grid.kind]
-    grid = state.grid if isinstance(state.grid, BlockGrid) else grid_of(state, UniformGrid)
+    grid = state.grid if isinstance(state.grid, ForeignBlockGrid) else grid_of(state, UniformGrid)
     kind = gguf_blocks.type_of(grid)
     if kind is None:
         raise InvariantError("A layer that no type of block holds was to be packed.")
@@ -203,7 +203,7 @@ def _type_of(state: LayerState) -> _Kind:
 
 def _widths(state: LayerState) -> dict[str, Any]:
     """Return what the type of blocks does not say of a grid."""
-    if isinstance(state.grid, (SuperblockGrid, BlockGrid)):
+    if isinstance(state.grid, (SuperblockGrid, ForeignBlockGrid)):
         return {}
     grid = grid_of(state, UniformGrid)
     return {"bits": grid.bits, "group_size": grid.group_size}
@@ -218,7 +218,7 @@ def _packed(state: LayerState, kind: _Kind) -> Tensor:
     if isinstance(grid, SuperblockGrid):
         return gguf_superblocks.pack(codes, grid)
     assert isinstance(kind, BlockType)
-    if not isinstance(grid, BlockGrid):
+    if not isinstance(grid, ForeignBlockGrid):
         grid = grid_of(state, UniformGrid)
     return gguf_blocks.pack(codes, grid, kind)
 

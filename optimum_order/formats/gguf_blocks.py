@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optimum_order.errors import ArtifactError
-from optimum_order.layers.grids.block import BLOCK, BlockGrid
+from optimum_order.layers.grids.block import BLOCK, ForeignBlockGrid
 from optimum_order.layers.grids.uniform import UniformGrid
 
 _HALF = BLOCK // 2
@@ -61,7 +61,7 @@ BY_NUMBER = {kind.number: kind for kind in TYPES}
 BY_NAME = {kind.name: kind for kind in TYPES}
 
 
-def type_of(grid: UniformGrid | BlockGrid) -> BlockType | None:
+def type_of(grid: UniformGrid | ForeignBlockGrid) -> BlockType | None:
     """Return the smallest type that holds the codes of a grid, or None if no type does."""
     fitting = [kind for kind in TYPES if kind.affine != grid.symmetric and kind.bits >= grid.bits]
     return min(fitting, key=lambda kind: kind.bits, default=None)
@@ -74,7 +74,7 @@ def inexact_scales(grid: UniformGrid) -> bool:
     return any(not torch.equal(number.half().float(), number) for number in numbers)
 
 
-def pack(codes: Tensor, grid: UniformGrid | BlockGrid, kind: BlockType) -> Tensor:
+def pack(codes: Tensor, grid: UniformGrid | ForeignBlockGrid, kind: BlockType) -> Tensor:
     """Return the bytes of a layer.
 
     Args:
@@ -102,9 +102,9 @@ def pack(codes: Tensor, grid: UniformGrid | BlockGrid, kind: BlockType) -> Tenso
     return torch.from_numpy(np.concatenate(parts, axis=-1).reshape(rows, -1))
 
 
-def _numbers(grid: UniformGrid | BlockGrid, blocks: int) -> list[_Bytes]:
+def _numbers(grid: UniformGrid | ForeignBlockGrid, blocks: int) -> list[_Bytes]:
     """Return the scale and, if there is one, the least of every block: (out, blocks, 2) uint8."""
-    if isinstance(grid, BlockGrid):
+    if isinstance(grid, ForeignBlockGrid):
         numbers = [grid.scale, grid.least]
     else:
         zero = grid.zero_point
@@ -165,7 +165,9 @@ def unpack(data: Tensor, kind: BlockType) -> Unpacked:
     )
 
 
-def as_they_are(parts: Unpacked, kind: BlockType, dtype: torch.dtype) -> tuple[BlockGrid, Tensor]:
+def as_they_are(
+    parts: Unpacked, kind: BlockType, dtype: torch.dtype
+) -> tuple[ForeignBlockGrid, Tensor]:
     """Return the grid that blocks have whoever made them, and the codes on it.
 
     Args:
@@ -180,7 +182,9 @@ def as_they_are(parts: Unpacked, kind: BlockType, dtype: torch.dtype) -> tuple[B
     for numbers in (parts.scale, least):
         if numbers is not None and not torch.isfinite(numbers).all():
             raise ArtifactError(f"a scale of its {kind.name} is not finite")
-    grid = BlockGrid(kind.bits, parts.scale.half(), None if least is None else least.half(), dtype)
+    grid = ForeignBlockGrid(
+        kind.bits, parts.scale.half(), None if least is None else least.half(), dtype
+    )
     return grid, parts.codes
 
 

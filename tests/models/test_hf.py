@@ -494,6 +494,22 @@ def test_nobody_else_reaches_into_transformers():
     assert reaching == {"models/hf.py"}
 
 
+def test_a_quantizer_is_forgotten_and_what_was_loaded_is_remembered(make_model):
+    """A model that was compressed while it was loaded is saved as an ordinary one."""
+
+    class Quantizer:
+        def remove_quantization_config(self, model):
+            del model.config.quantization_config
+            model._weight_conversions = None
+
+    model = make_model("llama")
+    model.config.quantization_config = {"quant_method": "optimum_order"}
+    model._weight_conversions = conversions = ["as it was loaded"]
+    hf.forget_quantization(Quantizer(), model)
+    assert not hasattr(model.config, "quantization_config")
+    assert model._weight_conversions == conversions
+
+
 def test_every_name_has_a_test():
     """Each function of `hf` is used in this file."""
     source = inspect.getsource(inspect.getmodule(test_every_name_has_a_test))

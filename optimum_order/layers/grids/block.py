@@ -24,7 +24,7 @@ BLOCK = 32
 
 
 @dataclass(frozen=True)
-class BlockGrid(Grid):
+class ForeignBlockGrid(Grid):
     """Codes times a scale, plus a least where the type is affine; see the module.
 
     Values are computed in float32, as llama.cpp does, and rounded to the dtype once.
