@@ -46,7 +46,7 @@ from optimum_order.formats.base import (
 from optimum_order.formats.gguf_blocks import BlockType
 from optimum_order.formats.gguf_families import Entry
 from optimum_order.formats.gguf_file import PLAIN, GGUFFile, Stored
-from optimum_order.formats.gguf_published import FILE, kept_fields
+from optimum_order.formats.gguf_published import FILE, unchanged_fields
 from optimum_order.formats.gguf_superblocks import SuperblockLayout
 from optimum_order.formats.layout import Layout, as_matrix, blocks
 from optimum_order.formats.older import with_older_keys
@@ -370,7 +370,7 @@ class _Plan:
             if kind is not None:
                 self._kinds[entry.name] = kind
         self._dtypes: dict[str, torch.dtype] = {}
-        self._kept = self._before()
+        self._unchanged = self._before()
         self.sizes = {name: tensor.nbytes for name, tensor in self.extra.items()} | {
             entry.name: self._row_bytes(entry) * (torch.Size(entry.shape[:-1]).numel())
             for entry in itertools.chain(*self.entries)
@@ -419,9 +419,9 @@ class _Plan:
         are their bytes, of whatever type. Plain values that others have taken the place of keep
         their dtype if it holds them.
         """
-        kept: dict[str, Stored] = {}
+        unchanged: dict[str, Stored] = {}
         if self._origin is None:
-            return kept
+            return unchanged
         model = self._contents.model
         dense = hf.tensors_to_save(model)
         for block, entries in zip(blocks(dense), self.entries, strict=True):
@@ -432,12 +432,12 @@ class _Plan:
                 stored = self._origin.tensors[entry.name]
                 before = _values(self._origin, entry, model.dtype) if now else {}
                 if all(torch.equal(now[key].cpu(), value) for key, value in before.items()):
-                    kept[entry.name] = stored
+                    unchanged[entry.name] = stored
                 elif isinstance(stored.kind, torch.dtype):
                     values = entry.values(now).float()
                     if torch.equal(values.to(stored.kind).float(), values):
                         self._dtypes[entry.name] = stored.kind
-        return kept
+        return unchanged
 
     def _is_as_before(self, entry: Entry) -> bool:
         """Return whether a tensor has no codes now, and the shape that it began with."""
@@ -446,8 +446,8 @@ class _Plan:
 
     def _type(self, entry: Entry) -> _Kind | torch.dtype:
         """Return how a tensor is stored."""
-        if entry.name in self._kept:
-            return self._kept[entry.name].kind
+        if entry.name in self._unchanged:
+            return self._unchanged[entry.name].kind
         return self._kinds.get(entry.name) or self._dtypes.get(entry.name, entry.dtype)
 
     def _row_bytes(self, entry: Entry) -> int:
@@ -513,15 +513,19 @@ class _Plan:
         writer.add_file_type(self._file_type())
         listed = list(itertools.chain(*self.entries))
         values = gguf_families.fields(contents.model, listed)
-        kept = {} if self._origin is None else kept_fields(self._origin, values, contents.processor)
-        if not any(key.startswith("tokenizer.") for key in kept):
+        unchanged = (
+            {}
+            if self._origin is None
+            else unchanged_fields(self._origin, values, contents.processor)
+        )
+        if not any(key.startswith("tokenizer.") for key in unchanged):
             rows = next(entry.shape[0] for entry in listed if entry.name == "token_embd.weight")
             values |= gguf_vocabulary.fields(contents.processor, rows)
-        for key, field in kept.items():
+        for key, field in unchanged.items():
             inner = None if field.inner is None else GGUFValueType(field.inner)
             writer.add_key_value(key, field.value, GGUFValueType(field.kind), inner)
         for key, value in {**values, **header}.items():
-            if key not in kept:
+            if key not in unchanged:
                 _ADD[type(value)](writer, key, value)
         for name, tensor in self.extra.items():
             writer.add_tensor_info(name, tensor.shape, tensor.numpy().dtype, tensor.nbytes)
@@ -562,7 +566,7 @@ class _Plan:
         Raises:
             InvariantError: If they do not hold the weights of the layers.
         """
-        if entry.name in self._kept and self._origin is not None:
+        if entry.name in self._unchanged and self._origin is not None:
             return self._origin.bytes_of(entry.name)[1]
         kind = self._kinds.get(entry.name)
         parts = self._parts.get(entry.name, [])

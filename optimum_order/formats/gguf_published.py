@@ -42,8 +42,6 @@ _CLOSE = 1e-6
 """Relative difference of numbers that were float32 once."""
 _CHANGES = ("rope.scaling.", "attention.scale", "logit_scale", "_scale", "softcapping", "clamp_kqv")
 """Parts of keys that change what llama.cpp computes, where nothing is said of them otherwise."""
-
-
 _LEFT_OUT = {"expert_feed_forward_length": "moe_intermediate_size"}
 """What transformers does not read: the part of the key, and the name in a config."""
 
@@ -278,7 +276,9 @@ _OURS = re.compile(
 """Keys that are said anew."""
 
 
-def kept_fields(file: GGUFFile, expected: Mapping[str, Any], tokenizer: Any) -> dict[str, Field]:
+def unchanged_fields(
+    file: GGUFFile, expected: Mapping[str, Any], tokenizer: Any
+) -> dict[str, Field]:
     """Return the fields of a file that are still true of the model that began as it.
 
     Args:
@@ -286,7 +286,7 @@ def kept_fields(file: GGUFFile, expected: Mapping[str, Any], tokenizer: Any) -> 
         expected: What is to be said of the model.
         tokenizer: The tokenizer, whose chat template counts; or None.
     """
-    kept = {
+    fields = {
         key: field
         for key, field in file.fields().items()
         if not _OURS.fullmatch(key)
@@ -294,6 +294,6 @@ def kept_fields(file: GGUFFile, expected: Mapping[str, Any], tokenizer: Any) -> 
         and (key not in expected or _equal(field.value, expected[key]))
     }
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, str) and _TEMPLATE in kept:
-        kept[_TEMPLATE] = replace(kept[_TEMPLATE], value=template)
-    return kept
+    if isinstance(template, str) and _TEMPLATE in fields:
+        fields[_TEMPLATE] = replace(fields[_TEMPLATE], value=template)
+    return fields
