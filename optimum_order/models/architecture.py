@@ -417,7 +417,16 @@ _LLAMA = _Family(
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     before=("input_layernorm", "post_attention_layernorm"),
 )
-_QWEN3 = replace(_LLAMA, qk_norm=("self_attn.q_norm", "self_attn.k_norm"), fields=_LISTED)
+_LLAMA_LISTED = replace(_LLAMA, fields=_LISTED)
+_UNGATED = replace(_LLAMA, mlp=("mlp.up_proj", "mlp.down_proj"))
+_QWEN3 = replace(_LLAMA_LISTED, qk_norm=("self_attn.q_norm", "self_attn.k_norm"))
+_OLMO2 = replace(
+    _LLAMA,
+    before=None,
+    after=("post_attention_layernorm", "post_feedforward_layernorm"),
+    qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+)
+_FUSED_MLP = (*["mlp.gate_up_proj"] * 2, "mlp.down_proj")
 _GEMMA2 = replace(
     _LLAMA,
     before=("input_layernorm", "pre_feedforward_layernorm"),
@@ -449,21 +458,40 @@ _FUSED_EXPERTS = ("mlp.gate", *["mlp.experts.gate_up_proj"] * 2, "mlp.experts.do
 _FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": replace(_LLAMA, fields=_LISTED),
+    "ministral": _LLAMA_LISTED,
+    "ministral3": _LLAMA,
+    "granite": _LLAMA,
+    "seed_oss": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "cwm": _LLAMA_LISTED,
+    "smollm3": replace(_LLAMA, fields=Fields(per_block=("layer_types", "no_rope_layers"))),
+    "arcee": _UNGATED,
+    "starcoder2": replace(_LLAMA, mlp=("mlp.c_fc", "mlp.c_proj"), centered=True),
+    "jais2": replace(_UNGATED, centered=True),
+    "stablelm": replace(
+        _LLAMA,
+        centered=True,
+        requires=(("use_parallel_residual", False),),
+        fields=Fields(head_dim=None),
+    ),
+    "gemma": replace(_LLAMA, offset=1),
+    "vaultgemma": replace(_GEMMA2, after=None),
+    "qwen2": _LLAMA_LISTED,
     "qwen3": _QWEN3,
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, qk_norm=("self_attn.q_norm", "self_attn.k_norm")),
     "phi3": replace(
         _LLAMA,
         attention=(*["self_attn.qkv_proj"] * 3, "self_attn.o_proj"),
-        mlp=(*["mlp.gate_up_proj"] * 2, "mlp.down_proj"),
+        mlp=_FUSED_MLP,
     ),
-    "olmo2": replace(
-        _LLAMA,
-        before=None,
-        after=("post_attention_layernorm", "post_feedforward_layernorm"),
-        qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
+    "glm": replace(_LLAMA, mlp=_FUSED_MLP),
+    "glm4": replace(
+        _LLAMA, mlp=_FUSED_MLP, after=("post_self_attn_layernorm", "post_mlp_layernorm")
     ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, fields=_LISTED),
+    "exaone4": replace(_OLMO2, fields=_LISTED),
     "gpt2": _Family(
         attention=(*["attn.c_attn"] * 3, "attn.c_proj"),
         mlp=("mlp.c_fc", "mlp.c_proj"),

@@ -30,17 +30,29 @@ IMAGES = SIZES | {"image_size": 16, "patch_size": 4, "num_labels": 10}
 LISTED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 
 FAMILIES = {
+    "arcee": GROUPED,
     "bert": TEXT,
+    "cwm": GROUPED | LISTED,
     "deit": IMAGES | {"architectures": ["DeiTForImageClassification"]},
+    "ernie4_5": GROUPED,
+    "exaone4": GROUPED | LISTED,
+    "gemma": GROUPED,
     "gemma2": GROUPED | LISTED,
     "gemma3_text": GROUPED | LISTED,
+    "glm": GROUPED,
+    "glm4": GROUPED,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "vocab_size": 64}
     | {"n_positions": 64, "tie_word_embeddings": False},
     "gpt_neox": TEXT | {"tie_word_embeddings": False},
+    "granite": GROUPED,
+    "jais2": GROUPED,
     "llama": GROUPED | {"attention_bias": True, "mlp_bias": True},
+    "ministral": GROUPED | LISTED,
+    "ministral3": GROUPED,
     "mistral": GROUPED,
     "mixtral": GROUPED | ROUTED | {"num_local_experts": 4},
     "olmo2": GROUPED,
+    "olmo3": GROUPED | LISTED,
     "opt": TEXT | {"ffn_dim": 48, "word_embed_proj_dim": 32, "tie_word_embeddings": False},
     "phi3": GROUPED,
     "qwen2": GROUPED,
@@ -48,8 +60,14 @@ FAMILIES = {
     "qwen3_moe": GROUPED
     | ROUTED
     | {"num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+    "seed_oss": GROUPED,
+    "smollm3": GROUPED | LISTED | {"no_rope_layers": [1, 0]},
+    "stablelm": GROUPED | {"head_dim": None},
+    "starcoder2": GROUPED,
+    "vaultgemma": GROUPED | LISTED,
     "vit": IMAGES,
 }
+QK_NORMS = ["exaone4", "gemma3_text", "olmo2", "olmo3", "qwen3", "qwen3_moe"]
 AUTO = {
     "bert": transformers.AutoModel,
     "deit": transformers.AutoModelForImageClassification,
@@ -239,7 +257,7 @@ def test_the_gain_of_a_norm_can_be_folded_into_its_readers(model):
             rewrite.columns(layer, lambda columns, gain=gain: columns * gain[:, None])
         rewrite.gain(norm, torch.ones_like, lambda bias, gain=gain: bias / gain)
         folded += 1
-    assert folded == {"bert": 0, "olmo2": 1}.get(model_roles.family, 5)
+    assert folded == {"bert": 0, "olmo2": 1, "olmo3": 1, "exaone4": 1}.get(model_roles.family, 5)
     assert same(run(model)[0], logits)
 
 
@@ -258,7 +276,7 @@ def test_norms_on_the_stream_run_in_the_order_in_which_they_are_named(model):
 @each_family
 def test_norms_on_queries_and_keys_read_queries_and_keys(model):
     model_roles = require_roles(model)
-    told = model_roles.family in ("gemma3_text", "olmo2", "qwen3", "qwen3_moe")
+    told = model_roles.family in QK_NORMS
     for part in attentions(model):
         for layer, norm in ((part.q, part.q_norm), (part.k, part.k_norm)):
             assert (norm is not None) == told
@@ -479,7 +497,7 @@ def test_config_fields_are_those_that_a_model_is_built_from(model):
         if size == "hidden" and family == "opt":
             changes["word_embed_proj_dim"] = value
         if size == "blocks" and fields.per_block:
-            changes |= dict.fromkeys(fields.per_block, LISTED["layer_types"] * 2)
+            changes |= {name: list(getattr(model.config, name)) * 2 for name in fields.per_block}
         after = sizes(build(family, **changes))
         assert after[size] == value, field
         moved = {name for name in before if after[name] != before[name]} - {size}
