@@ -42,6 +42,11 @@ CASES = {
     "dense": ("dense", (FOUR,)),
     "compressed-tensors": ("compressed-tensors", (FOUR,)),
     MIXED: ("compressed-tensors", (FOUR, "rtn(bits=8, group_size=-1)")),
+    "compressed-tensors, inputs": (
+        "compressed-tensors",
+        ("rtn(bits=8, group_size=-1) > activations:8",),
+    ),
+    "compressed-tensors, float8": ("compressed-tensors", ("rtn:fp8 > activations:fp8",)),
     "bitsandbytes": ("bitsandbytes", ("bitsandbytes:nf4",)),
     "sparse": ("sparse", (f"magnitude:0.5 > {FOUR}",)),
 }
@@ -360,8 +365,9 @@ def compressed(original: Any, orders: tuple[str, ...], *, everything: bool) -> A
         if reasons:
             raise ValueError(f"layer '{layer}': {reasons[0]}")
         for backend in backends:
-            state = backend.apply(state, where=layer)
-        target.write(state.weight)
+            if backend.covers(layer, target.kind):
+                state = backend.apply(state, where=layer)
+        target.put(state)
         states[layer] = state
     return formats.Contents(model, formats.Layers(targets, states))
 

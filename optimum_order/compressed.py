@@ -579,6 +579,7 @@ class CompressedModel:
             "shape": list(state.weight.shape),
             "bits": state.bits,
             "group_size": getattr(state.grid, "group_size", None),
+            **({} if state.inputs is None else {"inputs": state.inputs.words}),
             "sparsity": round(state.sparsity, 6),
             "pruned": 0 if state.pruned is None else int(state.pruned.sum()),
             "pattern": next((p for p in reversed(patterns) if p != "none"), None),

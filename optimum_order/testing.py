@@ -459,7 +459,7 @@ class BackendContract:
         X += 0.3 * gaussian(2 * inputs, inputs, 2)
         X[:, 3] = 0.0
         X[:, 5] *= 100.0
-        return Statistics.of(X, self.backend.needs)
+        return Statistics.of(X, {need for backend in self.backends() for need in backend.needs})
 
     def states(self) -> Iterator[tuple[LayerState, str]]:
         """Yield layers as earlier stages may leave them, and words for a message.
@@ -522,16 +522,19 @@ class BackendContract:
                 assert after.grid is not None, f"{case}: left the grid"
 
     def test_a_pruner_removes_and_a_quantizer_rounds(self) -> None:
-        """A quantizer leaves the mask as it is, and a pruner has one."""
+        """A pruner has a mask; others leave it as it is, and those of inputs the weight too."""
         sparser = 0
         for _, before, after, case in self.results():
-            if self.backend.kind == "quantize":
+            if self.backend.kind == "inputs":
+                assert after.inputs is not None, case
+                assert same(after, dataclasses.replace(before, inputs=after.inputs)), case
+            elif self.backend.kind == "quantize":
                 assert after.grid is not None, case
                 assert torch.equal(after.mask, before.mask), f"{case}: the mask has changed"
             else:
                 assert after.pruned is not None, case
                 sparser += after.sparsity > before.sparsity
-        assert sparser or self.backend.kind == "quantize", "nothing was pruned"
+        assert sparser or self.backend.kind != "prune", "nothing was pruned"
 
     def test_nothing_is_changed_in_place(self) -> None:
         """The layer before and its statistics have the bits that they had."""
@@ -651,6 +654,7 @@ class CodecContract(ABC):
             assert type(decoded.grid) is type(state.grid)
             for one, other in zip(tensors_in(decoded.grid), tensors_in(state.grid), strict=True):
                 assert same_bits(one, other)
+            assert same(decoded.inputs, state.inputs)
             if decoded.pruned is not None:
                 assert torch.equal(decoded.pruned, state.mask)
             decoded.check("decoded")

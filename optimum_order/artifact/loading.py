@@ -172,7 +172,7 @@ def _layers(
                 f"'{folder}' has a layer '{name}' {tuple(state.weight.shape)}, which its model has "
                 "not."
             )
-        targets[name].write(state.weight)
+        targets[name].put(state)
         states[name] = state
     return Layers(targets, states)
 

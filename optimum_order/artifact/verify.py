@@ -193,6 +193,9 @@ def _difference(state: LayerState, entry: Mapping[str, Any]) -> str | None:
         return f"has {state.grid.bits} bits, the manifest says {entry.get('bits')}"
     if state.grid is not None and state.group_size != entry.get("group_size"):
         return f"has groups of {state.group_size}, the manifest says {entry.get('group_size')}"
+    inputs = None if state.inputs is None else state.inputs.words
+    if inputs != entry.get("inputs"):
+        return f"has inputs {inputs}, the manifest says {entry.get('inputs')}"
     if not _keeps_pattern(state.weight, entry.get("pattern")):
         return f"does not keep the pattern {entry.get('pattern')}"
     return None

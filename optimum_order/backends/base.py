@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # transformers takes seconds
 
     from optimum_order.models.architecture import Block, Layer, Roles
 
-KINDS = ("prune", "quantize", "allocate", "reshape", "transform", "recover")
+KINDS = ("prune", "quantize", "inputs", "allocate", "reshape", "transform", "recover")
 """Values of `Method.kind`."""
 IDLE = "no calibration token reached this layer"
 """In the notes of a layer that was compressed without data, by a method that uses data."""
@@ -115,7 +115,7 @@ class Method(ABC):
     """Values of `kind` that a class of this base may have."""
     Options: ClassVar[type[Any]]
     """Frozen dataclass of options; the first is the main knob."""
-    needs: ClassVar[frozenset[type[Accumulator]]] = frozenset()
+    needs: frozenset[type[Accumulator]] = frozenset()
     """The statistics of the layers' inputs that the method reads: accumulator classes."""
     measures: ClassVar[bool] = False
     """True if the method runs the model on calibration samples, whatever it `needs`."""
@@ -301,10 +301,11 @@ class Backend(Method):
 
     A subclass says which statistics it `needs` and writes its equation in `compress`. Everything
     around the equation is checked here, before and after. A backend sees tensors only: never a
-    module, a model, a path or a global. `kind` is "prune" or "quantize".
+    module, a model, a path or a global. `kind` is "prune", "quantize", or "inputs" of a method that
+    gives inputs a grid and leaves weights alone.
     """
 
-    kinds = ("prune", "quantize")
+    kinds = ("prune", "quantize", "inputs")
     joins = True
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """The options of a grid, and fitting the grid to a layer, for round-to-nearest and GPTQ.
 
-A number of bits is a uniform grid. A name such as q4_k is the grid of that K-quant of llama.cpp.
+A number of bits is a uniform grid. fp8 is float8 numbers times a scale of each row, as engines with
+kernels of that type have it. A name such as q4_k is the grid of that K-quant of llama.cpp.
 Rows that its superblocks do not divide get a uniform grid in groups of 32 instead, which takes as
 many bits as what llama.cpp falls back to.
 """
@@ -15,12 +16,14 @@ from torch import Tensor
 from optimum_order.backends.base import Backend, option
 from optimum_order.errors import OrderError
 from optimum_order.layers.grids.base import Grid
+from optimum_order.layers.grids.float8 import Float8Grid
 from optimum_order.layers.grids.superblock import SuperblockGrid
 from optimum_order.layers.grids.superblock_search import SUPERBLOCK, TYPES
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
 
+_FLOAT8 = "fp8"
 _FALLBACK_GROUP = 32
 _FALLBACKS = {
     "q2_k": (4, True),
@@ -59,9 +62,9 @@ class UniformOptions:
 
     bits: int | str = option(
         dataclasses.MISSING,
-        "width of a weight, or a K-quant of llama.cpp",
-        check=lambda v: v in TYPES if isinstance(v, str) else 2 <= v <= 8,
-        allowed=f"{', '.join(TYPES)} or an integer in 2..8",
+        "width of a weight, fp8 for float8 numbers, or a K-quant of llama.cpp",
+        check=lambda v: v in (_FLOAT8, *TYPES) if isinstance(v, str) else 2 <= v <= 8,
+        allowed=f"{_FLOAT8}, {', '.join(TYPES)} or an integer in 2..8",
     )
     group_size: int | str = group_size_option()
     symmetric: bool = option(True, "no zero point; what packed formats reload exactly")
@@ -86,7 +89,7 @@ class UniformOptions:
 
 
 class UniformQuantizer(Backend):
-    """A backend that rounds to a grid of equal steps: uniform, or a K-quant's."""
+    """A backend that rounds to a grid: uniform, float8, or a K-quant's."""
 
     kind = "quantize"
     Options = UniformOptions
@@ -104,16 +107,17 @@ class UniformQuantizer(Backend):
                     f"'{name}'."
                 )
         # its scales are float16 numbers anyway, and zero is on every symmetric grid
-        zero = options.zero and TYPES[options.bits].affine
+        zero = options.zero and _loses_zero(options.bits)
         return dataclasses.replace(options, scales="auto", zero=zero)
 
     @property
     def makes_zero(self) -> bool:
-        bits = self.options.bits
-        return isinstance(bits, int) or self.options.zero or not TYPES[bits].affine
+        return self.options.zero or not _loses_zero(self.options.bits)
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         inputs = shape[1]
+        if self.options.bits == _FLOAT8:
+            return None
         if isinstance(self.options.bits, str):
             if inputs % _FALLBACK_GROUP == 0:
                 return None
@@ -138,6 +142,8 @@ class UniformQuantizer(Backend):
                 scales of a K-quant; all the same by default.
         """
         options = self.options
+        if options.bits == _FLOAT8:
+            return Float8Grid.fit(state.weight)
         if isinstance(options.bits, str):
             if state.weight.shape[1] % SUPERBLOCK:
                 bits, symmetric = _FALLBACKS[options.bits]
@@ -166,9 +172,14 @@ class UniformQuantizer(Backend):
 
     def remarks_on(self, grid: Grid) -> tuple[str, ...]:
         """Return the note on a layer whose rows the superblocks of a K-quant do not divide."""
-        if isinstance(self.options.bits, int) or isinstance(grid, SuperblockGrid):
+        if self.options.bits not in TYPES or isinstance(grid, SuperblockGrid):
             return ()
         return (
             f"{self.stage}: rows are no multiple of {SUPERBLOCK}, so it has {grid.bits} bits in "
             f"groups of {_FALLBACK_GROUP}",
         )
+
+
+def _loses_zero(bits: int | str) -> bool:
+    """Return whether zero is on the grid of such a layer only if it was pruned before."""
+    return isinstance(bits, str) and bits in TYPES and TYPES[bits].affine

@@ -145,7 +145,9 @@ def _layers_in_a_line(layers: Mapping[str, Any]) -> str:
         for name, layer in layers.items()
     }
     worst = max(errors, key=errors.__getitem__)
-    return f"{len(layers)} of {widths} bits, most error in {worst} ({errors[worst]:.2g})"
+    inputs = sorted({layer["inputs"] for layer in layers.values() if "inputs" in layer})
+    rounded = f", inputs {' and '.join(inputs)}" if inputs else ""
+    return f"{len(layers)} of {widths} bits{rounded}, most error in {worst} ({errors[worst]:.2g})"
 
 
 def _layer_rows(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -51,6 +51,7 @@ from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
 from optimum_order.models import precision
 from optimum_order.models.architecture import Block
+from optimum_order.models.inputs import quantize_inputs
 from optimum_order.models.memory import trim
 from optimum_order.models.sizes import Sizes, keep_blocks, resized, set_sizes
 from optimum_order.models.units import Target, Unit
@@ -121,8 +122,13 @@ class Passes:
         self._compress({name: [mine] for name, mine in backends.items()}, str(allocator.stage))
 
     def _compress(self, backends: Mapping[str, Sequence[Backend]], label: str) -> None:
-        needs = needs_of(backend for mine in backends.values() for backend in mine)
-        if self.execution.pause == "block":  # as a streamed model does, which is read only once
+        methods = [backend for mine in backends.values() for backend in mine]
+        needs = needs_of(methods)
+        execution = self.execution
+        if any(method.kind == "inputs" for method in methods):
+            # a layer that is paused at has read its input already
+            execution = dataclasses.replace(execution, pause="block")
+        if execution.pause == "block":  # as a streamed model does, which is read only once
             needs = frozenset(need for need in needs if not need.compares)
         # Only the blocks that this pass changes, and what lies before the last of them, are run.
         units = [u for u in self.subject.units if any(t.name in backends for t in u.targets)]
@@ -132,7 +138,7 @@ class Passes:
         # A sweep's matrices are the largest there are, and what the forwards before them freed is
         # of other sizes.
         tight = self.execution.streams or Gram in needs
-        with contextlib.closing(self._visits(units, needs, pending)) as visits:
+        with contextlib.closing(self._visits(units, needs, execution, pending)) as visits:
             for visit in visits:
                 if tight:
                     trim()
@@ -155,11 +161,12 @@ class Passes:
         self,
         units: Sequence[Unit],
         needs: Collection[type[Accumulator]],
-        finished: Mapping[str, Callable[[], None]] | None = None,
+        execution: Execution,
+        finished: Mapping[str, Callable[[], None]],
     ) -> Generator[Visit, None, None]:
         """Pause at some blocks; without a forward where nothing is needed of it."""
         if needs and units:
-            with contextlib.closing(self._walk(units, needs, self.execution, finished)) as visits:
+            with contextlib.closing(self._walk(units, needs, execution, finished)) as visits:
                 yield from visits
             return
         for unit in units:
@@ -197,7 +204,7 @@ class Passes:
             error, measured_on = relative_error(before.weight, after.weight, statistics)
         if self.work is not None and not is_masked(before, after):
             self._masked.discard(target.name)
-        target.write(after.weight)
+        target.put(after)
         self.put(target, after)
         record = StageRecord(str(stage), error, measured_on)
         self.result.records[target.name].append(record)
@@ -562,6 +569,9 @@ class Passes:
     def transform(self, transform_: Transform) -> None:
         """Rewrite the model's weights, and check that its function is the same."""
         self._begin([], str(transform_.stage))
+        for unit in self.subject.units:
+            for target in unit.targets:
+                quantize_inputs(target.module, None)  # given up with all grids
         sizes = transform(transform_, self.subject.model, self.subject.batches)
         for unit in self.subject.units:
             for target in unit.targets:
@@ -632,7 +642,7 @@ class Passes:
         """Put what a pass left of a finished block into result and model."""
         for target in unit.targets:
             state = packed[target.name].state(target.read())
-            target.write(state.weight)
+            target.put(state)
             self.result.states[target.name] = (
                 dataclasses.replace(state, weight=target.shared()) if self.shares else state
             )

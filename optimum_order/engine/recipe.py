@@ -224,7 +224,9 @@ class Recipe:
                     layers = _layers(next(smaller, units))
                 self._check_layers(method, layers)
             earlier = [
-                m for m in self.methods[:place] if m.kind in ("prune", "quantize", "allocate")
+                m
+                for m in self.methods[:place]
+                if m.kind in ("prune", "quantize", "inputs", "allocate")
             ]
             if method.kind == "transform" and earlier and not cast(Transform, method).forced:
                 raise OrderError(

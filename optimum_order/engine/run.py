@@ -17,6 +17,7 @@ from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError, OutputError
 from optimum_order.layers.packed import States
 from optimum_order.layers.state import LayerState, StageRecord
+from optimum_order.models.inputs import quantize_inputs
 from optimum_order.models.units import Unit
 from optimum_order.order import Order, Stage
 from optimum_order.progress import Bar
@@ -87,10 +88,10 @@ class Result:
         return cls(start, {name: [] for name in start}, units=units)
 
     def write(self, units: Sequence[Unit]) -> None:
-        """Put the layers' weights into the model."""
+        """Put the layers into the model."""
         for unit in units:
             for target in unit.targets:
-                target.write(self.states[target.name].weight)
+                target.put(self.states[target.name])
 
 
 def run(
@@ -171,6 +172,8 @@ def _begin(subject: Subject, recipe: Recipe, execution: Execution, start: Result
         return Result(states, {target.name: [] for target in targets}, stages, units=subject.units)
     refuse_infinite(subject.model.named_parameters())
     if start is None:
+        for target in targets:
+            quantize_inputs(target.module, None)  # as the states say
         shared = {target.name: LayerState(target.shared()) for target in targets}
         records: dict[str, list[StageRecord]] = {target.name: [] for target in targets}
         return Result(States(shared), records, stages, units=subject.units)

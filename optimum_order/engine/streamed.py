@@ -67,7 +67,7 @@ class Streamed:
                 self._checked.add(place)
             if unit is not None and self.states.changed(unit):
                 for target in unit.targets:
-                    target.write(self.states[target.name].weight)
+                    target.put(self.states[target.name])
             yield
         finally:
             self.weights.release(self._at_first if unit is None else names)

@@ -34,7 +34,7 @@ from optimum_order.estimate.size import grown, stored
 from optimum_order.estimate.trace import Counter, UnitCost
 from optimum_order.formats.transcode import choose
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Drift, Gram, SquaredNorms
+from optimum_order.layers.statistics import AbsMax, Drift, Gram, SquaredNorms
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
 
@@ -63,7 +63,7 @@ def check_format(
         units: Its blocks.
         recipe: What is to be done; checked.
         start: Layers that are compressed already.
-        format: The name of a format; "auto" always holds.
+        format: The name of a format; "auto" holds whatever rounds no inputs.
         unproven: Whether the format may be one that is not proven to load for this architecture.
         engine: The engine that is to load the result.
         beside: What goes with the layers, as fields of `formats.Contents`.
@@ -77,7 +77,10 @@ def check_format(
         FormatError: If the format does not exist, cannot hold a layer or is not proven; or if the
             engine was not seen to load such a result.
     """
-    if engine is None and format in ("auto", "dense"):
+    rounds_inputs = any(method.kind == "inputs" for method in recipe.methods) or any(
+        state.inputs is not None for state in start.values()
+    )
+    if engine is None and format in ("auto", "dense") and not rounds_inputs:
         return format
     prediction = Prediction(units, any_choice=engine is not None, after=after)
     for step in recipe.steps:
@@ -179,7 +182,7 @@ class Prediction:
 
     def apply(self, backends: Sequence[Backend]) -> None:
         """Note backends for every layer that they cover."""
-        if not needs_of(backends) <= {Drift, Gram, SquaredNorms}:
+        if not needs_of(backends) <= {AbsMax, Drift, Gram, SquaredNorms}:
             self.is_sure = False  # a plug-in asks for statistics that nothing here can make up
         for name, target in self.targets.items():
             self._stages[name] += tuple(b.stage for b in backends if b.covers(name, target.kind))
@@ -274,7 +277,8 @@ class Prediction:
     def _kind(state: LayerState | None) -> tuple[object, ...]:
         grid = None if state is None else state.grid
         pruned = state is not None and state.pruned is not None
-        return type(grid), getattr(grid, "bits", None), getattr(grid, "unit", None), pruned
+        inputs = None if state is None or state.inputs is None else state.inputs.words
+        return type(grid), getattr(grid, "bits", None), getattr(grid, "unit", None), pruned, inputs
 
     def _sample(
         self, target: Target, stages: tuple[Stage, ...], first: LayerState | None
@@ -287,13 +291,15 @@ class Prediction:
             first: What the layer is at the start, if it is compressed already.
         """
         inputs = target.view.shape[1]
-        if first is None or (first.grid is None and first.pruned is None):
+        changed = first is not None and (first.grid, first.pruned, first.inputs) != (None,) * 3
+        if first is None or not changed:
             return self._laboratory.state(stages, inputs)
         rows = slice(0, min(_ROWS, len(first.weight)))
         state = LayerState(
             first.weight[rows],
             pruned=None if first.pruned is None else first.pruned[rows],
             grid=None if first.grid is None else first.grid.take(rows),
+            inputs=first.inputs,
         )
         for stage in stages:
             state = self._laboratory.apply(stage, state)

@@ -17,7 +17,7 @@ from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
 from optimum_order.layers.error import relative_error
 from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
+from optimum_order.layers.statistics import AbsMax, Accumulator, Gram, SquaredNorms, Statistics
 from optimum_order.models import precision
 from optimum_order.models.units import Target
 from optimum_order.order import Stage
@@ -174,9 +174,11 @@ class Laboratory:
         if not backend.needs:
             return None
         gram = self._gram(inputs)
+        squares = gram.diagonal().contiguous()
+        results: dict[type[Accumulator], Tensor] = {AbsMax: squares.sqrt(), SquaredNorms: squares}
         if Gram in backend.needs:
-            return Statistics(2 * inputs, {Gram: gram})
-        return Statistics(2 * inputs, {SquaredNorms: gram.diagonal().contiguous()})
+            results = {AbsMax: squares.sqrt(), Gram: gram}
+        return Statistics(2 * inputs, results)
 
     @functools.cache  # noqa: B019
     def _gram(self, inputs: int) -> Tensor:

@@ -35,6 +35,7 @@ _NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 # In a file the widest dtypes come first, in an order that safetensors fixes.
 _ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
@@ -160,7 +161,8 @@ def grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
     ):  # the one mask that takes no memory; formats ask whether anything was pruned
         pruned = sample.pruned.any().expand(rows, inputs)
     grid = None if sample.grid is None else sample.grid.like(rows, inputs)
-    return LayerState(_meta(rows, inputs, dtype=dtype), pruned=pruned, grid=grid)
+    weight = _meta(rows, inputs, dtype=dtype)
+    return LayerState(weight, pruned=pruned, grid=grid, inputs=sample.inputs)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

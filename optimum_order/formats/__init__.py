@@ -139,6 +139,13 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
     for layer, target, state in contents.layers:
         outlined = outline(state)
         for name, codec in list(open_.items()):
+            if state.inputs is not None and not codec.holds_inputs:
+                fits[name] = _Fit(
+                    f"Layer '{layer}': its inputs are rounded ({state.inputs.words}), and '{name}' "
+                    "stores weights alone."
+                )
+                del open_[name]
+                continue
             if not codec.encodes(state):
                 sizes[name] += state.weight.nbytes
                 continue
@@ -219,7 +226,9 @@ def choose(
             (key for key, fit in fits.items() if fit.refusal is None),
             key=lambda key: (fits[key].bytes, key != "dense"),
         )
-        chosen = next(key for key in fitting if fits[key].doubt is None or key == "dense")
+        chosen = next((key for key in fitting if fits[key].doubt is None or key == "dense"), "")
+        if not chosen:  # where inputs are rounded, "dense" may not do
+            raise FormatError(_no_format(codecs, fits))
         if fitting[0] != chosen:
             _say(f"Stored as '{chosen}', not as '{fitting[0]}': {fits[fitting[0]].doubt}")
         if not codecs[chosen].stock:
@@ -237,6 +246,8 @@ def choose(
     if fit.refusal is not None:
         fits = _fits(codecs.values(), contents)
         fitting = [key for key in codecs if fits[key].refusal is None and fits[key].doubt is None]
+        if not fitting:
+            raise FormatError(_no_format(codecs, fits))
         advised = min(fitting, key=lambda key: not codecs[key].stock)
         raise FormatError(
             f"Format '{name}' cannot hold this model. {fit.refusal} {', '.join(fitting)} can; "
@@ -248,6 +259,22 @@ def choose(
             "'auto', or insist with unproven=True (--unproven)."
         )
     return codecs[name]
+
+
+def _no_format(codecs: Mapping[str, Codec], fits: Mapping[str, _Fit]) -> str:
+    """Return why no format is sure to hold a model whose inputs are rounded.
+
+    Args:
+        codecs: The codecs by name.
+        fits: How they fit.
+    """
+    name = next(key for key in fits if codecs[key].holds_inputs)
+    if fits[name].refusal is not None:
+        return f"No format holds this model. {fits[name].refusal}"
+    return (
+        f"No format but '{name}' could hold this model, and it is not proven to load. "
+        f"{fits[name].doubt} Insist with --format {name} --unproven."
+    )
 
 
 def _choose_for(engine: engines.Engine, contents: Contents, name: str, *, unproven: bool) -> Codec:

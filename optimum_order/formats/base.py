@@ -121,6 +121,8 @@ class Codec(ABC):
     made_for: ClassVar[tuple[type[Grid], ...]] = ()
     """Kinds of grid that no stock format packs: "auto" takes this format for a model that has one,
     though it is not stock."""
+    holds_inputs: ClassVar[bool] = False
+    """Whether a folder tells loaders how the inputs of layers are rounded."""
     zeros_are_cheap: ClassVar[bool] = False
     """Whether a zero takes fewer bits than another weight, so that pruning saves bytes."""
     packages: ClassVar[tuple[str, ...]] = ()

@@ -33,7 +33,8 @@ class Dense(Codec):
         weight = tensors.get("weight")
         if weight is None:
             raise ArtifactError(f"a dense layer has the tensor 'weight', got {', '.join(tensors)}")
-        if weight.ndim != 2 or not weight.is_floating_point():
+        is_float = weight.is_floating_point() and weight.element_size() > 1
+        if weight.ndim != 2 or not is_float:
             raise ArtifactError(
                 "a dense layer must be a floating-point matrix, got "
                 f"{weight.dtype} with {weight.ndim} dimensions"

@@ -31,7 +31,7 @@ from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
 from optimum_order.models.quantizer import encoding
 
-_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8")
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "F8_E4M3")
 """Allowed dtypes of a layer's tensors, as safetensors names them: torch cannot use all others."""
 _CONFIG = "config.json"
 
@@ -439,7 +439,8 @@ def _stack(parts: list[LayerState]) -> LayerState:
     pruned = None
     if any(part.pruned is not None for part in parts):
         pruned = torch.cat([part.mask for part in parts])
-    return LayerState(torch.cat([part.weight for part in parts]), pruned=pruned, grid=grid)
+    weight = torch.cat([part.weight for part in parts])
+    return LayerState(weight, pruned=pruned, grid=grid, inputs=parts[0].inputs)
 
 
 def _open(file: Path) -> Any:

@@ -71,6 +71,14 @@ def choose(
     Raises:
         FormatError: If no format that is allowed holds the layers, as they are or transcoded.
     """
+    if needs_transcoding(contents.layers) and any(
+        state.inputs is not None for _, _, state in contents.layers
+    ):
+        raise FormatError(
+            "No format holds layers whose columns have steps of their own and whose inputs are "
+            "rounded: to move the steps would change what is rounded. Compress with "
+            "ecsq(columns=false)."
+        )
     try:
         return formats.choose(contents, name, unproven=unproven, engine=engine), False
     except FormatError:
@@ -110,7 +118,7 @@ def transcode(
             _move(fold, exponent, states)
     rows = {name: _with_rows_alone(name, state, widths) for name, state in states.items()}
     for name, state in rows.items():
-        layers.targets[name].write(state.weight)
+        layers.targets[name].put(state)
     return Layers(layers.targets, rows)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from optimum_order.layers.grids.base import Grid
+from optimum_order.layers.inputs import InputGrid
 from optimum_order.layers.state import LayerState, integers
 
 
@@ -32,6 +33,7 @@ class Packed:
             highest bit; None if nothing was pruned.
         grid: As in the state.
         notes: As in the state.
+        inputs: As in the state.
     """
 
     shape: tuple[int, int]
@@ -39,12 +41,14 @@ class Packed:
     pruned: Tensor | None
     grid: Grid | None
     notes: tuple[str, ...]
+    inputs: InputGrid | None = None
 
     @classmethod
     def of(cls, state: LayerState) -> Packed:
         """Return the state with its mask as bits; the weight is the same tensor."""
         rows, inputs = state.weight.shape
-        return cls((rows, inputs), state.weight, bits(state.pruned), state.grid, state.notes)
+        packed = bits(state.pruned)
+        return cls((rows, inputs), state.weight, packed, state.grid, state.notes, state.inputs)
 
     def reduced(self, *, only_masked: bool) -> Packed:
         """Return the state with as little of the weight as gives the weight back.
@@ -80,7 +84,7 @@ class Packed:
             weight = self.grid.dequantize(weight.short())
         if pruned is not None:
             pruned = pruned.to(weight.device)
-        return LayerState(weight, pruned, self.grid, self.notes)
+        return LayerState(weight, pruned, self.grid, self.notes, self.inputs)
 
 
 class States(MutableMapping[str, LayerState]):

@@ -1,7 +1,8 @@
 """The state of one layer between stages, and the promises that every stage keeps.
 
 A layer is a matrix `W` of shape (out, in), whatever module holds it. Its state is the weight, the
-mask `pruned` of removed weights, and the `grid` of values that a quantized weight may take.
+mask `pruned` of removed weights, the `grid` of values that a quantized weight may take, and that of
+`inputs` which the layer rounds before it multiplies them.
 `pruned` is stated, never inferred: rounding alone turns 15 % of Gaussian weights into zeros at
 4 bit.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.base import Grid
+from optimum_order.layers.inputs import InputGrid
 from optimum_order.layers.tree import map_tensors
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,12 +50,14 @@ class LayerState:
         pruned: (out, in) bool, True where a weight was removed; None if none was.
         grid: The grid of a quantized weight; None before.
         notes: Events that a reader of the result should know, such as a raised damping.
+        inputs: The grid of the layer's inputs; None where these are read as they are.
     """
 
     weight: Tensor
     pruned: Tensor | None = None
     grid: Grid | None = None
     notes: tuple[str, ...] = ()
+    inputs: InputGrid | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -90,6 +94,8 @@ class LayerState:
         if self.grid is not None:
             groups = {None: "", -1: " in rows"}.get(self.group_size, f" in {self.group_size}s")
             facts.append(f"{self.bits}-bit {type(self.grid).__name__}{groups}")
+        if self.inputs is not None:
+            facts.append(f"inputs {self.inputs.words}")
         if self.notes:
             facts.append(f"{len(self.notes)} note{'s' if len(self.notes) > 1 else ''}")
         return f"LayerState({', '.join(facts)})"

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_order.errors import ModelError
+from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
+from optimum_order.models.inputs import quantize_inputs
 from optimum_order.order import matches
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,11 @@ class Target:
     def write(self, weight: Tensor) -> None:
         """Put a weight (out, in) back into the model."""
         self.view.copy_(weight)
+
+    def put(self, state: LayerState) -> None:
+        """Put a layer into the model: its weight, and the grid of its inputs."""
+        self.write(state.weight)
+        quantize_inputs(self.module, state.inputs)
 
 
 @dataclass(frozen=True)

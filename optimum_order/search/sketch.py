@@ -159,7 +159,7 @@ class Sketch:
             name = target.name
             is_taken = name in states and (without is None or self.draw(name) != without)
             state = states[name] if is_taken else self.runner.original.states[name]
-            target.write(state.weight)
+            target.put(state)
 
     def imagine(self, order: Order) -> None:
         """Put into the model what a whole run may look like, by the layers that were taken.
@@ -180,7 +180,7 @@ class Sketch:
             # drawn for taken layers too, so that the noise of the others is the same in all orders
             noise = _noise(weight, generator)
             if target.name in states:
-                target.write(states[target.name].weight)
+                target.put(states[target.name])
             else:
                 target.write(weight + (error * alignment) ** 0.5 * noise)
 

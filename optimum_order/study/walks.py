@@ -59,10 +59,10 @@ def error_correlations(
         for visit in visits:
             before = visit.outputs()
             for target in visit.targets:
-                target.write(states[target.name].weight)
+                target.put(states[target.name])
             errors.append(visit.outputs() - before)
             for target in visit.targets:
-                target.write(runner.original.states[target.name].weight)
+                target.put(runner.original.states[target.name])
     return [[_cosine(one, other) for other in errors] for one in errors]
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from optimum_order import JointCompressor
-from optimum_order.layers.statistics import Gram, Statistics
+from optimum_order.layers.statistics import AbsMax, Gram, Statistics
 
 
 def make_inputs(kind: str, tokens: int, width: int, seed: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def inputs():
 
     def make(kind="correlated", tokens=64, width=32, seed=0) -> Statistics:
         X = make_inputs(kind, tokens, width, seed)
-        return Statistics(len(X), {Gram: X.T @ X})
+        return Statistics(len(X), {Gram: X.T @ X, AbsMax: X.abs().amax(0)})
 
     return make
 

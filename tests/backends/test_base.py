@@ -16,13 +16,14 @@ from optimum_order.order import Order, Stage
 
 # Two settings of every backend; mixed precision hands its layers to rtn or gptq.
 SETTINGS = {
+    "activations": ["activations:8", "activations(bits=fp8, scales=tensor)"],
     "magnitude": ["magnitude:0.5", "magnitude(pattern=2:4)"],
     "wanda": ["wanda:0.3", "wanda(pattern=1:4)"],
     "sparsegpt": ["sparsegpt:0.6", "sparsegpt(pattern=2:4)"],
     "alps": ["alps:0.6", "alps(pattern=2:4)"],
     "rtn": ["rtn:2", "rtn(bits=8, group_size=16, symmetric=false)", "rtn:q5_k"],
     "ecsq": ["ecsq:4", "ecsq(rate=2, columns=false, max_code=7)"],
-    "gptq": ["gptq:4", "gptq(bits=3, group_size=32, symmetric=false, act_order=false)"],
+    "gptq": ["gptq:4", "gptq(bits=3, group_size=32, symmetric=false, act_order=false)", "gptq:fp8"],
     "bitsandbytes": ["bitsandbytes:nf4", "bitsandbytes:int8"],
 }
 STAGES = list(itertools.chain(*SETTINGS.values()))
@@ -59,6 +60,10 @@ def test_either_order_of_any_two_keeps_every_promise(dtype, inputs, gaussian):
                     assert after.grid is not None, case
                 else:
                     assert after.grid is before.grid, case
+                if make(text).kind == "inputs":
+                    assert after.weight is before.weight and after.inputs is not None, case
+                else:
+                    assert after.inputs is before.inputs, case
     assert torch.equal(start.weight, weight.masked_fill(removed, 0.0)), "changed in place"
 
 
@@ -210,7 +215,7 @@ class TestOptions:
         for text, message in [
             (
                 "wandaa:0.5",
-                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: alps, bitsandbytes,",
+                "Unknown method 'wandaa'. Did you mean 'wanda'? Allowed: activations, alps,",
             ),
             (
                 "gptq(bit=4)",
@@ -307,7 +312,10 @@ class TestClassDefinition:
 
     def test_a_class_that_breaks_them_is_refused(self):
         for members, message in [
-            ({"kind": "prnue"}, "Unknown kind 'prnue'. Did you mean 'prune'? Allowed: prune, quan"),
+            (
+                {"kind": "prnue"},
+                "Unknown kind 'prnue'. Did you mean 'prune'? Allowed: inputs, prune,",
+            ),
             ({"kind": None}, "Unknown kind 'None'"),
             ({"needs": frozenset({"absmax"})}, "'needs' must be a frozenset of accumulator class"),
             ({"needs": {"absmax"}}, "got {'absmax'}"),
@@ -334,7 +342,7 @@ class TestClassDefinition:
 
     def test_each_base_has_its_own_kinds(self):
         bases = {"allocate": Allocator, "reshape": Reshaper, "transform": Transform}
-        bases |= {"recover": Recovery, "prune": Backend, "quantize": Backend}
+        bases |= {"recover": Recovery, "prune": Backend, "quantize": Backend, "inputs": Backend}
         assert set(bases) == set(KINDS)
         for kind, base in bases.items():
             assert define(base, kind=kind).kind == kind

@@ -40,14 +40,14 @@ def test_a_width_that_nothing_divides_leaves_the_row(quantizer):
 
 
 def test_bits_are_two_to_eight(quantizer):
-    message = r"'bits' \(width of a weight, or .*\) must be q2_k, .* or an integer in 2\.\.8, got"
+    message = r"'bits' \(width of a weight, .*\) must be fp8, q2_k, .* or an integer in 2\.\.8, got"
     for bits in (1, 9, 0, -4, 4.0, "four", "Q4_K", True):
         with pytest.raises(OrderError, match=message):
             method(Stage(quantizer, bits))
 
 
 def test_bits_must_be_given(quantizer):
-    message = rf"Stage '{quantizer}' must give 'bits' \(width of a weight, or a K-quant"
+    message = rf"Stage '{quantizer}' must give 'bits' \(width of a weight, fp8 for"
     with pytest.raises(OrderError, match=message):
         method(Stage(quantizer))
 

@@ -11,8 +11,10 @@ from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.calibration.walk import walk
 from optimum_order.engine import passes
 from optimum_order.engine.recipe import SCHEDULES, method
+from optimum_order.layers.inputs import InputGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Drift, Gram
+from optimum_order.models.inputs import quantize_inputs
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 
@@ -68,6 +70,41 @@ class TestApply:
         }
         first = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
         assert [name for name, equal in same.items() if equal] == first
+
+    def test_later_blocks_read_what_earlier_ones_make_of_rounded_inputs(
+        self, make_model, batches, run
+    ):
+        stage = "activations(bits=8, scales=tensor)"
+        scales = {}
+        for pause in PAUSES:
+            model = make_model("llama")
+            states = run(model, stage, batches, pause=pause).states
+            scales[pause] = {name: state.inputs.scale for name, state in states.items()}
+        assert scales["block"] == scales["group"]
+        name = "model.layers.1.self_attn.q_proj"
+        largest = {}
+        for rounds in (True, False):
+            model = make_model("llama")
+            for unit in find_units(model)[:1]:
+                for target in unit.targets:
+                    inputs = InputGrid("int8", scales["block"][target.name])
+                    quantize_inputs(target.module, inputs if rounds else None)
+            sizes = []
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, sizes=sizes: sizes.append(args[0].abs().max())
+            )
+            with torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+            largest[rounds] = InputGrid.fit(max(sizes), "int8", model.dtype).scale
+        assert torch.allclose(scales["block"][name], largest[True], rtol=1e-5)
+        assert not torch.allclose(scales["block"][name], largest[False], rtol=1e-5)
+
+    def test_a_forced_transform_gives_the_grids_of_inputs_up(self, make_model, batches, run):
+        model = make_model("llama")
+        result = run(model, "rtn:8 > activations:8 > rotate(force=true)", batches)
+        assert all(state.inputs is None for state in result.states.values())
+        assert not any(module._forward_pre_hooks for module in model.modules())
 
     @pytest.mark.parametrize(
         ("order", "expected"),

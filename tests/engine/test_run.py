@@ -19,6 +19,7 @@ from optimum_order.errors import ModelError, OutputError
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
+from optimum_order.testing import same
 
 
 class TestResult:
@@ -240,6 +241,8 @@ CUT_OFF = [
     ("llama", "wanda:0.3 > magnitude:0.5 > wanda:0.6", "stage"),  # only masks are on the disk
     ("mixtral", "magnitude:0.3 > wanda:0.5", "block"),
     ("llama", "gptq(bits=3, targets=*.1.mlp.*) > wanda(sparsity=0.5, targets=*.q_proj)", "stage"),
+    ("llama", "activations(bits=8, scales=tensor) > gptq:4 > activations:fp8", "stage"),
+    ("llama", "gptq:8 > activations(bits=fp8, scales=tensor)", "block"),
     ("convnext", "sparsegpt:0.5 > rtn:4", "stage"),  # its stages do more than run blocks
 ]
 
@@ -268,6 +271,8 @@ class TestResume:
         original = copy.deepcopy(model.state_dict())
         expected = run(model, order, inputs, schedule, pause=pause)
         after = {name: value.clone() for name, value in model.state_dict().items()}
+        with torch.no_grad():
+            outputs = model(**inputs[0]).to_tuple()[0]
         saved = []
         result = None
         for files in itertools.cycle((2, 1, 3)):
@@ -288,7 +293,10 @@ class TestResume:
             assert torch.equal(state.weight, expected.states[name].weight)
             assert torch.equal(state.mask, expected.states[name].mask)
             assert state.notes == expected.states[name].notes
+            assert same(state.inputs, expected.states[name].inputs)
         assert all(torch.equal(value, after[name]) for name, value in model.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(model(**inputs[0]).to_tuple()[0], outputs)
 
     def test_the_layers_of_a_finished_block_are_not_compressed_again(
         self, make_model, batches, tmp_path, run, killed_after, applied

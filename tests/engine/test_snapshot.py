@@ -19,7 +19,7 @@ from optimum_order.errors import ArtifactError
 from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.packed import Packed
 from optimum_order.layers.state import LayerState, StageRecord
-from optimum_order.layers.statistics import Gram, Statistics
+from optimum_order.layers.statistics import AbsMax, Gram, Statistics
 from optimum_order.order import Order
 
 ORDERS = [
@@ -36,6 +36,8 @@ ORDERS = [
     "bitsandbytes:int8",
     "wanda:0.5 > gptq:4",
     "wanda:0.5 > ecsq:4",
+    "gptq:fp8 > activations(bits=fp8, scales=tensor)",
+    "activations:8",
     "bitsandbytes:nf4 > magnitude:0.3",
     "rtn:4 > sparsegpt(sparsity=0.5, off_grid=true)",
 ]
@@ -71,7 +73,7 @@ def state(order: str) -> LayerState:
     """A layer after an order."""
     generator = torch.Generator().manual_seed(0)
     layer = LayerState(torch.randn(32, 64, generator=generator))
-    statistics = Statistics.of(torch.randn(128, 64, generator=generator), [Gram])
+    statistics = Statistics.of(torch.randn(128, 64, generator=generator), [Gram, AbsMax])
     for stage in Order.parse(order):
         layer = method(stage).apply(layer, statistics)
     return layer

@@ -63,6 +63,7 @@ CASES = [
     ("mixtral", "sparsegpt:0.5 > rtn:4", {}),
     ("mixtral", "magnitude:0.3 > wanda:0.5", {}),  # only masks are on the disk
     ("gpt2", "wanda:0.5", {"schedule": "block"}),
+    ("llama", "activations(bits=8, scales=tensor) > gptq(bits=8, group_size=-1)", {}),
     ("gemma", "gptq:4", {}),
 ]
 
@@ -92,6 +93,7 @@ def test_it_is_saved_as_if_it_had_been_in_memory(
         same = part.layers[name]
         assert torch.equal(state.weight, same.weight)
         assert torch.equal(state.mask, same.mask)
+        assert (state.inputs and state.inputs.scale) == (same.inputs and same.inputs.scale)
     part.close()
 
 
@@ -140,7 +142,14 @@ def test_memory_is_given_back_whenever_a_block_is_released(saved, compress, monk
     assert all(events[place + 1] == "trim" for place in places)
 
 
-@pytest.mark.parametrize("order", ["wanda:0.5 > gptq:4", "magnitude:0.3 > wanda:0.5"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "wanda:0.5 > gptq:4",
+        "magnitude:0.3 > wanda:0.5",
+        "activations(bits=8, scales=tensor) > gptq(bits=8, group_size=-1)",
+    ],
+)
 def test_a_run_that_is_cut_off_goes_on(saved, compress, tmp_path, monkeypatch, order):
     compressor = saved("llama", num_hidden_layers=4)
     expected = compressor.compress(order, pause="block", progress=False).layers
@@ -163,6 +172,8 @@ def test_a_run_that_is_cut_off_goes_on(saved, compress, tmp_path, monkeypatch, o
     resumed = compress(compressor, order, resume=True)
     for name, state in expected.items():
         assert torch.equal(state.weight, resumed.layers[name].weight)
+        other = resumed.layers[name].inputs
+        assert (state.inputs and state.inputs.scale) == (other and other.scale)
     resumed.close()
 
 

@@ -7,20 +7,23 @@ from torch import nn
 from optimum_order.engine.recipe import method
 from optimum_order.formats import Contents, Layers
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 from optimum_order.models import hf
 from optimum_order.models.units import find_targets, find_units
 from optimum_order.order import Order
 
 
 def _applied(order, state, name="layer"):
+    rows = torch.randn(8, state.weight.shape[1], generator=torch.Generator().manual_seed(0))
     for stage in Order.parse(order):
-        state = method(stage).apply(state, where=name)
+        backend = method(stage)
+        state = backend.apply(state, Statistics.of(rows, backend.needs), where=name)
     return state
 
 
 @pytest.fixture(scope="session")
 def applied():
-    """`applied("magnitude:0.5 > rtn:4", state)`: a layer after an order that needs no data."""
+    """`applied("magnitude:0.5 > rtn:4", state)`: a layer after an order, its inputs noise."""
     return _applied
 
 
@@ -44,7 +47,7 @@ def compressed():
             if order is None:
                 continue
             states[name] = _applied(order, LayerState(target.read()), name)
-            target.write(states[name].weight)
+            target.put(states[name])
         return Contents(model, Layers(by_name, states))
 
     return compressed

@@ -30,6 +30,8 @@ ALL = {
     "dense": "ok",
     "compressed-tensors": "ok",
     SEVERAL: "ok",
+    "compressed-tensors, inputs": "ok",
+    "compressed-tensors, float8": "ok",
     "bitsandbytes": "ok",
     "sparse": "ok",
 }

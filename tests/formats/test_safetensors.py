@@ -86,6 +86,12 @@ RTN4 = "rtn(bits=4, group_size=32) > magnitude:0.5"
 N_OF_M = "magnitude(sparsity=0.5, pattern=2:4) > rtn:4"
 AFFINE = "magnitude:0.6 > rtn(bits=3, group_size=16, symmetric=false)"
 OFF_GRID = "rtn:4 > magnitude(sparsity=0.5, off_grid=true)"
+W8A8 = "magnitude:0.5 > rtn(bits=8, group_size=-1) > activations:8"
+W4A8 = "activations:8 > rtn(bits=4, group_size=32) > magnitude:0.4"
+W8A8_STATIC = "rtn(bits=8, group_size=-1) > activations(bits=8, scales=tensor)"
+FP8 = "magnitude:0.5 > rtn:fp8 > activations:fp8"
+FP8_STATIC = "rtn:fp8 > activations(bits=fp8, scales=tensor)"
+ROUNDED = [W8A8, W4A8, "magnitude:0.5", W8A8_STATIC, FP8, RTN4, FP8_STATIC, "rtn:fp8"]
 CASES = [
     Case("llama", "bfloat16", "dense", ("magnitude:0.5",)),
     Case("gpt2", "float16", "dense", ("magnitude:0.5", NF4), shard="40KB"),
@@ -112,6 +118,16 @@ CASES = [
         (*MIXED, "magnitude:0.5 > rtn(bits=3, group_size=-1)"),
     ),
     Case("gpt_oss", "bfloat16", "compressed-tensors", (RTN4,), targets=ATTENTION),
+    *(
+        Case("llama", dtype, "compressed-tensors", orders)
+        for dtype in ("float32", "bfloat16", "float16")
+        for orders in ((W8A8,), (FP8,), tuple(ROUNDED))
+    ),
+    Case("llama", "bfloat16", "compressed-tensors", (W4A8,), shard="20KB"),
+    Case("qwen3", "bfloat16", "compressed-tensors", ("rtn:fp8",)),
+    Case("opt", "bfloat16", "compressed-tensors", (FP8_STATIC,), shard="20KB"),
+    Case("bert", "float32", "compressed-tensors", (W4A8, W8A8_STATIC)),
+    Case("mixtral", "bfloat16", "compressed-tensors", (W8A8, FP8, RTN4)),
     Case("llama", "float32", "bitsandbytes", (NF4,)),
     Case("llama", "bfloat16", "bitsandbytes", (DOUBLE,), shard="20KB"),
     Case("llama", "float16", "bitsandbytes", (FP4,)),
@@ -260,6 +276,8 @@ def test_read_gives_the_layers_back(of_one_format):
                 )
                 codes = state.grid.quantize(state.weight)
                 assert torch.equal(codes, expected.grid.quantize(expected.weight))
+            inputs = [s.inputs and (s.inputs.words, s.inputs.scale) for s in (state, expected)]
+            assert inputs[0] == inputs[1], (one.case, name)
             if one.case.format == "sparse":
                 assert torch.equal(state.mask, expected.mask)
             else:
@@ -296,7 +314,8 @@ def test_what_is_on_disk_is_a_stock_checkpoint(of_one_format):
         assert ("quantization_config" in config) == (one.case.format != "dense")
         entry = config.get("quantization_config", {})
         if one.case.format == "compressed-tensors":
-            ours = {"version"} if len(entry["config_groups"]) > 1 else {"version", "dequantize"}
+            packed = entry["format"] == "pack-quantized" and len(entry["config_groups"]) == 1
+            ours = {"version", "dequantize"} if packed else {"version"}
             assert set(entry) - set(QuantizationConfig.model_fields) == ours
             assert ("lm_head" in entry["ignore"]) == hasattr(one.contents.model, "lm_head")
         if one.case.format == "bitsandbytes":
