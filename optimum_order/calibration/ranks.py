@@ -118,8 +118,8 @@ class Ranks:
             return True
         try:
             return bool(self._store.add("optimum-order/failed", 1) == 1)
-        except RuntimeError:  # the store ends with the process, or the agent, that holds it
-            return self.rank == 0
+        except RuntimeError:  # whoever held the store has ended without a word
+            return True
 
     def shard(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Return this rank's share of the samples: a run of neighbors, as many as others have.
