@@ -15,6 +15,7 @@ import torch
 from optimum_order import estimate
 from optimum_order.artifact.config import ARGUMENTS, RUN, Config, of, read
 from optimum_order.artifact.origin import open_checkpoint
+from optimum_order.calibration.ranks import Ranks
 from optimum_order.calibration.stability import check_forward
 from optimum_order.compressed import CompressedModel, Provenance
 from optimum_order.data.load import reads_text
@@ -23,7 +24,7 @@ from optimum_order.engine.choices import DType, Pause, Schedule, Strategy
 from optimum_order.engine.recipe import CODED, KEPT, Recipe, canonical, with_embedding, with_options
 from optimum_order.engine.run import Result, Subject, refuse, run
 from optimum_order.engine.streamed import Streamed
-from optimum_order.engine.workdir import WorkDir
+from optimum_order.engine.workdir import FollowedWorkDir, WorkDir
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
 from optimum_order.estimate.fit import check_format, predicted_bytes
 from optimum_order.estimate.forecast import Forecast, forecast
@@ -190,6 +191,7 @@ class JointCompressor(Session):
         unproven: bool = False,
         engine: str | None = None,
         progress: bool = True,
+        ranks: Ranks | None = None,
     ) -> CompressedModel:
         """Apply the stages of an order, first to last, to a fresh copy of the model.
 
@@ -224,6 +226,8 @@ class JointCompressor(Session):
             unproven: Whether the format may be one that is not proven to load.
             engine: The engine that is to load the result, as in `save_pretrained`.
             progress: Whether to show a bar on stderr.
+            ranks: The processes that share the work, from `Ranks.joined`, each of which calls this
+                method alike. All return the same layers; rank 0 alone writes the work dir.
 
         Raises:
             OrderError: If the order cannot be run on this model. Nothing is computed first.
@@ -234,15 +238,22 @@ class JointCompressor(Session):
                 or it holds another run, and then the message says in what they differ.
         """
         begin = time.perf_counter()
+        ranks = ranks or Ranks()
         asked = order is not None or budget is not None or max_loss is not None
         if self.recipe is not None and not asked:
             options = self.recipe.given()
             settings = {name: options[name] for name in RUN if name in options}
             more: dict[str, Any] = {"work_dir": work_dir, "resume": resume, "progress": progress}
+            more["ranks"] = ranks
             compressed = self.compress(**settings, **more)
             named = self.recipe.format
             compressed.provenance = dataclasses.replace(compressed.provenance, format=named)
             return compressed
+        if ranks.size > 1 and (order == "auto" or budget is not None or max_loss is not None):
+            raise OrderError(
+                f"One process searches for an order or a recipe, got {ranks.size}: find it first, "
+                "with 'plan' or 'search', and give the order."
+            )
         if budget is not None or max_loss is not None:
             if order is not None or stages is not None or schedule != "stage" or low_memory:
                 raise OrderError(
@@ -275,7 +286,7 @@ class JointCompressor(Session):
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
         weights = checkpoint.load_empty() if low_memory and checkpoint else None
         model = self.source.load() if weights is None else weights.model
-        refuse(recipe, streams=low_memory, resumes=work_dir is not None)
+        refuse(recipe, streams=low_memory, resumes=work_dir is not None, processes=ranks.size)
         units = self.units(model, recipe)
         _warn(recipe, units)
         after = self.outlines(model, units, recipe)
@@ -294,8 +305,14 @@ class JointCompressor(Session):
             whole = model if weights is None else outline(self.source)
             if whole is not None:
                 check_forward(whole, batches[0])
-        paused = self.pause_for(pause, recipe, batches, low_memory=low_memory)
-        execution = self.execution(model, paused, progress=progress)
+        begun = workdir.paused(Path(work_dir)) if work_dir is not None and resume else None
+        if pause == "auto" and (begun or ranks.size > 1):
+            paused = begun or "block"  # whose layers can be dealt out
+        else:
+            paused = self.pause_for(pause, recipe, batches, low_memory=low_memory)
+        execution = dataclasses.replace(
+            self.execution(model, paused, progress=progress and ranks.rank == 0), ranks=ranks
+        )
         base = self.base_model(model, model.state_dict() if weights is None else weights)
         tensors = None
         memory = giving_memory_back() if low_memory else contextlib.nullcontext()
@@ -304,7 +321,10 @@ class JointCompressor(Session):
             if work_dir is not None:
                 fingerprint = self.fingerprint(base, recipe, samples, execution, model.config)
                 fingerprint["plan"] = plan and plan.as_dict()
-                work = stack.enter_context(WorkDir(work_dir, fingerprint, resume=resume))
+                if ranks.rank == 0:
+                    work = stack.enter_context(WorkDir(work_dir, fingerprint, resume=resume))
+                ranks.wait()
+                work = work or FollowedWorkDir(work_dir, fingerprint)
             if weights is not None:
                 assert work is not None
                 streamed = Streamed(weights, units, work, activation_limit)
@@ -322,6 +342,8 @@ class JointCompressor(Session):
             calibration = samples.describe() | precision.describe(
                 execution.matmul_dtype(model), self.device
             )
+            if ranks.size > 1:
+                calibration["processes"] = ranks.size
         provenance = Provenance(
             recipe=recipe,
             pause=paused,

@@ -8,6 +8,7 @@
     ├── OutputError (OSError)          a path that cannot be written
     ├── ArtifactError (ValueError)     a saved artifact that is not what it says it is
     ├── HubError (OSError)             a model on the Hub that cannot be read or written
+    ├── RankError (RuntimeError)       another process of the same run has ended
     └── InvariantError (RuntimeError)  a backend broke a promise; always a bug, never bad input
 
 A message says what failed, what was given, what is allowed, and what to do.
@@ -49,6 +50,10 @@ class ArtifactError(OptimumOrderError, ValueError):
 
 class HubError(OptimumOrderError, OSError):
     """A model on the Hub that cannot be read or written."""
+
+
+class RankError(OptimumOrderError, RuntimeError):
+    """Another process of the same run has ended."""
 
 
 class InvariantError(OptimumOrderError, RuntimeError):

@@ -420,6 +420,7 @@ class Session:
             "ignore": self.ignore,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
+            "processes": execution.ranks.size,
             "versions": manifest.versions(),
         }
 

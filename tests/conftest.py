@@ -7,13 +7,17 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # on tiny tensors one thread is faster; inherited by child processes
 
+import contextlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import pydoc_data.topics
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -410,3 +414,68 @@ def fork(fork_context, tmp_path_factory, tmp_path):
         return Child(fork_context, code, tmp_path_factory.mktemp("child"), folder)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """`free_port()`: a port of this machine that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            return listener.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def in_ranks(free_port):
+    """`in_ranks(2, function)`: what `function(ranks)` returns in each of two forked processes, by rank."""
+    import torch
+
+    from optimum_order.calibration.ranks import Ranks
+
+    def work(rank, size, port, function, pipe):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1")
+        file = io.BytesIO()
+        try:
+            with Ranks.joined() as ranks:
+                torch.save((True, function(ranks)), file)
+        except BaseException as error:
+            torch.save((False, repr(error)), file)
+        pipe.send_bytes(file.getvalue())
+        pipe.recv_bytes()  # the store of rank 0 outlives all others
+
+    def run(size, function):
+        context = multiprocessing.get_context("fork")  # closures and models need not be pickled
+        port = free_port()
+        pipes = []
+        processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+                process = context.Process(target=work, args=(rank, size, port, function, theirs))
+                process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        results = []
+        try:
+            for pipe in pipes:
+                assert pipe.poll(240), "a rank does not answer"
+                results.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
+        finally:
+            for pipe in pipes:
+                with contextlib.suppress(OSError):
+                    pipe.send_bytes(b"done")
+            for pipe, process in zip(pipes, processes, strict=True):
+                process.join(10)
+                process.kill()
+                pipe.close()
+        wrong = [result for fine, result in results if not fine]
+        assert not wrong, wrong
+        return [result for _, result in results]
+
+    return run

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from optimum_order.calibration.ranks import Ranks
 from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.models.precision import products
 
@@ -54,6 +55,12 @@ class Accumulation:
         self.tokens += other.tokens
         for mine, theirs in zip(self._accumulators, other._accumulators, strict=True):
             mine.merge(theirs)
+
+    def share(self, ranks: Ranks) -> None:
+        """Add the tokens that all other ranks have gathered; all then hold the same sums."""
+        self.tokens = ranks.total(self.tokens)
+        for sums in self._accumulators:
+            ranks.merge(sums)
 
     def result(self) -> Statistics:
         """Return the statistics of all tokens so far."""

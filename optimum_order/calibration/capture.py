@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from optimum_order.calibration.accumulate import Accumulation
+from optimum_order.calibration.ranks import Ranks
 from optimum_order.errors import InvariantError, ModelError
 from optimum_order.layers.statistics import Accumulator, Statistics
 from optimum_order.models.units import Target
@@ -269,6 +270,31 @@ class Capture(TorchFunctionMode):
 
     def _accumulation(self, target: Target, device: torch.device) -> Accumulation:
         return Accumulation(target.view.shape[1], self.needs, device, self.dtype)
+
+    def share(self, ranks: Ranks) -> None:
+        """Add what all other ranks have seen.
+
+        Args:
+            ranks: They have the same layers, of which each may have seen others.
+
+        Raises:
+            InvariantError: If layers share an input on one rank and not on another.
+        """
+        leaders: dict[str, str] = {}
+        for seen in ranks.gather(self.leaders):
+            for name, leader in seen.items():
+                if leaders.setdefault(name, leader) != leader:
+                    raise InvariantError(
+                        f"'{name}' shared its input with '{leader}' in one process and not in "
+                        "another."
+                    )
+        self.leaders = leaders
+        for target in self.targets:
+            if leaders.get(target.name) == target.name:
+                if target.name not in self._accumulations:
+                    sums = self._accumulation(target, target.view.device)
+                    self._accumulations[target.name] = sums
+                self._accumulations[target.name].share(ranks)
 
     def statistics(self) -> dict[str, Statistics]:
         """Return the statistics of every layer by name; zero tokens for layers that were not seen.

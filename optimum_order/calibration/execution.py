@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order.calibration.ranks import Ranks
 from optimum_order.layers.state import LayerState
 from optimum_order.models import precision
 from optimum_order.models.units import Unit
@@ -75,6 +76,7 @@ class Execution:
             batches are in memory at once.
         residency: Which weights are in memory.
         progress: Whether to show a bar on stderr.
+        ranks: The processes that share the samples and the layers.
     """
 
     device: torch.device | None = None
@@ -82,6 +84,7 @@ class Execution:
     pause: str = "block"
     residency: Residency = field(default_factory=InMemory)
     progress: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def streams(self) -> bool:

@@ -10,22 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optimum_order.calibration.ranks import Ranks
 from optimum_order.layers.statistics import ExpertNorms, Statistics
 from optimum_order.models.architecture import Block, Experts
 
 
 @contextlib.contextmanager
 def expert_norms(
-    model: PreTrainedModel, blocks: Sequence[Block]
+    model: PreTrainedModel, blocks: Sequence[Block], ranks: Ranks, *, counts: bool = True
 ) -> Iterator[Callable[[str], Statistics]]:
     """While active, gather the norms of what experts add.
 
     Args:
         model: Runs its experts one at a time, see `hf.eager_experts`.
         blocks: The blocks; those without a mixture are passed over.
+        ranks: The processes that share the samples.
+        counts: Whether this rank has samples to count.
 
     Yields:
-        Gives what was gathered for a router so far, by its name.
+        Gives what all ranks have gathered for a router so far, by its name; to be called once for
+        each, by all ranks.
     """
     sums: dict[str, tuple[ExpertNorms, list[int]]] = {}
     handles = []
@@ -35,12 +39,14 @@ def expert_norms(
             continue
         module = mixture.experts[0].down.target(model).module
         sums[mixture.router.name] = (ExpertNorms(len(mixture.experts), model.device), [0])
-        hook = _hook(mixture, *sums[mixture.router.name])
-        handles.append(module.register_forward_pre_hook(hook))
+        if counts:
+            hook = _hook(mixture, *sums[mixture.router.name])
+            handles.append(module.register_forward_pre_hook(hook))
 
     def gathered(router: str) -> Statistics:
         norms, (tokens,) = sums[router]
-        return Statistics(tokens, {ExpertNorms: norms.result()})
+        ranks.merge(norms)
+        return Statistics(ranks.total(tokens), {ExpertNorms: norms.result()})
 
     try:
         yield gathered

@@ -10,6 +10,10 @@ some layers' inputs are gathered; the caller changes these layers, then goes on.
 blocks, the walk runs a block on all batches to gather the statistics and once more with the
 changed weights. Pausing at layers, the threads run the block themselves and wait in front of each
 product with a layer's weight: the layer is changed right there, and one forward does.
+
+In several processes, each walks on its share of the batches, and the statistics are those of all:
+so all pause at the same places with the same statistics. What the caller makes of a layer must be
+the same in all of them.
 """
 
 from __future__ import annotations
@@ -235,9 +239,12 @@ def walk(
     def run(batch: Mapping[str, Tensor]) -> Callable[[], Any]:
         return lambda: model(**placed(batch, model), **options)
 
-    forwards = [_Forward(run(batch)) for batch in batches]
+    mine = execution.ranks.shard(batches)
+    # A rank without samples follows the walk on one that another rank counts.
+    seen = mine or [{name: tensor[:1] for name, tensor in batch.items()} for batch in batches[:1]]
+    forwards = [_Forward(run(batch)) for batch in seen]
     comparing = execution.pause == "group" and any(need.compares for need in needs)
-    befores = [_Forward(run(batch)) for batch in batches] if comparing else []
+    befores = [_Forward(run(batch)) for batch in seen] if comparing else []
     remaining = {unit.name for unit in units}
     missing = set(remaining if wanted is None else wanted)
     of_heads = _of_heads(model, [u for u in units if u.name in missing], batches, needs, execution)
@@ -250,6 +257,7 @@ def walk(
         with execution.resident(None):
             walker = _Walker(model, forwards, befores, needs, execution)
             walker.of_heads = of_heads
+            walker.counts = bool(mine)
             for forward in (*forwards, *befores):
                 walker.resume(forward)
         while missing:
@@ -302,6 +310,9 @@ class _Walker:
         self.befores = dict(zip(forwards, befores, strict=False))
         self.needs = needs if befores else [need for need in needs if not need.compares]
         self.of_heads: Mapping[str, Statistics] = {}
+        self.ranks = execution.ranks
+        self.counts = True
+        """Whether the samples are this rank's to count."""
         self.residency = execution.residency
         self.device = execution.device
         self.home = model.device
@@ -359,11 +370,12 @@ class _Walker:
         first = None
         with self.multiplying():
             for forward in self.forwards:
-                with capture:
+                with capture if self.counts else contextlib.nullcontext():
                     output = self.run(call, forward)
                 if after is not None and first is None:
                     first = output
                 del output
+        capture.share(self.ranks)
         statistics: Mapping[str, Statistics] = capture.statistics()
         if _looks_up(unit):
             statistics = self.lookup(unit).statistics
@@ -392,7 +404,7 @@ class _Walker:
         (target,) = unit.targets
         statistics = self.of_heads.get(target.name)
         if statistics is None:  # a token looks up a row, so all errors of the row count alike
-            statistics = Statistics(1, self._gather(target, {}).isotropic().results)
+            statistics = Statistics(1, self._sums(target, {}).result().isotropic().results)
         return Visit(unit, unit.targets, {target.name: statistics}, {target.name: target.name})
 
     def layers(self, unit: Unit, call: Callable[..., Any]) -> Iterator[Visit]:
@@ -414,11 +426,16 @@ class _Walker:
         alone = _Inside(inside, Watched(t for t in unit.targets if t.expert is None))
         for before in self.befores.values():
             self.resume(before, alone)
-        unseen = {target.name: target for target in unit.targets}
+        layers = {target.name: target for target in unit.targets}
+        unseen = dict(layers)
         shared = _SharedInput()
-        while waiting := [f for f in self.forwards if isinstance(f.arrival, _AtProduct)]:
-            arrivals = _next_layers(waiting, unit)
-            targets = [read.target for read in next(iter(arrivals.values())).reads]
+        while names := self._next_layers(unit):
+            arrivals = {
+                forward: forward.arrival
+                for forward in self.forwards
+                if isinstance(forward.arrival, _AtProduct) and forward.arrival.layers == names
+            }
+            targets = [layers[name] for name in names]
             if late := [target.name for target in targets if target.name not in unseen]:
                 raise ModelError(
                     f"'{unit.name}' multiplies '{late[0]}' more than once, or in another order "
@@ -429,7 +446,8 @@ class _Walker:
             leaders = {}
             for place, target in enumerate(targets):
                 reads = {forward: at.reads[place] for forward, at in arrivals.items()}
-                leader, seen = shared.find(reads) or (target.name, self._gather(target, reads))
+                again = shared.read if all(self.ranks.gather(shared.has(reads))) else None
+                leader, seen = again or (target.name, self._gather(target, reads))
                 refuse_infinite_inputs(target.name, seen)
                 shared.put(leader, seen, reads)
                 statistics[target.name] = seen
@@ -438,19 +456,48 @@ class _Walker:
             del reads
             self._go_ahead(arrivals)
             yield Visit(unit, targets, statistics, leaders, complete=False)
-            del statistics, seen
+            del statistics, seen, again
             for forward, arrival in arrivals.items():
                 with self.multiplying():
                     output = arrival.compute()
                 self.resume(forward, output)
-                del output
-            del arrivals, arrival
+                del output, arrival
+            del arrivals
         _refuse_unseen(unit, unseen.values())
-        idle = {name: self._gather(target, {}) for name, target in unseen.items()}
+        idle = {name: self._sums(target, {}).result() for name, target in unseen.items()}
         yield Visit(unit, list(unseen.values()), idle, {})
 
+    def _next_layers(self, unit: Unit) -> tuple[str, ...]:
+        """Return the layers in front of which forwards of any rank wait, those that come first.
+
+        Fused experts run in the order of their numbers, each with all its layers, and a batch skips
+        those that none of its tokens is routed to: the lowest number comes first.
+
+        Args:
+            unit: The block that the forwards run.
+
+        Returns:
+            The names of layers of one product; none once all forwards have left the block.
+        """
+        waiting = {f.arrival.layers for f in self.forwards if isinstance(f.arrival, _AtProduct)}
+        everywhere = {tuple(names) for part in self.ranks.gather(sorted(waiting)) for names in part}
+        place = {target.name: number for number, target in enumerate(unit.targets)}
+
+        def turn(names: tuple[str, ...]) -> tuple[bool, int, int]:
+            number = place[names[0]]
+            expert = unit.targets[number].expert
+            return expert is None, expert or 0, number
+
+        return min(everywhere, key=turn, default=())
+
     def _gather(self, target: Target, reads: Mapping[_Forward, Read]) -> Statistics:
-        """Accumulate one layer's input over all batches that reach the layer."""
+        """Accumulate one layer's input over all batches, of all ranks, that reach the layer."""
+        sums = self._sums(target, reads if self.counts else {})
+        sums.share(self.ranks)
+        return sums.result()
+
+    def _sums(self, target: Target, reads: Mapping[_Forward, Read]) -> Accumulation:
+        """Accumulate one layer's input over the batches of this rank."""
         device = self.device or self.home
         sums = Accumulation(target.view.shape[1], self.needs, device, self.dtype)
         for forward, read in reads.items():
@@ -461,7 +508,7 @@ class _Walker:
             else:
                 for rows, rows_before in zip(read.rows(), before.rows(), strict=True):
                     sums.add(rows, rows_before)
-        return sums.result()
+        return sums
 
     def _read_before(self, forward: _Forward, target: Target) -> Read | None:
         """Return the input of a layer in the model as it was when the walk began."""
@@ -535,41 +582,25 @@ class _SharedInput:
     """The input that was read last, and its statistics: layers that read it too share them."""
 
     def __init__(self) -> None:
-        self._leader = ""
-        self._statistics: Statistics | None = None
+        self.read: tuple[str, Statistics] | None = None
+        """The first layer that read the input, and the statistics; None before the first."""
         self._reads: Mapping[_Forward, Read] = {}
 
-    def find(self, reads: Mapping[_Forward, Read]) -> tuple[str, Statistics] | None:
-        """Return the first layer that read the same input in every batch, and the statistics."""
-        same = self._reads.keys() == reads.keys() and all(
-            self._reads[forward].same_input(read) for forward, read in reads.items()
+    def has(self, reads: Mapping[_Forward, Read]) -> bool:
+        """Return whether another layer reads the same input in every batch.
+
+        That is so where no batch of this rank reaches either layer: other ranks then decide.
+        """
+        return (
+            self.read is not None
+            and self._reads.keys() == reads.keys()
+            and all(self._reads[forward].same_input(read) for forward, read in reads.items())
         )
-        return (self._leader, self._statistics) if same and self._statistics else None
 
     def put(self, leader: str, statistics: Statistics, reads: Mapping[_Forward, Read]) -> None:
         """Remember an input; the one before is released."""
-        self._leader = leader
-        self._statistics = statistics
+        self.read = leader, statistics
         self._reads = reads
-
-
-def _next_layers(waiting: Sequence[_Forward], unit: Unit) -> dict[_Forward, _AtProduct]:
-    """Return the forwards whose layers come first, with where they wait.
-
-    Fused experts run in the order of their numbers, each with all its layers, and a batch skips
-    those that none of its tokens is routed to: the lowest number comes first.
-    """
-    arrivals = {f: f.arrival for f in waiting if isinstance(f.arrival, _AtProduct)}
-    if len({arrival.layers for arrival in arrivals.values()}) > 1:
-        place = {target.name: number for number, target in enumerate(unit.targets)}
-
-        def turn(arrival: _AtProduct) -> tuple[bool, int, int]:
-            target = arrival.reads[0].target
-            return target.expert is None, target.expert or 0, place[target.name]
-
-        first = min(arrivals.values(), key=turn).layers
-        arrivals = {f: arrival for f, arrival in arrivals.items() if arrival.layers == first}
-    return arrivals
 
 
 def _refuse_unseen(unit: Unit, unseen: Collection[Target]) -> None:

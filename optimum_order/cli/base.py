@@ -56,6 +56,8 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
     """The text below the arguments in `--help`, printed unchanged."""
     json_help: ClassVar[str] = "print one JSON object on stdout and nothing else"
     """The help of `--json`."""
+    shares: ClassVar[bool] = False
+    """Whether several processes that torchrun has started together share the work."""
     begins: ClassVar[str] = "Importing PyTorch and transformers"
     """What the command does first, for the line that says so."""
 
@@ -121,6 +123,7 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         try:
             # stdout holds the result and nothing else
             with contextlib.redirect_stdout(sys.stderr), _terminable(), self._told():
+                self._refuse_others()
                 result = self.work()
         except OptimumOrderError as error:
             self._fail(2, f"error: {in_options(str(error))}")
@@ -144,6 +147,19 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(self.exit_code(result))
 
+    def speaks(self) -> bool:
+        """Return whether this process says why the work failed: one of those that share it."""
+        return launched()[0] == 0
+
+    def _refuse_others(self) -> None:
+        """Refuse to do in several processes, each by itself, what one is to do."""
+        _, processes = launched()
+        if processes > 1 and not self.shares:
+            raise OptimumOrderError(
+                f"'{self.name}' runs in one process, and {processes} were started together: start "
+                "it without torchrun. 'compress' with an order shares its work."
+            )
+
     def _told(self) -> contextlib.AbstractContextManager[None]:
         """Show what is being done, as much of it as the user wants."""
         quiet = getattr(self.args, "quiet", False)
@@ -151,6 +167,9 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         if getattr(self.args, "verbose", False):
             level = logging.DEBUG
         bars = not (quiet or getattr(self.args, "no_progress", False))
+        if launched()[0] != 0:  # the first process speaks for all
+            level = logging.ERROR
+            bars = False
         return status.shown(self.begins, level=level, bars=bars)
 
     def _fail_unexpectedly(self, error: Exception) -> NoReturn:
@@ -165,9 +184,18 @@ class Command(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum has no ty
         )
 
     def _fail(self, code: int, message: str) -> NoReturn:
-        for line in filter(None, (self.advice(), message)):
+        for line in filter(None, (self.advice(), message if self.speaks() else "")):
             print("optimum-order: " + printable(" ".join(line.splitlines())), file=sys.stderr)
         sys.exit(code)
+
+
+def launched() -> tuple[int, int]:
+    """Return the rank of this process, and how many torchrun has started together."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    from optimum_order.calibration import ranks
+
+    return ranks.launched()
 
 
 def _let_consoles_replace() -> None:

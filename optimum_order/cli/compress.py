@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_order.cli import arguments
-from optimum_order.cli.base import Command
+from optimum_order.cli.base import Command, launched
 from optimum_order.cli.convert import convert, located
 from optimum_order.cli.parser import group_of, listed, one_of
 from optimum_order.cli.results import Stopwatch, saved, show_saved
@@ -20,6 +20,7 @@ from optimum_order.files import check_room, duration, size
 from optimum_order.order import Order, Stage, parse_stages
 
 if TYPE_CHECKING:
+    from optimum_order.calibration.ranks import Ranks
     from optimum_order.search.recipes import Carrying
 
 _WITHOUT_ORDER = {
@@ -77,10 +78,16 @@ examples:
 A run that is cut off leaves its finished blocks in OUTPUT.work. The same
 command with --resume continues from there, and OUTPUT is then, byte for byte,
 that of a run that was never cut off.
+
+Several processes share the work, and OUTPUT is that of the first:
+  torchrun --nproc-per-node 2 -m optimum_order compress MODEL OUTPUT ...
 """
 
+    shares = True
     _began = False
     _refused = False
+    _ranks: Ranks | None = None
+    """The processes that share the work; None for this one alone."""
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -161,10 +168,50 @@ that of a run that was never cut off.
         )
 
     def work(self) -> dict[str, Any]:
+        arguments.quiet_libraries()
+        if launched()[1] == 1:
+            return self._work()
+        from optimum_order.calibration.ranks import Ranks
+
+        with Ranks.joined() as ranks:
+            self._ranks = ranks
+            self._refuse_alone()
+            self.args.device = ranks.device(self.args.device)
+            result = self._work()
+        if not self._leads:
+            sys.exit(0)
+        return result
+
+    def speaks(self) -> bool:
+        return super().speaks() if self._ranks is None else self._ranks.first_to_fail()
+
+    @property
+    def _leads(self) -> bool:
+        """True in the process that owns the work dir and OUTPUT."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _refuse_alone(self) -> None:
+        """Refuse what several processes cannot share."""
+        args = self.args
+        alone = {
+            "order auto": args.order == "auto",
+            "budget": args.budget is not None,
+            "max-loss": args.max_loss is not None,
+            "dry-run": args.dry_run,
+        }
+        for option, is_given in alone.items():
+            if is_given:
+                raise OrderError(
+                    f"'--{option}' is for one process: start it without torchrun, and share the "
+                    "work of an order."
+                )
+        if args.order is None:
+            raise OrderError("Several processes share the work of an order: give '--order'.")
+
+    def _work(self) -> dict[str, Any]:
         from optimum_order.artifact import folder, hub
         from optimum_order.engine import workdir
 
-        arguments.quiet_libraries()
         args = self.args
         # errors that need no computation come first
         searching = self._searches()
@@ -200,7 +247,7 @@ that of a run that was never cut off.
             if predicted is not None:
                 check_room(Path(self._output), predicted)
         watch = Stopwatch()
-        if args.evaluate:
+        if args.evaluate and self._leads:
             compressor.evaluate(args.evaluate, args.metric)
             watch.lap("evaluate_before")
         self._began = True
@@ -213,9 +260,13 @@ that of a run that was never cut off.
             resume=args.resume,
             low_memory=args.low_memory,
             format=args.format,
+            ranks=self._ranks,
             **choice,
         )
         watch.lap("compress")
+        if not self._leads:
+            compressed.close()
+            return {}
         try:
             if args.evaluate:
                 compressed.evaluate(args.evaluate, args.metric, format=args.format, **choice)

@@ -31,6 +31,7 @@ from optimum_order.backends.base import (
 )
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.folding import column_sources, find_folds
+from optimum_order.calibration.ranks import Ranks
 from optimum_order.calibration.removal import losses_without
 from optimum_order.calibration.routed import expert_norms
 from optimum_order.calibration.sensitivity import (
@@ -41,6 +42,7 @@ from optimum_order.calibration.sensitivity import (
 from optimum_order.calibration.walk import Visit, walk
 from optimum_order.engine import recipe as recipes
 from optimum_order.engine import reshape as reshaping
+from optimum_order.engine import snapshot
 from optimum_order.engine.recover import recover
 from optimum_order.engine.transform import transform
 from optimum_order.engine.workdir import Passage, WorkDir
@@ -50,7 +52,7 @@ from optimum_order.layers.packed import Packed, States, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
 from optimum_order.models import precision
-from optimum_order.models.architecture import Block
+from optimum_order.models.architecture import Block, Roles
 from optimum_order.models.inputs import quantize_inputs
 from optimum_order.models.memory import trim
 from optimum_order.models.sizes import Sizes, keep_blocks, resized, set_sizes
@@ -95,6 +97,7 @@ class Passes:
         self.work = work
         self.bar = bar
         self.shares = shares and not execution.streams
+        self.ranks = execution.ranks
         self.home = torch.device(execution.residency.device or subject.model.device)
         """Where the model and its states are."""
         self.expected = 0
@@ -142,20 +145,82 @@ class Passes:
             for visit in visits:
                 if tight:
                     trim()
+                owners = self._deal(visit.targets, backends)
                 for target in visit.targets:
-                    for backend in backends.get(target.name, ()):
+                    if owners.get(target.name) != self.ranks.rank:
+                        continue
+                    for backend in backends[target.name]:
                         statistics = visit.statistics.get(target.name)
                         before = self._brought(self.result.states[target.name])
                         after = backend.apply(before, statistics, where=target.name)
                         self._settle(target, (before, after), backend.stage, statistics)
                         if tight:
                             trim()
+                self._exchange(visit.targets, owners)
                 if visit.complete:
                     if passage is not None:
                         self._save(passage, visit.unit, keep=Drift in needs)
                     self.bar.update()
         for put_back in pending.values():  # where the walk went through none of them
             put_back()
+
+    def _deal(
+        self, targets: Sequence[Target], backends: Mapping[str, Sequence[Backend]]
+    ) -> dict[str, int]:
+        """Return which rank compresses each layer that has backends, by name."""
+        costs = {}
+        for target in targets:
+            if mine := backends.get(target.name):
+                out, inputs = target.view.shape
+                # a sweep passes over the weights that remain for each column
+                costs[target.name] = sum(
+                    out * inputs * (inputs if Gram in backend.needs else 1) for backend in mine
+                )
+        return self.ranks.deal(costs)
+
+    def _exchange(self, targets: Sequence[Target], owners: Mapping[str, int]) -> None:
+        """Give all ranks the layers that one of them has compressed."""
+        if self.ranks.size == 1:
+            return
+        for target in targets:
+            owner = owners.get(target.name)
+            if owner is None:
+                continue
+            message = None
+            if owner == self.ranks.rank:
+                compressed = {
+                    "state": Packed.of(self.result.states[target.name]),
+                    "records": self.result.records[target.name],
+                    "masked": target.name in self._masked,
+                }
+                message = snapshot.flat(compressed)
+            received = self.ranks.broadcast(message, owner)
+            if message is None:
+                layer = snapshot.restored(*received, str(self.home))
+                state = layer["state"].state()
+                target.put(state)
+                self.put(target, state)
+                self.result.records[target.name] = list(layer["records"])
+                if not layer["masked"]:
+                    self._masked.discard(target.name)
+        self.ranks.wait()  # rank 0 now replaces files that others may still read
+
+    def _first(self, make: Callable[[], Any], device: str = "cpu") -> Any:
+        """Have rank 0 do what cannot be shared, and return the result on all ranks.
+
+        Args:
+            make: Gives the result, as `snapshot.save` takes it.
+            device: Where the tensors go on the other ranks.
+        """
+        if self.ranks.size == 1:
+            return make()
+        message = None
+        value = None
+        if self.ranks.rank == 0:
+            value = make()
+            message = snapshot.flat(value)
+        received = self.ranks.broadcast(message, 0)
+        return value if self.ranks.rank == 0 else snapshot.restored(*received, device)
 
     def _visits(
         self,
@@ -217,6 +282,11 @@ class Passes:
             state = dataclasses.replace(state, weight=target.shared())
         self.result.states[target.name] = state
 
+    @property
+    def _alone(self) -> Execution:
+        """The execution of a walk that one process takes by itself."""
+        return dataclasses.replace(self.execution, ranks=Ranks())
+
     def _brought(self, state: LayerState) -> LayerState:
         return state if self.execution.device is None else state.to(self.execution.device)
 
@@ -233,6 +303,15 @@ class Passes:
             u for u in self.subject.units if any(profiler.covers(t.name, t.kind) for t in u.targets)
         ]
         passage = self._begin(units, f"{profiler.stage}: profiling")
+        profiles: Mapping[str, Profile] = self._first(
+            lambda: self._profiles(profiler, units, passage)
+        )
+        return profiles
+
+    def _profiles(
+        self, profiler: Profiler, units: Sequence[Unit], passage: Passage | None
+    ) -> dict[str, Profile]:
+        """Profile every layer of some blocks, in this process alone."""
         profiles: dict[str, Profile] = {}
         for unit in units:
             if passage is not None and passage.has(unit.name):
@@ -252,7 +331,7 @@ class Passes:
             self.subject.units,
             samples,
             needs=profiler.needs,
-            execution=self.execution,
+            execution=self._alone,
             wanted=[unit.name for unit in missing],
         )
         with contextlib.closing(walked) as visits:
@@ -277,6 +356,12 @@ class Passes:
         """Return how far each candidate moves the model on samples that were held back."""
         units = self.subject.units
         passage = self._begin(units[:1], f"{method.stage}: choosing")
+        losses = self._first(lambda: self._added_losses(candidates, passage))
+        return list(losses)
+
+    def _added_losses(self, candidates: Sequence[Rewrite], passage: Passage | None) -> list[float]:
+        """Try candidates in this process alone."""
+        units = self.subject.units
         if passage is not None and passage.has(units[0].name):
             return list(passage.load(units[0].name)["losses"])
         samples = single_samples(self.subject.batches, last=True)
@@ -294,25 +379,42 @@ class Passes:
         units = self.subject.units
         needs = needs_of(allocator.backends.values())
         passage = self._begin(units, f"{allocator.stage}: measuring")
-        rows: dict[str, list[Measured]] = {}
+        plain = self._first(lambda: self._measured(allocator, needs, passage))
+        rows = {
+            name: [Measured(**row | {"stage": Stage.parse(row["stage"])}) for row in table]
+            for name, table in plain.items()
+        }
+        return _table(allocator, units, rows)
+
+    def _measured(
+        self,
+        allocator: Allocator,
+        needs: Collection[type[Accumulator]],
+        passage: Passage | None,
+    ) -> dict[str, Sequence[dict[str, Any]]]:
+        """Measure the groups of each block, in this process alone: all see the same samples.
+
+        Returns:
+            Rows by block, as plain values.
+        """
+        units = self.subject.units
+        rows: dict[str, Sequence[dict[str, Any]]] = {}
         for unit in units:
             if passage is not None and passage.has(unit.name):
-                stored = passage.load(unit.name)
-                rows[unit.name] = [
-                    Measured(**row | {"stage": Stage.parse(row["stage"])}) for row in stored
-                ]
+                rows[unit.name] = passage.load(unit.name)
         missing = [unit for unit in units if unit.name not in rows]
-        execution = dataclasses.replace(self.execution, pause="block")
+        execution = dataclasses.replace(self._alone, pause="block")
         if missing:
             with contextlib.closing(self._walk(missing, needs, execution)) as visits:
                 for visit in visits:
-                    measured = list(self._try(allocator, visit))
-                    rows[visit.unit.name] = measured
+                    rows[visit.unit.name] = [
+                        dataclasses.asdict(row) | {"stage": str(row.stage)}
+                        for row in self._try(allocator, visit)
+                    ]
                     if passage is not None:
-                        plain = [dataclasses.asdict(r) | {"stage": str(r.stage)} for r in measured]
-                        self._keep(passage, visit.unit.name, "measured", plain)
+                        self._keep(passage, visit.unit.name, "measured", rows[visit.unit.name])
                     self.bar.update()
-        return _table(allocator, units, rows)
+        return rows
 
     def _try(self, allocator: Allocator, visit: Visit) -> Iterator[Measured]:
         """Try every candidate on every group of layers of a block; leave the block as it was."""
@@ -352,6 +454,7 @@ class Passes:
                 done[block.name] = passage.load(block.name, str(self.home))["layers"]
                 reshaping.recut(model, block, done[block.name])
                 self._adopt(block, done[block.name])
+        self.ranks.wait()  # rank 0 will now add to the work dir
         units = [
             Unit(name, model.get_submodule(name), self._read_by(reshaper, block))
             for name, block in blocks.items()
@@ -359,18 +462,28 @@ class Passes:
         missing = [unit for unit in units if unit.name not in done]
         for visit in self._reshaping(reshaper, units, missing, blocks):
             block = blocks[visit.unit.name]
-            layers = {
-                name: (self._state(name, target), self._again(reshaper, name, visit.statistics))
-                for name, target in reshaping.targets_in(model, block).items()
-            }
-            states = {name: state for name, (state, _) in layers.items()}
-            cuts = reshaper.cuts(block, states, visit.statistics)
-            done[block.name] = reshaping.cut_block(reshaper, model, block, layers, cuts)
+            cutting = functools.partial(self._cut, reshaper, block, visit.statistics)
+            done[block.name] = self._first(cutting, str(self.home))
+            if self.ranks.rank != 0:
+                reshaping.recut(model, block, done[block.name])
             self._adopt(block, done[block.name])
             if passage is not None:
                 self._keep(passage, block.name, "measured", {"layers": done[block.name]})
             self.bar.update()
         self._finish(reshaper, sizes, stock, blocks=done)
+
+    def _cut(
+        self, reshaper: Reshaper, block: Block, statistics: Mapping[str, Statistics]
+    ) -> dict[str, dict[str, Any]]:
+        """Make the layers of a block smaller; return what `reshaping.cut_block` does."""
+        model = self.subject.model
+        layers = {
+            name: (self._state(name, target), self._again(reshaper, name, statistics))
+            for name, target in reshaping.targets_in(model, block).items()
+        }
+        states = {name: state for name, (state, _) in layers.items()}
+        cuts = reshaper.cuts(block, states, statistics)
+        return reshaping.cut_block(reshaper, model, block, layers, cuts)
 
     def _reshaping(
         self,
@@ -399,7 +512,14 @@ class Passes:
                 yield from visits
                 return
             watched = [blocks[unit.name] for unit in missing]
-            gathered = stack.enter_context(expert_norms(self.subject.model, watched))
+            gathered = stack.enter_context(
+                expert_norms(
+                    self.subject.model,
+                    watched,
+                    self.ranks,
+                    counts=bool(self.ranks.shard(self.subject.batches)),
+                )
+            )
             for visit in visits:
                 routers = {b.mixture.router.name for b in [blocks[visit.unit.name]] if b.mixture}
                 weighed = {name: gathered(name) for name in routers}
@@ -497,20 +617,9 @@ class Passes:
         roles = reshaping.roles_for(remover, model)
         remover.sizes(roles, model.config)  # refuses
         total = len(roles.blocks)
-        removed = list(remover.forced)
-        steps = [str(step) for step in range(remover.count(total) - len(removed))]
+        steps = [str(step) for step in range(remover.count(total) - len(remover.forced))]
         passage = self._begin_blocks(steps, str(remover.stage))
-        samples = list(itertools.islice(single_samples(self.subject.batches), remover.samples))
-        for step in steps:
-            if passage is not None and passage.has(step):
-                removed.append(passage.load(step)["block"])
-                continue
-            candidates = remover.candidates(total, removed)
-            losses = losses_without(model, roles, samples, removed, candidates)
-            removed.append(min(candidates, key=lambda block: losses[block]))
-            if passage is not None:
-                self._keep(passage, step, "measured", {"block": removed[-1]})
-            self.bar.update()
+        removed = list(self._first(lambda: self._missed_least(remover, roles, steps, passage)))
         sizes = remover.sizes_without(roles, model.config, removed)
         stock = resized(model, sizes)
         keep_blocks(model, roles, reshaping.left(roles, removed))
@@ -518,6 +627,25 @@ class Passes:
         self.subject = dataclasses.replace(self.subject, units=units)
         self._rename(names)
         self._finish(remover, sizes, stock, removed=removed)
+
+    def _missed_least(
+        self, remover: Remover, roles: Roles, steps: Sequence[str], passage: Passage | None
+    ) -> list[int]:
+        """Choose the blocks to remove, in this process alone."""
+        total = len(roles.blocks)
+        removed = list(remover.forced)
+        samples = list(itertools.islice(single_samples(self.subject.batches), remover.samples))
+        for step in steps:
+            if passage is not None and passage.has(step):
+                removed.append(passage.load(step)["block"])
+                continue
+            candidates = remover.candidates(total, removed)
+            losses = losses_without(self.subject.model, roles, samples, removed, candidates)
+            removed.append(min(candidates, key=lambda block: losses[block]))
+            if passage is not None:
+                self._keep(passage, step, "measured", {"block": removed[-1]})
+            self.bar.update()
+        return removed
 
     def _finish(
         self,
@@ -562,7 +690,9 @@ class Passes:
         if self.work is None:
             return None
         self.work.wait()  # it may still read weights that this pass changes
+        self.ranks.wait()  # all of them read what rank 0 has written
         passage = self.work.passage(number, names)
+        self.ranks.wait()
         self.bar.update(sum(passage.has(name) for name in treated))
         return passage
 
@@ -573,6 +703,7 @@ class Passes:
             for target in unit.targets:
                 quantize_inputs(target.module, None)  # given up with all grids
         sizes = transform(transform_, self.subject.model, self.subject.batches)
+        self.ranks.spread(self.subject.model.parameters())
         for unit in self.subject.units:
             for target in unit.targets:
                 self.put(target, LayerState(target.read()))
@@ -592,14 +723,20 @@ class Passes:
 
         recovery.report = report
         targets = {t.name: t for unit in self.subject.units for t in unit.targets}
-        for name, before, after in recover(recovery, self.subject, self.result.states):
-            self._settle(targets[name], (before, after), recovery.stage, None)
-        if recovery.parameters:
-            reshaping.put_parameters(self.subject.model, recovery.parameters)
-            change = reshaping.Change(
-                str(recovery.stage), {}, {}, parameters=dict(recovery.parameters)
-            )
-            self.result.changes = (*self.result.changes, change)
+
+        def learn() -> dict[str, Any]:
+            changes = recover(recovery, self.subject, self.result.states)
+            states = {name: Packed.of(after) for name, _, after in changes}
+            return {"states": states, "parameters": dict(recovery.parameters)}
+
+        learned = self._first(learn, str(self.home))
+        for name, packed in learned["states"].items():
+            change = (self.result.states[name], packed.state())
+            self._settle(targets[name], change, recovery.stage, None)
+        if parameters := learned["parameters"]:
+            reshaping.put_parameters(self.subject.model, parameters)
+            settled = reshaping.Change(str(recovery.stage), {}, {}, parameters=parameters)
+            self.result.changes = (*self.result.changes, settled)
 
     def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
         names = [unit.name for unit in self.subject.units]
@@ -636,6 +773,7 @@ class Passes:
                 self._put_back(unit, packed)
             else:
                 pending[unit.name] = functools.partial(self._put_back, unit, packed)
+        self.ranks.wait()  # rank 0 will now replace what others have read
         return [unit for unit in units if not passage.has(unit.name)]
 
     def _put_back(self, unit: Unit, packed: Mapping[str, Packed]) -> None:

@@ -14,7 +14,7 @@ from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.reshape import Change
 from optimum_order.engine.streamed import refuse_infinite
 from optimum_order.engine.workdir import WorkDir
-from optimum_order.errors import ModelError, OutputError
+from optimum_order.errors import ModelError, OrderError, OutputError
 from optimum_order.layers.packed import States
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.models.inputs import quantize_inputs
@@ -119,7 +119,12 @@ def run(
         ModelError: If a weight is NaN or infinite, or the model cannot be walked.
         OutputError: If the work dir cannot be written, is damaged, or cannot hold a stage.
     """
-    refuse(recipe, streams=execution.streams, resumes=work is not None)
+    refuse(
+        recipe,
+        streams=execution.streams,
+        resumes=work is not None,
+        processes=execution.ranks.size,
+    )
     result = _begin(subject, recipe, execution, start)
     blocks = len(subject.units)
     total = blocks * len(recipe.steps)
@@ -133,18 +138,26 @@ def run(
     return result
 
 
-def refuse(recipe: Recipe, *, streams: bool, resumes: bool) -> None:
+def refuse(recipe: Recipe, *, streams: bool, resumes: bool, processes: int = 1) -> None:
     """Refuse stages that a run cannot carry out in the way that is asked for.
 
     Args:
         recipe: What to do.
         streams: Whether the model is read block by block.
         resumes: Whether there is a work dir.
+        processes: How many share the work.
 
     Raises:
-        OutputError: If there is such a stage.
+        OrderError: If a method's statistics cannot be summed over processes.
+        OutputError: If there is any other such stage.
     """
     for method in recipe.methods:
+        unmerged = [need.__name__ for need in method.needs | method.uses if not need.merges]
+        if processes > 1 and unmerged:
+            raise OrderError(
+                f"Stage '{method.stage}' cannot run in {processes} processes: the statistic "
+                f"{unmerged[0]} does not say in 'merges' how its sums are added up. Run it in one."
+            )
         if method.kind in ("reshape", "transform") and streams:
             raise OutputError(
                 f"Stage '{method.stage}' changes a model that is in memory as a whole: leave out "

@@ -46,8 +46,7 @@ def save(value: Any, file: Path, *, durable: bool = False) -> int:
     Returns:
         The size of the file in bytes.
     """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_flatten(value, tensors), separators=(",", ":"))
+    text, tensors = flat(value)
     memory: set[int] = set()
     for key, tensor in tensors.items():  # safetensors takes no shared memory
         address = tensor.untyped_storage().data_ptr()
@@ -57,6 +56,27 @@ def save(value: Any, file: Path, *, durable: bool = False) -> int:
     with files.atomic(file, durable=durable) as partial:
         save_file(tensors, partial, metadata={_KEY: text, _DIGEST: _digest(text, tensors)})
     return file.stat().st_size
+
+
+def flat(value: Any) -> tuple[str, dict[str, Tensor]]:
+    """Return a value as JSON and the tensors that the JSON names, on the CPU.
+
+    Args:
+        value: As `save` takes it.
+    """
+    tensors: dict[str, Tensor] = {}
+    return json.dumps(_flatten(value, tensors), separators=(",", ":")), tensors
+
+
+def restored(text: str, tensors: Mapping[str, Tensor], device: str = "cpu") -> Any:
+    """Return the value that `flat` took apart; sequences come back as tuples.
+
+    Args:
+        text: The JSON.
+        tensors: The tensors by name.
+        device: Where they go.
+    """
+    return _restore(json.loads(text), lambda key: tensors[key].to(device), _classes())
 
 
 def load(file: Path, device: str = "cpu") -> Any:

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from optimum_order import files
+from optimum_order.calibration.execution import PAUSES
 from optimum_order.engine import snapshot
 from optimum_order.errors import ArtifactError, OutputError
 
@@ -79,7 +80,7 @@ class WorkDir:
         if has_progress(self.folder):
             before = read_fingerprint(self.folder)
             _refuse_other_version(before, fingerprint, self.folder)
-            _compare(before, fingerprint, self.folder)
+            _compare(*_comparable(before, fingerprint), self.folder)
         else:
             with files.atomic(self.folder / _FINGERPRINT) as partial:
                 partial.write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
@@ -188,6 +189,37 @@ class WorkDir:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class FollowedWorkDir(WorkDir):
+    """The folder of a run that another process of the same run owns: read, and never written.
+
+    Args:
+        folder: On a disk that all processes of the run see; the owner has opened it.
+        fingerprint: All that decides what this process computes.
+
+    Raises:
+        OutputError: If the folder is not there, or the owner computes something else.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise OutputError(
+                f"The work dir '{folder}' is not on a disk that all processes of the run see: give "
+                "a folder that is (--work-dir)."
+            )
+        before = read_fingerprint(self.folder)
+        _compare(*_comparable(before, json.loads(json.dumps(fingerprint))), self.folder)
+
+    def write(self, file: Path, value: Any, instead_of: Sequence[Path]) -> None:
+        """Leave writing to the owner."""
+
+    def wait(self) -> None:
+        """Return at once: nothing was written."""
+
+    def close(self) -> None:
+        """Leave the folder to the owner."""
 
 
 class Passage:
@@ -323,6 +355,15 @@ def read_fingerprint(folder: Path) -> Any:
         ) from error
 
 
+def paused(folder: Path) -> str | None:
+    """Return where the run of a work dir pauses; None if there is no run in it."""
+    if not has_progress(folder):
+        return None
+    run = read_fingerprint(folder)
+    pause = run.get("pause") if isinstance(run, dict) else None
+    return pause if pause in PAUSES else None
+
+
 def led_to(folder: Path, manifest: Mapping[str, Any]) -> bool:
     """Return whether a saved model is the end of a work dir's run, which was not removed yet.
 
@@ -390,6 +431,22 @@ def _refuse_other_version(before: Any, now: Any, folder: Path) -> None:
 def _version(fingerprint: Any) -> Any:
     versions = fingerprint.get("versions") if isinstance(fingerprint, dict) else None
     return versions.get("optimum_order") if isinstance(versions, dict) else None
+
+
+def _comparable(before: Any, now: Any) -> tuple[Any, Any]:
+    """Return two fingerprints without what may differ.
+
+    A run may go on in another number of processes: sums are then equal within the rounding of
+    float32, and so the number of threads says nothing more.
+    """
+    alone = all(isinstance(one, dict) and one.get("processes", 1) == 1 for one in (before, now))
+    leave_out = {"processes"} if alone else {"processes", "threads"}
+    return tuple(  # type: ignore[return-value]
+        {key: value for key, value in one.items() if key not in leave_out}
+        if isinstance(one, dict)
+        else one
+        for one in (before, now)
+    )
 
 
 def _compare(before: Any, now: Any, folder: Path, field: str = "") -> None:

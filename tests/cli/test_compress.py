@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch.distributed import TCPStore
 
 from optimum_order import JointCompressor
 from optimum_order import files as our_files
@@ -621,3 +622,123 @@ def test_the_bytes_of_a_result_are_known_before_the_work(tiny_llama_folder, tmp_
     compressed.save_pretrained(tmp_path / "out", format="compressed-tensors")
     assert our_files.weight_bytes(tmp_path / "out") == predicted
     assert compressor.result_bytes("rtn:4", "coded") is None, "which depends on the values"
+
+
+# Several processes
+
+
+@pytest.fixture
+def start_ranks(fork):
+    """Start `optimum-order` with these arguments in several processes, as torchrun does."""
+    stores = []  # they outlive the processes
+
+    def start(size, *arguments):
+        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        children = []
+        for rank in range(size):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": stores[-1].port}
+            variables |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+            words = [str(argument) for argument in arguments]
+            text = {name: str(value) for name, value in variables.items()}
+            children.append(
+                fork(
+                    f"import os; os.environ.update({text!r})\n"
+                    f"from optimum_order.cli import main; main({words!r})"
+                )
+            )
+        return children
+
+    return start
+
+
+def ended(children):
+    """Return the exit codes, and all lines of stderr that are no progress, once all have ended."""
+    codes = [child.end() for child in children]
+    lines = [line for child in children for line in child.output("err").splitlines()]
+    return codes, [line for line in lines if "error:" in line or "Traceback" in line]
+
+
+@pytest.mark.slow
+def test_processes_share_a_run_and_the_first_writes_and_speaks(
+    program, start_ranks, arguments, text_file, tmp_path
+):
+    alone = [*arguments, "--evaluate", text_file, "--pause", "block", "--json"]
+    assert program(*alone).code == 0
+    (tmp_path / "out").rename(tmp_path / "alone")
+    for size, extra in ((3, ["--evaluate", text_file]), (2, ["--low-memory"])):
+        children = start_ranks(size, *arguments, *extra, "--json")
+        assert ended(children) == ([0] * size, [])
+        result = json.loads(children[0].output("out"))
+        assert list(result) == KEYS
+        for child in children[1:]:
+            assert child.output("out") == child.output("err") == ""
+        shared, expected = (manifest.load(tmp_path / name) for name in ("out", "alone"))
+        assert shared["pause"] == "block" and shared["base_model"] == expected["base_model"]
+        assert shared["calibration"] == expected["calibration"] | {"processes": size}
+        ours, others = (
+            JointCompressor.from_pretrained(tmp_path / name).source.states
+            for name in ("out", "alone")
+        )
+        assert ours.keys() == others.keys() and ours
+        for name, state in ours.items():
+            apart = (state.weight != others[name].weight).float().mean()
+            assert apart < 0.002, (size, name, apart)
+        assert program("verify", tmp_path / "out").code == 0
+        assert sorted(names(tmp_path)) == ["alone", "out"]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_what_processes_cannot_share_is_one_line_and_writes_nothing(
+    start_ranks, arguments, saved, tmp_path
+):
+    for words, reason in [
+        ([*arguments, "--order", "gptq:9"], "or an integer in 2..8, got 9"),
+        ([*arguments, *AUTO, "wanda:0.5, rtn:4"], "'--order auto' is for one process"),
+        ([*arguments, "--dry-run"], "'--dry-run' is for one process"),
+        (["compress", saved, tmp_path / "out"], "give '--order'"),
+        (["inspect", saved], "'inspect' runs in one process, and 2 were started"),
+    ]:
+        codes, (line,) = ended(start_ranks(2, *words))
+        assert codes == [2, 2] and reason in line, line
+        assert names(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_the_run_is_resumed_in_another_number(
+    program, start_ranks, command, tmp_path
+):
+    work = tmp_path / "out.work"
+    for victim, number in ((1, 1), (0, 3)):
+        children = start_ranks(2, *command)
+        children[0].wait_until(lambda: progress(work))
+        assert children[victim].end(signal.SIGKILL) == -signal.SIGKILL
+        codes, lines = ended(children)
+        assert codes[1 - victim] == 2 and not (tmp_path / "out").exists()
+        (line,) = lines
+        assert "Another process of this run has ended" in line
+        advice = f"the finished blocks are in '{work}'; to resume: optimum-order compress"
+        assert (advice in children[0].output("err")) == (victim == 1)
+        if number == 1:
+            assert program(*command, "--resume").code == 0
+        else:
+            assert ended(start_ranks(number, *command, "--resume")) == ([0] * number, [])
+        assert names(tmp_path) == ["out"]
+        assert manifest.load(tmp_path / "out")["pause"] == "block"
+        assert program("verify", tmp_path / "out").code == 0
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it(arguments, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--rdzv-endpoint", "127.0.0.1:0", "--rdzv-backend", "c10d"]
+    words = [*launcher, "-m", "optimum_order", *map(str, arguments), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["order"]
+    assert manifest.load(tmp_path / "out")["calibration"]["processes"] == 2
+    # the launcher prints its own report; the program one line
+    done = subprocess.run([*words, "--order", "gptq:9"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("optimum-order: error: ") == done.stderr.count("got 9") == 1

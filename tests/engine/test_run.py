@@ -4,19 +4,22 @@ import contextlib
 import copy
 import itertools
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
 
 from optimum_order.backends.base import Backend
 from optimum_order.calibration.execution import PAUSES, Execution
+from optimum_order.calibration.ranks import Ranks
 from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import SCHEDULES, Recipe, method
-from optimum_order.engine.run import Result, Subject
+from optimum_order.engine.run import Result, Subject, refuse
 from optimum_order.engine.run import run as run_recipe
-from optimum_order.engine.workdir import WorkDir
-from optimum_order.errors import ModelError, OutputError
+from optimum_order.engine.workdir import FollowedWorkDir, WorkDir
+from optimum_order.errors import ModelError, OrderError, OutputError, RankError
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import SquaredNorms
 from optimum_order.models.units import find_units
 from optimum_order.order import Order, Stage
 from optimum_order.testing import same
@@ -405,3 +408,177 @@ class TestDevice:
                 others = [record.relative_error for record in result.records[name]]
                 assert others == pytest.approx(errors, rel=0.05)
             assert not torch.is_inference(next(model.parameters()))
+
+
+SHARED = [
+    ("llama", "wanda:0.5 > gptq:4", {}, 3),
+    ("llama", "wanda:0.5 > gptq:4", {"schedule": "block", "pause": "group"}, 2),
+    ("llama", "magnitude:0.5 > rtn:4", {}, 3),
+    ("mixtral", "sparsegpt:0.5 > gptq:4", {}, 3),
+    ("gpt_oss", "gptq:4", {"pause": "group"}, 2),
+    ("llama", "gptq(bits=3, drift=0.5)", {"pause": "group"}, 2),
+    ("llama", "mixed_precision:4", {}, 2),
+    ("llama", "ecsq:3", {}, 2),
+    ("llama", "sparsegpt(sparsity=0.5, allocation=global)", {}, 2),
+    ("llama", "width:0.25 > gptq:4", {}, 2),
+    ("llama", "gptq:8 > heads:0.5", {}, 2),
+    ("llama", "depth:1 > gptq:4", {"blocks": 4}, 2),
+    ("qwen3_moe", "experts:0.5 > gptq:4", {}, 7),
+    ("llama", "rotate > gptq:4", {}, 2),
+    ("llama", "gptq:3 > refit", {}, 2),
+    ("llama", "gptq:3 > distill(steps=2)", {}, 2),
+]
+"""A stage of every kind, with options of a run, and a number of processes. There are 5 samples."""
+
+
+@pytest.fixture
+def shared_run(make_model, run, batches):
+    """`shared_run("llama", "gptq:4", ranks)`: the layers, records, grids and parameters after it."""
+
+    def compress(architecture, order, ranks, blocks=2, schedule="stage", **options):
+        def make():
+            return make_model(architecture, num_hidden_layers=blocks)
+
+        model = make()
+        options |= {"dtype": torch.float32, "original": make, "ranks": ranks}
+        result = run(model, order, batches, schedule, **options)
+        layers = {name: (s.weight, s.mask) for name, s in result.states.items()}
+        records = {
+            name: [(one.stage, one.relative_error) for one in records]
+            for name, records in result.records.items()
+        }
+        grids = {name: s.grid and type(s.grid).__name__ for name, s in result.states.items()}
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        return layers, records, grids, parameters
+
+    return compress
+
+
+class TestRanks:
+    @pytest.mark.parametrize(
+        "cases", [SHARED[:4], pytest.param(SHARED[4:], marks=pytest.mark.slow)], ids=["few", "all"]
+    )
+    def test_share_a_run_of_every_kind_of_stage(self, shared_run, in_ranks, cases):
+        """All ranks end with the same bits, and as one process does within float summation.
+
+        A weight can end elsewhere only where its value before rounding, or its score, lies within
+        the rounding of the sums of the border between two results: fewer than one in 500. That
+        changes errors of layers, of four digits, by less than a fiftieth.
+        """
+        for architecture, order, options, size in cases:
+            alone = shared_run(architecture, order, Ranks(), **options)
+
+            def compress(ranks, architecture=architecture, order=order, options=options):
+                return shared_run(architecture, order, ranks, **options)
+
+            ends = in_ranks(size, compress)
+            layers, records, grids, parameters = ends[0]
+            for others in ends[1:]:
+                assert others[1:3] == (records, grids)
+                for name, tensors in layers.items():
+                    assert all(map(torch.equal, tensors, others[0][name])), (order, name)
+                for name, parameter in parameters.items():
+                    assert torch.equal(parameter, others[3][name]), (order, name)
+            assert (layers.keys(), grids) == (alone[0].keys(), alone[2])
+            moved = count = 0
+            for name, (weight, mask) in alone[0].items():
+                in_model = parameters.get(f"{name}.weight", layers[name][0])
+                assert torch.equal(layers[name][0], in_model), (order, name)
+                apart = (layers[name][0] - weight).abs() > 1e-4 * weight.abs().max()
+                moved += (apart | (layers[name][1] != mask)).sum().item()
+                count += weight.numel()
+                stages, errors = zip(*records[name], strict=True)
+                expected, others = zip(*alone[1][name], strict=True)
+                assert stages == expected and errors == pytest.approx(others, rel=0.02), order
+            assert moved <= count / 500, (order, moved, count)
+
+    def test_every_layer_is_compressed_in_one_process(self, shared_run, in_ranks, monkeypatch):
+        compressed = []
+        apply = Backend.apply
+
+        def counted(backend, state, statistics, *, where):
+            compressed.append(where)
+            return apply(backend, state, statistics, where=where)
+
+        monkeypatch.setattr(Backend, "apply", counted)
+
+        def names(ranks):
+            shared_run("llama", "gptq:4", ranks)
+            return compressed
+
+        shares = in_ranks(2, names)
+        assert len(set(shares[0])) == len(shares[0]) > 3 and len(shares[1]) > 3
+        assert not set(shares[0]) & set(shares[1])
+        assert len(shares[0]) + len(shares[1]) == 14
+
+    def test_a_run_that_is_cut_off_goes_on_in_another_number(
+        self, make_model, run, batches, in_ranks, tmp_path
+    ):
+        """Of the same number with the same bits, of another within float summation."""
+        order = "wanda:0.5 > gptq:4 > sparsegpt:0.6"
+        save = WorkDir.write
+
+        def compress(ranks, folder=None, resume=False, cut=None):
+            work = None
+            if folder is not None:
+                facts = {"order": order, "processes": ranks.size, "threads": ranks.size}
+                if ranks.rank == 0:
+                    work = WorkDir(folder, facts, resume=resume)
+                ranks.wait()
+                work = work or FollowedWorkDir(folder, facts)
+            saves = itertools.count()
+
+            def failing(self, *args):
+                if next(saves) == cut:
+                    raise OutputError("full")
+                save(self, *args)
+
+            model = make_model("llama")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(WorkDir, "write", failing)
+                context = pytest.raises((OutputError, RankError)) if cut is not None else None
+                with context or contextlib.nullcontext():
+                    run(model, order, batches, work=work, ranks=ranks, dtype=torch.float32)
+            if work is not None:
+                work.close()
+            if cut is not None and ranks.rank == 0:
+                return None  # the others notice that it has ended
+            return {t.name: t.read() for unit in find_units(model) for t in unit.targets}
+
+        whole = in_ranks(2, compress)[0]
+        for cut, size in ((1, 2), (2, 1), (3, 3), (4, 2)):
+            folder = tmp_path / str(cut)
+
+            def cut_off(ranks, folder=folder, cut=cut):
+                compress(ranks, folder, cut=cut if ranks.rank == 0 else None)
+
+            with pytest.raises(AssertionError, match="RankError"):
+                in_ranks(2, cut_off)
+            ends = in_ranks(size, lambda ranks, f=folder: compress(ranks, f, resume=True))
+            for end in ends:
+                for name, weight in whole.items():
+                    assert torch.equal(end[name], ends[0][name])
+                    if size == 2:
+                        assert torch.equal(end[name], weight), (cut, name)
+                    else:
+                        moved = (end[name] - weight).abs() > 1e-4 * weight.abs().max()
+                        assert moved.sum() <= weight.numel() / 500, (cut, size, name)
+
+    def test_a_statistic_that_does_not_say_how_it_merges_is_refused(self, make_model, run, batches):
+        class Unmerged(SquaredNorms):
+            merges: ClassVar = {}
+
+        class Asks(Backend):
+            name = "asks"
+            summary = "ask for what cannot be merged"
+            kind = "prune"
+            needs = frozenset({Unmerged})
+            Options = method(Stage("wanda", 0.5)).Options
+
+            def compress(self, state, statistics):
+                return state
+
+        recipe = Recipe((Asks(Stage("asks", 0.5)),))
+        refuse(recipe, streams=False, resumes=False)
+        with pytest.raises(OrderError, match=r"cannot run in 2 processes: the statistic Unmerged"):
+            refuse(recipe, streams=False, resumes=False, processes=2)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from optimum_order.layers.statistics.base import Accumulator
 
 
 class AbsMax(Accumulator):
     """The largest `|x_j|` of all tokens for each input j: (in,) float32."""
+
+    merges: ClassVar = {"largest": "max"}
 
     def __init__(self, inputs: int, device: torch.device):
         super().__init__(inputs, device)
@@ -19,9 +22,6 @@ class AbsMax(Accumulator):
     def update(self, rows: Tensor) -> None:
         if len(rows):
             self.largest = torch.maximum(self.largest, rows.abs().amax(0).float())
-
-    def merge(self, other: Self) -> None:
-        self.largest = torch.maximum(self.largest, other.largest)
 
     def result(self) -> Tensor:
         return self.largest

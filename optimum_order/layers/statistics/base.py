@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +13,19 @@ from typing_extensions import Self
 
 from optimum_order.errors import InvariantError
 
+_REDUCTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
 
 class Accumulator(ABC):
     """A sum over the tokens of one input that one or more layers read.
 
-    A subclass is one file. Sums over two halves of the tokens `merge` into the sum over all
-    tokens, so that processes can share the work. `optimum_order.testing.AccumulatorContract`
-    tests a subclass.
+    A subclass is one file. It names in `merges` the tensors that hold its sums, so that sums over
+    two halves of the tokens become the sum over all tokens, and processes can share the work.
+    `optimum_order.testing.AccumulatorContract` tests a subclass.
 
     Args:
         inputs: Width of the input.
@@ -31,6 +37,10 @@ class Accumulator(ABC):
     they are not accumulated again."""
     compares: ClassVar[bool] = False
     """Whether tokens are added by `compare`, where a walk knows what they were before the stage."""
+
+    merges: ClassVar[Mapping[str, Literal["sum", "max", "min"]]] = {}
+    """The attributes that hold what was gathered, tensors of one shape whatever was seen, each with
+    what makes of two of them that of all tokens, entry by entry."""
 
     def __init__(self, inputs: int, device: torch.device):
         self.inputs = inputs
@@ -55,9 +65,12 @@ class Accumulator(ABC):
         """
         raise NotImplementedError
 
-    @abstractmethod
+    @torch.inference_mode()  # in which sums are taken; outside they are not writable in place
     def merge(self, other: Self) -> None:
         """Add the tokens that another accumulator of this class has seen."""
+        for name, reduction in self.merges.items():
+            mine: Tensor = getattr(self, name)
+            mine.copy_(_REDUCTIONS[reduction](mine, getattr(other, name)))
 
     @abstractmethod
     def result(self) -> Any:

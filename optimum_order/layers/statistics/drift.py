@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from optimum_order.layers.statistics.base import Accumulator
 
@@ -21,6 +20,7 @@ class Drift(Accumulator):
     """
 
     compares: ClassVar = True
+    merges: ClassVar = {"sums": "sum"}
 
     def __init__(self, inputs: int, device: torch.device):
         super().__init__(inputs, device)
@@ -32,10 +32,6 @@ class Drift(Accumulator):
     def compare(self, rows: Tensor, before: Tensor) -> None:
         rows = rows.float()
         self.sums.addmm_((before.float() - rows).T, rows)
-
-    @torch.inference_mode()  # in which sums are taken; outside they are not writable in place
-    def merge(self, other: Self) -> None:
-        self.sums += other.sums
 
     def result(self) -> Tensor:
         return self.sums

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from optimum_order.layers.statistics.base import Accumulator
 
@@ -18,6 +19,8 @@ class ExpertNorms(Accumulator):
     Source: Lasby et al. 2025 (REAP), arXiv 2510.13999, equation 9.
     """
 
+    merges: ClassVar = {"sums": "sum", "counts": "sum"}
+
     def __init__(self, inputs: int, device: torch.device):
         super().__init__(inputs, device)
         self.sums = torch.zeros(inputs, device=device)
@@ -26,10 +29,6 @@ class ExpertNorms(Accumulator):
     def update(self, rows: Tensor) -> None:
         self.sums += rows.float().sum(0)
         self.counts += (rows > 0).sum(0)
-
-    def merge(self, other: Self) -> None:
-        self.sums += other.sums
-        self.counts += other.counts
 
     def result(self) -> Tensor:
         return self.sums / self.counts.clamp(min=1)

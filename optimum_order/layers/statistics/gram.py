@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from optimum_order.layers.statistics.base import Accumulator
 from optimum_order.layers.statistics.squared_norms import SquaredNorms
@@ -19,6 +18,7 @@ class Gram(Accumulator):
     """`H = X^T X` over all tokens: (in, in) float32."""
 
     implies: ClassVar = {SquaredNorms: lambda gram: gram.diagonal().contiguous()}
+    merges: ClassVar = {"sums": "sum"}
 
     def __init__(self, inputs: int, device: torch.device):
         super().__init__(inputs, device)
@@ -30,10 +30,6 @@ class Gram(Accumulator):
         for first in range(0, self.inputs, _BLOCK):
             block = slice(first, first + _BLOCK)
             self.sums[block, first:].addmm_(rows[:, block].T, rows[:, first:])
-
-    @torch.inference_mode()  # in which sums are taken; outside they are not writable in place
-    def merge(self, other: Self) -> None:
-        self.sums += other.sums
 
     @torch.inference_mode()
     def result(self) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from optimum_order.layers.statistics.base import Accumulator
 
@@ -15,6 +16,8 @@ _ROWS_AT_A_TIME = 256
 class SquaredNorms(Accumulator):
     """The sum over tokens of `x_j ** 2` for each input j: (in,) float32."""
 
+    merges: ClassVar = {"sums": "sum"}
+
     def __init__(self, inputs: int, device: torch.device):
         super().__init__(inputs, device)
         self.sums = torch.zeros(inputs, device=device)
@@ -23,10 +26,6 @@ class SquaredNorms(Accumulator):
         for part in torch.split(rows, _ROWS_AT_A_TIME):
             part = part.float()
             self.sums += torch.linalg.vecdot(part, part, dim=0)
-
-    @torch.inference_mode()  # in which sums are taken; outside they are not writable in place
-    def merge(self, other: Self) -> None:
-        self.sums += other.sums
 
     def result(self) -> Tensor:
         return self.sums
