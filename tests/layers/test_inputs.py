@@ -37,7 +37,7 @@ def simulated(x, grid):
 )
 def test_inputs_are_rounded_as_the_library_rounds_them(shape, size, data_type, dtype, static, seed):
     generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(shape, generator=generator) * size).to(dtype)
+    x = (torch.randn(shape, generator=generator) * size).clamp(-6e4, 6e4).to(dtype)
     x[..., ::3] = 0.0
     x[0] = 0.0  # tokens of zeros
     largest = torch.tensor(size if static else 1.0)
