@@ -3,6 +3,7 @@
 from optimum_order.backends.base import (
     Allocator,
     Backend,
+    Equalizer,
     Measured,
     Method,
     Profiler,
@@ -16,6 +17,7 @@ from optimum_order.backends.base import (
 __all__ = [
     "Allocator",
     "Backend",
+    "Equalizer",
     "Measured",
     "Method",
     "Profiler",

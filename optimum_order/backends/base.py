@@ -639,6 +639,8 @@ class Transform(Method):
     needs_data = True
     tolerance: ClassVar[float] = 1e-3
     """Largest change of a logit on a batch, relative to the largest logit, in float32."""
+    undoes: ClassVar[tuple[str, ...]] = ("prune", "quantize", "allocate", "inputs")
+    """Kinds of earlier stages whose zeros or grids would be lost by it."""
 
     @property
     def forced(self) -> bool:
@@ -665,6 +667,34 @@ class Transform(Method):
 
     def run(self, engine: Engine, joined: Sequence[Transform]) -> None:
         engine.transform(self)
+
+
+class Equalizer(Transform):
+    """A method that moves powers of two from columns of layers into whatever makes their inputs.
+
+    A norm that multiplies by a gain, or a layer whose rows become the columns, takes the inverse of
+    what a column gets. The model computes the same bits, and zeros stay.
+    """
+
+    undoes = ("quantize", "allocate", "inputs")
+
+    @abstractmethod
+    def exponents(
+        self, readers: Sequence[LayerState], statistics: Statistics, rows: Tensor
+    ) -> Tensor:
+        """Return the exponent of the power of two that each column is multiplied by, (in,) int8.
+
+        Args:
+            readers: The layers of one input.
+            statistics: Of that input.
+            rows: (in,) int64, what makes each column. Columns with one number get one exponent.
+        """
+
+    def transform(self, model: PreTrainedModel) -> None:
+        """Rewrite nothing: the engine moves the powers."""
+
+    def run(self, engine: Engine, joined: Sequence[Transform]) -> None:
+        engine.equalize(self)
 
 
 class Recovery(Method):
@@ -748,6 +778,9 @@ class Engine(Protocol):
 
     def transform(self, transform: Transform) -> None:
         """Rewrite the model's weights, and check that its function is the same."""
+
+    def equalize(self, equalizer: Equalizer) -> None:
+        """Move powers of two between layers, and check that the model's function is the same."""
 
     def recover(self, recovery: Recovery) -> None:
         """Let a recovery change layers, and check that masks and grids are the same."""

@@ -42,6 +42,11 @@ class Fold:
     writer: Target | None
     rows: Tensor
 
+    @property
+    def layers(self) -> tuple[Target, ...]:
+        """The readers, and the writer if there is one."""
+        return self.readers if self.writer is None else (*self.readers, self.writer)
+
     def multiply(self, exponent: Tensor) -> None:
         """Multiply what makes the input by powers of two, in place; the readers stay as they are.
 
@@ -128,19 +133,25 @@ def _tried(
         exponents.append(rows.to(torch.int8)[fold.rows])
     try:
         for fold, exponent in zip(folds, exponents, strict=True):
-            _move(fold, exponent)
+            move(fold, exponent)
         return _outputs(model, sample)
     finally:
         for fold, exponent in zip(folds, exponents, strict=True):
-            _move(fold, -exponent)
+            move(fold, -exponent)
 
 
-def _move(fold: Fold, exponent: Tensor) -> None:
-    """Multiply what makes an input, and divide the columns that read the input."""
-    fold.multiply(exponent)
+@torch.no_grad()
+def move(fold: Fold, exponent: Tensor) -> None:
+    """Multiply the columns that read an input by powers of two, and divide what makes the input.
+
+    Args:
+        fold: The layers.
+        exponent: (in,) int8, equal where columns have one row.
+    """
+    fold.multiply(-exponent)
     for target in fold.readers:
         view = target.view
-        view.copy_(torch.ldexp(view, -exponent.int().to(view.device)))
+        view.copy_(torch.ldexp(view, exponent.int().to(view.device)))
 
 
 def _outputs(model: PreTrainedModel, sample: Mapping[str, Tensor]) -> list[Tensor]:

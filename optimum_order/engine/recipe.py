@@ -223,16 +223,12 @@ class Recipe:
                 if method.kind == "transform":
                     layers = _layers(next(smaller, units))
                 self._check_layers(method, layers)
-            earlier = [
-                m
-                for m in self.methods[:place]
-                if m.kind in ("prune", "quantize", "inputs", "allocate")
-            ]
-            if method.kind == "transform" and earlier and not cast(Transform, method).forced:
+            undone = [m for m in self.methods[:place] if m.kind in _undone_by(method)]
+            if undone:
                 raise OrderError(
-                    f"Stage '{method.stage}' rewrites all weights and cannot follow "
-                    f"'{earlier[0].stage}': what was removed or rounded would not stay so. "
-                    "Put it first, or give zeros and grids up with force=true."
+                    f"Stage '{method.stage}' rewrites weights and cannot follow "
+                    f"'{undone[0].stage}': what was removed or rounded would not stay so. "
+                    f"Put it first{_or_force(method)}."
                 )
             self._check_zero(place, layers)
             if not calibrated and method.needs_data:
@@ -272,7 +268,7 @@ class Recipe:
         if method.kind != "prune" or getattr(method.options, "off_grid", False):
             return
         # a transform that is forced gives up what stages before it made
-        transforms = [at for at, m in enumerate(self.methods[:place]) if m.kind == "transform"]
+        transforms = [at for at, m in enumerate(self.methods[:place]) if _starts_anew(m)]
         before = self.methods[max(transforms, default=0) : place]
         for layer in layers:
             if not method.covers(layer.name, layer.kind):
@@ -287,16 +283,30 @@ class Recipe:
                 )
 
     def check_start(self, units: Sequence[Unit], states: Mapping[str, LayerState]) -> None:
-        """Refuse to prune layers that a model begins with, on grids where zero is not.
+        """Refuse what layers that a model begins with do not allow.
 
         Args:
             units: The blocks of the model.
             states: The layers that are compressed already.
 
         Raises:
-            OrderError: If there are any.
+            OrderError: If one would be pruned on a grid where zero is not, or a stage would undo
+                what was pruned or rounded before.
         """
         targets = [target for unit in units for target in unit.targets]
+        for method in self.methods:
+            for name, state in states.items():
+                done = {
+                    "prune": state.pruned is not None,
+                    "quantize": state.grid is not None,
+                    "inputs": state.inputs is not None,
+                }
+                if any(done.get(kind) for kind in _undone_by(method)):
+                    raise OrderError(
+                        f"Stage '{method.stage}' rewrites weights, and '{name}' was compressed "
+                        "before this run: what was removed or rounded would not stay so. Start "
+                        f"from the original model{_or_force(method)}."
+                    )
         without = [
             target
             for target in targets
@@ -312,7 +322,7 @@ class Recipe:
                         "that they have. Prune the others, with the stage's option targets, or "
                         "leave the grid with off_grid=true and quantize again."
                     )
-            if method.kind in ("quantize", "transform"):  # other grids follow
+            if method.kind == "quantize" or _starts_anew(method):  # other grids follow
                 without = [t for t in without if not method.covers(t.name, t.kind)]
 
     def remarks(self, layers: Sequence[Target]) -> list[str]:
@@ -386,3 +396,21 @@ def _nothing_gained(earlier: Method, later: Method) -> list[str]:
             f"{before['bits']} bits already. Give fewer bits, or leave the stage out."
         ]
     return []
+
+
+def _undone_by(method: Method) -> tuple[str, ...]:
+    """Return the kinds of stages that a method must not follow."""
+    if method.kind != "transform" or cast(Transform, method).forced:
+        return ()
+    return cast(Transform, method).undoes
+
+
+def _starts_anew(method: Method) -> bool:
+    """Return whether a method gives up zeros and grids of earlier stages."""
+    return method.kind == "transform" and "prune" in cast(Transform, method).undoes
+
+
+def _or_force(method: Method) -> str:
+    """Return how a message goes on where a method can be forced."""
+    forces = any(field.name == "force" for field in dataclasses.fields(method.options))
+    return ", or give zeros and grids up with force=true" if forces else ""

@@ -333,7 +333,7 @@ def redo(
     """
     for change in changes:
         again = recipes.method(Stage.parse(change.stage))
-        if again.kind == "recover":
+        if again.kind == "recover" or change.parameters:
             put_parameters(model, change.parameters)
             continue
         if again.kind == "transform":

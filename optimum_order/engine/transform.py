@@ -34,23 +34,41 @@ def transform(
         DataError: If there is no batch to check on.
         InvariantError: If an output changed by more than the transform's tolerance.
     """
+    sizes = method.sizes(model)
+    with _in_float32(model), check_function(method, model, batches):
+        _rewrite(method, model, sizes)
+    return sizes
+
+
+@contextlib.contextmanager
+def check_function(
+    method: Transform, model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]
+) -> Iterator[None]:
+    """Check that the model computes the same after what is done inside.
+
+    Args:
+        method: The transform that does so.
+        model: The model.
+        batches: Calibration inputs; the first is what the check runs on.
+
+    Raises:
+        DataError: If there is no batch to check on.
+        InvariantError: If an output changed by more than the transform's tolerance.
+    """
     if not batches:
         raise DataError(
             f"Stage '{method.stage}' is checked on a batch: pass calibration=... "
             "(--calibration): text, images or 'builtin'."
         )
-    sizes = method.sizes(model)
-    with _in_float32(model):
-        before = _outputs(model, batches[0])
-        _rewrite(method, model, sizes)
-        after = _outputs(model, batches[0])
+    before = _outputs(model, batches[0])
+    yield
+    after = _outputs(model, batches[0])
     change = ((after - before).abs().max() / before.abs().max().clamp(min=1e-30)).item()
     if not change <= method.tolerance:
         raise InvariantError(
             f"Stage '{method.stage}' changed an output by {change:.2g} of the largest, "
             f"more than {method.tolerance:g}. This is a bug in the method, not in your input."
         )
-    return sizes
 
 
 def transform_again(method: Transform, model: PreTrainedModel, sizes: Sizes) -> None:

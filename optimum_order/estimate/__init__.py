@@ -22,6 +22,7 @@ from optimum_order import files
 from optimum_order.backends import (
     Allocator,
     Backend,
+    Equalizer,
     Measured,
     Method,
     Profiler,
@@ -514,6 +515,10 @@ class _Walks:
     def transform(self, transform: Transform) -> None:
         """Note the forwards before and after, and go on with the model that follows."""
         self._become(_Walk(str(transform.stage), {}, runs=2))
+
+    def equalize(self, equalizer: Equalizer) -> None:
+        """Note the walk that looks at the inputs, and go on with the same model."""
+        self._become(_Walk(str(equalizer.stage), {}, needs=equalizer.needs))
 
     def recover(self, recovery: Recovery) -> None:
         """Refuse a stage that no estimate covers."""

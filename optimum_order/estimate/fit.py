@@ -17,6 +17,7 @@ from optimum_order import formats
 from optimum_order.backends import (
     Allocator,
     Backend,
+    Equalizer,
     Measured,
     Method,
     Profiler,
@@ -242,6 +243,10 @@ class Prediction:
             self._units = outline.units
             self.targets = {t.name: t for unit in outline.units for t in unit.targets}
         self._stages = dict.fromkeys(self.targets, ())
+
+    def equalize(self, equalizer: Equalizer) -> None:
+        """Go on: the layers are as large as before."""
+        next(self._after, None)
 
     def recover(self, recovery: Recovery) -> None:
         """Do nothing: layers keep their masks and grids."""
