@@ -26,6 +26,7 @@ from optimum_order.engine.run import Result, Subject, refuse, run
 from optimum_order.engine.streamed import Streamed
 from optimum_order.engine.workdir import FollowedWorkDir, WorkDir
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError, OutputError
+from optimum_order.estimate import Estimate
 from optimum_order.estimate.fit import check_format, predicted_bytes
 from optimum_order.estimate.forecast import Forecast, forecast
 from optimum_order.estimate.options import Demand, Sizes
@@ -42,7 +43,7 @@ from optimum_order.search import planner
 from optimum_order.search.budget import Budget, limits
 from optimum_order.search.menu import Candidate, Menu
 from optimum_order.search.plan import Plan, permutations
-from optimum_order.search.recipes import LOOKED_AT, Carrying, Facts, Search
+from optimum_order.search.recipes import LOOKED_AT, MOST_ATTEMPTS, Carrying, Facts, Search
 from optimum_order.search.selection import Attempt, Selection
 from optimum_order.search.strategies.base import Effort, Scoring
 from optimum_order.session import Session
@@ -541,14 +542,48 @@ class JointCompressor(Session):
             OrderError, DataError, ModelError: As in `estimate`.
         """
         checked = [canonical(Order.of(order)) for order in orders]
-        stages = {stage.method: stage for order in checked for stage in order}
-        estimates = {name: self.estimate(Order((stage,))) for name, stage in stages.items()}
+        estimates = self._estimates(checked)
         runs = {order: draws if Recipe.of(order).needs_data else 1 for order in checked}
         tokens = None
         if reads_text(self.source):
             tokens = float((evaluation_samples or self.usual_samples) * self.sequence_length)
         parameters = estimate.empty(self.source).num_parameters()
         return forecast(runs, estimates, tokens, parameters)
+
+    def _estimates(self, orders: Iterable[Order]) -> dict[str, Estimate]:
+        """Return what one stage of each method in some orders takes, by the method's name."""
+        stages = {stage.method: stage for order in orders for stage in order}
+        return {name: self.estimate(Order((stage,))) for name, stage in stages.items()}
+
+    def forecast_search(
+        self,
+        budget: str | Budget | None = None,
+        *,
+        max_loss: float | None = None,
+        format: str = "auto",
+        engine: str | None = None,
+    ) -> Forecast:
+        """Return what a search would take at most. No weight is read.
+
+        Args:
+            budget: As in `search`, as all others.
+            max_loss: The most that the loss may rise.
+            format: The format of the result.
+            engine: The engine that is to load the result.
+
+        Returns:
+            The forecast of the recipes that take longest, as many as a search carries out.
+
+        Raises:
+            OrderError, DataError, FormatError: As in `search`.
+        """
+        demand = Demand(format, engine)
+        search = self._searching(*limits(budget, max_loss), demand, progress=False)
+        whole = search.menu.whole or (lambda order: order)
+        orders = list(dict.fromkeys(whole(one.order) for one in search.candidates()))
+        seconds = {name: one.seconds for name, one in self._estimates(orders).items()}
+        orders.sort(key=lambda order: sum(seconds[stage.method] for stage in order), reverse=True)
+        return self.forecast(orders[:MOST_ATTEMPTS], evaluation_samples=self.calibration_samples)
 
     def evaluate(
         self,
@@ -683,23 +718,9 @@ class JointCompressor(Session):
         """Carry out `search`."""
         begin = time.perf_counter()
         limit, max_loss = limits(budget, max_loss)
-        demand.check()
         carrying.check()
-        if self.calibration is None:
-            raise DataError(
-                "A search measures recipes on calibration data that is held back: give some "
-                "(calibration=..., --calibration)."
-            )
-        if self.embeddings not in (KEPT, CODED):
-            raise OrderError(
-                "A search leaves embeddings as they are or codes them with the layers: "
-                f"embeddings={KEPT} or {CODED} (--embeddings), got {self.embeddings!r}."
-            )
-        empty = estimate.empty(self.source)
-        whole = None if self.embeddings == KEPT else self._with_embedding
-        named = [Recipe.of(whole(Order("rtn:8")))] if whole else []
-        sizes = Sizes(empty, self.units(empty, *named), self.source.states, demand)
-        search = Search(Menu(sizes, whole=whole), limit, max_loss, progress=progress)
+        search = self._searching(limit, max_loss, demand, progress=progress)
+        whole = search.menu.whole
         with quiet():
             held = self.draw(1)
             if len(held) < 2:
@@ -739,6 +760,32 @@ class JointCompressor(Session):
             seconds=time.perf_counter() - begin,
         )
         return selection
+
+    def _searching(
+        self,
+        limit: Budget | None,
+        max_loss: float | None,
+        demand: Demand,
+        *,
+        progress: bool,
+    ) -> Search:
+        """Return a search before it looks at a weight; refuse what no recipe can meet."""
+        demand.check()
+        if self.calibration is None:
+            raise DataError(
+                "A search measures recipes on calibration data that is held back: give some "
+                "(calibration=..., --calibration)."
+            )
+        if self.embeddings not in (KEPT, CODED):
+            raise OrderError(
+                "A search leaves embeddings as they are or codes them with the layers: "
+                f"embeddings={KEPT} or {CODED} (--embeddings), got {self.embeddings!r}."
+            )
+        empty = estimate.empty(self.source)
+        whole = None if self.embeddings == KEPT else self._with_embedding
+        named = [Recipe.of(whole(Order("rtn:8")))] if whole else []
+        sizes = Sizes(empty, self.units(empty, *named), self.source.states, demand)
+        return Search(Menu(sizes, whole=whole), limit, max_loss, progress=progress)
 
     def _with_embedding(self, order: Order) -> Order:
         """Return an order that codes the embedding with the layers, or else in 8 bits."""

@@ -49,6 +49,12 @@ examples:
         )
         arguments.config(parser)
         arguments.budget(parser)
+        group_of(parser, "what is done").add_argument(
+            "--dry-run",
+            action="store_true",
+            help="run nothing and read no weight: say whether the budget can be met, and how long "
+            "the search takes at most, and in how much memory",
+        )
         arguments.loading(parser)
         arguments.calibration(parser)
         arguments.format(
@@ -70,7 +76,13 @@ examples:
         arguments.check_names(args)
         if args.output is not None:
             folder.check_output(Path(args.output), overwrite=args.overwrite)
-        selection = arguments.compressor(args).search(
+        compressor = arguments.compressor(args)
+        if args.dry_run:
+            forecast = compressor.forecast_search(
+                args.budget, max_loss=args.max_loss, format=args.format, engine=args.engine
+            )
+            return {"forecast": forecast.as_dict()}
+        selection = compressor.search(
             args.budget, max_loss=args.max_loss, format=args.format, engine=args.engine
         )
         result = selection.as_dict()
@@ -88,6 +100,12 @@ examples:
 
     def show(self, result: dict[str, Any]) -> None:
         screen = console()
+        if "forecast" in result:
+            screen.print(
+                f"Nothing was run. The search at most: {result['forecast']['summary']}.",
+                soft_wrap=True,
+            )
+            return
         show_selection(result)
         screen.print(f"Again: {result['command']}", soft_wrap=True)
         if "output" in result:

@@ -200,6 +200,12 @@ class Search:
             return True
         return (bits if self.budget.bits else bytes_) <= self.budget.amount
 
+    def candidates(self) -> list[Candidate]:
+        """Return the recipes whose layers a survey tries; their sizes may be rough."""
+        if self.max_loss is not None:
+            return self.menu.curve()
+        return self.menu.within(self._limit)
+
     def survey(self, runner: Runner, batches: Batches) -> list[Candidate]:
         """Return the recipes that fit, with the errors and bytes of some layers, the best first.
 
@@ -208,7 +214,7 @@ class Search:
             batches: A few calibration samples.
         """
         self.menu.columns = _can_fold(runner, batches)
-        listed = self.menu.curve() if self.max_loss is not None else self.menu.within(self._limit)
+        listed = self.candidates()
         codecs = formats.available()
         asked = {c.order: None if c.exact else codecs[c.format]() for c in listed}
         layers = sum(len(unit.targets) for unit in runner.units)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 
@@ -78,3 +79,21 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
         assert done.code == 2 and not done.out, words
         assert message in done.err.splitlines()[-1], (words, done.err)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_reads_no_weight_and_refuses_what_the_search_would(
+    program, tiny_llama_folder, data, tmp_path
+):
+    empty = tmp_path / "no weights"
+    shutil.copytree(tiny_llama_folder, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    out = tmp_path / "out"
+    for limit in (["--budget", "3 bits"], ["--max-loss", "0.1"]):
+        done = program("search", empty, out, *limit, *data, "--dry-run", "--json")
+        assert done.code == 0, done.err
+        forecast = json.loads(done.out)["forecast"]
+        assert forecast["trials"] >= 3 and 0 < forecast["seconds"] < 3600
+    done = program("search", empty, "--budget", "3 bits", *data, "--dry-run")
+    assert "Nothing was run. The search at most: 3 trials, about" in done.out
+    done = program("search", empty, "--budget", "0.1 bits", *data, "--dry-run")
+    assert done.code == 2 and "No recipe is as small as 0.1 bits" in done.err
+    assert not out.exists()
