@@ -18,12 +18,12 @@ from optimum_order.testing import BackendContract, gaussian
 
 class TestContract(BackendContract):
     backend = Activations
-    stages = ("activations:8", "activations:fp8", "activations(bits=8, scales=tensor)")
+    stages = ("activations:8", "activations:fp8", "activations(bits=8, per=tensor)")
 
 
 def test_the_scale_of_all_tokens_spans_the_largest_input():
     X = gaussian(50, 32)
-    backend = method(Stage.parse("activations(bits=fp8, scales=tensor)"))
+    backend = method(Stage.parse("activations(bits=fp8, per=tensor)"))
     statistics = Statistics.of(X, [AbsMax])
     for dtype in (torch.float32, torch.bfloat16):
         state = backend.apply(LayerState(gaussian(8, 32).to(dtype)), statistics)
@@ -38,7 +38,7 @@ def test_tokens_get_their_scales_without_data():
 
 
 def test_one_scale_needs_data(make_model):
-    recipe = Recipe.of(Order.parse("activations(bits=8, scales=tensor)"))
+    recipe = Recipe.of(Order.parse("activations(bits=8, per=tensor)"))
     assert recipe.needs_data
     with pytest.raises(DataError, match="needs calibration data and none was given"):
         recipe.check(find_units(make_model("llama")), calibrated=False)
