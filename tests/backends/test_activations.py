@@ -1,13 +1,12 @@
 """Grids of inputs: what a stage sets, and what stages after it see of the rounding."""
 
-import dataclasses
-
 import pytest
 import torch
 
+from optimum_order import JointCompressor
 from optimum_order.backends.activations import Activations
 from optimum_order.engine.recipe import Recipe, method
-from optimum_order.errors import DataError, OrderError
+from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.layers.inputs import InputGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import AbsMax, Statistics
@@ -59,13 +58,9 @@ def test_a_transform_cannot_follow_unless_inputs_are_given_up(make_model):
         Recipe.of(Order.parse("activations:8 > rotate")).check(units, calibrated=True)
 
 
-@dataclasses.dataclass
-class Seen:
-    compressed: object
-
-    def logits(self, ids):
-        with torch.no_grad():
-            return self.compressed.model(input_ids=ids).logits
+def logits(compressed):
+    with torch.no_grad():
+        return compressed.model(input_ids=IDS).logits
 
 
 IDS = torch.arange(2, 26).view(2, 12)
@@ -89,4 +84,6 @@ def test_later_stages_see_rounded_inputs(make_compressor):
     weights = [plain.layers[layer].weight for layer in plain.layers]
     for weight, layer in zip(weights, second.layers.values(), strict=True):
         assert torch.equal(weight, layer.weight), "the weights stay as they are"
-    assert not torch.equal(Seen(plain).logits(IDS), Seen(second).logits(IDS))
+    assert not torch.equal(logits(plain), logits(second))
+    with pytest.raises(ModelError, match="save it and give the folder"):
+        JointCompressor(second.model)
