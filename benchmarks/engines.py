@@ -92,6 +92,16 @@ def samples() -> Iterator[Sample]:
         for size in GROUP_SIZES:
             case = Case("compressed-tensors", "", bits, size)
             yield Sample(case, f"rtn(bits={bits}, group_size={size})")
+    for inputs, per in (("int8 per token", "token"), ("int8 per tensor", "tensor")):
+        for bits, sizes in ((4, (-1, 32, 128)), (8, (-1,))):
+            for size in sizes:
+                case = Case("compressed-tensors", "", bits, size, inputs=inputs)
+                rounding = f"activations(bits=8, per={per})"
+                yield Sample(case, f"rtn(bits={bits}, group_size={size}) > {rounding}")
+    yield Sample(Case("compressed-tensors", "fp8"), "rtn:fp8")
+    for per in ("token", "tensor"):
+        case = Case("compressed-tensors", "fp8", inputs=f"fp8 per {per}")
+        yield Sample(case, f"rtn:fp8 > activations(bits=fp8, per={per})")
     for symmetric in (True, False):
         for bits in (2, 3, 4, 8):
             for size in GROUP_SIZES:

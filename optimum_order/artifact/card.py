@@ -236,16 +236,20 @@ def _cases(manifest: Manifest) -> list[engines.Case]:
     """Return all that an engine must have been seen to load, as far as a manifest tells."""
     layers = manifest["layers"].values()
     name = manifest["format"]
-    widths = {(layer["bits"], layer["group_size"]) for layer in layers if layer["bits"] < 16}
+    widths = {
+        (layer["bits"], layer["group_size"], layer.get("inputs", ""))
+        for layer in layers
+        if layer["bits"] < 16
+    }
     if name == "dense" or not widths:
         return [engines.Case(name)]
     signs = (True, False) if name == "gptq" else (True,)
     cases = [
-        engines.Case(name, "", bits, group or -1, symmetric)
-        for bits, group in sorted(widths, key=str)
+        engines.Case(name, "", bits, group or -1, symmetric, inputs)
+        for bits, group, inputs in sorted(widths, key=str)
         for symmetric in signs
     ]
-    if len({bits for bits, _ in widths}) > 1:
+    if len({(bits, inputs) for bits, _, inputs in widths}) > 1:
         cases.append(engines.Case(name, engines.SEVERAL))
     elif len(widths) > 1:
         cases.append(engines.Case(name, engines.SEVERAL_GROUPS))

@@ -23,7 +23,7 @@ class ActivationsOptions:
         check=lambda v: v in (8, "fp8"),
         allowed="8 or fp8",
     )
-    scales: str = option(
+    per: str = option(
         "token",
         "token takes a scale for each token when it is read, tensor one for all from calibration",
         check=lambda v: v in ("token", "tensor"),
@@ -42,7 +42,7 @@ class Activations(Backend):
 
     def __init__(self, stage: Stage):
         super().__init__(stage)
-        if self.options.scales == "tensor":
+        if self.options.per == "tensor":
             self.needs = frozenset({AbsMax})
 
     def covers(self, layer: str, kind: str = "linear") -> bool:
@@ -52,6 +52,6 @@ class Activations(Backend):
     def compress(self, state: LayerState, statistics: Statistics) -> LayerState:
         data_type = "fp8" if self.options.bits == "fp8" else "int8"
         inputs = InputGrid(data_type)
-        if self.options.scales == "tensor":
+        if self.options.per == "tensor":
             inputs = InputGrid.fit(statistics[AbsMax].amax(), data_type, state.weight.dtype)
         return dataclasses.replace(state, inputs=inputs)

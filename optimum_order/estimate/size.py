@@ -38,7 +38,7 @@ _NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }
 # In a file the widest dtypes come first, in an order that safetensors fixes.
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "I8", "U8", "BOOL")
 
 
 def empty(source: Checkpoint | InMemory) -> PreTrainedModel:

@@ -45,6 +45,7 @@ class Case:
         bits: Width of a code, 0 where that is not what the case is about.
         group_size: Weights that share a scale; -1 for whole rows.
         symmetric: Whether the grid has no zero points.
+        inputs: What inputs are rounded to, in the words of their grid; empty if to nothing.
     """
 
     format: str
@@ -52,13 +53,14 @@ class Case:
     bits: int = 0
     group_size: int = -1
     symmetric: bool = True
+    inputs: str = ""
 
     @property
     def width(self) -> str:
         """Bits and symmetry in words, or what is special."""
-        if not self.bits:
-            return self.name
-        return f"{self.bits} bits {'symmetric' if self.symmetric else 'asymmetric'}"
+        name = f"{self.bits} bits {'symmetric' if self.symmetric else 'asymmetric'}"
+        name = name if self.bits else self.name
+        return f"{name}, inputs {self.inputs}" if self.inputs else name
 
     @property
     def groups(self) -> str:
@@ -67,18 +69,20 @@ class Case:
 
     def __str__(self) -> str:
         if not self.bits:
-            return f"{self.format}, {self.name}" if self.name else self.format
+            return f"{self.format}, {self.width}" if self.width else self.format
         return f"{self.format}, {self.width}, {self.groups}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the case ready for JSON."""
+        inputs = {"inputs": self.inputs} if self.inputs else {}
         if not self.bits:
-            return {"format": self.format, "name": self.name}
+            return {"format": self.format, "name": self.name, **inputs}
         return {
             "format": self.format,
             "bits": self.bits,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
+            **inputs,
         }
 
 
@@ -131,7 +135,11 @@ class Engine:
     @property
     def widest(self) -> int | None:
         """The most bits of a code that the engine loads with one scale for each row, if any."""
-        rows = [case.bits for case in self.verdicts if case.group_size == -1 and self.loads(case)]
+        rows = [
+            case.bits
+            for case in self.verdicts
+            if case.group_size == -1 and not case.inputs and self.loads(case)
+        ]
         return max(rows, default=0) or None
 
     def why_not(self, model: PreTrainedModel, codec: Codec, layers: Layers) -> str | None:
@@ -235,7 +243,7 @@ def engine(name: str) -> Engine:
 
 def case_of(row: Mapping[str, Any]) -> Case:
     """Return the case of a row of the data."""
-    fields = ("format", "name", "bits", "group_size", "symmetric")
+    fields = ("format", "name", "bits", "group_size", "symmetric", "inputs")
     return Case(**{field: row[field] for field in fields if field in row})
 
 
@@ -249,7 +257,7 @@ def cases_of(codec: Codec, layers: Layers) -> list[Case]:
     if not layers.states or codec.import_first:
         return [Case(codec.name)]  # ordinary values, or decoded by our own code
     schemes = sorted(set(_schemes(codec.name, layers).values()), key=str)
-    widths = {(case.bits, case.symmetric, case.name) for case in schemes}
+    widths = {(case.bits, case.symmetric, case.name, case.inputs) for case in schemes}
     if len(widths) > 1:
         return [*schemes, Case(codec.name, SEVERAL)]
     return schemes if len(schemes) == 1 else [*schemes, Case(codec.name, SEVERAL_GROUPS)]
@@ -261,12 +269,14 @@ def _schemes(format: str, layers: Layers) -> dict[str, Case]:
     grouped = {grid.unit for grid in grids.values() if _group_size(grid) != -1}
     cases = {}
     for name, grid in grids.items():
+        inputs = "" if (own := layers.states[name].inputs) is None else own.words
         if not isinstance(grid, (ForeignBlockGrid, UniformGrid)):
-            cases[name] = Case(format, getattr(grid, "data_type", f"int{grid.bits}"))
+            kind = getattr(grid, "data_type", f"int{grid.bits}")
+            cases[name] = Case(format, kind, inputs=inputs)
             continue
         # A row that is just one group long is stored the same either way.
         size = grid.unit if grid.unit in grouped else grid.group_size
-        cases[name] = Case(format, "", grid.bits, size, grid.symmetric)
+        cases[name] = Case(format, "", grid.bits, size, grid.symmetric, inputs)
     return cases
 
 

@@ -75,9 +75,8 @@ def choose(
         state.inputs is not None for _, _, state in contents.layers
     ):
         raise FormatError(
-            "No format holds layers whose columns have steps of their own and whose inputs are "
-            "rounded: to move the steps would change what is rounded. Compress with "
-            "ecsq(columns=false)."
+            "No format holds layers on the grid of ecsq whose inputs are rounded: to move the "
+            "steps of columns would change what is rounded. Use gptq or rtn in place of ecsq."
         )
     try:
         return formats.choose(contents, name, unproven=unproven, engine=engine), False

@@ -96,6 +96,11 @@ def quantize_inputs(module: nn.Module, grid: InputGrid | None) -> None:
         vars(module)[_HANDLE] = hook
 
 
+def rounds_inputs(model: nn.Module) -> bool:
+    """Return whether a module of a model rounds its input."""
+    return any(_HANDLE in vars(module) for module in model.modules())
+
+
 def _moment(x: Tensor) -> tuple[bool, bool, int | None]:
     """Return what must be the same for a tensor to be made of an input again."""
     version = None if x.is_inference() else x._version

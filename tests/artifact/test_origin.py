@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
+from optimum_order.artifact.convert import convert
 from optimum_order.artifact.verify import verify
-from optimum_order.errors import ModelError
+from optimum_order.compressed import CompressedModel
+from optimum_order.errors import FormatError, ModelError
+from optimum_order.testing import same
 
 SMALL = {"calibration_samples": 4, "sequence_length": 32}
 
@@ -60,6 +63,36 @@ def test_a_pruned_model_is_quantized_as_in_one_run(go_on, bfloat16, pruned, tmp_
     assert manifest.load(tmp_path / "third")["continues"]["continues"]["order"] == "wanda:0.5"
     for name, state in third.layers.items():
         assert state.bits == 4 and bool((state.pruned >= first.layers[name].pruned).all())
+
+
+@pytest.mark.parametrize(
+    "scheme", [("8, group_size=-1", "8"), ("4, group_size=32", "8"), ("fp8",) * 2]
+)
+def test_rounded_inputs_stay(go_on, bfloat16, tmp_path, scheme):
+    """Also those of somebody else's folder, which has no manifest."""
+    weights, inputs = scheme
+    order = f"gptq(bits={weights}) > activations(bits={inputs}, per=tensor)"
+    first = go_on(bfloat16, order, tmp_path / "first", "compressed-tensors")
+    layers = manifest.load(tmp_path / "first")["layers"].values()
+    (words,) = {layer["inputs"] for layer in layers}
+    assert words.endswith(" per tensor")
+    theirs = shutil.copytree(tmp_path / "first", tmp_path / "theirs")
+    (theirs / manifest.FILE).unlink()
+    ids = torch.arange(2, 26).view(2, 12)
+    logits = []
+    for folder, to in ((tmp_path / "first", "second"), (theirs, "third")):
+        after = go_on(folder, "wanda:0.5", tmp_path / to, "compressed-tensors")
+        for name, state in after.layers.items():
+            assert same(state.inputs, first.layers[name].inputs) and state.sparsity == 0.5
+        again = CompressedModel.from_pretrained(tmp_path / to).model
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / to)
+        with torch.no_grad():
+            logits += [model(input_ids=ids).logits for model in (after.model, again, stock)]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+    with pytest.raises(FormatError, match="stores weights alone"):
+        go_on(tmp_path / "first", "magnitude:0.5", tmp_path / "dense", "dense")
+    with pytest.raises(FormatError, match="stores weights alone"):
+        convert(tmp_path / "first", tmp_path / "sparse", "sparse")
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "sparse"])

@@ -376,6 +376,19 @@ def test_wrong_bits_wrong_groups_and_unknown_layers_are_seen(copy):
     assert any("model.layers.9.mlp.up_proj" in problem for problem in verify(copy))
 
 
+def test_inputs_that_are_rounded_otherwise_than_said_are_seen(tiny_llama_folder, tmp_path):
+    compressor = JointCompressor.from_pretrained(tiny_llama_folder)
+    compressed = compressor.compress("rtn:8 > activations:8", progress=False)
+    compressed.save_pretrained(tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    edit_layer(tmp_path / "out", inputs="fp8 per token")
+    assert verify(tmp_path / "out") == [
+        f"layer {Q_PROJ} has inputs int8 per token, the manifest says fp8 per token."
+    ]
+    edit(tmp_path / "out", lambda facts: facts["layers"][Q_PROJ].pop("inputs"))
+    assert len(verify(tmp_path / "out")) == 1
+
+
 def test_groups_said_of_a_grid_without_groups_are_seen(tiny_llama_folder, tmp_path):
     compressed = JointCompressor.from_pretrained(tiny_llama_folder).compress(
         "bitsandbytes:int8", progress=False

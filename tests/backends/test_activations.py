@@ -1,13 +1,12 @@
 """Grids of inputs: what a stage sets, and what stages after it see of the rounding."""
 
-import dataclasses
-
 import pytest
 import torch
 
+from optimum_order import JointCompressor
 from optimum_order.backends.activations import Activations
 from optimum_order.engine.recipe import Recipe, method
-from optimum_order.errors import DataError, OrderError
+from optimum_order.errors import DataError, ModelError, OrderError
 from optimum_order.layers.inputs import InputGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import AbsMax, Statistics
@@ -18,12 +17,12 @@ from optimum_order.testing import BackendContract, gaussian
 
 class TestContract(BackendContract):
     backend = Activations
-    stages = ("activations:8", "activations:fp8", "activations(bits=8, scales=tensor)")
+    stages = ("activations:8", "activations:fp8", "activations(bits=8, per=tensor)")
 
 
 def test_the_scale_of_all_tokens_spans_the_largest_input():
     X = gaussian(50, 32)
-    backend = method(Stage.parse("activations(bits=fp8, scales=tensor)"))
+    backend = method(Stage.parse("activations(bits=fp8, per=tensor)"))
     statistics = Statistics.of(X, [AbsMax])
     for dtype in (torch.float32, torch.bfloat16):
         state = backend.apply(LayerState(gaussian(8, 32).to(dtype)), statistics)
@@ -38,7 +37,7 @@ def test_tokens_get_their_scales_without_data():
 
 
 def test_one_scale_needs_data(make_model):
-    recipe = Recipe.of(Order.parse("activations(bits=8, scales=tensor)"))
+    recipe = Recipe.of(Order.parse("activations(bits=8, per=tensor)"))
     assert recipe.needs_data
     with pytest.raises(DataError, match="needs calibration data and none was given"):
         recipe.check(find_units(make_model("llama")), calibrated=False)
@@ -59,13 +58,9 @@ def test_a_transform_cannot_follow_unless_inputs_are_given_up(make_model):
         Recipe.of(Order.parse("activations:8 > rotate")).check(units, calibrated=True)
 
 
-@dataclasses.dataclass
-class Seen:
-    compressed: object
-
-    def logits(self, ids):
-        with torch.no_grad():
-            return self.compressed.model(input_ids=ids).logits
+def logits(compressed):
+    with torch.no_grad():
+        return compressed.model(input_ids=IDS).logits
 
 
 IDS = torch.arange(2, 26).view(2, 12)
@@ -89,4 +84,6 @@ def test_later_stages_see_rounded_inputs(make_compressor):
     weights = [plain.layers[layer].weight for layer in plain.layers]
     for weight, layer in zip(weights, second.layers.values(), strict=True):
         assert torch.equal(weight, layer.weight), "the weights stay as they are"
-    assert not torch.equal(Seen(plain).logits(IDS), Seen(second).logits(IDS))
+    assert not torch.equal(logits(plain), logits(second))
+    with pytest.raises(ModelError, match="save it and give the folder"):
+        JointCompressor(second.model)

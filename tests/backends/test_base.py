@@ -16,7 +16,7 @@ from optimum_order.order import Order, Stage
 
 # Two settings of every backend; mixed precision hands its layers to rtn or gptq.
 SETTINGS = {
-    "activations": ["activations:8", "activations(bits=fp8, scales=tensor)"],
+    "activations": ["activations:8", "activations(bits=fp8, per=tensor)"],
     "magnitude": ["magnitude:0.5", "magnitude(pattern=2:4)"],
     "wanda": ["wanda:0.3", "wanda(pattern=1:4)"],
     "sparsegpt": ["sparsegpt:0.6", "sparsegpt(pattern=2:4)"],

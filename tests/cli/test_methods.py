@@ -31,8 +31,8 @@ def test_json_says_what_an_order_may_contain(listed):
     bits, *others = methods["gptq"]["options"]
     assert bits == {
         "name": "bits",
-        "help": "width of a weight, or a K-quant of llama.cpp",
-        "allowed": "q2_k, q3_k, q4_k, q5_k, q6_k or an integer in 2..8",
+        "help": "width of a weight, fp8 for float8 numbers, or a K-quant of llama.cpp",
+        "allowed": "fp8, q2_k, q3_k, q4_k, q5_k, q6_k or an integer in 2..8",
         "required": True,
         "default": None,
     }
@@ -48,4 +48,4 @@ def test_people_see_the_same(program, monkeypatch):
     text = program("methods").out
     for name in [*available_methods(), *formats.available()]:
         assert name in text
-    assert "an integer in 2..8" in text and "required" in text and "a number in [0, 1)" in text
+    assert "fp8 for float8 numbers" in text and "required" in text and "a number in [0, 1)" in text

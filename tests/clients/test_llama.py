@@ -1,10 +1,12 @@
 """llama.cpp, in the environment that `make engines` makes: what is saved runs there as it is meant."""
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from optimum_order import JointCompressor, bench
 from optimum_order.formats import engines
@@ -81,6 +83,35 @@ def test_k_quants_compute_what_transformers_computes(benchmark, tmp_path):
         result = compressor.compress(f"magnitude:0.1 > rtn:{kind}", format="gguf", progress=False)
         result.save_pretrained(tmp_path / kind, "gguf")
         assert benchmark.equal_layers(result.layers, tmp_path / kind) == "28/28"
+        expected.append(benchmark.reference(result.model, prompt, 8))
+        jobs.append({"folder": str(tmp_path / kind), "prompt": prompt, "generate": 8})
+    for job, answer, (logprobs, greedy) in zip(
+        jobs, benchmark.ask(jobs, tmp_path), expected, strict=True
+    ):
+        loss = -sum(answer["logprobs"]) / len(logprobs)
+        assert abs(loss + sum(logprobs) / len(logprobs)) < 0.03, job["folder"]
+        assert answer["generated"][:4] == greedy[:4], job["folder"]
+
+
+def test_a_file_that_llama_cpp_made_is_pruned_on_its_grid_and_runs_there_again(benchmark, tmp_path):
+    """Quantized by llama.cpp itself; what is not pruned has the codes that it had."""
+    compressor = JointCompressor.from_pretrained("tiny-llama")
+    prompt = compressor.source.processor(benchmark.TEXT)["input_ids"]
+    compressor.compress("magnitude:0.0", progress=False).save_pretrained(tmp_path / "in", "gguf")
+    jobs, expected = [], []
+    for kind in ("q4_0", "q3_k", "q6_k"):
+        theirs = tmp_path / f"{kind}.gguf"
+        script = ROOT / "benchmarks" / "llama_quantize.py"
+        source = tmp_path / "in" / "model.gguf"
+        subprocess.run([PYTHON, script, source, theirs, kind], check=True, capture_output=True)
+        before = JointCompressor.from_pretrained(theirs)
+        weights = {name: state.weight for name, state in before.source.states.items()}
+        result = before.compress("magnitude:0.3", progress=False)
+        result.save_pretrained(tmp_path / kind, "gguf")
+        assert benchmark.equal_layers(result.layers, tmp_path / kind) == "28/28"
+        for name, state in result.layers.items():
+            assert state.sparsity == pytest.approx(0.3, abs=0.01)
+            assert torch.equal(state.weight, weights[name].masked_fill(state.pruned, 0.0)), name
         expected.append(benchmark.reference(result.model, prompt, 8))
         jobs.append({"folder": str(tmp_path / kind), "prompt": prompt, "generate": 8})
     for job, answer, (logprobs, greedy) in zip(

@@ -74,7 +74,7 @@ class TestApply:
     def test_later_blocks_read_what_earlier_ones_make_of_rounded_inputs(
         self, make_model, batches, run
     ):
-        stage = "activations(bits=8, scales=tensor)"
+        stage = "activations(bits=8, per=tensor)"
         scales = {}
         for pause in PAUSES:
             model = make_model("llama")

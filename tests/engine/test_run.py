@@ -244,8 +244,8 @@ CUT_OFF = [
     ("llama", "wanda:0.3 > magnitude:0.5 > wanda:0.6", "stage"),  # only masks are on the disk
     ("mixtral", "magnitude:0.3 > wanda:0.5", "block"),
     ("llama", "gptq(bits=3, targets=*.1.mlp.*) > wanda(sparsity=0.5, targets=*.q_proj)", "stage"),
-    ("llama", "activations(bits=8, scales=tensor) > gptq:4 > activations:fp8", "stage"),
-    ("llama", "gptq:8 > activations(bits=fp8, scales=tensor)", "block"),
+    ("llama", "activations(bits=8, per=tensor) > gptq:4 > activations:fp8", "stage"),
+    ("llama", "gptq:8 > activations(bits=fp8, per=tensor)", "block"),
     ("convnext", "sparsegpt:0.5 > rtn:4", "stage"),  # its stages do more than run blocks
 ]
 

@@ -36,7 +36,7 @@ ORDERS = [
     "bitsandbytes:int8",
     "wanda:0.5 > gptq:4",
     "wanda:0.5 > ecsq:4",
-    "gptq:fp8 > activations(bits=fp8, scales=tensor)",
+    "gptq:fp8 > activations(bits=fp8, per=tensor)",
     "activations:8",
     "bitsandbytes:nf4 > magnitude:0.3",
     "rtn:4 > sparsegpt(sparsity=0.5, off_grid=true)",

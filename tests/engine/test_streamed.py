@@ -63,7 +63,7 @@ CASES = [
     ("mixtral", "sparsegpt:0.5 > rtn:4", {}),
     ("mixtral", "magnitude:0.3 > wanda:0.5", {}),  # only masks are on the disk
     ("gpt2", "wanda:0.5", {"schedule": "block"}),
-    ("llama", "activations(bits=8, scales=tensor) > gptq(bits=8, group_size=-1)", {}),
+    ("llama", "activations(bits=8, per=tensor) > gptq(bits=8, group_size=-1)", {}),
     ("gemma", "gptq:4", {}),
 ]
 
@@ -147,7 +147,7 @@ def test_memory_is_given_back_whenever_a_block_is_released(saved, compress, monk
     [
         "wanda:0.5 > gptq:4",
         "magnitude:0.3 > wanda:0.5",
-        "activations(bits=8, scales=tensor) > gptq(bits=8, group_size=-1)",
+        "activations(bits=8, per=tensor) > gptq(bits=8, group_size=-1)",
     ],
 )
 def test_a_run_that_is_cut_off_goes_on(saved, compress, tmp_path, monkeypatch, order):

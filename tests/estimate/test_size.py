@@ -22,6 +22,10 @@ EXACT = [
     ("gpt2", "bitsandbytes(dtype=fp4, blocksize=32)", "auto", "bitsandbytes"),
     ("mixtral", "rtn(bits=4, group_size=16)", "auto", "compressed-tensors"),
     ("gpt_oss", "magnitude:0.5", "auto", "dense"),
+    ("llama", "rtn(bits=8, group_size=-1) > activations:8", "auto", "compressed-tensors"),
+    ("llama", "rtn(bits=4, group_size=16) > activations:8", "auto", "compressed-tensors"),
+    ("llama", "rtn:fp8 > magnitude:0.5", "auto", "compressed-tensors"),
+    ("mixtral", "rtn:fp8 > activations:fp8", "auto", "compressed-tensors"),
 ]
 
 

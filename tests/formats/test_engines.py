@@ -80,6 +80,8 @@ def test_the_data_is_of_names_that_formats_and_engines_have():
 
 def test_what_the_data_says_of_the_engines():
     every = {f"{bits} bits symmetric" for bits in range(2, 9)}
+    for scales in ("token", "tensor"):
+        every |= {f"{bits} bits symmetric, inputs int8 per {scales}" for bits in (4, 8)}
     for name in ("transformers", "peft"):
         assert set(engines.engine(name).loaded_widths("compressed-tensors")) == every
     widths = engines.engine("vllm").loaded_widths()
@@ -90,6 +92,23 @@ def test_the_package_ships_the_data_and_the_page_shows_it():
     text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
     module = benchmark()
     assert module.table(engines.content()) in text
+
+
+def test_inputs_that_are_rounded_make_another_case(make_model, compressed, vllm):
+    eight = "rtn(bits=8, group_size=-1)"
+    for order, case in [
+        (eight, "8 bits symmetric, whole rows"),
+        (f"{eight} > activations:8", "8 bits symmetric, inputs int8 per token, whole rows"),
+        ("rtn:fp8 > activations:fp8", "fp8, inputs fp8 per token"),
+        ("rtn:fp8", "fp8"),
+    ]:
+        contents = compressed(make_model("llama"), order)
+        codec = formats.choose(contents, unproven=True)
+        (own,) = engines.cases_of(codec, contents.layers)
+        assert str(own) == f"compressed-tensors, {case}"
+        assert engines.case_of(own.as_dict()) == own
+        with pytest.raises(FormatError, match=f"'compressed-tensors, {case}'"):
+            formats.choose(contents, engine="vllm")
 
 
 # The choice

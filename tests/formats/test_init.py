@@ -13,7 +13,7 @@ from optimum_order.artifact import hub, manifest
 from optimum_order.artifact.convert import convert
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, FormatError
-from optimum_order.formats import Codec, Container, Contents, Layers, Written, outline
+from optimum_order.formats import Codec, Container, Contents, Layers, Written, outline, transcode
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
 
@@ -169,6 +169,31 @@ def test_what_shapes_and_grids_rule_out_is_refused_before_anything_is_compressed
         with pytest.raises(FormatError, match=re.escape(str(caught.value).rpartition(". ")[0])):
             formats.choose(contents, format)
         assert formats.choose(before).name == formats.choose(contents).name
+
+
+def test_inputs_that_are_rounded_are_held_by_one_format_or_refused(compressed, caplog):
+    eight = compressed(build("llama"), "rtn:8 > activations:8")
+    assert formats.choose(eight).name == "compressed-tensors"
+    for name in formats.available():
+        if name != "compressed-tensors":
+            with pytest.raises(FormatError) as caught:
+                formats.choose(eight, name)
+            assert "its inputs are rounded (int8 per token), and" in str(caught.value), name
+            assert str(caught.value).endswith("choose 'compressed-tensors' or 'auto'.")
+    for order, advice in [
+        ("magnitude:0.5 > activations:8", "add a stage such as rtn(bits=8, group_size=-1)."),
+        ("rtn:8 > activations:fp8", "use activations:8."),
+        ("rtn:fp8 > activations:8", "use activations:fp8."),
+        ("ecsq:4 > activations:8", "Use gptq or rtn in place of ecsq."),
+        ("rtn(bits=4, symmetric=false) > activations:8", "use symmetric=true."),
+    ]:
+        contents = compressed(build("llama"), order)
+        for name in ("auto", "dense", "compressed-tensors"):
+            with pytest.raises(FormatError) as caught:
+                transcode.choose(contents, name)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(FormatError, match=re.escape(advice)):
+            transcode.choose(contents, "auto")
 
 
 def test_convolutions_are_left_dense_by_what_loads_linear_layers_only(make_image_model, compressed):

@@ -88,9 +88,9 @@ AFFINE = "magnitude:0.6 > rtn(bits=3, group_size=16, symmetric=false)"
 OFF_GRID = "rtn:4 > magnitude(sparsity=0.5, off_grid=true)"
 W8A8 = "magnitude:0.5 > rtn(bits=8, group_size=-1) > activations:8"
 W4A8 = "activations:8 > rtn(bits=4, group_size=32) > magnitude:0.4"
-W8A8_STATIC = "rtn(bits=8, group_size=-1) > activations(bits=8, scales=tensor)"
+W8A8_STATIC = "rtn(bits=8, group_size=-1) > activations(bits=8, per=tensor)"
 FP8 = "magnitude:0.5 > rtn:fp8 > activations:fp8"
-FP8_STATIC = "rtn:fp8 > activations(bits=fp8, scales=tensor)"
+FP8_STATIC = "rtn:fp8 > activations(bits=fp8, per=tensor)"
 ROUNDED = [W8A8, W4A8, "magnitude:0.5", W8A8_STATIC, FP8, RTN4, FP8_STATIC, "rtn:fp8"]
 CASES = [
     Case("llama", "bfloat16", "dense", ("magnitude:0.5",)),

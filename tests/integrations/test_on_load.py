@@ -47,6 +47,7 @@ def test_what_cannot_be_done_is_refused_before_weights_are_read(tiny_llama_folde
     monkeypatch.setattr(OptimumOrderConfig, "compress", lambda *_: pytest.fail("too late"))
     for order, options, error in [
         ("width:0.2", {}, "makes another model"),
+        ("rtn:8 > activations:8", {}, "makes another model"),
         ("rtn:", {}, "rtn"),
         ("rtn:4", {"pause": "now"}, "pause"),
         ("rtn:4", {"schedule": "never"}, "schedule"),
