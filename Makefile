@@ -70,7 +70,8 @@ peers: $(STAMP) .venv-peers/.installed
 
 # The programs that people load models with have an environment of their own
 clients: .venv-clients/.installed
-	HF_HUB_OFFLINE=1 .venv-clients/bin/python -m pytest tests/clients
+	HF_HUB_OFFLINE=1 .venv-clients/bin/python -m pytest tests/clients \
+		tests/evaluation/test_lm_eval.py
 
 # vLLM pins other versions of our dependencies, so it loads folders in an environment of its own;
 # llama.cpp is built from source there, which takes half an hour

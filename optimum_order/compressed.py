@@ -270,8 +270,8 @@ class CompressedModel:
 
         Args:
             source: As for `calibration`; all of it is used.
-            metric: "perplexity", "accuracy", "fidelity", or "auto" for the usual one of the
-                model's kind.
+            metric: "perplexity", "accuracy", "fidelity", "lm_eval:TASKS" for tasks of lm-eval, or
+                "auto" for the usual one of the model's kind.
             format: The format it is to be saved in.
             unproven: As in `save_pretrained`.
             engine: As in `save_pretrained`.
@@ -292,7 +292,7 @@ class CompressedModel:
                 "'fidelity' compares with the model before compression, which a saved model does "
                 "not hold. Measure perplexity or accuracy, or compress again and measure then."
             )
-        samples = self._session.evaluation_samples(source)
+        samples = self._session.evaluation_samples(source, metric=metric)
         format, engine = self._chosen(format, engine)
         codec, _ = transcode.choose(self._contents(), format, unproven=unproven, engine=engine)
 

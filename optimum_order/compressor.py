@@ -597,8 +597,8 @@ class JointCompressor(Session):
 
         Args:
             source: As for `calibration`; or "literature" for WikiText-2 as papers measure on it.
-            metric: "perplexity", "accuracy", "fidelity", or "auto" for the usual one of the
-                model's kind.
+            metric: "perplexity", "accuracy", "fidelity", "lm_eval:TASKS" for tasks of lm-eval, or
+                "auto" for the usual one of the model's kind.
             samples: Windows from all over the text, or images; by default all of them.
             progress: Whether to show a bar on stderr.
 
@@ -606,7 +606,7 @@ class JointCompressor(Session):
             DataError: If the text or the images cannot be used.
             ModelError: If the metric says nothing about the model.
         """
-        chosen_samples = self.evaluation_samples(source, samples)
+        chosen_samples = self.evaluation_samples(source, samples, metric)
         model = self.source.load()
         model.to(self.device)  # type: ignore[arg-type]
         chosen = self.metric(model, metric)
@@ -657,7 +657,9 @@ class JointCompressor(Session):
         with quiet():
             runner = self.runner(Recipe.of(Order(stages)), progress=False)
             chosen = self.metric(runner.model, metric)
-            samples = self.evaluation_samples(evaluation, evaluation_samples or self.usual_samples)
+            samples = self.evaluation_samples(
+                evaluation, evaluation_samples or self.usual_samples, metric
+            )
             if self.calibration is not None:
                 self.draw(draws - 1)
             # Right or wrong says little about a handful of images, the distribution over classes
@@ -855,7 +857,9 @@ class JointCompressor(Session):
             for order in checked:
                 runner.check(order)
             chosen = self.metric(runner.model, metric)
-            samples = self.evaluation_samples(evaluation, evaluation_samples or self.usual_samples)
+            samples = self.evaluation_samples(
+                evaluation, evaluation_samples or self.usual_samples, metric
+            )
             calibration = None
             if self.calibration is not None:
                 self.draw(

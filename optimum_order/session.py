@@ -171,17 +171,25 @@ class Session:
         """
         return self._draws.take(number, samples)
 
-    def evaluation_samples(self, source: Any, samples: int | None = None) -> Samples:
+    def evaluation_samples(
+        self, source: Any, samples: int | None = None, metric: str = "auto"
+    ) -> Samples:
         """Return what models are measured on.
 
         Args:
             source: As for `calibration`.
             samples: So many from all over the source; all by default.
+            metric: The metric, which may bring samples of its own.
 
         Raises:
             DataError: If the source cannot be used.
+            ModelError: If there is no such metric.
         """
         logger.info("Reading and tokenizing the evaluation data")
+        if metric != "auto":
+            own = evaluation.named(metric).own_samples(source, self.source.processor, samples)
+            if own is not None:
+                return own
         length = self._length()
         return self._fitted(load_evaluation(self.source, source, length=length, samples=samples))
 

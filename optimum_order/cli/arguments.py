@@ -34,7 +34,7 @@ ENGINES = ("transformers", "peft", "vllm", "llama.cpp")
 FORMATS = (
     *("auto", "dense", "compressed-tensors", "gptq", "bitsandbytes", "gguf", "sparse", "coded"),
 )
-METRICS = ("auto", "perplexity", "accuracy", "fidelity")
+METRICS = ("auto", "perplexity", "accuracy", "fidelity", "lm_eval")
 PAUSES = ("auto", "block", "group")
 PROTOCOLS = ("literature",)
 SCHEDULES = ("stage", "block")
@@ -281,9 +281,8 @@ def check_names(args: argparse.Namespace) -> None:
     names = ["auto", *formats.available()]
     if getattr(args, "format", "auto") not in names:
         raise FormatError(unknown("format", args.format, names))
-    names = ["auto", *evaluation.available()]
-    if getattr(args, "metric", "auto") not in names:
-        raise ModelError(unknown("metric", args.metric, names))
+    if getattr(args, "metric", "auto") != "auto":
+        evaluation.named(args.metric)
 
 
 def reproducing(args: argparse.Namespace, order: str, format: str) -> str:
@@ -382,7 +381,8 @@ def metric(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar=listed(METRICS),
         help="auto (default) takes perplexity for a language model, accuracy for an image "
-        "classifier; or a metric of a plug-in",
+        "classifier; lm_eval:arc_easy,my.yaml asks the questions of tasks of lm-eval; or a metric "
+        "of a plug-in",
     )
 
 

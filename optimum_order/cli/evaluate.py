@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.cli.parser import group_of
 from optimum_order.cli.tables import console
+from optimum_order.errors import ModelError
+
+if TYPE_CHECKING:
+    from optimum_order.evaluation import Measurement
 
 _NO_FIGURE = (
     *("model", "name", "value", "standard_error_of_mean_score"),
     *("digest", "source", "samples", "tokens"),
+    *("against", "difference", "flips"),
 )
 """Keys of the result that are no further figures of the metric."""
 
@@ -30,6 +37,12 @@ examples:
   optimum-order evaluate tiny-llama
   optimum-order evaluate out --evaluate my-held-out-text.txt
   optimum-order evaluate some/model --protocol literature
+  optimum-order evaluate out --metric lm_eval:arc_easy --against some/model
+
+With --against, both models are measured on the same samples. Where each of
+them is right or wrong, flips are those that one model gets right and the other
+wrong, and p is how probable so uneven numbers were if both were equally good
+(McNemar's exact test).
 """
 
     @classmethod
@@ -38,6 +51,12 @@ examples:
         arguments.config(parser)
         arguments.evaluated(parser)
         arguments.metric(parser)
+        group_of(parser, "evaluation").add_argument(
+            "--against",
+            metavar="ORIGINAL",
+            help="measure this model too, on the same samples, and compare: such as the model "
+            "before compression",
+        )
         arguments.evaluation(parser)
         arguments.hardware(parser)
 
@@ -46,23 +65,60 @@ examples:
         args = self.args
         arguments.check_names(args)
         arguments.apply_protocol(args)
+        if args.against is not None and args.metric == "fidelity":
+            raise ModelError(
+                "'fidelity' compares with the original itself: take another metric with --against."
+            )
+        measured = self._measured(args)
+        result = {"model": args.model, **measured.as_dict()}
+        if args.against is None:
+            return result
+        from optimum_order.evaluation.comparison import Comparison
+
+        changed = {"model": args.against, "revision": None, "base": None}
+        other = self._measured(argparse.Namespace(**vars(args) | changed))
+        compared = Comparison.of(measured, other).as_dict()
+        return result | {"against": {"model": args.against, **other.as_dict()}} | compared
+
+    @staticmethod
+    def _measured(args: argparse.Namespace) -> Measurement:
         compressor = arguments.compressor(args)
-        measured = compressor.evaluate(args.evaluate, args.metric, samples=args.evaluation_samples)
-        return {"model": args.model, **measured.as_dict()}
+        return compressor.evaluate(args.evaluate, args.metric, samples=args.evaluation_samples)
 
     def show(self, result: dict[str, Any]) -> None:
         from rich.table import Table
 
-        table = Table(show_header=False)
-        error = result["standard_error_of_mean_score"]
-        table.add_row(result["name"], f"{result['value']:.6g}")
-        if error is not None:
-            table.add_row("standard error of the mean score", f"{error:.3g}")
+        other = result.get("against")
+        models = [result] if other is None else [result, other]
+        table = Table(show_header=other is not None)
+        table.add_column("", no_wrap=True)
+        for model in models:
+            table.add_column(str(model["model"]), overflow="fold")
+        table.add_row(result["name"], *(f"{model['value']:.6g}" for model in models))
+        errors = [model["standard_error_of_mean_score"] for model in models]
+        if errors[0] is not None:
+            table.add_row("standard error of the mean score", *(f"{e:.3g}" for e in errors))
         for name in result:
             if name not in _NO_FIGURE:
-                table.add_row(name.replace("_", " "), f"{result[name]:.6g}")
+                figures = (f"{model[name]:.6g}" for model in models)
+                table.add_row(name.replace("_", " "), *figures)
         samples = f"{result['samples']:,} samples"
         if "tokens" in result:
             samples += f", {result['tokens']:,} tokens"
         table.add_row("measured on", f"{result['source']}: {samples}")
         console().print(table)
+        if other is not None:
+            for line in _compared(result):
+                console().print(line, soft_wrap=True)
+
+
+def _compared(result: Mapping[str, Any]) -> list[str]:
+    """Return the lines that say how far two models are apart."""
+    difference = result["difference"]
+    interval = f"{difference['low']:.4g} to {difference['high']:.4g}"
+    sure = "decisive" if difference["decisive"] else "not decisive"
+    lines = [f"Difference in M: {difference['mean']:.4g}, 95 % interval {interval} ({sure})."]
+    if (flips := result["flips"]) is not None:
+        counts = f"{len(flips['to_right'])} to right, {len(flips['to_wrong'])} to wrong"
+        lines.append(f"Flips: {counts}, p = {flips['p']:.3g}.")
+    return lines

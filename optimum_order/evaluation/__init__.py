@@ -10,7 +10,7 @@ from optimum_order.errors import ModelError, unknown
 from optimum_order.evaluation.base import Measurement, Metric
 from optimum_order.registry import discover
 
-__all__ = ["Images", "Measurement", "Metric", "Samples", "Windows", "available", "choose"]
+__all__ = ["Images", "Measurement", "Metric", "Samples", "Windows", "available", "choose", "named"]
 
 
 @functools.cache
@@ -39,6 +39,20 @@ def choose(model: PreTrainedModel, name: str = "auto") -> type[Metric]:
             f"{problem} the usual one for {type(model).__name__}. Name one as 'metric' (--metric): "
             f"{', '.join(metric.name for metric in usual or metrics.values())}."
         )
-    if name not in metrics:
-        raise ModelError(unknown("metric", name, ["auto", *metrics]))
-    return metrics[name]
+    return named(name)
+
+
+def named(name: str) -> type[Metric]:
+    """Return the metric that a user names.
+
+    Args:
+        name: Its name, and what it is to measure after a colon, where it takes that.
+
+    Raises:
+        ModelError: If there is no such metric.
+    """
+    kind, colon, rest = name.partition(":")
+    if kind not in available():
+        raise ModelError(unknown("metric", kind, ["auto", *available()]))
+    metric = available()[kind]
+    return metric.of(rest) if colon else metric

@@ -34,6 +34,7 @@ class Measurement:
         digest: The digest of the samples.
         tokens: Tokens that the model read; None for images.
         details: Further figures by name.
+        names: The name of each sample; none where they are numbered.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Measurement:
     digest: str
     tokens: int | None = None
     details: dict[str, float] = field(default_factory=dict)
+    names: tuple[str, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
         error = f" ± {self.standard_error:.2g}" if self.standard_error is not None else ""
@@ -121,6 +123,32 @@ class Metric(ABC):
         self.reference = reference
 
     @classmethod
+    def of(cls, named: str) -> type[Metric]:
+        """Return the metric for what a user named after a colon, as in `lm_eval:arc_easy`.
+
+        Args:
+            named: The text after the colon.
+
+        Raises:
+            ModelError: If the metric takes none.
+        """
+        raise ModelError(f"The metric '{cls.name}' takes nothing after a colon, got '{named}'.")
+
+    @classmethod
+    def own_samples(cls, source: Any, processor: Any, count: int | None) -> Samples | None:
+        """Return the samples that the metric brings itself; None if it measures on any data.
+
+        Args:
+            source: The evaluation data as the user named it.
+            processor: The tokenizer or image processor of the model; None if there is none.
+            count: How many samples, from all over; all by default.
+
+        Raises:
+            DataError: If there are none.
+        """
+        return None
+
+    @classmethod
     def is_usual(cls, model: PreTrainedModel) -> bool:
         """Return whether `metric="auto"` means this metric for a model."""
         return False
@@ -190,6 +218,23 @@ class Metric(ABC):
             scores = self._scores(model, samples, batch_size, progress)
         finally:
             model.train(training)
+        return self.measurement(scores, samples, self.details(scores.mean().item(), samples))
+
+    def measurement(
+        self,
+        scores: Tensor,
+        samples: Samples,
+        details: dict[str, float],
+        names: tuple[str, ...] = (),
+    ) -> Measurement:
+        """Return the measurement that some scores are.
+
+        Args:
+            scores: (samples,) float64.
+            samples: The samples.
+            details: Further figures by name.
+            names: The name of each sample; none where they are numbered.
+        """
         mean = scores.mean().item()
         count = len(scores)
         return Measurement(
@@ -201,7 +246,8 @@ class Metric(ABC):
             source=samples.source,
             digest=samples.digest,
             tokens=samples.tokens,
-            details=self.details(mean, samples),
+            details=details,
+            names=names,
         )
 
     @torch.inference_mode()

@@ -24,6 +24,11 @@ where one of the two parts is zero. The usual single t, with Satterthwaite's deg
 the whole variance, takes these from a mean square that has only a - 1 of its own: in simulations at
 95 %, that interval covered as little as 92 % with 3 draws and 87 % with 2, and this one 95 % or
 more.
+
+**Right and wrong.** Where each score is 0 or 1, only samples that one model gets right and the
+other wrong tell the two apart. If the models are equally good, each such flip goes either way with
+probability 1/2: the exact test of McNemar 1947 (Psychometrika 12, 153-157) is the two-sided
+binomial test of the smaller number.
 """
 
 from __future__ import annotations
@@ -34,9 +39,11 @@ from typing import Any
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
+from scipy.stats import binomtest
 from torch import Tensor
 
 from optimum_order.errors import DataError
+from optimum_order.evaluation.base import Measurement
 
 _AT_ONCE = 2**22
 """Random indices in memory."""
@@ -80,6 +87,83 @@ class Difference:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields and the verdict, ready for JSON."""
         return asdict(self) | {"decisive": self.decisive}
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Samples that one model gets right and another wrong.
+
+    Args:
+        to_right: The names of samples that the first model gets right and the second wrong.
+        to_wrong: The names of those the other way round.
+        p: The probability of so uneven numbers, or more so, if both models are equally good: the
+            exact test of McNemar.
+    """
+
+    to_right: tuple[str, ...]
+    to_wrong: tuple[str, ...]
+    p: float
+
+    @classmethod
+    def between(cls, first: Measurement, second: Measurement) -> Flips | None:
+        """Return the flips from the second model to the first; None if scores are not 0 or 1.
+
+        Args:
+            first: One model.
+            second: Another model on the same samples.
+
+        Source:
+            McNemar 1947, Psychometrika 12, 153-157.
+        """
+        if not {0.0, 1.0}.issuperset((*first.scores, *second.scores)):
+            return None
+        names = first.names or tuple(str(number) for number in range(1, len(first.scores) + 1))
+        pairs = list(zip(names, first.scores, second.scores, strict=True))
+        to_right = tuple(name for name, mine, other in pairs if mine > other)
+        to_wrong = tuple(name for name, mine, other in pairs if mine < other)
+        count = len(to_right) + len(to_wrong)
+        p = float(binomtest(len(to_right), count, 0.5).pvalue) if count else 1.0
+        return cls(to_right, to_wrong, p)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, measured by one metric on the same samples.
+
+    Args:
+        difference: M of the first model less M of the second, with its interval over samples.
+        flips: Where scores are 0 or 1, the samples that tell the models apart.
+    """
+
+    difference: Difference
+    flips: Flips | None
+
+    @classmethod
+    def of(cls, first: Measurement, second: Measurement) -> Comparison:
+        """Compare two measurements.
+
+        Args:
+            first: The model in question.
+            second: What it is compared with.
+
+        Raises:
+            DataError: If they are of different metrics or samples, or of a single sample.
+        """
+        if (first.name, first.digest) != (second.name, second.digest):
+            raise DataError(
+                f"Two models are compared by one metric on the same samples, got {first.name} on "
+                f"{first.source} and {second.name} on {second.source}, whose digests are "
+                f"{first.digest[:8]} and {second.digest[:8]}: the models read in different ways, "
+                "such as with other tokenizers."
+            )
+        differences = first.performances - second.performances
+        difference = difference_over_draws(differences[None])
+        return cls(difference, Flips.between(first, second))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields, ready for JSON."""
+        flips = None if self.flips is None else asdict(self.flips)
+        return {"difference": self.difference.as_dict(), "flips": flips}
 
 
 def difference_over_draws(

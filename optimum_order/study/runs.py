@@ -33,7 +33,7 @@ class Runs:
     def __init__(self, trials: Trials):
         self.rows = trials.rows("trials")
         self.names = list(dict.fromkeys(order for order, _ in self.rows if order != ORIGINAL))
-        metric = evaluation.available().get(trials.settings.get("metric", ""))
+        metric = evaluation.available().get(trials.settings.get("metric", "").partition(":")[0])
         self._bounds = (-math.inf, math.inf) if metric is None else metric.bounds
         self._draws: dict[str, set[int]] = {name: set() for name in [*self.names, ORIGINAL]}
         for (order, draw), row in self.rows.items():

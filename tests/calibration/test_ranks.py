@@ -159,7 +159,12 @@ def test_messages_reach_all_ranks(in_ranks):
 
 
 WALKED = [("llama", "block", 2), ("llama", "group", 3), ("mixtral", "block", 3)]
-WALKED += [("mixtral", "group", 2), ("gpt_oss", "group", 3), ("bert", "block", 7)]
+WALKED += [
+    ("mixtral", "group", 2),
+    ("gpt_oss", "group", 3),
+    ("bert", "block", 7),
+    ("mixtral", "group", 7),
+]
 
 
 def test_all_ranks_see_the_statistics_of_all_samples(in_ranks, make_model, collect, batches):

@@ -1,6 +1,7 @@
 """`optimum-order evaluate` measures a model as it is."""
 
 import json
+import math
 
 import pytest
 
@@ -61,3 +62,38 @@ def test_the_protocol_of_the_literature_is_a_source_and_a_metric(program, monkey
 def test_bad_input_is_one_line(program, options, message):
     done = program("evaluate", "tiny-llama", *options)
     assert done.code == 2 and message in done.err.splitlines()[-1]
+
+
+def test_two_models_are_measured_side_by_side(program, saved, tiny_llama_folder, text_file):
+    words = ["evaluate", saved, "--evaluate", text_file, *SMALL]
+    done = program(*words, "--against", tiny_llama_folder, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    alone = json.loads(program(*words, "--json").out)
+    other = ["evaluate", tiny_llama_folder, *words[2:], "--json"]
+    assert result["against"] == json.loads(program(*other).out)
+    assert {key: result[key] for key in alone} == alone
+    assert set(result) == {*alone, "against", "difference", "flips"}
+    performances = [-math.log(figures["value"]) for figures in (alone, result["against"])]
+    assert result["difference"]["mean"] == pytest.approx(performances[0] - performances[1])
+    assert result["difference"]["over"] == "samples" and result["flips"] is None
+    done = program(*words, "--against", tiny_llama_folder)
+    assert "Difference in M: " in done.out and "Flips" not in done.out
+    assert f"{alone['value']:.6g}" in done.out and f"{result['against']['value']:.6g}" in done.out
+    done = program(*words, "--against", tiny_llama_folder, "--metric", "fidelity")
+    assert done.code == 2 and "take another metric with --against" in done.err
+
+
+def test_images_that_flip_are_counted(program, tmp_path):
+    words = ["--order", "magnitude:0.7", "--calibration", "builtin"]
+    assert program("compress", "tiny-resnet", tmp_path / "out", *words).code == 0
+    words = ["evaluate", tmp_path / "out", "--evaluation-samples", 200, "--against", "tiny-resnet"]
+    done = program(*words, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    flips = result["flips"]
+    lost = len(flips["to_wrong"]) - len(flips["to_right"])
+    assert lost == round(200 * (result["against"]["value"] - result["value"])) > 0
+    assert 0 <= flips["p"] < 0.05 and all(1 <= int(name) <= 200 for name in flips["to_wrong"])
+    out = program(*words).out
+    assert f"{len(flips['to_right'])} to right, {len(flips['to_wrong'])} to wrong, p = " in out

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import os
 from collections import Counter
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from optimum_order.backends.base import Backend
 from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.calibration.ranks import Ranks
-from optimum_order.engine import snapshot
+from optimum_order.engine import passes, snapshot
 from optimum_order.engine.recipe import SCHEDULES, Recipe, method
 from optimum_order.engine.run import Result, Subject, refuse
 from optimum_order.engine.run import run as run_recipe
@@ -491,6 +492,23 @@ class TestRanks:
                 expected, others = zip(*alone[1][name], strict=True)
                 assert stages == expected and errors == pytest.approx(others, rel=0.02), order
             assert moved <= count / 500, (order, moved, count)
+
+    def test_a_transform_of_another_rounding_is_the_first_process_s(
+        self, shared_run, in_ranks, monkeypatch
+    ):
+        transform = passes.transform
+
+        def rounding(method, model, batches):
+            sizes = transform(method, model, batches)
+            with torch.no_grad():
+                for parameter in model.parameters():  # as another kind of processor would
+                    parameter.mul_(1 + 1e-6 * int(os.environ["RANK"]))
+            return sizes
+
+        monkeypatch.setattr(passes, "transform", rounding)
+        ends = in_ranks(2, lambda ranks: shared_run("llama", "rotate > rtn:8", ranks)[3])
+        for name, parameter in ends[0].items():
+            assert torch.equal(parameter, ends[1][name]), name
 
     def test_every_layer_is_compressed_in_one_process(self, shared_run, in_ranks, monkeypatch):
         compressed = []

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from optimum_order.engine import snapshot, workdir
-from optimum_order.engine.workdir import WorkDir
+from optimum_order.engine.workdir import FollowedWorkDir, WorkDir, paused
 from optimum_order.errors import OutputError
 from optimum_order.layers.state import LayerState
 
@@ -253,7 +253,7 @@ class TestLock:
 
     def test_a_killed_process_holds_nothing(self, begun):
         code = f"""
-from optimum_order.engine.workdir import WorkDir
+from optimum_order.engine.workdir import FollowedWorkDir, WorkDir, paused
 work = WorkDir({str(begun)!r}, {FINGERPRINT!r}, resume=True)
 print("here", flush=True)
 input()
@@ -296,3 +296,35 @@ def test_a_saved_model_is_recognized_as_the_end_of_a_run(begun):
         {"schedule": "block"},
     ):
         assert not workdir.led_to(begun, manifest | change)
+
+
+def test_a_process_that_follows_reads_and_never_writes(tmp_path):
+    facts = {"order": "gptq:4", "processes": 2, "threads": 1}
+    with pytest.raises(OutputError, match="not on a disk that all processes of the run see"):
+        FollowedWorkDir(tmp_path / "work", facts)
+    with WorkDir(tmp_path / "work", facts, resume=False) as work:
+        follower = FollowedWorkDir(tmp_path / "work", facts)
+        work.passage(0, ["a"]).save("a", "measured", {"x": 1})
+        work.wait()
+        before = sorted(file.name for file in work.folder.iterdir())
+        with follower:
+            passage = follower.passage(0, ["a", "b"])
+            assert passage.has("a") and not passage.has("b")
+            assert passage.load("a") == {"x": 1}
+            passage.save("b", "state", {"x": 2})
+            follower.wait()
+        assert sorted(file.name for file in work.folder.iterdir()) == before
+        with pytest.raises(OutputError, match="whose order was 'gptq:4', and now is 'gptq:3'"):
+            FollowedWorkDir(tmp_path / "work", facts | {"order": "gptq:3"})
+
+
+def test_threads_decide_what_one_process_computes_and_not_what_several_do(tmp_path):
+    alone = {"pause": "group", "processes": 1, "threads": 2}
+    with WorkDir(tmp_path / "work", alone, resume=False) as work:
+        assert paused(work.folder) is None
+        work.passage(0, ["a"]).save("a", "measured", {"x": 1})
+    assert paused(work.folder) == "group"
+    with pytest.raises(OutputError, match="whose threads was 2, and now is 1"):
+        WorkDir(work.folder, alone | {"threads": 1}, resume=True)
+    for facts in ({"processes": 3, "threads": 1}, {"processes": 2}, {}):
+        WorkDir(work.folder, alone | facts, resume=True).close()

@@ -1,6 +1,7 @@
 """Intervals hold what they promise: checked on data whose true mean is known."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,8 +9,14 @@ import torch
 from scipy import stats
 
 from optimum_order.errors import DataError
-from optimum_order.evaluation import comparison
-from optimum_order.evaluation.comparison import bootstrap_means, difference_over_draws, percentiles
+from optimum_order.evaluation import Measurement, comparison
+from optimum_order.evaluation.comparison import (
+    Comparison,
+    Flips,
+    bootstrap_means,
+    difference_over_draws,
+    percentiles,
+)
 
 
 def layout(generator, draws, samples, s_draw, s_sample, s_error):
@@ -159,3 +166,41 @@ def test_a_difference_is_ready_for_json():
     assert json.loads(json.dumps(facts)) == facts
     assert list(facts) == ["mean", "low", "high", "over", "confidence", "decisive"]
     assert facts["decisive"] is True
+
+
+def measured(*scores, **changes):
+    facts = {"name": "accuracy", "value": 0.0, "standard_error": None, "higher_is_better": True}
+    return Measurement(
+        **facts | {"source": "made up", "digest": "12ab", "scores": scores} | changes
+    )
+
+
+def mcnemar(right, wrong):
+    """The exact two-sided test, by counting: both tails of the binomial distribution."""
+    count = right + wrong
+    fewer = sum(math.comb(count, k) for k in range(min(right, wrong) + 1))
+    return min(1.0, 2 * fewer / 2**count)
+
+
+def test_flips_are_samples_that_one_model_alone_gets_right():
+    for right, wrong, both in [(0, 0, 5), (1, 0, 3), (3, 9, 2), (12, 2, 0), (6, 6, 1)]:
+        first = (1.0,) * right + (0.0,) * wrong + (1.0,) * both + (0.0,) * both
+        second = (0.0,) * right + (1.0,) * wrong + (1.0,) * both + (0.0,) * both
+        names = tuple(f"task/{number}" for number in range(len(first)))
+        flips = Flips.between(measured(*first, names=names), measured(*second, names=names))
+        assert flips.to_right == names[:right] and flips.to_wrong == names[right : right + wrong]
+        assert flips.p == pytest.approx(mcnemar(right, wrong))
+    assert Flips.between(measured(0.0, 1.0), measured(1.0, 1.0)).to_wrong == ("1",), "numbered"
+    assert Flips.between(measured(0.0, 0.5), measured(1.0, 1.0)) is None
+
+
+def test_two_measurements_are_compared_on_the_same_samples_alone():
+    one = measured(1.0, 2.0, 4.0, higher_is_better=False)
+    other = measured(1.5, 2.5, 5.0, higher_is_better=False)
+    compared = Comparison.of(one, other)
+    assert compared.difference.mean == pytest.approx(2 / 3), "a lower score is better"
+    facts = compared.as_dict()
+    assert json.loads(json.dumps(facts)) == facts and facts["flips"] is None
+    for changes in ({"digest": "34cd"}, {"name": "fidelity"}):
+        with pytest.raises(DataError, match="by one metric on the same samples"):
+            Comparison.of(one, measured(1.5, 2.5, 5.0, **changes))
