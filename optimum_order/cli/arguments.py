@@ -171,11 +171,12 @@ def refuse_redirection(order: str, option: str = "--order") -> None:
     from optimum_order.order import Order
 
     names = [Path(os.path.realpath("/proc/self/fd/1")).name]
+    quoted = ">" in order  # a file may be left of an earlier mistake
     with contextlib.suppress(OSError):
         recent = time.time() - _RECENT
         names += [
             entry.name
-            for entry in os.scandir()
+            for entry in (() if quoted else os.scandir())
             if entry.is_file() and not entry.stat().st_size and entry.stat().st_mtime > recent
         ]
     for name in names:

@@ -183,6 +183,7 @@ def test_an_order_that_the_shell_cut_off_names_its_option(tmp_path, monkeypatch)
     (tmp_path / "gptq:4").touch()
     with pytest.raises(OrderError, match='Quote the order, --stages "wanda:0.5 > gptq:4"'):
         arguments.refuse_redirection("wanda:0.5", "--stages")
+    arguments.refuse_redirection("wanda:0.5 > gptq:4")  # quoted, beside what is left of a mistake
     (tmp_path / "gptq:4").write_text("a file of somebody else")
     arguments.refuse_redirection("wanda:0.5")
 
