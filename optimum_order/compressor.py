@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from optimum_order.estimate import Estimate
 from optimum_order.estimate.fit import check_format, predicted_bytes
 from optimum_order.estimate.forecast import Forecast, forecast
 from optimum_order.estimate.options import Demand, Sizes
-from optimum_order.evaluation import Measurement
+from optimum_order.evaluation import Measurement, Samples
 from optimum_order.files import html_table
 from optimum_order.formats import stage_options
 from optimum_order.models import hf, precision
@@ -47,8 +48,10 @@ from optimum_order.search.recipes import LOOKED_AT, MOST_ATTEMPTS, Carrying, Fac
 from optimum_order.search.selection import Attempt, Selection
 from optimum_order.search.strategies.base import Effort, Scoring
 from optimum_order.session import Session
+from optimum_order.study.crew import Spec, crew
 from optimum_order.study.run import Study, quiet
 from optimum_order.study.trials import check_folder
+from optimum_order.study.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -807,6 +810,8 @@ class JointCompressor(Session):
         evaluation: Any = "builtin",
         evaluation_samples: int | None = None,
         prefix_limit: float = 16.0,
+        workers: int = 1,
+        cluster: str | None = None,
         command: str | None = None,
         progress: bool = True,
     ) -> dict[str, Any]:
@@ -825,7 +830,10 @@ class JointCompressor(Session):
             evaluation_samples: Windows from all over the text, or images; by default 64 or 1000,
                 or all of them if they are fewer.
             prefix_limit: GB of disk that beginnings which orders share may take while the study
-                runs.
+                runs; for each worker.
+            workers: Processes that run the trials, each with a copy of the model; 1 runs them here.
+            cluster: The address of a Ray cluster that the workers are on, or "auto"; None for
+                processes of this machine.
             command: What was typed to run the study; the report shows it.
             progress: Whether to show a bar on stderr.
 
@@ -879,8 +887,24 @@ class JointCompressor(Session):
             if command is not None:
                 study.trials.note_command(command)
             prefix_bytes = int(prefix_limit * 10**9)
-            study.run(checked, numbers, prefix_bytes=prefix_bytes, progress=progress)
+            run = functools.partial(
+                study.run, checked, numbers, prefix_bytes=prefix_bytes, progress=progress
+            )
+            if workers == 1 and cluster is None:
+                run()
+            else:
+                make = functools.partial(_worker, self, tuple(checked), metric, samples)
+                spec = Spec(make, torch.get_num_threads(), prefix_bytes)
+                with contextlib.closing(crew(spec, workers, cluster)) as shared:
+                    run(crew=shared)
             return report.write(study.trials, folder)
+
+
+def _worker(session: Session, orders: Sequence[Order], metric: str, samples: Samples) -> Worker:
+    """Return a worker of a study, in whichever process it is to work."""
+    with quiet():
+        runner = session.runner(*map(Recipe.of, orders), progress=False)
+        return Worker(runner, session.metric(runner.model, metric), samples)
 
 
 def _one_device(device_map: Any) -> str:

@@ -223,6 +223,7 @@ def test_all_brings_every_extra_that_is_used():
         "hub",
         "lm-eval",
         "plots",
+        "ray",
         "study",
         "vision",
     }
@@ -267,6 +268,7 @@ EXTRA_MODULES = (
     "matplotlib",
     "peft",
     "pyarrow",
+    "ray",
     "rich",
     "sklearn",
 )

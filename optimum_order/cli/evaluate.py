@@ -39,10 +39,10 @@ examples:
   optimum-order evaluate some/model --protocol literature
   optimum-order evaluate out --metric lm_eval:arc_easy --against some/model
 
-With --against, both models are measured on the same samples. Where each of
-them is right or wrong, flips are those that one model gets right and the other
-wrong, and p is how probable so uneven numbers were if both were equally good
-(McNemar's exact test).
+With --against, both models are measured on the same samples. Where a sample
+is right or wrong, flips are those that one model gets right and the other
+wrong; p is how probable so uneven numbers were if both models were equally
+good (McNemar's exact test).
 """
 
     @classmethod

@@ -109,6 +109,18 @@ examples:
             help="disk for the beginnings that orders share, while it runs (default %(default)g)",
         )
         group.add_argument(
+            "--workers",
+            metavar="N",
+            type=int,
+            default=1,
+            help="processes that run trials, each with a copy of the model (default %(default)s)",
+        )
+        group.add_argument(
+            "--cluster",
+            metavar="ADDRESS",
+            help="run the workers on this Ray cluster, or auto for the one of this machine",
+        )
+        group.add_argument(
             "--dry-run",
             action="store_true",
             help="run nothing and read no weight: say how many trials there are, how long they "
@@ -186,6 +198,8 @@ examples:
             orders,
             self._folder,
             prefix_limit=self.args.prefix_limit,
+            workers=self.args.workers,
+            cluster=self.args.cluster,
             command=arguments.typed(),
             **arguments.measurement(self.args),
         )

@@ -8,33 +8,26 @@ on where it was. Several processes may run different draws of one study at once.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import shutil
 import sqlite3
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from optimum_order import files, formats
-from optimum_order.engine.run import Result
+from optimum_order import files
 from optimum_order.engine.runner import Prefixes, Runner
-from optimum_order.errors import DataError, FormatError, ModelError, OutputError
+from optimum_order.errors import DataError, OutputError
 from optimum_order.evaluation import Metric, Samples
-from optimum_order.layers.error import relative_error
-from optimum_order.layers.state import LayerState
-from optimum_order.layers.statistics import Statistics
 from optimum_order.models.source import weights_digest
 from optimum_order.order import Order
 from optimum_order.progress import Bar
-from optimum_order.study.advantage import split_advantage
+from optimum_order.study.crew import TRIES, Crew
 from optimum_order.study.grid import draws_matter, references, with_parts
-from optimum_order.study.trials import ORIGINAL, Row, Trials
-from optimum_order.study.walks import error_correlations, input_statistics
+from optimum_order.study.trials import ORIGINAL, Trials
+from optimum_order.study.worker import Task, Worker, reverse
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +76,7 @@ class Study:
                 f"from {samples.source}."
             )
         self.runner = runner
-        self.metric = metric
-        self.samples = samples
+        self.worker = Worker(runner, metric, samples)
         self.folder = Path(folder)
         self.trials = Trials(
             self.folder,
@@ -101,7 +93,6 @@ class Study:
                 **(settings or {}),
             },
         )
-        self._statistics: tuple[int, dict[str, Statistics]] | None = None
 
     def run(
         self,
@@ -110,6 +101,7 @@ class Study:
         *,
         prefix_bytes: int = 16 * 10**9,
         progress: bool = True,
+        crew: Crew | None = None,
     ) -> None:
         """Run every order with every draw; finished trials are not run again.
 
@@ -120,6 +112,8 @@ class Study:
             draws: Numbers of calibration draws, which share no sample.
             prefix_bytes: Disk space that shared beginnings may take while a draw runs.
             progress: Whether to show a bar on stderr.
+            crew: The workers that run the trials, each with a copy of the model; None runs them
+                here.
 
         Raises:
             OrderError: If an order cannot be run on this model. Nothing is computed first.
@@ -151,12 +145,43 @@ class Study:
             )
             if (ORIGINAL, 0) not in done:
                 bar.set_description("original")
-                self.runner.reset()
-                row = self._measured() | {"bytes": self._bytes(self.runner.original)}
-                self.trials.add({("trials", ORIGINAL, 0): row})
+                self.trials.add({("trials", ORIGINAL, 0): self.worker.original()})
+            if crew is not None:
+                self._share(crew, left, bar)
+                return
             for draw, folder in folders.items():
                 self.runner.prefixes = Prefixes(folder, prefix_bytes)
                 self._draw(draw, [order for number, order in left if number == draw], bar)
+
+    def _share(self, crew: Crew, left: Sequence[tuple[int, Order]], bar: Bar) -> None:
+        """Have workers run trials; store each as soon as it is finished."""
+        done = self.trials.done()
+        tasks = []
+        remaining = dict.fromkeys(left)
+        while remaining:
+            draw, order = next(iter(remaining))
+            back = reverse(order)
+            # both directions of a pair are one task: they are compared layer by layer
+            both = len(order) == 2 and back != order and (draw, back) in remaining
+            task = Task(
+                (order, back) if both else (order,),
+                draw,
+                reverse_done=(str(back), draw) in done,
+            )
+            tasks.append(task)
+            for one in task.orders:
+                del remaining[draw, one]
+        for task, rows in crew.run(tasks):
+            if rows is None:
+                names = ", ".join(f"'{order}'" for order in task.orders)
+                logger.warning(
+                    "The worker that ran %s ended, %d times: the study goes on without.",
+                    names,
+                    TRIES,
+                )
+            else:
+                self.trials.add(rows)
+            bar.update(len(task.orders))
 
     def _draw(self, draw: int, orders: Sequence[Order], bar: Bar) -> None:
         """Run orders with one draw, and hold the prefixes that later ones need."""
@@ -169,88 +194,22 @@ class Study:
                 for order in later
                 for length in range(1, len(order))
             }
-            wanted |= {(draw, _reverse(order)) for order in later if len(order) == 2}
+            wanted |= {(draw, reverse(order)) for order in later if len(order) == 2}
             self._trial(order, draw, wanted)
             self.runner.prefixes.drop(keep=wanted)
             bar.update()
 
     def _trial(self, order: Order, draw: int, wanted: set[tuple[int, Order]]) -> None:
         """Run and measure one order, and store the trial."""
-        node = self.runner.run(order, draw, keep=lambda prefix: (draw, prefix) in wanted)
-        states = node.result.states
-        try:
-            row = self._measured()
-        except ModelError as error:  # the order broke the model: a result, not a reason to stop
-            row = {"performance": None, "error": str(error)}
-        if draw == 0:
-            row["bytes"] = self._bytes(node.result)  # while the model holds them
-        statistics = self._dense(draw)
-        # a layer that was made smaller, or took the place of another, has nothing to compare with
-        originals = {} if node.result.changes else self.runner.original.states
-        row |= {
-            "stages": [str(stage) for stage in order],
-            "seconds": node.seconds,
-            "cpu_seconds": node.cpu_seconds,
-            "sparsity": _mean(states, "sparsity"),
-            "bits": _mean(states, "bits"),
-            "layer_errors": {
-                name: relative_error(original.weight, states[name].weight, statistics.get(name))[0]
-                for name, original in originals.items()
-            },
-        }
-        if draw == 0 and originals:
-            row["correlation"] = error_correlations(self.runner, states)
-        rows: dict[tuple[str, str, int], Mapping[str, Any]] = {("trials", str(order), draw): row}
-        reverse = _reverse(order)
-        is_pair = len(order) == 2 and reverse != order
-        if is_pair and originals and statistics and (str(reverse), draw) in self.trials.done():
-            # a prefix that was stored, unless the disk space was too small
-            others = self.runner.run(reverse, draw).result.states
-            rows["pairs", f"{reverse} | {order}", draw] = {
-                name: dataclasses.astuple(
-                    split_advantage(original.weight, others[name], states[name], statistics[name])
-                )
-                for name, original in originals.items()
-            }
-        self.trials.add(rows)
-
-    def _measured(self) -> Row:
-        """Measure the model as it is now."""
-        wall = time.perf_counter()
-        cpu = time.process_time()
-        batch_size = self.samples.batch_size
-        measurement = self.runner.measure(self.metric, self.samples, batch_size=batch_size)
-        return {
-            "value": measurement.value,
-            "performance": measurement.performance,
-            "performances": measurement.performances.tolist(),
-            "measure_seconds": time.perf_counter() - wall,
-            "measure_cpu_seconds": time.process_time() - cpu,
-        }
-
-    def _dense(self, draw: int) -> dict[str, Statistics]:
-        """Return `input_statistics`, those of the last draw remembered."""
-        if self._statistics is None or self._statistics[0] != draw:
-            self._statistics = draw, input_statistics(self.runner, draw)
-        return self._statistics[1]
-
-    def _bytes(self, result: Result) -> dict[str, int]:
-        """Return the bytes of real weight files by format: the one of "auto", and "sparse"."""
-        targets = {target.name: target for unit in result.units for target in unit.targets}
-        layers = formats.Layers(targets, result.states)
-        contents = formats.Contents(self.runner.model, layers)
-        sizes = {}
-        for name in ("auto", "sparse"):
-            try:
-                codec = formats.choose(contents, name)
-            except FormatError:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                container = formats.container(codec.name)
-                container.write(contents, codec, Path(folder), header={})
-                written = container.files(Path(folder))
-                sizes[codec.name] = sum(file.stat().st_size for file in written)
-        return sizes
+        reverse_done = (str(reverse(order)), draw) in self.trials.done()
+        self.trials.add(
+            self.worker.rows(
+                order,
+                draw,
+                keep=lambda prefix: (draw, prefix) in wanted,
+                reverse_done=reverse_done,
+            )
+        )
 
 
 @contextlib.contextmanager
@@ -270,17 +229,3 @@ def _prefix_folder(folder: Path, draw: int) -> Iterator[Path]:
     shutil.rmtree(path)
     with contextlib.suppress(OSError):  # not empty: another draw is running
         path.parent.rmdir()
-
-
-def _reverse(order: Order) -> Order:
-    return Order(order.stages[::-1])
-
-
-def _mean(states: Mapping[str, LayerState], attribute: str) -> float:
-    """Return the mean of an attribute of layers over all weights."""
-    total = 0.0
-    weights = 0
-    for state in states.values():
-        total += getattr(state, attribute) * state.weight.numel()
-        weights += state.weight.numel()
-    return total / weights

@@ -428,6 +428,8 @@ SHARED = [
     ("llama", "rotate > gptq:4", {}, 2),
     ("llama", "gptq:3 > refit", {}, 2),
     ("llama", "gptq:3 > distill(steps=2)", {}, 2),
+    ("llama", "activations(bits=8, per=tensor) > gptq:4", {}, 2),
+    ("llama", "equalize > gptq:4", {}, 2),
 ]
 """A stage of every kind, with options of a run, and a number of processes. There are 5 samples."""
 

@@ -21,6 +21,7 @@ from optimum_order.order import Order
 from optimum_order.study.grid import draws_matter
 from optimum_order.study.run import Study, _prefix_folder, quiet
 from optimum_order.study.trials import ORIGINAL, TRIALS, Trials
+from optimum_order.study.worker import Worker
 
 ORDERS = [
     "wanda:0.5 > rtn:4",
@@ -248,7 +249,7 @@ def test_processes_share_a_study_by_draw(finished, study, tmp_path, read_rows):
 def test_an_order_that_breaks_the_model_is_a_trial_without_performance(
     compressor, text_file, tmp_path, monkeypatch, read_rows
 ):
-    measured = Study._measured
+    measured = Worker._measured
 
     def fragile(self):
         targets = [target for unit in self.runner.units for target in unit.targets]
@@ -256,7 +257,7 @@ def test_an_order_that_breaks_the_model_is_a_trial_without_performance(
             raise ModelError("The perplexity of window 1 of 4 is not finite.")
         return measured(self)
 
-    monkeypatch.setattr(Study, "_measured", fragile)
+    monkeypatch.setattr(Worker, "_measured", fragile)
     orders = ["magnitude:0.5 > rtn:8", "magnitude:0.1 > rtn:8"]
     options = SMALL | {"draws": 1}
     summary = compressor.study(orders, tmp_path, evaluation=str(text_file), **options)
@@ -352,7 +353,7 @@ def test_means_are_over_weights(make_study, tmp_path):
     states = dict(node.result.states)
     name = next(iter(states))
     states[name] = small.runner.original.states[name]
-    from optimum_order.study.run import _mean
+    from optimum_order.study.worker import _mean
 
     sizes = torch.tensor([state.weight.numel() for state in states.values()], dtype=torch.float64)
     expected = 0.5 * (1 - sizes[0] / sizes.sum())
