@@ -42,7 +42,9 @@ def inputs():
 
     def make(kind="correlated", tokens=64, width=32, seed=0) -> Statistics:
         X = make_inputs(kind, tokens, width, seed)
-        return Statistics(len(X), {Gram: X.T @ X, AbsMax: X.abs().amax(0)})
+        return Statistics(
+            len(X), {Gram: X.T @ X, AbsMax: X.abs().sum(0) if not len(X) else X.abs().amax(0)}
+        )
 
     return make
 

@@ -89,7 +89,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_work(make_model):
     assert "would leave 48 of 48 channels" in order("llama", "width(ratio=0.01, multiple=8)")
     assert "treats all blocks alike" in order("llama", "width(ratio=0.5, targets=*.up_proj)")
     assert "has experts: experts:0.25" in order("mixtral", "width:0.5")
-    assert "Roles unknown for GemmaForCausalLM" in order("gemma", WIDTH)
+    assert "Roles unknown for GptOssForCausalLM" in order("gpt_oss", WIDTH)
     nested = order("llama", f"wanda(pattern=2:4) > {WIDTH}")
     assert "N:M groups of 'wanda(pattern=2:4)' would be none. Put it first." in nested
     groups = order("llama", "rtn(bits=4, group_size=16) > width(ratio=0.5, multiple=8)")
