@@ -79,7 +79,7 @@ def test_each_layer_of_two_towers_has_its_own_width(tmp_path, compressed):
     config = {"quantization_config": json.loads(json.dumps(entry))}
     for full, state in states.items():
         for name in (full, full.removeprefix("model.")):
-            assert codec.scheme_in(config, [name])["weights"]["num_bits"] == state.grid.bits
+            assert codec.scheme_in(config, [name])["bits"] == state.grid.bits
             targets = {t: g for g in entry["config_groups"].values() for t in g["targets"]}
             match = match_targets(name, nn.Linear(1, 1), targets)[0]
             assert targets[match]["weights"]["num_bits"] == state.grid.bits
