@@ -1,8 +1,9 @@
 """Equalize: let columns that read large inputs round more finely, for what others lose by it.
 
 A column of a layer is multiplied by a power of two, and whatever makes the column's input, a norm's
-gain or the rows of another layer, is divided by it. The model computes the same bits. What changes
-is how a quantizer that follows sees the weights: in a group that shares a scale, a larger column is
+gain or the rows of another layer, is divided by it. The model computes the same bits in float32 and
+bfloat16; in float16 small products lose some, and the check on a batch decides. What changes is how
+a quantizer that follows sees the weights: in a group that shares a scale, a larger column is
 rounded by a smaller part of itself. The power of each column is that of its input's size to some
 strength, and the strength of each input is the one at which rounding to nearest moves the outputs
 of its layers least.
