@@ -359,10 +359,11 @@ def large_llama(tmp_path_factory):
 
 # The output goes to files, so that no pipe can fill up.
 _REDIRECT = """
-import os, sys
+import os, signal, sys
 for stream, file in ((1, {out!r}), (2, {err!r})):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
 os.chdir({folder!r})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in the background
 """
 
 
