@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optimum_order import JointCompressor
+from optimum_order import estimate as estimate_module
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError
 from optimum_order.files import weight_bytes
 
@@ -38,7 +39,8 @@ def test_a_schedule_of_blocks_is_one_walk(compressor):
     assert step.forward == 3 * PRODUCTS
 
 
-def test_groups_need_one_forward_and_all_activations_at_once(compressor):
+def test_groups_need_one_forward_and_all_activations_at_once(compressor, monkeypatch):
+    monkeypatch.setattr(estimate_module, "_resident", lambda: 1000)  # three processes of one size
     (block,) = compressor.estimate("gptq:4", pause="block").steps
     estimate = compressor.estimate("gptq:4", pause="group")
     (group,) = estimate.steps
