@@ -433,6 +433,11 @@ class Allocator(Method):
     def fused(self) -> bool:
         """True if layers that read the same input are one group and get the same stage."""
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """True if errors are to be what is added to the loss, for which the run takes gradients."""
+        return False
+
     @abstractmethod
     def candidates(self) -> list[Stage]:
         """Return the stages a layer may be given."""
@@ -482,7 +487,8 @@ class Measured:
         weights: Number of weights that they have together.
         stage: The candidate.
         bits: Width of one weight after it.
-        error: Relative squared error of the output of the block they are in, all else unchanged.
+        error: Relative squared error of the output of the block they are in, all else unchanged;
+            or what is added to the loss, in units that all groups share.
     """
 
     layers: tuple[str, ...]

@@ -3,8 +3,10 @@
 Minimize `sum_g error_g(bits_g)` subject to `sum_g n_g bits_g <= bits * sum_g n_g`, a
 multiple-choice knapsack solved exactly as an integer program. The error of a width is the relative
 squared error of the output of the *block*, with that group alone quantized by the named method: the
-error of a layer's own output does not say how much of the error reaches the residual stream. Layers
-that read the same input are one group by default, since serving engines fuse them.
+error of a layer's own output does not say how much of the error reaches the residual stream. With
+`error=loss` it is what the group adds to the loss, by the gradients that `ecsq` divides its rate
+with: a block whose output matters more then counts for more. Layers that read the same input are
+one group by default, since serving engines fuse them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from optimum_order.backends.base import Allocator, Measured, option
 from optimum_order.backends.uniform import group_size_option, scales_option
 from optimum_order.errors import OrderError
+from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.order import Stage, Value
 
 
@@ -55,6 +58,12 @@ class MixedPrecisionOptions:
         True,
         "one width for layers that read the same input, such as q, k and v, and for all experts",
     )
+    error: str = option(
+        "block",
+        "the error of a width: of the output of the block, or what is added to the loss",
+        check=lambda v: v in ("block", "loss"),
+        allowed="block or loss",
+    )
     first: str = option(
         "together",
         "which layers are quantized first: together goes block by block, weaker starts with the "
@@ -84,6 +93,14 @@ class MixedPrecision(Allocator):
     @property
     def fused(self) -> bool:
         return self.options.fuse
+
+    @property
+    def weighs_outputs(self) -> bool:
+        return self.options.error == "loss"
+
+    @property
+    def uses(self) -> frozenset[type[Accumulator]]:
+        return frozenset({Gram}) if self.weighs_outputs else frozenset()
 
     def candidates(self) -> list[Stage]:
         options = self.options

@@ -107,7 +107,7 @@ def _refuse_useless(sensitivities: Mapping[str, Tensor]) -> None:
     Raises:
         ModelError: If one is NaN or infinite, or all are zero.
     """
-    advice = "Do without: ecsq(rate=..., sensitivity=none)."
+    advice = "Do without: ecsq(rate=..., sensitivity=none), mixed_precision(bits=..., error=block)."
     for name, rows in sensitivities.items():
         if not torch.isfinite(rows).all():
             raise ModelError(

@@ -48,7 +48,7 @@ from optimum_order.engine.recover import recover
 from optimum_order.engine.transform import check_function, transform
 from optimum_order.engine.workdir import Passage, WorkDir
 from optimum_order.errors import OrderError
-from optimum_order.layers.error import relative_error
+from optimum_order.layers.error import added_loss, relative_error
 from optimum_order.layers.packed import Packed, States, is_masked
 from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
@@ -378,7 +378,7 @@ class Passes:
     def measure(self, allocator: Allocator) -> list[Measured]:
         """Measure every candidate on every group of layers, with the rest of the model as it is."""
         units = self.subject.units
-        needs = needs_of(allocator.backends.values())
+        needs = needs_of([allocator, *allocator.backends.values()])
         passage = self._begin(units, f"{allocator.stage}: measuring")
         plain = self._first(lambda: self._measured(allocator, needs, passage))
         rows = {
@@ -406,27 +406,44 @@ class Passes:
         missing = [unit for unit in units if unit.name not in rows]
         execution = dataclasses.replace(self._alone, pause="block")
         if missing:
+            sensitivities = self._sensitivities() if allocator.weighs_outputs else None
             with contextlib.closing(self._walk(missing, needs, execution)) as visits:
                 for visit in visits:
                     rows[visit.unit.name] = [
                         dataclasses.asdict(row) | {"stage": str(row.stage)}
-                        for row in self._try(allocator, visit)
+                        for row in self._try(allocator, visit, sensitivities)
                     ]
                     if passage is not None:
                         self._keep(passage, visit.unit.name, "measured", rows[visit.unit.name])
                     self.bar.update()
         return rows
 
-    def _try(self, allocator: Allocator, visit: Visit) -> Iterator[Measured]:
-        """Try every candidate on every group of layers of a block; leave the block as it was."""
+    def _sensitivities(self) -> dict[str, Tensor]:
+        """Return the mean squared gradient of the loss by each output of each layer, (out,)."""
+        samples = list(itertools.islice(single_samples(self.subject.batches), Profiler.profiled))
+        rows = output_sensitivities(self.subject.model, self.subject.units, samples)
+        return {name: gradients.mean(0) for name, gradients in rows.items()}
+
+    def _try(
+        self, allocator: Allocator, visit: Visit, sensitivities: Mapping[str, Tensor] | None
+    ) -> Iterator[Measured]:
+        """Try every candidate on every group of layers of a block; leave the block as it was.
+
+        Args:
+            allocator: Whose candidates they are.
+            visit: The block.
+            sensitivities: Of the loss, by each output; None to measure the output of the block.
+        """
         groups: dict[str, list[Target]] = defaultdict(list)
         for target in visit.targets:
             if not allocator.covers(target.name, target.kind):
                 continue
             alone = "experts" if target.kind == "expert" else visit.leaders[target.name]
             groups[alone if allocator.fused else target.name].append(target)
-        before = visit.outputs()
-        size = before.square().sum()
+        if sensitivities is None:
+            error_of = _block_error(visit)
+        else:
+            error_of = functools.partial(_added_loss, visit, sensitivities)
         for group in groups.values():
             states = {t.name: self._brought(self.result.states[t.name]) for t in group}
             states = {t.name: dataclasses.replace(states[t.name], weight=t.read()) for t in group}
@@ -436,8 +453,7 @@ class Passes:
                     statistics = visit.statistics[target.name]
                     after = backend.apply(states[target.name], statistics, where=target.name)
                     target.write(after.weight)
-                error = ((visit.outputs() - before).square().sum() / size).item()
-                yield Measured(tuple(states), weights, stage, after.bits, error)
+                yield Measured(tuple(states), weights, stage, after.bits, error_of(states))
             for target in group:
                 target.write(states[target.name].weight)
 
@@ -886,6 +902,42 @@ class Passes:
         passage.save(unit, kind, value, keep=keep)
         if self.execution.streams and self.work is not None:
             self.work.wait()  # memory matters more than time
+
+
+def _block_error(visit: Visit) -> Callable[[Mapping[str, LayerState]], float]:
+    """Return a function that gives the relative squared error of the output of a block."""
+    before = visit.outputs()
+    size = before.square().sum()
+    return lambda _: ((visit.outputs() - before).square().sum() / size).item()
+
+
+def _added_loss(
+    visit: Visit, sensitivities: Mapping[str, Tensor], states: Mapping[str, LayerState]
+) -> float:
+    """Return what layers that were changed add to the loss.
+
+    Args:
+        visit: Their block.
+        sensitivities: Of the loss, by each output of each layer.
+        states: The layers before, by name.
+
+    Raises:
+        OrderError: If the loss has no gradient by the outputs of one.
+    """
+    total = 0.0
+    for target in visit.targets:
+        if target.name not in states:
+            continue
+        if target.name not in sensitivities:
+            raise OrderError(
+                f"error=loss needs the gradient of the loss by the outputs of '{target.name}', an "
+                f"{target.kind} layer that has none. Use error=block."
+            )
+        before = states[target.name].weight
+        delta = target.read().to(before.device).float() - before.float()
+        gram, sensitivity = visit.statistics[target.name][Gram], sensitivities[target.name]
+        total += added_loss(delta, gram, sensitivity.to(delta.device))
+    return total
 
 
 def _biases(folds: Iterable[Fold]) -> set[str]:

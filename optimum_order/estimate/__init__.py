@@ -482,7 +482,7 @@ class _Walks:
     def measure(self, allocator: Allocator) -> list[Measured]:
         """Note the walk of an allocator, and guess the table."""
         tried = tuple(allocator.backends)
-        needs = needs_of(allocator.backends.values())
+        needs = needs_of([allocator, *allocator.backends.values()])
         self.walks.append(_Walk(f"{allocator.stage}: measuring", {}, tried, needs))
         return list(guessed(allocator, self._units, self._costs, self._laboratory))
 

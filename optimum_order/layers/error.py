@@ -23,6 +23,21 @@ def squared_error(delta: Tensor, statistics: Statistics) -> float:
     return products.sum(dtype=torch.float64).item()
 
 
+def added_loss(delta: Tensor, gram: Tensor, sensitivity: Tensor) -> float:
+    """Return `1/2 sum_r s_r (delta H delta^T)_rr`, the loss added to the second order.
+
+    Args:
+        delta: (out, in), the difference of two weights.
+        gram: (in, in), `H` of the layer's inputs.
+        sensitivity: (out,), the mean squared gradient of the loss by each output.
+
+    Source: Hassibi & Stork 1993, with the Fisher information of the outputs as the Hessian.
+    """
+    delta = delta.float()
+    rows: Tensor = torch.linalg.vecdot(delta @ gram, delta)
+    return (rows.double() @ sensitivity.double()).item() / 2
+
+
 def relative_error(
     before: Tensor, after: Tensor, statistics: Statistics | None
 ) -> tuple[float, str]:

@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_order import JointCompressor
 from optimum_order.backends import Measured
+from optimum_order.backends.base import needs_of
 from optimum_order.engine.recipe import method
-from optimum_order.errors import OrderError
+from optimum_order.errors import OrderError, OutputError
+from optimum_order.layers.statistics import Gram
 from optimum_order.order import Stage
 
 WIDTHS = (2, 3, 4, 8)
@@ -118,6 +121,25 @@ def test_fused_is_what_fuse_says():
     assert not allocator(4, fuse=False).fused
 
 
+def test_errors_of_the_loss_need_gradients_and_inputs():
+    for quantizer in ("gptq", "rtn"):
+        plain, weighed = (allocator(4, quantizer=quantizer, error=e) for e in ("block", "loss"))
+        assert not plain.weighs_outputs and weighed.weighs_outputs
+        assert Gram in needs_of([weighed]) and Gram not in needs_of([plain])
+
+
+def test_errors_of_the_loss_are_refused_for_a_model_that_is_read_in_blocks(tmp_path):
+    compressor = JointCompressor.from_pretrained("tiny-llama", calibration_samples=2)
+    with pytest.raises(OutputError, match="takes gradients.*or error=loss"):
+        compressor.compress(
+            "mixed_precision(bits=4, error=loss)",
+            work_dir=tmp_path / "work",
+            low_memory=True,
+            progress=False,
+        )
+    assert not (tmp_path / "work").exists()
+
+
 def test_bad_options_are_refused():
     rising = "'widths' .* must be a rising list of integers in 2..8"
     for options, message in [
@@ -139,6 +161,7 @@ def test_bad_options_are_refused():
         ({"bits": 4, "widths": 4}, rising),
         ({"bits": 4, "quantizer": "wanda"}, "'quantizer' .* must be gptq or rtn, got 'wanda'"),
         ({"bits": 4, "first": "last"}, "'first' .* must be together, weaker or stronger"),
+        ({"bits": 4, "error": "layer"}, "'error' .* must be block or loss, got 'layer'"),
     ]:
         with pytest.raises(OrderError, match=message):
             method(Stage("mixed_precision", **options))

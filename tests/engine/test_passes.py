@@ -11,6 +11,7 @@ from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.calibration.walk import walk
 from optimum_order.engine import passes
 from optimum_order.engine.recipe import SCHEDULES, method
+from optimum_order.errors import OrderError
 from optimum_order.layers.inputs import InputGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Drift, Gram
@@ -213,6 +214,31 @@ class TestMixedPrecision:
         order = "mixed_precision(bits=4, quantizer=rtn, widths=[2,4,8])"
         for name, bits in bits_of(run(model, order, batches)).items():
             assert bits == 2 if ".self_attn." in name else bits >= 4
+
+    @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+    def test_gives_few_bits_to_a_block_that_the_loss_does_not_depend_on(
+        self, make_model, batches, run, quantizer
+    ):
+        """The last block writes where no logit reads; the errors of its output are as large as ever."""
+        widths = {}
+        for error in ("block", "loss"):
+            model = make_model("llama")
+            half = len(model.model.norm.weight) // 2
+            model.model.norm.weight.data[:half] = 0
+            last = model.model.layers[1]
+            for layer in (last.self_attn.o_proj, last.mlp.down_proj):
+                layer.weight.data[half:] = 0
+            order = f"mixed_precision(bits=4, quantizer={quantizer}, widths=[2,4,6], error={error})"
+            widths[error] = bits_of(run(model, order, batches))
+        inside = [name for name in widths["loss"] if name.startswith("model.layers.1.")]
+        assert all(widths["loss"][name] == 2 for name in inside)
+        assert any(widths["block"][name] > 2 for name in inside)
+        assert all(width > 2 for name, width in widths["loss"].items() if name not in inside)
+
+    def test_needs_gradients_by_the_outputs_of_each_layer(self, make_model, batches, run):
+        model = make_model("qwen3_moe")
+        with pytest.raises(OrderError, match="an expert layer that has none. Use error=block"):
+            run(model, "mixed_precision(bits=4, error=loss)", batches)
 
     def test_of_one_width_is_that_quantizer(self, make_model, batches, run, weights_of, equal):
         """Measuring the candidates leaves nothing behind in the model."""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_order.layers.error import relative_error, squared_error
+from optimum_order.layers.error import added_loss, relative_error, squared_error
 from optimum_order.layers.statistics import Gram, SquaredNorms, Statistics
 from optimum_order.testing import gaussian
 
@@ -50,3 +50,12 @@ def test_inputs_that_no_token_reached_say_nothing():
 def test_a_layer_of_zeros_has_no_relative_error():
     zeros = torch.zeros(4, 32)
     assert relative_error(zeros, zeros, None) == (0.0, "weights")
+
+
+def test_an_added_loss_weighs_the_errors_of_outputs():
+    X = gaussian(50, 32)
+    delta = gaussian(4, 32, seed=1)
+    sensitivity = torch.tensor([0.0, 1.0, 2.0, 0.5])
+    expected = ((X @ delta.T).square().sum(0) * sensitivity).sum() / 2
+    gram = Statistics.of(X, [Gram])[Gram]
+    assert added_loss(delta, gram, sensitivity) == pytest.approx(expected.item(), rel=1e-5)
