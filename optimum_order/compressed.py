@@ -26,7 +26,7 @@ from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
-from optimum_order.evaluation import Measurement, Metric, Samples
+from optimum_order.evaluation import Measurement, Metric, Samples, named
 from optimum_order.files import html_table, size
 from optimum_order.formats import transcode
 from optimum_order.layers.state import LayerState
@@ -270,8 +270,8 @@ class CompressedModel:
 
         Args:
             source: As for `calibration`; all of it is used.
-            metric: "perplexity", "accuracy", "fidelity", "lm_eval:TASKS" for tasks of lm-eval, or
-                "auto" for the usual one of the model's kind.
+            metric: "perplexity", "accuracy", "fidelity", "embedding", "lm_eval:TASKS" for tasks of
+                lm-eval, or "auto" for the usual one of the model's kind.
             format: The format it is to be saved in.
             unproven: As in `save_pretrained`.
             engine: As in `save_pretrained`.
@@ -287,9 +287,9 @@ class CompressedModel:
                 "With 'low_memory' the weights are on the disk: save the model, load it, and "
                 "measure that."
             )
-        if self._folder is not None and metric == "fidelity":
+        if self._folder is not None and metric != "auto" and named(metric).needs_reference:
             raise ModelError(
-                "'fidelity' compares with the model before compression, which a saved model does "
+                f"'{metric}' compares with the model before compression, which a saved model does "
                 "not hold. Measure perplexity or accuracy, or compress again and measure then."
             )
         samples = self._session.evaluation_samples(source, metric=metric)

@@ -600,8 +600,8 @@ class JointCompressor(Session):
 
         Args:
             source: As for `calibration`; or "literature" for WikiText-2 as papers measure on it.
-            metric: "perplexity", "accuracy", "fidelity", "lm_eval:TASKS" for tasks of lm-eval, or
-                "auto" for the usual one of the model's kind.
+            metric: "perplexity", "accuracy", "fidelity", "embedding", "lm_eval:TASKS" for tasks of
+                lm-eval, or "auto" for the usual one of the model's kind.
             samples: Windows from all over the text, or images; by default all of them.
             progress: Whether to show a bar on stderr.
 

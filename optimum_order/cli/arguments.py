@@ -34,7 +34,7 @@ ENGINES = ("transformers", "peft", "vllm", "llama.cpp")
 FORMATS = (
     *("auto", "dense", "compressed-tensors", "gptq", "bitsandbytes", "gguf", "sparse", "coded"),
 )
-METRICS = ("auto", "perplexity", "accuracy", "fidelity", "lm_eval")
+METRICS = ("auto", "perplexity", "accuracy", "fidelity", "embedding", "lm_eval")
 PAUSES = ("auto", "block", "group")
 PROTOCOLS = ("literature",)
 SCHEDULES = ("stage", "block")

@@ -65,9 +65,10 @@ good (McNemar's exact test).
         args = self.args
         arguments.check_names(args)
         arguments.apply_protocol(args)
-        if args.against is not None and args.metric == "fidelity":
+        if args.against is not None and args.metric in ("fidelity", "embedding"):
             raise ModelError(
-                "'fidelity' compares with the original itself: take another metric with --against."
+                f"'{args.metric}' compares with the original itself: take another metric with "
+                "--against."
             )
         measured = self._measured(args)
         result = {"model": args.model, **measured.as_dict()}

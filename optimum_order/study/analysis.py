@@ -35,6 +35,12 @@ _MEASURES = {
         "{} nats of KL to the original",
         1,
     ),
+    "embedding": (
+        "minus cosine distance to the original",
+        "cosine distance to the original",
+        "{} in cosine distance to the original",
+        1,
+    ),
 }
 _INDEPENDENT = 0.05
 _WEAK = 0.2

@@ -45,7 +45,7 @@ def windows():
 def test_metrics_are_found_by_name():
     assert available()["perplexity"] is Perplexity
     assert {name: metric.name for name, metric in available().items()} == {
-        name: name for name in ("accuracy", "fidelity", "lm_eval", "perplexity")
+        name: name for name in ("accuracy", "embedding", "fidelity", "lm_eval", "perplexity")
     }
 
 
