@@ -145,8 +145,8 @@ def read(file: str | Path) -> Config:
     if text.count("[") + text.count("{") > _MOST_BYTES // 64:
         raise OrderError(f"The recipe '{path}' is no recipe: its lists are nested too deep.")
     try:
-        # safe: a subclass of SafeLoader that takes fewer documents still
-        options = yaml.load(text, Loader=_Loader)
+        # a subclass of SafeLoader that takes fewer documents still
+        options = yaml.load(text, Loader=_Loader)  # noqa: S506
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark is not None else ""

@@ -252,7 +252,7 @@ def _finish(command: Sequence[str], scratch: str, load: Load) -> str | None:
     }
     log = Path(scratch) / "log"
     with log.open("wb") as stream:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - a program that the user named, and no shell
             command,
             cwd=scratch,
             env=environment,
