@@ -31,6 +31,14 @@ def test_every_scheme_is_read_back():
         assert Scheme.read(again) == scheme
 
 
+def test_a_token_gets_its_scale_when_it_is_read_and_a_tensor_from_data():
+    for inputs in INPUTS[1:]:
+        arguments = Scheme(8, -1, inputs=inputs).input_activations()
+        assert arguments.dynamic is inputs.endswith("token")
+        assert arguments.num_bits == 8
+        assert arguments.type == ("float" if inputs.startswith("fp8") else "int")
+
+
 def test_the_name_of_the_format_follows_from_weights_and_inputs():
     assert Scheme(4, 32).format == PACKED
     assert Scheme(8, -1, inputs="int8 per token").format == "int-quantized"
