@@ -256,10 +256,10 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 40 seconds, 12 minutes, 3.5 hours, 2 days."""
+    """Return a time as people say it: 40 seconds, 12 minutes, 3.5 hours, 190 days."""
     for unit, length in (("day", 86400.0), ("hour", 3600.0), ("minute", 60.0)):
         if seconds >= 1.5 * length:
-            return f"{seconds / length:.2g} {unit}s"
+            return f"{float(f'{seconds / length:.2g}'):g} {unit}s"
     return f"{max(seconds, 1):.0f} second{'' if seconds < 1.5 else 's'}"
 
 

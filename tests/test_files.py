@@ -173,6 +173,7 @@ def test_sizes_are_in_units_that_people_read():
 def test_times_are_said_as_people_say_them():
     said = [files.duration(seconds) for seconds in (0.2, 40, 100, 12 * 60, 3.5 * 3600, 2.1 * 86400)]
     assert said == ["1 second", "40 seconds", "1.7 minutes", "12 minutes", "3.5 hours", "2.1 days"]
+    assert files.duration(187.3 * 86400) == "190 days"
 
 
 def test_what_a_disk_has_no_room_for_is_refused(tmp_path, monkeypatch):
