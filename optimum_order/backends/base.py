@@ -378,6 +378,15 @@ class Backend(Method):
         result.check(where)
         return dataclasses.replace(result, original=None)
 
+    def tried(self, state: LayerState, statistics: Statistics | None = None) -> LayerState:
+        """Return a small layer of made-up values after the method, for an estimate.
+
+        Args:
+            state: The layer before.
+            statistics: Its inputs, made up too.
+        """
+        return self.apply(state, statistics)
+
     def run(self, engine: Engine, joined: Sequence[Backend]) -> None:
         engine.apply(joined)
 
@@ -736,11 +745,12 @@ class Recovery(Method):
         """How often `report` is called at most."""
         return 0
 
-    def outline(self, state: LayerState) -> LayerState:
-        """Return a layer as it will be, of which shapes, dtypes and grid count; nothing is learned.
+    def tried(self, state: LayerState, statistics: Statistics | None = None) -> LayerState:
+        """Return a layer as it will be, of which shapes and dtypes count; nothing is learned.
 
         Args:
             state: The layer before; one that the method covers.
+            statistics: Not read.
         """
         return state
 

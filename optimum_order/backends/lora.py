@@ -22,6 +22,7 @@ from optimum_order.backends.eora import rank_option, why_no_rank
 from optimum_order.backends.learning import Learning, Student, rate_option, steps_option
 from optimum_order.layers.low_rank import LowRank
 from optimum_order.layers.state import LayerState
+from optimum_order.layers.statistics import Statistics
 
 if TYPE_CHECKING:  # transformers takes seconds
     from transformers import PreTrainedModel
@@ -52,7 +53,7 @@ class Lora(Learning):
     def check_shape(self, shape: tuple[int, int]) -> str | None:
         return why_no_rank(self.options.rank, shape)
 
-    def outline(self, state: LayerState) -> LayerState:
+    def tried(self, state: LayerState, statistics: Statistics | None = None) -> LayerState:
         if state.adapter is not None:
             return state
         rows, inputs = state.weight.shape

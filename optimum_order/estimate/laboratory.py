@@ -195,12 +195,11 @@ class Laboratory:
 
     def _compress(self, stage: Stage, before: LayerState, seen: Statistics | None) -> LayerState:
         chosen = method(stage)
-        if isinstance(chosen, Recovery):
-            return chosen.outline(before)
         if chosen.reads_original:
             original = self._state((), *before.weight.shape).weight
             before = dataclasses.replace(before, original=original)
-        return cast(Backend, chosen).apply(before, seen)
+        # neither reshapers nor transforms are tried
+        return cast(Backend | Recovery, chosen).tried(before, seen)
 
     def _check(self, before: LayerState, after: LayerState, seen: Statistics | None) -> None:
         with precision.products(torch.bfloat16, self.device):  # as the pipeline does it

@@ -122,11 +122,11 @@ def test_its_bytes_are_foreseen(tmp_path, learning):
     assert compressed.manifest["bytes"]["after"] == mine.result_bytes(order, "compressed-tensors")
 
 
-def test_an_outline_has_the_rank_and_keeps_an_adapter():
+def test_what_is_tried_has_the_rank_and_keeps_an_adapter():
     lora = method(Stage.parse("lora(steps=5, rank=3)"))
     assert isinstance(lora, Lora)
-    outlined = lora.outline(LayerState(gaussian(16, 32)))
-    assert outlined.adapter.a.shape == (3, 32) and outlined.adapter.b.shape == (16, 3)
+    tried = lora.tried(LayerState(gaussian(16, 32)))
+    assert tried.adapter.a.shape == (3, 32) and tried.adapter.b.shape == (16, 3)
     adapter = LowRank.rounded(gaussian(5, 32), gaussian(16, 5), torch.float16)
     state = LayerState(gaussian(16, 32), adapter=adapter)
-    assert lora.outline(state) is state
+    assert lora.tried(state) is state
