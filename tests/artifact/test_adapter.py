@@ -90,6 +90,13 @@ def test_its_bytes_are_counted_and_foreseen(saved, compressed, format):
     assert facts["bytes"]["after"] == weights + file.stat().st_size
     stored = sum(state.adapter.nbytes for state in compressed.layers.values())
     assert stored < file.stat().st_size < 1.5 * stored
+    shapes = [layer["shape"] for layer in facts["layers"].values()]
+    weights = sum(rows * inputs for rows, inputs in shapes)
+    per_weight = 8 * facts["bytes"]["adapter"] / weights
+    least = {"dense": 32, "compressed-tensors": 4, "sparse": 4}[format]
+    assert facts["bytes"]["per_weight_bits"] > least + 0.99 * per_weight
+    if format == "dense":
+        assert facts["bytes"]["per_weight_bits"] == round(32 + per_weight, 4)
     assert facts["requires"][-1] == "peft"
     assert facts["layers"]["model.layers.0.mlp.up_proj"]["adapter"]["rank"] == 8
     if format != "sparse":

@@ -187,6 +187,17 @@ def test_the_model_computes_with_the_adapter_and_its_weights_stay(make_compresso
     assert torch.equal(by_hand(after, before.model), logits(after.model))
 
 
+def test_later_blocks_read_what_earlier_ones_compute_with_their_adapters(make_compressor):
+    """Wherever a run pauses: a layer that is called already would not see its own adapter."""
+    compressor = make_compressor()
+    by_block, by_group = (
+        compressor.compress(ORDER, pause=pause, progress=False) for pause in ("block", "group")
+    )
+    for name, state in by_block.layers.items():
+        assert torch.equal(state.adapter.a, by_group.layers[name].adapter.a), name
+        assert torch.equal(state.adapter.b, by_group.layers[name].adapter.b), name
+
+
 def test_it_is_compared_with_the_weights_after_a_rotation(make_compressor):
     """The weights of the checkpoint would be those of another basis."""
     compressor = make_compressor()
