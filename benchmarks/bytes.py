@@ -89,7 +89,8 @@ def _row(
     with tempfile.TemporaryDirectory() as folder:
         compressed.save_pretrained(Path(folder) / "out")
         facts = manifest.load(Path(folder) / "out")
-        size = sum(path.stat().st_size for path in (Path(folder) / "out").iterdir())
+        saved = (path for path in (Path(folder) / "out").rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in saved)
         again = _reloaded(compressor, Path(folder) / "out", text) if reload else {}
     measured = compressed.evaluate(text, metric, progress=False)
     if metric == "embedding":
@@ -108,8 +109,12 @@ def _row(
 
 
 def _reloaded(compressor: JointCompressor, folder: Path, text: Any) -> dict[str, float]:
-    """Return the perplexity of what stock transformers makes of a folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    """Return the perplexity of what stock transformers, with PEFT, makes of a folder."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    if (folder / "adapter").is_dir():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder / "adapter")
     samples = compressor.evaluation_samples(text)
     metric = compressor.metric(model, "perplexity")
     measured = metric.measure(model, samples, batch_size=samples.batch_size, progress=False)

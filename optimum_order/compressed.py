@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order import formats
+from optimum_order.artifact import adapter, hub, manifest
 from optimum_order.artifact import folder as artifact
-from optimum_order.artifact import hub, manifest
 from optimum_order.artifact.config import Config
 from optimum_order.artifact.config import recipe as recipe_of
 from optimum_order.artifact.convert import convert
@@ -580,6 +580,7 @@ class CompressedModel:
             "bits": state.bits,
             "group_size": getattr(state.grid, "group_size", None),
             **({} if state.inputs is None else {"inputs": state.inputs.words}),
+            **({} if state.adapter is None else {"adapter": adapter.describe(state.adapter)}),
             "sparsity": round(state.sparsity, 6),
             "pruned": 0 if state.pruned is None else int(state.pruned.sum()),
             "pattern": next((p for p in reversed(patterns) if p != "none"), None),

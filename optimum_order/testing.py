@@ -464,8 +464,20 @@ class BackendContract:
     def states(self) -> Iterator[tuple[LayerState, str]]:
         """Yield layers as earlier stages may leave them, and words for a message.
 
-        One row is zeros, another is wholly pruned, and so are groups of a third.
+        One row is zeros, another is wholly pruned, and so are groups of a third. A backend that
+        reads the original weight is given one.
         """
+        for state, case in self._states():
+            yield self.with_original(state), case
+
+    def with_original(self, state: LayerState) -> LayerState:
+        """Return a layer with a weight near its own as the original, if the backend reads one."""
+        if not self.backend.reads_original:
+            return state
+        near = state.weight + 0.1 * gaussian(*self.shape, 7).to(state.weight.dtype)
+        return dataclasses.replace(state, original=near)
+
+    def _states(self) -> Iterator[tuple[LayerState, str]]:
         for dtype in DTYPES:
             weight = gaussian(*self.shape).to(dtype)
             weight[1] = 0.0
@@ -522,12 +534,16 @@ class BackendContract:
                 assert after.grid is not None, f"{case}: left the grid"
 
     def test_a_pruner_removes_and_a_quantizer_rounds(self) -> None:
-        """A pruner has a mask; others leave it as it is, and those of inputs the weight too."""
+        """A pruner has a mask; others leave it as it is, some of them the weight too."""
         sparser = 0
         for _, before, after, case in self.results():
             if self.backend.kind == "inputs":
                 assert after.inputs is not None, case
                 assert same(after, dataclasses.replace(before, inputs=after.inputs)), case
+            elif self.backend.kind == "adapt":
+                assert after.adapter is not None, case
+                plain = dataclasses.replace(after, adapter=None, notes=before.notes)
+                assert same(plain, dataclasses.replace(before, original=None)), case
             elif self.backend.kind == "quantize":
                 assert after.grid is not None, case
                 assert torch.equal(after.mask, before.mask), f"{case}: the mask has changed"
@@ -561,7 +577,7 @@ class BackendContract:
         zeros = torch.zeros(self.shape)
         for backend in self.backends():
             for state in (LayerState(zeros), LayerState(zeros, torch.ones_like(zeros).bool())):
-                after = backend.apply(state, self.statistics())
+                after = backend.apply(self.with_original(state), self.statistics())
                 assert not integers(after.weight).any(), f"{backend.stage}"
                 assert state.pruned is None or after.mask.all()
 
@@ -571,11 +587,12 @@ class BackendContract:
         inputs = self.shape[1]
         for X in (gaussian(1, inputs), torch.zeros(9, inputs), gaussian(9, inputs) * 1e10):
             for backend in self.backends():
-                backend.apply(LayerState(weight), Statistics.of(X, backend.needs))
+                state = self.with_original(LayerState(weight))
+                backend.apply(state, Statistics.of(X, backend.needs))
 
     def test_a_layer_that_no_token_reached_is_treated_by_a_rule_that_needs_none(self) -> None:
         """Statistics of no tokens are taken as white noise, and a note says so."""
-        state = LayerState(gaussian(*self.shape))
+        state = self.with_original(LayerState(gaussian(*self.shape)))
         for backend in self.backends():
             idle = Statistics.of(torch.zeros(0, self.shape[1]), backend.needs)
             after = backend.apply(state, idle)
@@ -593,7 +610,7 @@ class BackendContract:
 
     def test_a_backend_is_not_run_without_its_statistics(self) -> None:
         """A missing statistic raises InvariantError, and no other backend asks."""
-        state = LayerState(gaussian(*self.shape))
+        state = self.with_original(LayerState(gaussian(*self.shape)))
         for backend in self.backends():
             for statistics in (None, Statistics(5, {})):
                 refusal = None

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from optimum_order import formats
+from optimum_order.artifact import adapter
 from optimum_order.artifact.manifest import PLOT
 from optimum_order.data.splits import SHORTCUTS
 from optimum_order.data.text import LITERATURE
@@ -103,6 +104,8 @@ def make(
     for key in set(metadata or {}) - _OURS:
         data[key] = (metadata or {})[key]
     codec = formats.available()[manifest["format"]]
+    adapted = bool(adapter.named(manifest))
+    packages = (*codec.packages, *([adapter.PACKAGE] if adapted else []))
     arguments = f'"{task}", model="{repo_id}"'
     if revision:
         arguments += f', revision="{revision}"'
@@ -117,7 +120,10 @@ def make(
         repo_id=repo_id,
         task=task,
         format=codec,
-        packages=("transformers", "torch", *map(shlex.quote, codec.packages)),
+        packages=("transformers", "torch", *map(shlex.quote, packages)),
+        auto=auto.__name__,
+        adapter=adapter.FOLDER if adapted else None,
+        at_revision=f', revision="{revision}"' if revision else "",
         arguments=arguments,
         base=_base(manifest["base_model"]),
         diagram=diagram(manifest),
@@ -214,6 +220,8 @@ def _serving(manifest: Manifest, repo_id: str, codec: type[formats.Codec]) -> li
         repo_id: Where the model will be.
         codec: Its format.
     """
+    if adapter.named(manifest):
+        return [("transformers", "the code above: an engine must add the adapter, as PEFT does.")]
     vllm = engines.engine("vllm")
     text = f"was not seen to load these layers as `{codec.name}`: tried was {vllm.title}."
     if all(map(vllm.loads, _cases(manifest))):
@@ -311,6 +319,7 @@ def _figures(manifest: Manifest) -> list[tuple[str, str, str]]:
     return [
         *rows,
         ("weights on disk", original, size(bytes_["after"])),
+        *([("of these, the adapter", "", size(bytes_["adapter"]))] if "adapter" in bytes_ else []),
         ("bits per compressed weight, scales included", "", bits),
         ("compressed weights that are removed", "", f"{manifest['sparsity']:.1%}"),
     ]

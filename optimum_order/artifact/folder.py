@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimum_order import files, formats
-from optimum_order.artifact import config, manifest
+from optimum_order.artifact import adapter, config, manifest
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.formats import Codec, Contents
 from optimum_order.formats.older import keep_tokenizer
@@ -192,6 +192,10 @@ def save(
         written = container.write(
             contents, codec, folder, header=header, max_shard_size=max_shard_size
         )
+        # no state is read again for nothing: each may lie on the disk
+        states = [(name, contents.layers.states[name]) for name in adapter.named(facts)]
+        adapters = {name: state.adapter for name, state in states if state.adapter is not None}
+        beside = adapter.write(adapters, contents.model, folder) if adapters else 0
         if contents.processor is not None:
             _save_processor(contents.processor, folder)
             keep_tokenizer(contents.processor, folder)
@@ -203,9 +207,9 @@ def save(
         recipe = config.text(facts | {"format": codec.name})
         (folder / config.FILE).write_text(recipe, encoding="utf-8")
         logger.info("Hashing the files that were written")
-        weights = sum(file.stat().st_size for file in container.files(folder))
+        weights = beside + sum(file.stat().st_size for file in container.files(folder))
         count = sum(math.prod(layer["shape"]) for layer in facts["layers"].values())
-        bits = round(8 * written.bytes / count, 4)
+        bits = round(8 * (written.bytes + beside) / count, 4)
         layers = {
             name: layer | {"stored": written.stored.get(name)}
             for name, layer in facts["layers"].items()
@@ -220,9 +224,11 @@ def save(
         }
         added = {
             "format": codec.name,
-            "requires": list(codec.packages),
+            "requires": [*codec.packages, *([adapter.PACKAGE] if adapters else [])],
             "layers": layers,
-            "bytes": facts["bytes"] | {"after": weights, "per_weight_bits": bits},
+            "bytes": facts["bytes"]
+            | {"after": weights, "per_weight_bits": bits}
+            | ({"adapter": beside} if adapters else {}),
             "files": listed,
         }
         return manifest.write(facts | added, folder)

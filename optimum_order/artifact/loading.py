@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_order import formats
+from optimum_order.artifact import adapter
 from optimum_order.errors import ArtifactError
 from optimum_order.files import read_json
 from optimum_order.formats import Container, Layers, Layout
@@ -80,7 +81,13 @@ def load(folder: Path, facts: Mapping[str, Any] | None) -> Loaded:
     layers = _layers(folder, container, stored, model)
     if facts is not None:
         pruned = {name: entry["pruned"] for name, entry in facts["layers"].items()}
-        layers = Layers(layers.targets, _with_masks(layers.states, pruned))
+        states = _with_masks(layers.states, pruned)
+        for adapted, low_rank in adapter.read(folder, facts).items():
+            if layers.targets[adapted].kind != "linear":
+                raise ArtifactError(f"'{folder}' has an adapter of '{adapted}', which takes none.")
+            states[adapted] = dataclasses.replace(states[adapted], adapter=low_rank)
+            layers.targets[adapted].put(states[adapted])
+        layers = Layers(layers.targets, states)
     return Loaded(model, layers, unloaded)
 
 

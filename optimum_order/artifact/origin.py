@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_order import formats
-from optimum_order.artifact import hub, manifest
+from optimum_order.artifact import adapter, hub, manifest
 from optimum_order.artifact.loading import Loaded, format_of, load
 from optimum_order.artifact.verify import verify
 from optimum_order.errors import ArtifactError, ModelError
@@ -85,7 +85,7 @@ class Origin(Checkpoint):
 
     @property
     def bytes(self) -> int:
-        """Size of the weight files on disk in bytes."""
+        """Size of the weight files on disk in bytes, without an adapter."""
         name = format_of(self.origin) if self._facts is None else self._facts["format"]
         return sum(file.stat().st_size for file in formats.container(name).files(self.origin))
 
@@ -113,6 +113,12 @@ class Origin(Checkpoint):
         """
         states = self.loaded().layers.states
         if self._facts is not None:
+            if adapter.named(self._facts):
+                raise ModelError(
+                    f"'{self.id}' has an adapter, made for the weights that its layers have, and "
+                    "no run goes on from it. Compress the model that it was made from, with all "
+                    "stages in one order and the adapter last."
+                )
             _check(self._facts, states)
         return states
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from optimum_order import formats
-from optimum_order.artifact import manifest
+from optimum_order.artifact import adapter, manifest
 from optimum_order.artifact.folder import values_digest
 from optimum_order.errors import ArtifactError
 from optimum_order.files import entries, is_folder, read_json, sha256
@@ -163,6 +163,9 @@ def _layers(
             f"the manifest's sparsity is {facts.get('sparsity')}, that of its layers "
             f"{pruned / total:.6f}."
         )
+    for name, low_rank in adapter.read(folder, facts).items():
+        if adapter.describe(low_rank) != layers[name]["adapter"]:
+            yield f"layer {name} has another adapter than the one that was measured."
     stored = {name: entry.get("stored") for name, entry in layers.items()}
     for name, state in container.read(folder, stored):
         if problem := _difference(state, layers[name]):

@@ -28,8 +28,10 @@ if TYPE_CHECKING:  # transformers takes seconds
 
     from optimum_order.models.architecture import Block, Layer, Roles
 
-KINDS = ("prune", "quantize", "inputs", "allocate", "reshape", "transform", "recover")
+KINDS = ("prune", "quantize", "inputs", "allocate", "reshape", "transform", "recover", "adapt")
 """Values of `Method.kind`."""
+COMPRESSING = ("prune", "quantize", "allocate")
+"""Kinds of methods after which a layer is no longer what it was."""
 IDLE = "no calibration token reached this layer"
 """In the notes of a layer that was compressed without data, by a method that uses data."""
 NO_ZERO = "Prune first, quantize with zero=true, or prune with off_grid=true."
@@ -121,6 +123,11 @@ class Method(ABC):
     """True if the method runs the model on calibration samples, whatever it `needs`."""
     joins: ClassVar[bool] = False
     """True if neighbors of this class in an order may share one walk (schedule "block")."""
+    resumes: ClassVar[bool] = True
+    """False if a run with a work dir cannot have the method."""
+    reads_original: ClassVar[bool] = False
+    """True of a backend that is to be given the weight before any stage pruned or quantized it, in
+    `LayerState.original`."""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -301,11 +308,11 @@ class Backend(Method):
 
     A subclass says which statistics it `needs` and writes its equation in `compress`. Everything
     around the equation is checked here, before and after. A backend sees tensors only: never a
-    module, a model, a path or a global. `kind` is "prune", "quantize", or "inputs" of a method that
-    gives inputs a grid and leaves weights alone.
+    module, a model, a path or a global. `kind` is "prune", "quantize", or, of a method that leaves
+    weights alone, "inputs" if it gives inputs a grid and "adapt" if it gives layers an adapter.
     """
 
-    kinds = ("prune", "quantize", "inputs")
+    kinds = ("prune", "quantize", "inputs", "adapt")
     joins = True
 
     @abstractmethod
@@ -347,6 +354,8 @@ class Backend(Method):
                 raise InvariantError(
                     f"{where}: the backend needs {need.__name__} and was not given it."
                 )
+        if self.reads_original and state.original is None:
+            raise InvariantError(f"{where}: the backend was not given the original weight.")
         if self.needs and statistics.tokens == 0:
             statistics = statistics.isotropic()
             note = f"{self.stage}: {IDLE}; its inputs were taken as white noise"
@@ -364,8 +373,19 @@ class Backend(Method):
                 f"{where}: the backend dropped the quantization grid, and no 'off_grid' asked for "
                 "that."
             )
+        if self.kind == "adapt" and not torch.equal(before, after):
+            raise InvariantError(f"{where}: the backend changed the weight beside its adapter.")
         result.check(where)
-        return result
+        return dataclasses.replace(result, original=None)
+
+    def tried(self, state: LayerState, statistics: Statistics | None = None) -> LayerState:
+        """Return a small layer of made-up values after the method, for an estimate.
+
+        Args:
+            state: The layer before.
+            statistics: Its inputs, made up too.
+        """
+        return self.apply(state, statistics)
 
     def run(self, engine: Engine, joined: Sequence[Backend]) -> None:
         engine.apply(joined)
@@ -706,11 +726,13 @@ class Equalizer(Transform):
 class Recovery(Method):
     """A method that regains accuracy on the masks that layers have, such as distillation.
 
-    A quantized layer keeps its codes, and may get other scales; or its grid, and other codes.
+    A quantized layer keeps its codes, and may get other scales; or its grid, and other codes. A
+    method of the kind "adapt" leaves the weights alone and gives layers an adapter.
     """
 
     kind = "recover"
-    kinds = ("recover",)
+    kinds = ("recover", "adapt")
+    resumes = False
     needs_data = True
     report: Callable[[str], None] = staticmethod(lambda text: None)
     """To be called after each round, with a few words for the progress; set by the engine."""
@@ -722,6 +744,15 @@ class Recovery(Method):
     def rounds(self) -> int:
         """How often `report` is called at most."""
         return 0
+
+    def tried(self, state: LayerState, statistics: Statistics | None = None) -> LayerState:
+        """Return a layer as it will be, of which shapes and dtypes count; nothing is learned.
+
+        Args:
+            state: The layer before; one that the method covers.
+            statistics: Not read.
+        """
+        return state
 
     @abstractmethod
     def recover(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optimum_order.artifact import adapter
 from optimum_order.errors import ArtifactError, OptimumOrderError, unknown
 from optimum_order.files import read_json
 from optimum_order.models.quantizer import METHOD
@@ -154,6 +155,11 @@ def measure(
     Raises:
         ArtifactError: If the folder holds no model, or the model is too short for the tokens.
     """
+    if (folder / adapter.FOLDER).is_dir():
+        raise ArtifactError(
+            f"'{folder}' has an adapter, which no engine here adds: it would be measured without. "
+            "Measure the model without the stage that made it."
+        )
     job = _job(folder, load)
     speeds = []
     for engine, python in engines:

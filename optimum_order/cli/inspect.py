@@ -147,6 +147,10 @@ def _layers_in_a_line(layers: Mapping[str, Any]) -> str:
     worst = max(errors, key=errors.__getitem__)
     inputs = sorted({layer["inputs"] for layer in layers.values() if "inputs" in layer})
     rounded = f", inputs {' and '.join(inputs)}" if inputs else ""
+    ranks = sorted(layer["adapter"]["rank"] for layer in layers.values() if "adapter" in layer)
+    if ranks:
+        words = f"{ranks[0]}" if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
+        rounded += f", {len(ranks)} with an adapter of rank {words}"
     return f"{len(layers)} of {widths} bits{rounded}, most error in {worst} ({errors[worst]:.2g})"
 
 

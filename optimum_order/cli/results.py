@@ -84,6 +84,9 @@ def _needs(result: Mapping[str, Any]) -> str:
     from optimum_order import formats
 
     format = formats.available()[result["format"]]
+    if "adapter" in result["bytes"]:
+        first = f", after 'import {format.import_first}'" if format.import_first else ""
+        return f"without its adapter, and PEFT adds that{first}"
     if format.import_first:
         return f"after 'import {format.import_first}'"
     if format.stock:

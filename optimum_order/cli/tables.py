@@ -15,6 +15,7 @@ _CHEAP_ZEROS = (
     "a zero takes the bits of any weight there; '--format sparse' or 'coded' stores zeros in "
     "fewer, and 'ecsq' makes the zeros that pay"
 )
+_LOADS_ADAPTER = "PeftModel.from_pretrained loads it from the folder 'adapter'"
 _IDLE_ADVICE = "give more --calibration-samples, or --ignore these"
 
 
@@ -66,10 +67,10 @@ def outcome_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append((name, f"{before} → {values['after']:.4g}"))
     bytes_ = manifest["bytes"]
     before = size(bytes_["before"]) if bytes_["before"] else "unknown"
-    rows += [
-        ("weights on disk", f"{before} → {size(bytes_['after'])}"),
-        ("bits per compressed weight", f"{bytes_['per_weight_bits']:.2f}"),
-    ]
+    rows.append(("weights on disk", f"{before} → {size(bytes_['after'])}"))
+    if "adapter" in bytes_:
+        rows.append(("of these the adapter", f"{size(bytes_['adapter'])}: {_LOADS_ADAPTER}"))
+    rows.append(("bits per compressed weight", f"{bytes_['per_weight_bits']:.2f}"))
     for change in manifest.get("smaller", ()):
         rows.append((change["stage"], smaller_text(change)))
     sparsity = f"{manifest['sparsity']:.1%}"

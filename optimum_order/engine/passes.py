@@ -54,7 +54,6 @@ from optimum_order.layers.state import LayerState, StageRecord
 from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
 from optimum_order.models import precision
 from optimum_order.models.architecture import Block, Roles
-from optimum_order.models.inputs import quantize_inputs
 from optimum_order.models.memory import trim
 from optimum_order.models.sizes import Sizes, keep_blocks, resized, set_sizes
 from optimum_order.models.units import Target, Unit
@@ -103,6 +102,10 @@ class Passes:
         """Where the model and its states are."""
         self.expected = 0
         """Blocks that the bar counts on for the step that begins."""
+        self.comparing: Sequence[Method] = ()
+        """The methods of the run that compare with the weights before stages compress them."""
+        self._originals: dict[str, Tensor] = {}
+        """These weights by the name of the layer."""
         self._numbers = itertools.count()
         self._masked = set(result.records)
         """Layers whose weights are those that the run began with but for what was pruned."""
@@ -126,11 +129,12 @@ class Passes:
         self._compress({name: [mine] for name, mine in backends.items()}, str(allocator.stage))
 
     def _compress(self, backends: Mapping[str, Sequence[Backend]], label: str) -> None:
+        self._remember()
         methods = [backend for mine in backends.values() for backend in mine]
         needs = needs_of(methods)
         execution = self.execution
-        if any(method.kind == "inputs" for method in methods):
-            # a layer that is paused at has read its input already
+        if any(method.kind in ("inputs", "adapt") for method in methods):
+            # a layer that is paused at is called already, and sees no new hook
             execution = dataclasses.replace(execution, pause="block")
         if execution.pause == "block":  # as a streamed model does, which is read only once
             needs = frozenset(need for need in needs if not need.compares)
@@ -153,6 +157,9 @@ class Passes:
                     for backend in backends[target.name]:
                         statistics = visit.statistics.get(target.name)
                         before = self._brought(self.result.states[target.name])
+                        if backend.reads_original:
+                            original = self._originals[target.name].to(before.weight.device)
+                            before = dataclasses.replace(before, original=original)
                         after = backend.apply(before, statistics, where=target.name)
                         self._settle(target, (before, after), backend.stage, statistics)
                         if tight:
@@ -164,6 +171,16 @@ class Passes:
                     self.bar.update()
         for put_back in pending.values():  # where the walk went through none of them
             put_back()
+
+    def _remember(self) -> None:
+        """Keep the weights of layers that a later stage is to be compared with, once."""
+        if self._originals or not self.comparing:
+            return
+        states = self.result.states if self.subject.before is None else self.subject.before
+        for unit in self.subject.units:
+            for target in unit.targets:
+                if any(method.covers(target.name, target.kind) for method in self.comparing):
+                    self._originals[target.name] = states[target.name].weight.clone()
 
     def _deal(
         self, targets: Sequence[Target], backends: Mapping[str, Sequence[Backend]]
@@ -718,7 +735,7 @@ class Passes:
         self._begin([], str(transform_.stage))
         for unit in self.subject.units:
             for target in unit.targets:
-                quantize_inputs(target.module, None)  # given up with all grids
+                target.plain()  # inputs' grids are given up with all others
         sizes = transform(transform_, self.subject.model, self.subject.batches)
         self.ranks.spread(self.subject.model.parameters())
         for unit in self.subject.units:

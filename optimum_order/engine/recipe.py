@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from optimum_order import backends
-from optimum_order.backends.base import NO_ZERO, Engine, Method, Reshaper, Transform, needs_of
+from optimum_order.backends.base import (
+    COMPRESSING,
+    NO_ZERO,
+    Engine,
+    Method,
+    Reshaper,
+    Transform,
+    needs_of,
+)
 from optimum_order.errors import DataError, OrderError, unknown
 from optimum_order.layers.state import LayerState
 from optimum_order.models.units import Target, Unit
@@ -231,6 +239,7 @@ class Recipe:
                     f"Put it first{_or_force(method)}."
                 )
             self._check_zero(place, layers)
+            self._check_adapter(place, layers)
             if not calibrated and method.needs_data:
                 raise DataError(
                     f"Stage '{method.stage}' needs calibration data and none was given. Pass "
@@ -282,6 +291,51 @@ class Recipe:
                     f"grid. {NO_ZERO}"
                 )
 
+    def _check_adapter(self, place: int, layers: Sequence[Target]) -> None:
+        """Refuse what an adapter would no longer fit, and an adapter that has nothing to do.
+
+        Args:
+            place: Of the stage.
+            layers: The layers at that stage.
+        """
+        method = self.methods[place]
+        before = self.methods[:place]
+        adapters = [m for m in before if m.kind == "adapt"]
+        if adapters and method.kind != "adapt":
+            raise OrderError(
+                f"Stage '{method.stage}' cannot follow '{adapters[0].stage}': an adapter is made "
+                "for the weights that a layer has. Put it before."
+            )
+        rounding = [m for m in before if m.kind == "inputs"]
+        if method.kind == "adapt" and rounding:
+            raise OrderError(
+                f"Stage '{method.stage}' cannot follow '{rounding[0].stage}': an adapter reads its "
+                "input as it is, and a layer whose inputs are rounded does not. Leave one out."
+            )
+        if not method.reads_original:
+            return
+        for layer in layers:
+            if method.covers(layer.name, layer.kind):
+                earlier = next((m for m in adapters if m.covers(layer.name, layer.kind)), None)
+                if earlier is not None:
+                    raise OrderError(
+                        f"Stage '{method.stage}' cannot follow '{earlier.stage}': '{layer.name}' "
+                        "has an adapter already. Leave one out, or give them other targets."
+                    )
+        compressing = [at for at, m in enumerate(before) if m.kind in COMPRESSING]
+        if not compressing:
+            raise OrderError(
+                f"Stage '{method.stage}' makes up for what stages before it did to weights, and "
+                "none pruned or quantized any: put it after such a stage."
+            )
+        rewriting = [m for m in before[compressing[0] :] if m.kind in ("reshape", "transform")]
+        if rewriting:
+            raise OrderError(
+                f"Stage '{method.stage}' compares layers with what they were before "
+                f"'{before[compressing[0]].stage}', and '{rewriting[0].stage}' rewrote them since. "
+                f"Put '{rewriting[0].stage}' first."
+            )
+
     def check_start(self, units: Sequence[Unit], states: Mapping[str, LayerState]) -> None:
         """Refuse what layers that a model begins with do not allow.
 
@@ -296,6 +350,11 @@ class Recipe:
         targets = [target for unit in units for target in unit.targets]
         for method in self.methods:
             for name, state in states.items():
+                if method.kind == "adapt" and state.inputs is not None:
+                    raise OrderError(
+                        f"Stage '{method.stage}' cannot give layers an adapter, which reads its "
+                        f"input as it is: '{name}' rounds its inputs. Leave the stage out."
+                    )
                 done = {
                     "prune": state.pruned is not None,
                     "quantize": state.grid is not None,

@@ -18,7 +18,6 @@ from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError, OrderError, OutputError
 from optimum_order.layers.packed import States
 from optimum_order.layers.state import LayerState, StageRecord
-from optimum_order.models.inputs import quantize_inputs
 from optimum_order.models.units import Unit
 from optimum_order.order import Order, Stage
 from optimum_order.progress import Bar
@@ -33,12 +32,15 @@ class Subject:
         units: What to compress, from `find_units(model)`.
         batches: Calibration inputs; may be empty if no method needs statistics.
         original: Gives the model as it was before any run, for methods that learn from it.
+        before: The layers before a stage pruned or quantized them, by name, if the run goes on from
+            such stages and a method compares with them.
     """
 
     model: PreTrainedModel
     units: Sequence[Unit]
     batches: Sequence[Mapping[str, Tensor]] = ()
     original: Callable[[], PreTrainedModel] | None = None
+    before: Mapping[str, LayerState] | None = None
 
 
 @dataclasses.dataclass
@@ -131,6 +133,7 @@ def run(
     total = blocks * len(recipe.steps)
     with Bar(total=total, unit="block", disable=not execution.progress) as bar:
         engine = Passes(subject, result, execution, work=work, bar=bar, shares=start is None)
+        engine.comparing = [method for method in recipe.methods if method.reads_original]
         for step in recipe.steps:
             engine.expected = blocks
             step.run(engine)
@@ -159,6 +162,11 @@ def refuse(recipe: Recipe, *, streams: bool, resumes: bool, processes: int = 1) 
                 f"Stage '{method.stage}' cannot run in {processes} processes: the statistic "
                 f"{unmerged[0]} does not say in 'merges' how its sums are added up. Run it in one."
             )
+        if method.reads_original and streams:
+            raise OutputError(
+                f"Stage '{method.stage}' compares with the original weights, and a model that is "
+                "read block by block does not hold them: leave out low_memory (--low-memory)."
+            )
         if method.kind in ("reshape", "transform") and streams:
             raise OutputError(
                 f"Stage '{method.stage}' changes a model that is in memory as a whole: leave out "
@@ -176,7 +184,7 @@ def refuse(recipe: Recipe, *, streams: bool, resumes: bool, processes: int = 1) 
                 "model that is read block by block is read once for each stage: leave out "
                 f"low_memory (--low-memory), or allocation={allocation}."
             )
-        if method.kind == "recover" and resumes:
+        if resumes and not method.resumes:
             raise OutputError(
                 f"Stage '{method.stage}' cannot be resumed yet: run it without 'work_dir' "
                 "(--work-dir, --low-memory)."
@@ -192,7 +200,7 @@ def _begin(subject: Subject, recipe: Recipe, execution: Execution, start: Result
     refuse_infinite(subject.model.named_parameters())
     if start is None:
         for target in targets:
-            quantize_inputs(target.module, None)  # as the states say
+            target.plain()  # as the states say
         shared = {target.name: LayerState(target.shared()) for target in targets}
         records: dict[str, list[StageRecord]] = {target.name: [] for target in targets}
         return Result(States(shared), records, stages, units=subject.units)

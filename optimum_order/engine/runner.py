@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimum_order import files
+from optimum_order.backends.base import COMPRESSING
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.stability import check_forward, unchanged
 from optimum_order.data.samples import Samples
@@ -22,6 +24,7 @@ from optimum_order.engine.reshape import outlines, redo
 from optimum_order.engine.run import Result, Subject, run
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.evaluation import Measurement, Metric
+from optimum_order.layers.state import LayerState
 from optimum_order.models.sizes import Structure
 from optimum_order.models.source import Checkpoint, InMemory
 from optimum_order.models.units import find_units
@@ -225,12 +228,13 @@ class Runner:
                     node = stored
                     done = length
                     break
+        before = self._before(order, draw, done)
         self._structure.restore()
         units = redo(self.model, self.units, node.result.changes)
         node.result.units = units
         for length in range(done, len(order)):
             recipe = Recipe.of(Order((order[length],)))
-            subject = Subject(self.model, units, self.batches(draw), self.source.load)
+            subject = Subject(self.model, units, self.batches(draw), self.source.load, before)
             wall = time.perf_counter()
             cpu = time.process_time()
             result = run(subject, recipe, self.execution, start=node.result)
@@ -243,6 +247,23 @@ class Runner:
                 self.prefixes.put(draw, prefix, node)
         node.result.write(units)
         return node
+
+    def _before(self, order: Order, draw: int, done: int) -> Mapping[str, LayerState] | None:
+        """Return the layers before a stage compressed them, if a stage is compared with them.
+
+        Args:
+            order: The order.
+            draw: Which calibration draw.
+            done: Stages that are not run again.
+        """
+        methods = Recipe.of(order).methods
+        if not any(method.reads_original for method in methods[done:]):
+            return None
+        rewriting = itertools.takewhile(lambda method: method.kind not in COMPRESSING, methods)
+        first = len(list(rewriting))
+        if not first:
+            return self.original.states
+        return self.run(Order(order.stages[:first]), draw).result.states
 
     def check_metric(self, metric: Metric, samples: Samples) -> None:
         """Refuse a metric that cannot measure the model, and a model that changes meanwhile.

@@ -225,6 +225,12 @@ def estimate(
     """
     costs = trace(model, units, batches[0]) if batches else {}
     run = _Run(model, units, costs, batches, execution, beside or {})
+    comparing = [method for method in recipe.methods if method.reads_original]
+    run.originals = sum(
+        target.view.nbytes
+        for target in run.targets.values()
+        if any(method.covers(target.name, target.kind) for method in comparing)
+    )
     engine = _Walks(model, units, costs, run.laboratory, after)
     for part in recipe.steps:
         part.run(engine)
@@ -281,6 +287,8 @@ class _Run:
         self.history: dict[str, tuple[Stage, ...]] = dict.fromkeys(self.targets, ())
         self.weights = sum(parameter.nbytes for parameter in model.parameters())
         self.applied: list[str] = []
+        self.originals = 0
+        """Bytes of weights that are kept for a stage to compare with."""
 
     def become(self, outline: Outline) -> None:
         """Go on with a smaller model."""
@@ -354,12 +362,13 @@ class _Run:
                 self.history[target.name] += stages
             working = max(working, squares + max(held, cost.working))
         active = (flying if groups else waiting) + working
-        memory = self.resident + self.weights + self._states() + active
+        memory = self.resident + self.weights + self.originals + self._states() + active
         low_memory = self.resident + self._streamed() + min(waiting, LIMIT) + working
         if not walk.tried:
             self.applied.append(walk.label)
-        if walk.after is not None:
+        if walk.after is not None or self.originals:
             low_memory = memory  # the model is in memory as a whole
+        if walk.after is not None:
             self.become(walk.after)
         layers, applied = self._samples(), " > ".join(self.applied)
         try:

@@ -185,8 +185,11 @@ class Prediction:
         """Note backends for every layer that they cover."""
         if not needs_of(backends) <= {AbsMax, Drift, Gram, SquaredNorms}:
             self.is_sure = False  # a plug-in asks for statistics that nothing here can make up
+        self._note(backends)
+
+    def _note(self, methods: Sequence[Backend | Recovery]) -> None:
         for name, target in self.targets.items():
-            self._stages[name] += tuple(b.stage for b in backends if b.covers(name, target.kind))
+            self._stages[name] += tuple(m.stage for m in methods if m.covers(name, target.kind))
 
     def assign(self, backends: Mapping[str, Backend], allocator: Method) -> None:
         """Note the backends that an allocator chose."""
@@ -249,7 +252,9 @@ class Prediction:
         next(self._after, None)
 
     def recover(self, recovery: Recovery) -> None:
-        """Do nothing: layers keep their masks and grids."""
+        """Note a recovery that gives layers an adapter; others leave masks and grids alone."""
+        if recovery.kind == "adapt":
+            self._note([recovery])
 
     def states(self, start: Mapping[str, LayerState]) -> dict[str, LayerState]:
         """Return the layers at the end, without values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from optimum_order.backends import Backend
+from optimum_order.backends import Backend, Recovery
 from optimum_order.engine.recipe import method
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.trace import Counter
@@ -170,7 +171,7 @@ class Laboratory:
 
     def _statistics(self, stage: Stage, inputs: int) -> Statistics | None:
         """What a stage needs to know, new to it."""
-        backend = _backend(stage)
+        backend = method(stage)
         if not backend.needs:
             return None
         gram = self._gram(inputs)
@@ -193,14 +194,15 @@ class Laboratory:
         return time.perf_counter() - begin
 
     def _compress(self, stage: Stage, before: LayerState, seen: Statistics | None) -> LayerState:
-        return _backend(stage).apply(before, seen)
+        chosen = method(stage)
+        if chosen.reads_original:
+            original = self._state((), *before.weight.shape).weight
+            before = dataclasses.replace(before, original=original)
+        # neither reshapers nor transforms are tried
+        return cast(Backend | Recovery, chosen).tried(before, seen)
 
     def _check(self, before: LayerState, after: LayerState, seen: Statistics | None) -> None:
         with precision.products(torch.bfloat16, self.device):  # as the pipeline does it
             relative_error(before.weight, after.weight, seen)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _backend(stage: Stage) -> Backend:
-    return cast(Backend, method(stage))  # only backends are tried

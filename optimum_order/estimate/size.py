@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_order import formats
-from optimum_order.artifact import manifest
+from optimum_order.artifact import adapter, manifest
 from optimum_order.estimate.trace import Counter, size_of
 from optimum_order.formats.layout import blocks
 from optimum_order.layers.state import LayerState
@@ -119,8 +119,10 @@ def stored(
         chosen = formats.choose(contents, format, unproven=True)
     header = {manifest.KEY: order}
     size = formats.container(chosen.name).weight_bytes(contents, chosen, header)
+    adapters = {name: s.adapter for name, s in states.items() if s.adapter is not None}
+    added = _file_bytes(adapter.tensors(adapters), adapter.METADATA) if adapters else 0
     if size is not None:
-        return Stored(chosen.name, size, True)
+        return Stored(chosen.name, size + added, True)
     with Counter():
         for name, (target, sample) in layers.items():
             rows, inputs = target.view.shape
@@ -143,7 +145,8 @@ def stored(
             if files[-1] and size_of((files[-1], tensors)) > convert_file_size_to_int(SHARD):
                 files.append({})
             files[-1].update(tensors)
-    return Stored(chosen.name, sum(_file_bytes(part, header) for part in files), exact)
+    weights = sum(_file_bytes(part, header) for part in files)
+    return Stored(chosen.name, weights + added, exact)
 
 
 def grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
@@ -162,7 +165,8 @@ def grown(sample: LayerState, rows: int, inputs: int) -> LayerState:
         pruned = sample.pruned.any().expand(rows, inputs)
     grid = None if sample.grid is None else sample.grid.like(rows, inputs)
     weight = _meta(rows, inputs, dtype=dtype)
-    return LayerState(weight, pruned=pruned, grid=grid, inputs=sample.inputs)
+    adapter = None if sample.adapter is None else sample.adapter.like(rows, inputs)
+    return LayerState(weight, pruned=pruned, grid=grid, inputs=sample.inputs, adapter=adapter)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -132,12 +132,14 @@ class _Fit:
 def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
     """Return how each codec fits, reading each layer once."""
     open_ = {codec.name: codec for codec in codecs}
+    adapted = False
     fits: dict[str, _Fit] = {}
     encoded: dict[str, dict[str, LayerState]] = {name: {} for name in open_}
     sizes = dict.fromkeys(open_, 0)
     made_for: dict[str, str] = {}
     for layer, target, state in contents.layers:
         outlined = outline(state)
+        adapted = adapted or state.adapter is not None
         for name, codec in list(open_.items()):
             if state.inputs is not None and not codec.holds_inputs:
                 fits[name] = _Fit(
@@ -163,6 +165,8 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
     for name, codec in open_.items():
         layers = Layers(contents.layers.targets, encoded[name])
         refusal = codec.why_not_model(contents.layout, layers) or codec.why_not_contents(contents)
+        if adapted and refusal is None:
+            refusal = codec.why_not_adapter(layers)
         doubt = None if refusal else why_unproven(contents.model, codec, layers)
         fits[name] = _Fit(refusal, sizes[name], doubt, made_for.get(name))
     return fits
@@ -279,6 +283,12 @@ def _no_format(codecs: Mapping[str, Codec], fits: Mapping[str, _Fit]) -> str:
 
 def _choose_for(engine: engines.Engine, contents: Contents, name: str, *, unproven: bool) -> Codec:
     """Return the codec to save a model with for an engine, as `choose` does."""
+    adapted = any(state.adapter is not None for _, _, state in contents.layers)
+    if adapted and engine.name not in engines.ADAPTED:
+        raise FormatError(
+            f"{engine.name} was not seen to load an adapter beside a folder: leave out the stage "
+            f"that makes one, or take {' or '.join(engines.ADAPTED)} (--for)."
+        )
     if name == "auto":
         reasons = _reasons(engine, contents)
         chosen = next((key for key, reason in reasons.items() if reason is None), None)

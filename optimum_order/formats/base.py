@@ -252,6 +252,22 @@ class Codec(ABC):
         """
         return False
 
+    def why_not_adapter(self, layers: Layers) -> str | None:
+        """Return why PEFT would not put an adapter on what loads from a folder, or None if it does.
+
+        Args:
+            layers: The layers that this codec encodes, as outlines.
+
+        Returns:
+            A sentence.
+        """
+        if self.gguf_file is None and (not layers.states or self.loads_dense(layers)):
+            return None
+        return (
+            f"PEFT puts adapters on models that load as ordinary dense ones, and '{self.name}' "
+            "does not load these layers so."
+        )
+
     def scheme_in(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         """Return what a config.json says about one encoded layer, as `scheme` does.
 

@@ -29,6 +29,8 @@ READ = "read: "
 processor that it was tried on; a reason follows."""
 NOT_TRIED = "not tried: "
 """How the verdict on a case begins that the engine lacked a package for."""
+ADAPTED = ("peft", "transformers")
+"""Engines in which PEFT puts an adapter on what they load."""
 SEVERAL = "several widths"
 SEVERAL_GROUPS = "several group sizes"
 FUSED = "fused layers apart"

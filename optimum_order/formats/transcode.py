@@ -83,6 +83,7 @@ def choose(
     except FormatError:
         if not needs_transcoding(contents.layers):
             raise
+    _refuse_adapters(contents.layers)
     codec = formats.choose(foreseen(contents), name, unproven=unproven, engine=engine)
     return codec, True
 
@@ -102,8 +103,9 @@ def transcode(
         The layers. `W[i, j]` is now what it was times a power of two of column j and of row i.
 
     Raises:
-        FormatError: If the steps of a layer have no place to move to.
+        FormatError: If the steps of a layer have no place to move to, or a layer has an adapter.
     """
+    _refuse_adapters(layers)
     states = dict(layers.states)
     for fold in find_folds(model, find_units(model), _sample(model)):
         readers = [target.name for target in fold.readers if target.name in states]
@@ -119,6 +121,19 @@ def transcode(
     for name, state in rows.items():
         layers.targets[name].put(state)
     return Layers(layers.targets, rows)
+
+
+def _refuse_adapters(layers: Layers) -> None:
+    """Refuse layers with adapters: these read inputs whose columns would be multiplied.
+
+    Raises:
+        FormatError: If there is one.
+    """
+    if any(state.adapter is not None for _, _, state in layers):
+        raise FormatError(
+            "Layers on the grid of ecsq that have an adapter are stored as 'coded' or 'dense' "
+            "alone: to move the steps of columns would change what the adapter reads."
+        )
 
 
 def _move(fold: Fold, exponent: Tensor, states: dict[str, LayerState]) -> None:

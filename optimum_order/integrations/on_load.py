@@ -16,7 +16,7 @@ from optimum_order.models.source import load_processor
 from optimum_order.order import Order
 
 METHOD = "optimum_order_on_load"
-_CHANGING = ("inputs", "reshape", "transform")
+_CHANGING = ("inputs", "reshape", "transform", "adapt")
 """Kinds of stage after which the model is another than the one that transformers is loading."""
 
 

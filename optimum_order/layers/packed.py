@@ -18,6 +18,7 @@ from torch import Tensor
 
 from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.inputs import InputGrid
+from optimum_order.layers.low_rank import LowRank
 from optimum_order.layers.state import LayerState, integers
 
 
@@ -34,6 +35,7 @@ class Packed:
         grid: As in the state.
         notes: As in the state.
         inputs: As in the state.
+        adapter: As in the state.
     """
 
     shape: tuple[int, int]
@@ -42,13 +44,21 @@ class Packed:
     grid: Grid | None
     notes: tuple[str, ...]
     inputs: InputGrid | None = None
+    adapter: LowRank | None = None
 
     @classmethod
     def of(cls, state: LayerState) -> Packed:
         """Return the state with its mask as bits; the weight is the same tensor."""
         rows, inputs = state.weight.shape
-        packed = bits(state.pruned)
-        return cls((rows, inputs), state.weight, packed, state.grid, state.notes, state.inputs)
+        return cls(
+            (rows, inputs),
+            state.weight,
+            bits(state.pruned),
+            state.grid,
+            state.notes,
+            state.inputs,
+            state.adapter,
+        )
 
     def reduced(self, *, only_masked: bool) -> Packed:
         """Return the state with as little of the weight as gives the weight back.
@@ -84,7 +94,7 @@ class Packed:
             weight = self.grid.dequantize(weight.short())
         if pruned is not None:
             pruned = pruned.to(weight.device)
-        return LayerState(weight, pruned, self.grid, self.notes, self.inputs)
+        return LayerState(weight, pruned, self.grid, self.notes, self.inputs, self.adapter)
 
 
 class States(MutableMapping[str, LayerState]):

@@ -1,8 +1,8 @@
 """The state of one layer between stages, and the promises that every stage keeps.
 
 A layer is a matrix `W` of shape (out, in), whatever module holds it. Its state is the weight, the
-mask `pruned` of removed weights, the `grid` of values that a quantized weight may take, and that of
-`inputs` which the layer rounds before it multiplies them.
+mask `pruned` of removed weights, the `grid` of values that a quantized weight may take, that of
+`inputs` which the layer rounds before it multiplies them, and the `adapter` that it adds.
 `pruned` is stated, never inferred: rounding alone turns 15 % of Gaussian weights into zeros at
 4 bit.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.base import Grid
 from optimum_order.layers.inputs import InputGrid
+from optimum_order.layers.low_rank import DTYPES, LowRank
 from optimum_order.layers.tree import map_tensors
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,6 +52,9 @@ class LayerState:
         grid: The grid of a quantized weight; None before.
         notes: Events that a reader of the result should know, such as a raised damping.
         inputs: The grid of the layer's inputs; None where these are read as they are.
+        adapter: What the layer adds to the product with the weight; None where it adds nothing.
+        original: (out, in), the weight before any stage removed or rounded a part of it. Only a
+            backend that asks for it (`Backend.reads_original`) sees one; None everywhere else.
     """
 
     weight: Tensor
@@ -58,6 +62,8 @@ class LayerState:
     grid: Grid | None = None
     notes: tuple[str, ...] = ()
     inputs: InputGrid | None = None
+    adapter: LowRank | None = None
+    original: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -96,6 +102,8 @@ class LayerState:
             facts.append(f"{self.bits}-bit {type(self.grid).__name__}{groups}")
         if self.inputs is not None:
             facts.append(f"inputs {self.inputs.words}")
+        if self.adapter is not None:
+            facts.append(f"adapter of rank {self.adapter.rank}")
         if self.notes:
             facts.append(f"{len(self.notes)} note{'s' if len(self.notes) > 1 else ''}")
         return f"LayerState({', '.join(facts)})"
@@ -114,8 +122,8 @@ class LayerState:
             where: Names the layer and stage in the message.
 
         Raises:
-            InvariantError: If a weight is not finite, a pruned weight is not +0.0, or a weight is
-                off its grid.
+            InvariantError: If a weight is not finite, a pruned weight is not +0.0, a weight is
+                off its grid, or an adapter does not fit.
         """
 
         def broken(promise: str) -> InvariantError:
@@ -137,6 +145,14 @@ class LayerState:
                 raise broken(f"the grid is in {self.grid.dtype}, the weight in {self.weight.dtype}")
             if not self.grid.holds(self.weight):
                 raise broken("a weight is off its quantization grid")
+        if self.adapter is not None:
+            a, b = self.adapter.a, self.adapter.b
+            if (len(b), a.shape[1]) != self.weight.shape or b.shape[1] != len(a):
+                raise broken("the adapter does not have the shape of the weight")
+            if a.dtype not in DTYPES or b.dtype != a.dtype:
+                raise broken(f"the adapter is in {a.dtype} and {b.dtype}, not in 16 bits")
+            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+                raise broken("an entry of the adapter is NaN or infinite")
 
 
 def integers(weight: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from optimum_order.errors import ArtifactError, ModelError, OptimumOrderError, c
 from optimum_order.files import digest, is_folder, size, special, weight_bytes
 from optimum_order.layers.state import LayerState, tensor_bytes
 from optimum_order.models import hf
+from optimum_order.models.adapted import is_adapted
 from optimum_order.models.documents import card_facts, documents
 from optimum_order.models.inputs import rounds_inputs
 from optimum_order.models.lazy import Unloaded, Weights, planned
@@ -430,10 +431,11 @@ class InMemory:
                 f"The model was compressed by '{order}', and in memory its masks and grids are "
                 "lost: give its folder, to go on from there."
             )
-        if rounds_inputs(model):
+        if rounds_inputs(model) or is_adapted(model):
+            does = "have an adapter" if is_adapted(model) else "round their inputs"
             raise ModelError(
-                "The model is a compressed one whose layers round their inputs, and its masks and "
-                "grids are lost in memory: save it and give the folder, to go on from there."
+                f"The model is a compressed one whose layers {does}, and its masks and grids are "
+                "lost in memory: save it and give the folder, to go on from there."
             )
         name = model.config.name_or_path or type(model).__name__
         refuse_quantized(model.config, name)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from optimum_order.errors import ModelError
 from optimum_order.layers.state import LayerState
 from optimum_order.models import hf
+from optimum_order.models.adapted import adapt
 from optimum_order.models.inputs import quantize_inputs
 from optimum_order.order import matches
 
@@ -110,9 +111,15 @@ class Target:
         self.view.copy_(weight)
 
     def put(self, state: LayerState) -> None:
-        """Put a layer into the model: its weight, and the grid of its inputs."""
+        """Put a layer into the model: its weight, the grid of its inputs, and its adapter."""
         self.write(state.weight)
         quantize_inputs(self.module, state.inputs)
+        adapt(self.module, state.adapter)
+
+    def plain(self) -> None:
+        """Have the module compute with its weight alone, on its input as it is."""
+        quantize_inputs(self.module, None)
+        adapt(self.module, None)
 
 
 @dataclass(frozen=True)

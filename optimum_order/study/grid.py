@@ -82,9 +82,19 @@ def _off_grid(stage: Stage) -> Stage:
 
 
 def with_parts(orders: Iterable[Order]) -> list[Order]:
-    """Return each stage of some orders alone, then the orders, without repetitions."""
+    """Return each stage of some orders alone, then the orders, without repetitions.
+
+    Raises:
+        OrderError: If a stage cannot stand alone.
+    """
     orders = list(orders)
     alone = [Order((stage,)) for order in orders for stage in order]
+    for order in alone:
+        if method(order[0]).reads_original:
+            raise OrderError(
+                f"A study runs each stage alone too, and '{order}' makes up for stages before it: "
+                "leave it out of the study."
+            )
     return list(dict.fromkeys([*alone, *orders]))
 
 

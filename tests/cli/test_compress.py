@@ -389,6 +389,16 @@ def test_a_run_that_has_finished_nothing_leaves_nothing(program, arguments, tmp_
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("stage", ["lora:2", "distill:2"])
+def test_stages_that_cannot_be_resumed_run_without_a_work_dir(program, arguments, tmp_path, stage):
+    samples = ["--calibration-samples", 8]
+    command = [*arguments, *samples, "--order", f"rtn:3 > {stage}"]
+    assert program(*command).code == 0
+    assert names(tmp_path) == ["out"]
+    done = program(*command, "--overwrite", "--work-dir", tmp_path / "work")
+    assert done.code == 2 and "cannot be resumed yet" in done.err
+
+
 def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, tmp_path):
     command = [*arguments, "--work-dir", tmp_path / "elsewhere"]
     with failing(WRITE, FULL):

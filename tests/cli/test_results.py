@@ -41,3 +41,15 @@ def test_people_see_the_order_the_reason_and_how_to_load(capsys):
         assert "wanda:0.5 → gptq:4" in text and "it was surely ahead" in text
         assert how in text
         assert "Uploaded: hub/me/it" in text
+
+
+def test_people_see_that_transformers_alone_leaves_an_adapter_out(capsys):
+    for format, more in {
+        "compressed-tensors": "",
+        "sparse": ", after 'import optimum_order'",
+    }.items():
+        manifest = MANIFEST | {"format": format, "bytes": MANIFEST["bytes"] | {"adapter": 318440}}
+        results.show_saved(results.saved(manifest, Path("out"), results.Stopwatch()))
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"from there without its adapter, and PEFT adds that{more}." in text
+        assert "of these the adapter" in text and "318 kB" in text

@@ -89,6 +89,53 @@ def test_peft_attaches_trains_and_merges(folder):
     fresh(code, folder)
 
 
+ADAPTED = {
+    "dense": "gptq(bits=3, group_size=32) > eora:8 > lora(steps=8, rate=0.002)",
+    "sparse": "wanda:0.6 > eora:8",
+    "compressed-tensors": "gptq(bits=4, group_size=32) > eora(rank=8, targets=*.mlp.*) > "
+    "eora(rank=4, targets=*.self_attn.*)",
+    "coded": "ecsq:3 > eora:8",
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("format", ADAPTED)
+def test_peft_loads_the_adapter_that_was_measured(text_file, tmp_path, format, dtype):
+    compressor = JointCompressor.from_pretrained(
+        "tiny-llama",
+        dtype=dtype,
+        calibration=str(text_file),
+        calibration_samples=8,
+        sequence_length=64,
+    )
+    compressed = compressor.compress(ADAPTED[format], progress=False)
+    compressed.save_pretrained(tmp_path / "out", format=format)
+    torch.save(compressed.model(torch.arange(32)[None]).logits, tmp_path / "logits.pt")
+    code = f"""
+        import sys, warnings
+        {"import optimum_order" if format in ("sparse", "coded") else ""}
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        warnings.simplefilter("error", UserWarning)  # of keys that are missing
+        folder = sys.argv[1]
+        expected = torch.load(folder + "/../logits.pt", weights_only=True)
+        ids = torch.arange(32)[None]
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        assert not torch.equal(base(ids).logits, expected)
+        adapted = PeftModel.from_pretrained(base, folder + "/adapter")
+        assert torch.equal(adapted(ids).logits, expected)
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        adapted = PeftModel.from_pretrained(base, folder, subfolder="adapter")
+        assert torch.equal(adapted(ids).logits, expected)
+        assert adapted.generate(input_ids=ids, max_new_tokens=2).shape == (1, 34)
+        merged = adapted.merge_and_unload()
+        assert (merged(ids).logits - expected).abs().max() < 0.05 * expected.abs().max()
+    """
+    fresh(code, tmp_path / "out")
+
+
 def test_lm_eval_scores_the_model_that_was_measured(folder):
     # lm-eval imports transformers' quantizers before anything else
     code = f"""

@@ -206,3 +206,26 @@ def test_without_calibration_only_methods_that_need_none_are_run(make_compressor
     run(runner, "magnitude:0.5 > rtn:4")
     with pytest.raises(DataError, match="needs calibration data"):
         runner.check(Order.parse("wanda:0.5"))
+
+
+@pytest.mark.parametrize("limit", [None, PLENTY])
+@pytest.mark.parametrize("order", ["rtn:2 > eora:4", "equalize:2 > rtn:2 > eora:4"])
+def test_adapters_come_out_as_if_the_order_were_run_alone(make_runner, compressor, limit, order):
+    """What they are compared with is what the layers were before the first stage compressed them."""
+    alone = compressor.compress(order, pause="block", progress=False)
+    ids = torch.arange(2, 26).view(2, 12)
+    runner = make_runner(limit)
+    for text in (order, "rtn:3", order, order):
+        node = run(runner, text)
+        adapters = {name: state.adapter for name, state in node.result.states.items()}
+        if text != order:
+            assert not any(adapters.values())
+            continue
+        for name, adapter in adapters.items():
+            assert torch.equal(adapter.a, alone.layers[name].adapter.a), name
+            assert torch.equal(adapter.b, alone.layers[name].adapter.b), name
+        with torch.no_grad():
+            assert torch.equal(runner.model(ids).logits, alone.model(ids).logits)
+    runner.reset()
+    with torch.no_grad():
+        assert torch.equal(runner.model(ids).logits, compressor.source.load()(ids).logits)

@@ -40,6 +40,7 @@ ORDERS = [
     "activations:8",
     "bitsandbytes:nf4 > magnitude:0.3",
     "rtn:4 > sparsegpt(sparsity=0.5, off_grid=true)",
+    "wanda:0.5 > rtn:4 > eora:4",
 ]
 
 
@@ -74,7 +75,10 @@ def state(order: str) -> LayerState:
     generator = torch.Generator().manual_seed(0)
     layer = LayerState(torch.randn(32, 64, generator=generator))
     statistics = Statistics.of(torch.randn(128, 64, generator=generator), [Gram, AbsMax])
+    original = layer.weight
     for stage in Order.parse(order):
+        if method(stage).reads_original:
+            layer = dataclasses.replace(layer, original=original)
         layer = method(stage).apply(layer, statistics)
     return layer
 

@@ -69,3 +69,13 @@ def test_draws_matter_where_a_stage_calibrates():
     calibrated = ["wanda:0.5", "rtn:4 > gptq:4", "mixed_precision:4 > magnitude:0.5"]
     assert all(draws_matter(Order.parse(order)) for order in calibrated)
     assert not draws_matter(Order.parse("magnitude:0.5 > rtn:4 > bitsandbytes:nf4"))
+
+
+def test_a_stage_that_makes_up_for_others_is_in_no_study():
+    with pytest.raises(OrderError, match="'eora:8' makes up for stages before it"):
+        with_parts([Order.parse("rtn:4 > eora:8")])
+    assert text(with_parts([Order.parse("rtn:4 > lora:5")])) == [
+        "rtn:4",
+        "lora:5",
+        "rtn:4 > lora:5",
+    ]
