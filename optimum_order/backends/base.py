@@ -220,6 +220,11 @@ class Method(ABC):
         return frozenset()
 
     @property
+    def weighs_outputs(self) -> bool:
+        """True to be told how the loss depends on outputs, for which the run takes gradients."""
+        return False
+
+    @property
     def makes_zero(self) -> bool:
         """False if a layer that was not pruned before gets a grid where zero may not be."""
         return True
@@ -452,11 +457,6 @@ class Allocator(Method):
     @abstractmethod
     def fused(self) -> bool:
         """True if layers that read the same input are one group and get the same stage."""
-
-    @property
-    def weighs_outputs(self) -> bool:
-        """True if errors are to be what is added to the loss, for which the run takes gradients."""
-        return False
 
     @abstractmethod
     def candidates(self) -> list[Stage]:

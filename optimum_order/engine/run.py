@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_order.backends.base import Allocator
 from optimum_order.calibration.execution import Execution
 from optimum_order.engine.passes import Passes
 from optimum_order.engine.recipe import Recipe
@@ -172,7 +171,7 @@ def refuse(recipe: Recipe, *, streams: bool, resumes: bool, processes: int = 1) 
                 f"Stage '{method.stage}' changes a model that is in memory as a whole: leave out "
                 "low_memory (--low-memory)."
             )
-        if isinstance(method, Allocator) and method.weighs_outputs and streams:
+        if method.kind == "allocate" and method.weighs_outputs and streams:
             raise OutputError(
                 f"Stage '{method.stage}' takes gradients, for which a model is in memory as a "
                 "whole: leave out low_memory (--low-memory), or error=loss."
