@@ -20,7 +20,7 @@ REFIT = "refit(steps=40, rate=0.01)"
         ("rtn(bits=3, group_size=32, symmetric=false)", 0.9),
         ("magnitude:0.4 > rtn(bits=3, group_size=-1)", 0.9),
         ("ecsq:2.5", 1.0),
-        ("bitsandbytes:nf4", 1.0),  # norms alone
+        ("bitsandbytes(dtype=nf4, blocksize=32)", 1.0),  # norms alone
     ],
 )
 def test_the_model_comes_nearer_and_codes_and_zeros_stay(order, part, learning):
