@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from optimum_order import JointCompressor
+from optimum_order import JointCompressor, bench
 from optimum_order.formats import engines
 from optimum_order.formats.engines import FUSED, OK, READ, Case
 
@@ -101,3 +101,15 @@ def test_what_is_saved_for_vllm_loads_there(benchmark, tmp_path, order):
     expected = benchmark.logprobs(compressed.model, prompt)
     answer = logprobs(benchmark, tmp_path / "out", prompt, tmp_path)
     assert is_read(benchmark.verdict(answer, expected)["verdict"])
+
+
+def test_bench_runs_vllm_in_its_own_environment(tmp_path):
+    compressor = JointCompressor.from_pretrained("tiny-llama")
+    compressed = compressor.compress("rtn(bits=4, group_size=64)", engine="vllm", progress=False)
+    compressed.save_pretrained(tmp_path / "out", engine="vllm")
+    load = bench.Load(prompt=64, generate=8, repeats=1, timeout=300)
+    (speed,) = bench.measure(tmp_path / "out", [bench.engine_of(f"vllm={PYTHON}")], load)
+    assert (speed.status, speed.reason) == ("ok", None)
+    assert speed.version and speed.prompt_rate > speed.generate_rate > 0
+    # torch and vLLM themselves, and a gigabyte at most for keys and values
+    assert 500e6 < speed.peak_bytes < 6e9
