@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from optimum_order import formats
 from optimum_order.engine.recipe import canonical
 from optimum_order.estimate.options import Option, Sizes
-from optimum_order.layers.grids.dual_scale import DualScaleGrid
-from optimum_order.layers.grids.superblock import SuperblockGrid
-from optimum_order.layers.grids.superblock_search import TYPES
 from optimum_order.order import Order, Stage
 
 LEAST_RATE = 1.0
@@ -27,7 +24,6 @@ _SPARSITIES = (0.25, 0.5)
 _WIDTHS = range(2, 9)
 _GROUPS = (32, 64, 128, -1)
 _MIXED_WIDTHS = (2, 3, 4, 6, 8)
-_K_WIDTHS = (*TYPES, 8)
 _K_AVERAGES = (3.0, 4.0, 5.0, 6.0)
 _PACKED_RATE = 3.2
 """The rate of integers that 4-bit kernels run: with more, too many are cut off at 7."""
@@ -153,7 +149,7 @@ class Menu:
         rate = _floor(rate)
         order = canonical(Order((*before, Stage(RATED, rate), *after)))
         candidate = self._smallest(order)
-        if candidate is None or DualScaleGrid not in formats.available()[candidate.format].made_for:
+        if candidate is None or not formats.available()[candidate.format].codes_rates:
             return None
         if after:
             return candidate
@@ -224,9 +220,7 @@ class Menu:
         """Return recipes of one K-quant, the smallest first; none for a format without these."""
         demand = self.sizes.demand
         codec = formats.intended(demand.format, demand.engine)
-        if codec is None or SuperblockGrid not in codec.made_for:
-            return []
-        return [Order([Stage("gptq", kind)]) for kind in TYPES]
+        return [Order([Stage("gptq", kind)]) for kind in (codec.k_quants if codec else ())]
 
     def _mixed_k_quants(self, bits: float) -> Candidate | None:
         """Return a K-quant for each layer: llama.cpp fuses none, but holds experts in one type."""
@@ -235,7 +229,10 @@ class Menu:
             return None
         fuse = any(target.kind == "expert" for unit in self.sizes.units for target in unit.targets)
         average = _floor(min(bits, _MOST_RATE))
-        stage = Stage("mixed_precision", bits=average, fuse=fuse, widths=_K_WIDTHS)
+        codec = formats.intended(self.sizes.demand.format, self.sizes.demand.engine)
+        assert codec is not None
+        widths = (*codec.k_quants, 8)
+        stage = Stage("mixed_precision", bits=average, fuse=fuse, widths=widths)
         return self._smallest(Order([stage]))
 
     def _smallest(self, order: Order) -> Candidate | None:
