@@ -7,8 +7,8 @@ has imported the engine and done nothing with it.
     python benchmarks/engine_load.py ENGINE JOBS.json
 
 JOBS.json lists the `jobs`, and names the `facts_file` that versions are written to. A job has the
-`folder`, the `prompt` (token ids), `packages` and `import_first`, which loading needs, and `answer`,
-the file to write. An answer holds the `logprobs` of all tokens of the prompt but the first, or an
+`folder`, the `prompt` (token ids), the `dtype` to multiply in, `packages` and `import_first`, which
+loading needs, and `answer`, the file to write. An answer holds the `logprobs` of all tokens of the prompt but the first, or an
 `error`, or the `missing` packages.
 """
 
@@ -42,7 +42,7 @@ def reason_of(error: BaseException) -> str:
     """Return an error as one short line, without what a library wraps it in."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\d+ validation errors? for \w+ Value error, ", "", text)
-    for rest in (" [type=", " Reasons: ", " Must be one of ", " (for "):
+    for rest in (" [type=", " Reasons:", ", weight_quant=", " Must be one of ", " (for "):
         text = text.partition(rest)[0]
     return f"{type(error).__name__}: {text}"[:_LENGTH].rstrip(".: ")
 
@@ -160,7 +160,13 @@ def load_vllm(job: Job) -> dict[str, Any]:
 
     was_called = _reference_kernel()
     prompt = job["prompt"]
-    engine = LLM(job["folder"], enforce_eager=True, max_model_len=256, max_num_seqs=1)
+    engine = LLM(
+        job["folder"],
+        dtype=job.get("dtype", "auto"),
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=1,
+    )
     parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     (output,) = engine.generate([{"prompt_token_ids": prompt}], parameters)
     entries: Any = output.prompt_logprobs

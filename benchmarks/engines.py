@@ -3,11 +3,12 @@
 Compresses tiny-llama in every format, width and group size, and with layers that engines fuse stored
 apart. Each folder is loaded in transformers, in PEFT (LoRA is attached, trained and merged) and in
 vLLM on the CPU, and GGUF files in llama.cpp, each in an environment of its own, and the
-log-probabilities of a prompt are compared with those of the dequantized model. The result is the data that `--for` goes by, and a
-table in the documentation:
+log-probabilities of a prompt are compared with those of the dequantized model. The result is the
+data that `--for` goes by, and a table in the documentation:
 
     make engines                 # writes optimum_order/formats/engines.json and docs/engines.md
     python benchmarks/engines.py --only vllm
+    python benchmarks/engines.py other.json --only vllm --match inputs --dtype bfloat16
     python benchmarks/engines.py --table    # the table alone, from the data there are
 """
 
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ OURS = ("transformers", "peft")
 CLOSE = 0.05
 """Most nats by which log-probabilities may differ on average: engines multiply in bfloat16, each in
 an order of its own, and kernels of bitsandbytes round inputs as well. Up to 0.02 was seen."""
+ROUNDED: DType = "float32"
+"""Data type of models that round inputs. An input that lies between two values goes to one or the
+other by its last bit, so that in bfloat16 two right engines differ by as much as rounding does."""
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 
 
@@ -96,12 +100,12 @@ def samples() -> Iterator[Sample]:
         for bits, sizes in ((4, (-1, 32, 128)), (8, (-1,))):
             for size in sizes:
                 case = Case("compressed-tensors", "", bits, size, inputs=inputs)
-                rounding = f"activations(bits=8, per={per})"
-                yield Sample(case, f"rtn(bits={bits}, group_size={size}) > {rounding}")
+                order = f"rtn(bits={bits}, group_size={size}) > activations(bits=8, per={per})"
+                yield Sample(case, order, dtype=ROUNDED)
     yield Sample(Case("compressed-tensors", "fp8"), "rtn:fp8")
     for per in ("token", "tensor"):
         case = Case("compressed-tensors", "fp8", inputs=f"fp8 per {per}")
-        yield Sample(case, f"rtn:fp8 > activations(bits=fp8, per={per})")
+        yield Sample(case, f"rtn:fp8 > activations(bits=fp8, per={per})", dtype=ROUNDED)
     for symmetric in (True, False):
         for bits in (2, 3, 4, 8):
             for size in GROUP_SIZES:
@@ -250,6 +254,7 @@ def try_engines(engines: list[str], chosen: list[Sample], scratch: Path) -> dict
                 {
                     "folder": str(scratch / str(index)),
                     "prompt": prompt,
+                    "dtype": sample.dtype,
                     "import_first": codec.import_first if engine in OURS else None,
                     "packages": codec.packages if engine in OURS else (),
                     "answer": str(scratch / f"{index}-{engine}.json"),
@@ -373,6 +378,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=DATA)
     parser.add_argument("--only", choices=PYTHONS, action="append", help="try this engine")
     parser.add_argument("--match", default="", help="try cases that this pattern matches")
+    parser.add_argument("--dtype", help="data type of all models, in place of the one of each case")
     parser.add_argument("--table", action="store_true", help="write the table, try nothing")
     for engine, python in PYTHONS.items():
         parser.add_argument(f"--{engine}", default=python, help="its interpreter")
@@ -385,6 +391,8 @@ def main() -> None:
     earlier = data["engines"] if args.match else {}
     if not args.table:
         chosen = [sample for sample in samples() if re.search(args.match, str(sample.case))]
+        if args.dtype:
+            chosen = [replace(sample, dtype=args.dtype) for sample in chosen]
         with tempfile.TemporaryDirectory() as scratch:
             entries = try_engines(args.only or list(PYTHONS), chosen, Path(scratch))
         for name, entry in entries.items():

@@ -15,14 +15,16 @@ import numpy as np
 BF16 = 30
 TYPES = {"q4_0": 2, "q2_k": 10, "q3_k": 11, "q4_k": 14, "q5_k": 16, "q6_k": 18}
 """Of whole files; all tensors get the type of the name."""
+MIXES = {"q4_k_m": 15}
+"""Of whole files whose tensors get the types that llama.cpp gives them by their names."""
 
 
 def main() -> None:
     source, target, kind, *files = [*sys.argv[1:], *(["q4_0"] if len(sys.argv) < 4 else [])]
     options = llama_cpp.llama_model_quantize_default_params()
     options.nthread = 1
-    options.ftype = TYPES[kind]
-    options.pure = True
+    options.ftype = {**TYPES, **MIXES}[kind]
+    options.pure = kind not in MIXES
     options.quantize_output_tensor = False
     options.token_embedding_type = BF16
     if files:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -27,12 +28,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 import transformers
+from gguf import GGUFReader
 
 from optimum_order import JointCompressor
 from optimum_order.formats import gguf_vocabulary
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-llama" / "bin" / "python"
+MIXES = ("q4_k_m",)
+"""Types of llama.cpp that give tensors types by their names."""
 TEXT = (
     "The import statement combines two operations: it searches for the named module, then it binds "
     "the results of that search to a name in the local scope."
@@ -379,6 +383,24 @@ def importances(compressor: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def mixtures(dense: str, theirs: str) -> list[str]:
+    """Return orders that choose a K-quant for each layer, in the bits of a file of llama.cpp.
+
+    Args:
+        dense: The file of the model in bfloat16.
+        theirs: What llama.cpp made of it, with embeddings as they were.
+    """
+    tensors = [{t.name: t for t in GGUFReader(file).tensors} for file in (dense, theirs)]
+    layers = [
+        name for name, t in tensors[1].items() if t.tensor_type != tensors[0][name].tensor_type
+    ]
+    total = sum(int(tensors[1][name].n_bytes) for name in layers)
+    weights = sum(int(tensors[1][name].n_elements) for name in layers)
+    bits = math.floor(8e4 * total / weights) / 1e4
+    widths = "[q2_k,q3_k,q4_k,q5_k,q6_k,8]"
+    return [f"mixed_precision(bits={bits}, fuse=false, widths={widths})"]
+
+
 def k_quants(args: argparse.Namespace, scratch: Path) -> None:
     """Compare our rounding on the grids of K-quants with llama.cpp's own, in llama.cpp.
 
@@ -396,6 +418,7 @@ def k_quants(args: argparse.Namespace, scratch: Path) -> None:
     matrix = scratch / "importance.npz"
     np.savez(matrix, **importances(compressor, stored))
     names = {"dense": "the model in bfloat16"}
+    bests: dict[str, str] = {}
     script = Path(__file__).with_name("llama_quantize.py")
     for kind in args.types:
         for title, extra in (("llama.cpp", []), ("llama.cpp, importance matrix", [str(matrix)])):
@@ -404,9 +427,13 @@ def k_quants(args: argparse.Namespace, scratch: Path) -> None:
             (scratch / name).mkdir()
             files = [str(scratch / folder / "model.gguf") for folder in ("dense", name)]
             subprocess.run([PYTHON, script, *files, kind, *extra], check=True, capture_output=True)
-        for order in (f"rtn:{kind}", f"gptq:{kind}", f"gptq(bits={kind}, zero=true)"):
+        orders = [f"rtn:{kind}", f"gptq:{kind}", f"gptq(bits={kind}, zero=true)"]
+        if kind in MIXES:
+            orders = mixtures(files[0], files[1])
+            bests[kind] = f"{kind}: {orders[0]}"
+        for order in orders:
             result = compressor.compress(order, format="gguf")
-            if str(result.order) != order:
+            if kind not in MIXES and str(result.order) != order:
                 continue  # zero is on every grid of the kind
             name = f"{kind}-{len(names)}"
             names[name] = f"{kind}: {order}"
@@ -420,13 +447,14 @@ def k_quants(args: argparse.Namespace, scratch: Path) -> None:
     losses = {name: torch.tensor(answers[i]["losses"]) for i, name in enumerate(names)}
     for name, title in names.items():
         kind = name.partition("-")[0]
-        best = next((key for key, text in names.items() if text == f"{kind}: gptq:{kind}"), name)
+        text = bests.get(kind, f"{kind}: gptq:{kind}")
+        best = next((key for key, title_ in names.items() if title_ == text), name)
         difference = losses[name] - losses[best]
         error = 1.96 * difference.std() / len(difference) ** 0.5
         size = (scratch / name / "model.gguf").stat().st_size
         print(
             f"{title:45} {size:>11,} bytes, perplexity {losses[name].mean().exp():.4f}, loss less "
-            f"that of gptq:{kind} {difference.mean():+.4f} ± {error:.4f}",
+            f"that of '{names[best]}' {difference.mean():+.4f} ± {error:.4f}",
             flush=True,
         )
 

@@ -491,7 +491,12 @@ class Allocator(Method):
         return self
 
     def check_shape(self, shape: tuple[int, int]) -> str | None:
-        return next(iter(self.backends.values())).check_shape(shape)
+        reasons = (backend.check_shape(shape) for backend in self.backends.values())
+        return next(filter(None, reasons), None)
+
+    @property
+    def makes_zero(self) -> bool:
+        return all(backend.makes_zero for backend in self.backends.values())
 
     def run(self, engine: Engine, joined: Sequence[Allocator]) -> None:
         for stages in self.allocate(engine.measure(self)):
@@ -507,6 +512,7 @@ class Measured:
         weights: Number of weights that they have together.
         stage: The candidate.
         bits: Width of one weight after it.
+        stored_bits: The same with its part of the scales.
         error: Relative squared error of the output of the block they are in, all else unchanged;
             or what is added to the loss, in units that all groups share.
     """
@@ -515,6 +521,7 @@ class Measured:
     weights: int
     stage: Stage
     bits: int
+    stored_bits: float
     error: float
 
 

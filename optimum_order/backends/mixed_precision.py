@@ -7,6 +7,10 @@ error of a layer's own output does not say how much of the error reaches the res
 `error=loss` it is what the group adds to the loss, by the gradients that `ecsq` divides its rate
 with: a block whose output matters more then counts for more. Layers that read the same input are
 one group by default, since serving engines fuse them.
+
+Where K-quants of llama.cpp are among the widths, bits are those that a weight takes in a GGUF file,
+with its part of all scales. Of the uniform grids those of 4, 5 and 8 bits in groups of 32 have a
+type there: Q4_0, Q5_0 and Q8_0.
 """
 
 from __future__ import annotations
@@ -21,13 +25,25 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from optimum_order.backends.base import Allocator, Measured, option
 from optimum_order.backends.uniform import group_size_option, scales_option
 from optimum_order.errors import OrderError
+from optimum_order.layers.grids.superblock_search import TYPES
 from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.order import Stage, Value
 
+_BLOCK = 32
+"""Weights that share a scale in GGUF's types of uniform grids."""
+_IN_GGUF = {bits: bits + 16 / _BLOCK for bits in (4, 5, 8)} | {
+    name: kind.stored_bits for name, kind in TYPES.items()
+}
+"""Bits of a weight in a GGUF file, by width."""
+
 
 def _is_widths(value: tuple[Any, ...]) -> bool:
-    widths = [v for v in value if isinstance(v, int) and not isinstance(v, bool) and 2 <= v <= 8]
-    return len(widths) == len(value) > 0 and list(value) == sorted(set(value))
+    if any(isinstance(width, str) for width in value):
+        widths = [_IN_GGUF[width] for width in value if width in _IN_GGUF]
+    else:
+        widths = [w for w in value if type(w) is int and 2 <= w <= 8]
+    unlike = len(set(value)) == len(value)
+    return unlike and len(widths) == len(value) > 0 and widths == sorted(widths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +56,11 @@ class MixedPrecisionOptions:
         check=lambda v: 2 <= v <= 8,
         allowed="a number in [2, 8]",
     )
-    widths: tuple[int, ...] = option(
+    widths: tuple[int | str, ...] = option(
         (2, 3, 4, 6, 8),
-        "widths a layer may have",
+        "widths a layer may have; with K-quants of llama.cpp among them, bits count scales too",
         check=_is_widths,
-        allowed="a rising list of integers in 2..8",
+        allowed=f"a rising list of integers in 2..8, or of {', '.join(TYPES)}, 4, 5 and 8",
     )
     quantizer: str = option(
         "gptq",
@@ -72,6 +88,11 @@ class MixedPrecisionOptions:
         allowed="together, weaker or stronger",
     )
 
+    @property
+    def has_k_quants(self) -> bool:
+        """Whether K-quants are among the widths."""
+        return any(isinstance(width, str) for width in self.widths)
+
 
 class MixedPrecision(Allocator):
     """Choose a width for each layer; the named quantizer rounds."""
@@ -83,11 +104,20 @@ class MixedPrecision(Allocator):
 
     @classmethod
     def validate(cls, stage: Stage, options: MixedPrecisionOptions) -> MixedPrecisionOptions:
-        if options.bits < options.widths[0]:
+        first = options.widths[0]
+        least = _IN_GGUF[first] if options.has_k_quants else float(first)
+        if options.bits < least:
             raise OrderError(
                 f"Stage '{stage}': 'bits' must be at least the smallest of its widths, "
-                f"{options.widths[0]}, got {options.bits:g}."
+                f"{least:g}, got {options.bits:g}."
             )
+        if options.has_k_quants and options.group_size not in ("auto", _BLOCK):
+            raise OrderError(
+                f"Stage '{stage}': K-quants have blocks and scales of their own, and the widths "
+                "beside them groups of 32; leave out 'group_size'."
+            )
+        if options.has_k_quants:  # what else could be said changes nothing
+            return dataclasses.replace(options, group_size="auto", scales="auto")
         return options
 
     @property
@@ -107,7 +137,12 @@ class MixedPrecision(Allocator):
         shared: dict[str, Value] = {"group_size": options.group_size}
         if options.scales != "auto":
             shared["scales"] = options.scales
-        return [Stage(options.quantizer, bits=width, **shared) for width in options.widths]
+        if options.has_k_quants:
+            shared = {"group_size": _BLOCK, "scales": "float16"}
+        return [
+            Stage(options.quantizer, bits=width, **({} if isinstance(width, str) else shared))
+            for width in options.widths
+        ]
 
     def allocate(self, table: list[Measured]) -> list[dict[str, Stage]]:
         stages = self.candidates()
@@ -118,7 +153,8 @@ class MixedPrecision(Allocator):
         for row in table:
             place = groups.index(row.layers), stages.index(row.stage)
             error[place] = row.error
-            bits[place] = row.bits * row.weights
+            width = row.stored_bits if self.options.has_k_quants else row.bits
+            bits[place] = width * row.weights
         chosen = self._solve(error, bits, self.options.bits * sum(sizes.values()))
         concrete = {
             layer: stages[choice]

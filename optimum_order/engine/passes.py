@@ -466,11 +466,14 @@ class Passes:
             states = {t.name: dataclasses.replace(states[t.name], weight=t.read()) for t in group}
             weights = sum(state.weight.numel() for state in states.values())
             for stage, backend in allocator.backends.items():
+                stored = 0.0
                 for target in group:
                     statistics = visit.statistics[target.name]
                     after = backend.apply(states[target.name], statistics, where=target.name)
                     target.write(after.weight)
-                yield Measured(tuple(states), weights, stage, after.bits, error_of(states))
+                    stored += after.stored_bits * after.weight.numel()
+                error = error_of(states)
+                yield Measured(tuple(states), weights, stage, after.bits, stored / weights, error)
             for target in group:
                 target.write(states[target.name].weight)
 
@@ -976,6 +979,7 @@ def _table(
     for stage, measured in experts.items():
         names = tuple(name for row in measured for name in row.layers)
         weights = sum(row.weights for row in measured)
+        stored = sum(row.stored_bits * row.weights for row in measured) / weights
         error = sum(row.error for row in measured)
-        table.append(Measured(names, weights, stage, measured[0].bits, error))
+        table.append(Measured(names, weights, stage, measured[0].bits, stored, error))
     return table

@@ -27,6 +27,8 @@ from optimum_order.registry import discover
 SCHEDULES = ("stage", "block")
 KEPT = "keep"
 CODED = "coded"
+ROUNDING = ("quantize", "allocate")
+"""The kinds of stages that give layers a grid."""
 EMBEDDINGS = (KEPT, "4", "6", "8", CODED)
 """What may become of embeddings where no stage names them."""
 
@@ -283,7 +285,7 @@ class Recipe:
             if not method.covers(layer.name, layer.kind):
                 continue
             earlier = [m for m in before if m.covers(layer.name, layer.kind)]
-            quantizer = next((m for m in reversed(earlier) if m.kind == "quantize"), None)
+            quantizer = next((m for m in reversed(earlier) if m.kind in ROUNDING), None)
             pruned = any(m.kind == "prune" for m in earlier)
             if quantizer is not None and not quantizer.makes_zero and not pruned:
                 raise OrderError(

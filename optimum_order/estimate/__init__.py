@@ -569,5 +569,10 @@ def guessed(
             sum(target.view.numel() for target in group),
         )
         for stage in allocator.candidates():
-            bits = laboratory.state((stage,), group[0].view.shape[1]).bits
-            yield Measured(names, weights, stage, bits, weights * 4.0**-bits)
+            state = laboratory.state((stage,), group[0].view.shape[1])
+            error = weights * 4.0**-state.stored_bits
+            stored = sum(
+                laboratory.state((stage,), target.view.shape[1]).stored_bits * target.view.numel()
+                for target in group
+            )
+            yield Measured(names, weights, stage, state.bits, stored / weights, error)

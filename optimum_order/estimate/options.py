@@ -154,9 +154,10 @@ class Sizes:
     def _fitting(self, layers: _Samples) -> list[formats.Codec]:
         """Return the codecs that meet the demand."""
         with Counter():  # answers what formats ask of numbers that are not there
-            codecs = formats.fitting(_contents(self.model, layers), self.demand.engine)
-        wanted = self.demand.format
-        return [codec for codec in codecs if codec.runs_dense and wanted in ("auto", codec.name)]
+            codecs = formats.fitting(
+                _contents(self.model, layers), self.demand.engine, self.demand.format
+            )
+        return [codec for codec in codecs if codec.runs_dense]
 
 
 _Samples = dict[str, tuple[Target, LayerState]]

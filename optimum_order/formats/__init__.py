@@ -172,25 +172,29 @@ def _fits(codecs: Iterable[Codec], contents: Contents) -> dict[str, _Fit]:
     return fits
 
 
-def fitting(contents: Contents, engine: str | None = None) -> list[Codec]:
+def fitting(contents: Contents, engine: str | None = None, name: str = "auto") -> list[Codec]:
     """Return every codec that holds a model exactly and is proven to load for its architecture.
 
     Args:
         contents: The model and its layers, or outlines of them.
         engine: The engine that is to load the folder, if any: then codecs that the engine was seen
             to load with such layers. Otherwise codecs that transformers loads by the folder alone.
+        name: The only format to consider, whatever else transformers has to be told; "auto" for
+            any.
 
     Raises:
         FormatError: If the engine is unknown.
     """
-    codecs = {key: codec() for key, codec in available().items()}
+    codecs = {key: codec() for key, codec in available().items() if name in ("auto", key)}
     if engine is None:
-        codecs = {key: codec for key, codec in codecs.items() if codec.gguf_file is None}
+        codecs = {
+            key: codec for key, codec in codecs.items() if codec.gguf_file is None or key == name
+        }
         fits = _fits(codecs.values(), contents)
         reasons = {key: fit.refusal or fit.doubt for key, fit in fits.items()}
     else:
         reasons = _reasons(engines.engine(engine), contents)
-    return [codecs[key] for key, reason in reasons.items() if reason is None]
+    return [codecs[key] for key, reason in reasons.items() if key in codecs and reason is None]
 
 
 def choose(

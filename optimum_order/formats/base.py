@@ -121,6 +121,10 @@ class Codec(ABC):
     made_for: ClassVar[tuple[type[Grid], ...]] = ()
     """Kinds of grid that no stock format packs: "auto" takes this format for a model that has one,
     though it is not stock."""
+    k_quants: ClassVar[tuple[str, ...]] = ()
+    """The K-quants that it holds, the smallest first."""
+    codes_rates: ClassVar[bool] = False
+    """Whether integers take as many bits as their rate, not those of the widest."""
     holds_inputs: ClassVar[bool] = False
     """Whether a folder tells loaders how the inputs of layers are rounded."""
     zeros_are_cheap: ClassVar[bool] = False

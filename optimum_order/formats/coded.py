@@ -119,6 +119,7 @@ class Coded(LayerBytes):
     summary = "entropy-coded codes of 2-8 bits; read by transformers after 'import optimum_order'"
     nothing = "No layer is quantized."
     made_for = (DualScaleGrid,)
+    codes_rates = True
 
     def why_not(self, target: Target, state: LayerState) -> str | None:
         grid = state.grid

@@ -91,6 +91,7 @@ class GGUF(Codec):
     gguf_file = FILE
     options = {"scales": "float16"}  # noqa: RUF012 (a ClassVar of the base)
     made_for = (SuperblockGrid, ForeignBlockGrid)
+    k_quants = tuple(gguf_superblocks.BY_KIND)
     widths = (4, 5, 8)
 
     def encodes(self, state: LayerState) -> bool:

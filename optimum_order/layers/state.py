@@ -88,6 +88,11 @@ class LayerState:
         return self.weight.element_size() * 8 if self.grid is None else self.grid.bits
 
     @property
+    def stored_bits(self) -> float:
+        """Bits of one stored weight, with its part of the scales."""
+        return self.bits if self.grid is None else self.grid.stored_bits
+
+    @property
     def group_size(self) -> int | None:
         """Inputs that share a scale, -1 for all; None if there is no grid of such groups."""
         return None if self.grid is None else self.grid.group_size

@@ -39,11 +39,12 @@ class Look:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One layer after some stages: its error, its bytes where they were asked for, its width."""
+    """One layer after some stages: its error, its bytes where they were asked for, its widths."""
 
     error: float
     bytes: int | None
     width: int
+    stored_bits: float
     weights: int
 
 
@@ -109,7 +110,7 @@ def _compressed(
             encoded = codec.encode(after) if codec.encodes(after) else {"weight": after.weight}
             size = sum(tensor.nbytes for tensor in encoded.values())
         error = relative_error(state.weight, after.weight, statistics)[0]
-        seen[order] = _Seen(error, size, after.bits, after.weight.numel())
+        seen[order] = _Seen(error, size, after.bits, after.stored_bits, after.weight.numel())
     return seen
 
 
@@ -131,7 +132,9 @@ def _allocated(allocator: Allocator, seen: Mapping[str, Mapping[Order, _Seen]]) 
     for name, rows in seen.items():
         for stage in allocator.candidates():
             row = rows[Order([stage])]
-            table.append(Measured((name,), row.weights, stage, row.width, row.error))
+            table.append(
+                Measured((name,), row.weights, stage, row.width, row.stored_bits, row.error)
+            )
     chosen = {name: stage for part in allocator.allocate(table) for name, stage in part.items()}
     return {name: seen[name][Order([stage])] for name, stage in chosen.items()}
 

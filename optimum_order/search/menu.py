@@ -24,6 +24,7 @@ _SPARSITIES = (0.25, 0.5)
 _WIDTHS = range(2, 9)
 _GROUPS = (32, 64, 128, -1)
 _MIXED_WIDTHS = (2, 3, 4, 6, 8)
+_K_AVERAGES = (3.0, 4.0, 5.0, 6.0)
 _PACKED_RATE = 3.2
 """The rate of integers that 4-bit kernels run: with more, too many are cut off at 7."""
 
@@ -81,6 +82,7 @@ class Menu:
             small = [self._smallest(_quantized(width, group)) for group in _GROUPS]
             if any(small):
                 break
+        small += [self._smallest(order) for order in self._k_quants()[:1]]
         small += [self._with_rate((), LEAST_RATE, ()), self._packed()]
         return min(filter(None, small), key=lambda candidate: candidate.bits, default=None)
 
@@ -103,6 +105,8 @@ class Menu:
             for width in _WIDTHS
             for group in dict.fromkeys((self._groups()[-1], -1))
         ]
+        fixed += [self._smallest(order) for order in self._k_quants()]
+        fixed += [self._mixed_k_quants(average) for average in _K_AVERAGES]
         return [c for c in (*rates, *fixed, self._packed()) if c is not None]
 
     def at_rate(self, candidate: Candidate, rate: float) -> Candidate:
@@ -145,7 +149,7 @@ class Menu:
         rate = _floor(rate)
         order = canonical(Order((*before, Stage(RATED, rate), *after)))
         candidate = self._smallest(order)
-        if candidate is None or not formats.available()[candidate.format].made_for:
+        if candidate is None or not formats.available()[candidate.format].codes_rates:
             return None
         if after:
             return candidate
@@ -172,6 +176,8 @@ class Menu:
         for width in near:
             same = [c for c in fitting if dict(c.order[0].options).get("bits", width) == width]
             yield max(same, key=lambda c: c.bits, default=None)
+        types = [c for c in map(self._smallest, self._k_quants()) if c and c.bits <= bits]
+        yield max(types, key=lambda c: c.bits, default=None)
         if self.whole is not None or not any(map(_zeros_are_cheap, fitting)):
             return  # what some layers take says nothing of embeddings in other bits
         usual = self._groups()[-1]
@@ -208,6 +214,26 @@ class Menu:
                     break
                 average -= candidate.bits - bits + 0.001
             yield candidate
+        yield self._mixed_k_quants(bits)
+
+    def _k_quants(self) -> list[Order]:
+        """Return recipes of one K-quant, the smallest first; none for a format without these."""
+        demand = self.sizes.demand
+        codec = formats.intended(demand.format, demand.engine)
+        return [Order([Stage("gptq", kind)]) for kind in (codec.k_quants if codec else ())]
+
+    def _mixed_k_quants(self, bits: float) -> Candidate | None:
+        """Return a K-quant for each layer: llama.cpp fuses none, but holds experts in one type."""
+        smallest = [self._smallest(order) for order in self._k_quants()[:1]]
+        if not any(c is not None and c.bits <= bits for c in smallest):
+            return None
+        fuse = any(target.kind == "expert" for unit in self.sizes.units for target in unit.targets)
+        average = _floor(min(bits, _MOST_RATE))
+        codec = formats.intended(self.sizes.demand.format, self.sizes.demand.engine)
+        assert codec is not None
+        widths = (*codec.k_quants, 8)
+        stage = Stage("mixed_precision", bits=average, fuse=fuse, widths=widths)
+        return self._smallest(Order([stage]))
 
     def _smallest(self, order: Order) -> Candidate | None:
         """Return a recipe in the format that stores it in the fewest bytes."""

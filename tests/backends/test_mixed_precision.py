@@ -24,7 +24,7 @@ def table_of(chosen, sizes, errors, overhead=0):
     """One row per group and candidate; group g is two layers when g is odd."""
     layers = [(f"l{g}",) if g % 2 == 0 else (f"l{g}.q", f"l{g}.k") for g in range(len(sizes))]
     return [
-        Measured(layers[g], sizes[g], stage, width, errors[g][w])
+        Measured(layers[g], sizes[g], stage, width, width + overhead, errors[g][w])
         for g in range(len(sizes))
         for w, (stage, width) in enumerate(zip(chosen.candidates(), WIDTHS, strict=True))
     ]
@@ -180,3 +180,102 @@ def test_a_budget_that_nothing_meets_is_refused():
     wider = [dataclasses.replace(row, bits=row.bits + 1) for row in table]
     with pytest.raises(OrderError, match="no choice of widths meets the budget"):
         chosen.allocate(wider)
+
+
+# K-quants
+
+K_WIDTHS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", 8)
+STORED = (2.625, 3.4375, 4.5, 5.5, 6.5625, 8.5)
+
+
+def test_k_quants_have_blocks_of_their_own_and_the_widths_beside_them_those_of_gguf():
+    chosen = method(Stage("mixed_precision", bits=5, widths=("q4_k", 5, 8)))
+    assert [str(stage) for stage in chosen.candidates()] == [
+        "gptq(bits=q4_k)",
+        "gptq(bits=5, group_size=32, scales=float16)",
+        "gptq(bits=8, group_size=32, scales=float16)",
+    ]
+    said = Stage("mixed_precision", bits=5, widths=("q4_k", 5, 8), group_size=32, scales="float16")
+    assert method(said).options == chosen.options
+
+
+@pytest.mark.parametrize("budget", [2.7, 3.9, 4.5, 6.0])
+def test_the_budget_of_k_quants_counts_their_scales(budget):
+    chosen = method(Stage("mixed_precision", bits=budget, widths=K_WIDTHS))
+    sizes = [1000, 3000, 500]
+    errors = [[(g + 1) * 4.0**-width for width in STORED] for g in range(3)]
+    table = [
+        Measured((f"l{g}",), sizes[g], stage, int(stored), stored, errors[g][w])
+        for g in range(3)
+        for w, (stage, stored) in enumerate(zip(chosen.candidates(), STORED, strict=True))
+    ]
+    (walk,) = chosen.allocate(table)
+    picked = [row for row in table if walk[row.layers[0]] == row.stage]
+    total = budget * sum(sizes)
+    assert sum(row.stored_bits * row.weights for row in picked) <= total
+    least = min(
+        sum(errors[g][w] for g, w in enumerate(choice))
+        for choice in itertools.product(range(6), repeat=3)
+        if sum(STORED[w] * sizes[g] for g, w in enumerate(choice)) <= total
+    )
+    assert sum(row.error for row in picked) == pytest.approx(least)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 4, "widths": ("q4_k", "q6_k")}, "smallest of its widths, 4.5, got 4"),
+        ({"bits": 5, "widths": ("q4_k", "q3_k")}, "must be a rising list"),
+        ({"bits": 5, "widths": ("q4_k", 6)}, "of q2_k, q3_k, q4_k, q5_k, q6_k, 4, 5 and 8"),
+        ({"bits": 5, "widths": ("q4_k", "q4_k")}, "must be a rising list"),
+        ({"bits": 5, "widths": ("q4_k", "fp8")}, "must be a rising list"),
+        ({"bits": 5, "widths": ("q4_k",), "group_size": 64}, "leave out 'group_size'"),
+    ],
+)
+def test_k_quants_that_do_not_go_together_are_refused(options, message):
+    with pytest.raises(OrderError, match=message):
+        method(Stage("mixed_precision", **options))
+
+
+def test_rows_that_one_width_does_not_divide_are_refused():
+    chosen = method(Stage("mixed_precision", bits=4, group_size=48, widths=(2, 4)))
+    assert "group_size 48 does not divide" in chosen.check_shape((8, 64))
+    chosen = method(Stage("mixed_precision", bits=5, widths=("q4_k", 8)))
+    assert "q4_k has blocks of 256" in chosen.check_shape((8, 40))
+    assert chosen.check_shape((8, 96)) is None
+
+
+def test_nothing_is_pruned_after_grids_that_may_lack_zero():
+    from optimum_order import JointCompressor
+
+    assert not method(Stage("mixed_precision", bits=5, widths=("q4_k", 8))).makes_zero
+    assert method(Stage("mixed_precision", bits=5, widths=("q3_k", "q6_k"))).makes_zero
+    compressor = JointCompressor.from_pretrained("tiny-llama", calibration="builtin")
+    order = "mixed_precision(bits=5, widths=[q4_k,8]) > magnitude:0.3"
+    with pytest.raises(OrderError, match="cannot follow 'mixed_precision.*zero is not on its"):
+        compressor.check_format(order, "gguf")
+    pruned_first = "magnitude:0.3 > mixed_precision(bits=5, widths=[q4_k,8])"
+    assert compressor.check_format(pruned_first, "gguf") == "gguf"
+
+
+def test_a_k_quant_for_each_layer_is_written_code_for_code(tmp_path):
+    """On tiny-llama: as many bytes as asked for, and better than one K-quant for all."""
+    pytest.importorskip("gguf")
+    from optimum_order import JointCompressor
+
+    compressor = JointCompressor.from_pretrained(
+        "tiny-llama", calibration="builtin", calibration_samples=8
+    )
+    widths = "[q2_k,q3_k,q4_k,q5_k,q6_k,8]"
+    order = f"mixed_precision(bits=4.5, quantizer=rtn, fuse=false, widths={widths})"
+    compressed = compressor.compress(order, format="gguf", progress=False)
+    states = compressed.layers.values()
+    weights = sum(state.weight.numel() for state in states)
+    assert sum(s.stored_bits * s.weight.numel() for s in states) / weights <= 4.5
+    assert len({s.grid.bits for s in states}) > 2
+    assert compressed.save_pretrained(tmp_path / "out", "gguf") == "gguf"
+    again = JointCompressor.from_pretrained(tmp_path / "out" / "model.gguf").source.states
+    for name, state in compressed.layers.items():
+        assert (again[name].weight == state.weight.float()).all() or (
+            again[name].weight.to(state.weight.dtype) == state.weight
+        ).all(), name

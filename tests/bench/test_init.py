@@ -117,6 +117,52 @@ def test_the_same_words_go_to_every_engine(folders, tmp_path):
     assert (job["gguf_file"], job["import_first"]) == ("model.gguf", None)
 
 
+_FAKE_VLLM = """
+import json, os, time
+words = []
+
+class SamplingParams:
+    def __init__(self, **options):
+        self.options = options
+
+class LLM:
+    def __init__(self, folder, **options):
+        assert os.path.isfile(os.path.join(folder, "config.json"))
+        words.append(options | {name: os.environ[name] for name in (
+            "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING")})
+
+    def generate(self, prompts, parameters, use_tqdm):
+        (prompt,) = prompts
+        tokens = parameters.options["max_tokens"]
+        words.append([len(prompt["prompt_token_ids"]), tokens])
+        with open(os.environ["FAKE_VLLM_SAID"], "w") as file:
+            json.dump(words, file)
+        time.sleep(0.1 * tokens)
+"""
+"""Takes a tenth of a second for each token that it makes."""
+
+
+def test_vllm_reads_at_once_and_generates_in_the_threads_it_is_given(
+    folders, tmp_path, monkeypatch
+):
+    (tmp_path / "vllm.py").write_text(_FAKE_VLLM)
+    said = tmp_path / "said.json"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("FAKE_VLLM_SAID", str(said))
+    other = tmp_path / "python"  # of another environment
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    (speed,) = measure(folders / "coded", [(ENGINES["vllm"], str(other))], LOAD)
+    assert (speed.status, speed.reason) == ("ok", None)
+    options, *calls = json.loads(said.read_text())
+    assert calls == [[8, 1], [8, 5]] * 2  # once to warm up
+    assert options["OMP_NUM_THREADS"] == "1"
+    assert options["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert options["max_model_len"] == 13 and options["max_num_seqs"] == 1
+    assert speed.generate_rate == pytest.approx(10, rel=0.3)
+    assert speed.prompt_rate == pytest.approx(80, rel=0.3)
+
+
 def test_folders_that_hold_no_model_are_refused(folders, tmp_path):
     cases = [
         (tmp_path / "nowhere", "There is no folder"),

@@ -74,23 +74,41 @@ def test_a_trained_model_says_the_same(benchmark, tmp_path):
         assert abs(loss + sum(logprobs) / len(logprobs)) < 0.02
 
 
+def check_same(benchmark, prompt, results, scratch):
+    """Save results, and have llama.cpp compute what transformers does with each.
+
+    Args:
+        benchmark: The module run_llama.
+        prompt: Tokens.
+        results: Compressed models by the name of the folder to save each to.
+        scratch: Where the folders will be.
+    """
+    jobs, expected = [], []
+    for name, result in results.items():
+        result.save_pretrained(scratch / name, "gguf")
+        assert benchmark.equal_layers(result.layers, scratch / name) == "28/28"
+        expected.append(benchmark.reference(result.model, prompt, 8))
+        jobs.append({"folder": str(scratch / name), "prompt": prompt, "generate": 8})
+    answers = benchmark.ask(jobs, scratch)
+    for name, answer, (logprobs, greedy) in zip(results, answers, expected, strict=True):
+        loss = -sum(answer["logprobs"]) / len(logprobs)
+        assert abs(loss + sum(logprobs) / len(logprobs)) < 0.03, name
+        assert answer["generated"][:4] == greedy[:4], name
+
+
 def test_k_quants_compute_what_transformers_computes(benchmark, tmp_path):
     """Each on the grid that was measured, and as fast a file as any."""
-    compressor = JointCompressor.from_pretrained("tiny-llama")
+    compressor = JointCompressor.from_pretrained(
+        "tiny-llama", calibration="builtin", calibration_samples=8
+    )
     prompt = compressor.source.processor(benchmark.TEXT)["input_ids"]
-    jobs, expected = [], []
+    results = {}
     for kind in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):
-        result = compressor.compress(f"magnitude:0.1 > rtn:{kind}", format="gguf", progress=False)
-        result.save_pretrained(tmp_path / kind, "gguf")
-        assert benchmark.equal_layers(result.layers, tmp_path / kind) == "28/28"
-        expected.append(benchmark.reference(result.model, prompt, 8))
-        jobs.append({"folder": str(tmp_path / kind), "prompt": prompt, "generate": 8})
-    for job, answer, (logprobs, greedy) in zip(
-        jobs, benchmark.ask(jobs, tmp_path), expected, strict=True
-    ):
-        loss = -sum(answer["logprobs"]) / len(logprobs)
-        assert abs(loss + sum(logprobs) / len(logprobs)) < 0.03, job["folder"]
-        assert answer["generated"][:4] == greedy[:4], job["folder"]
+        order = f"magnitude:0.1 > rtn:{kind}"
+        results[kind] = compressor.compress(order, format="gguf", progress=False)
+    order = "mixed_precision(bits=4.5, quantizer=rtn, fuse=false, widths=[q2_k,q4_k,q5_k,q6_k,8])"
+    results["mixed"] = compressor.compress(order, format="gguf", progress=False)
+    check_same(benchmark, prompt, results, tmp_path)
 
 
 def test_a_file_that_llama_cpp_made_is_pruned_on_its_grid_and_runs_there_again(benchmark, tmp_path):
@@ -98,7 +116,7 @@ def test_a_file_that_llama_cpp_made_is_pruned_on_its_grid_and_runs_there_again(b
     compressor = JointCompressor.from_pretrained("tiny-llama")
     prompt = compressor.source.processor(benchmark.TEXT)["input_ids"]
     compressor.compress("magnitude:0.0", progress=False).save_pretrained(tmp_path / "in", "gguf")
-    jobs, expected = [], []
+    results = {}
     for kind in ("q4_0", "q3_k", "q6_k"):
         theirs = tmp_path / f"{kind}.gguf"
         script = ROOT / "benchmarks" / "llama_quantize.py"
@@ -107,19 +125,11 @@ def test_a_file_that_llama_cpp_made_is_pruned_on_its_grid_and_runs_there_again(b
         before = JointCompressor.from_pretrained(theirs)
         weights = {name: state.weight for name, state in before.source.states.items()}
         result = before.compress("magnitude:0.3", progress=False)
-        result.save_pretrained(tmp_path / kind, "gguf")
-        assert benchmark.equal_layers(result.layers, tmp_path / kind) == "28/28"
         for name, state in result.layers.items():
             assert state.sparsity == pytest.approx(0.3, abs=0.01)
             assert torch.equal(state.weight, weights[name].masked_fill(state.pruned, 0.0)), name
-        expected.append(benchmark.reference(result.model, prompt, 8))
-        jobs.append({"folder": str(tmp_path / kind), "prompt": prompt, "generate": 8})
-    for job, answer, (logprobs, greedy) in zip(
-        jobs, benchmark.ask(jobs, tmp_path), expected, strict=True
-    ):
-        loss = -sum(answer["logprobs"]) / len(logprobs)
-        assert abs(loss + sum(logprobs) / len(logprobs)) < 0.03, job["folder"]
-        assert answer["generated"][:4] == greedy[:4], job["folder"]
+        results[kind] = result
+    check_same(benchmark, prompt, results, tmp_path)
 
 
 def test_bench_runs_it_in_its_own_environment(tmp_path):

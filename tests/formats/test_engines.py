@@ -85,7 +85,12 @@ def test_what_the_data_says_of_the_engines():
     for name in ("transformers", "peft"):
         assert set(engines.engine(name).loaded_widths("compressed-tensors")) == every
     widths = engines.engine("vllm").loaded_widths()
-    assert widths == {"4 bits symmetric": ["compressed-tensors", "gptq"]}
+    assert widths == {
+        "4 bits symmetric": ["compressed-tensors", "gptq"],
+        "4 bits symmetric, inputs int8 per token": ["compressed-tensors"],
+        "8 bits symmetric, inputs int8 per token": ["compressed-tensors"],
+        "8 bits symmetric, inputs int8 per tensor": ["compressed-tensors"],
+    }
 
 
 def test_the_package_ships_the_data_and_the_page_shows_it():
@@ -208,6 +213,28 @@ def test_an_engine_that_nothing_is_known_of(make_model, compressed):
 
 
 # Before the work
+
+
+@pytest.mark.parametrize(
+    ("order", "loads"),
+    [
+        ("rtn(bits=8, group_size=-1) > activations:8", True),
+        ("rtn(bits=8, group_size=-1) > activations(bits=8, per=tensor)", True),
+        ("rtn(bits=4, group_size=128) > activations:8", True),
+        ("rtn(bits=4, group_size=128) > activations(bits=8, per=tensor)", False),
+        ("rtn:fp8 > activations:fp8", True),
+        ("rtn:fp8 > activations(bits=fp8, per=tensor)", False),
+        ("rtn:fp8", False),
+        ("rtn(bits=8, group_size=-1)", False),
+    ],
+)
+def test_vllm_gets_rounded_inputs_that_it_was_seen_to_run(order, loads):
+    compressor = JointCompressor.from_pretrained("tiny-llama", calibration="builtin")
+    if loads:
+        assert compressor.check_format(order, "auto", engine="vllm") == "compressed-tensors"
+        return
+    with pytest.raises(FormatError, match="does not load"):
+        compressor.check_format(order, "auto", engine="vllm")
 
 
 @pytest.mark.parametrize(

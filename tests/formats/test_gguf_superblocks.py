@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimum_order.errors import ArtifactError
-from optimum_order.formats import gguf_superblocks
+from optimum_order.formats import gguf_blocks, gguf_superblocks
 from optimum_order.formats.gguf_superblocks import BY_KIND, BY_NUMBER, LAYOUTS
 from optimum_order.layers.grids.superblock import SuperblockGrid
 from optimum_order.layers.grids.superblock_search import SUPERBLOCK, TYPES
+from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.testing import DTYPES, gaussian, same
 
 gguf = pytest.importorskip("gguf")
@@ -21,6 +22,22 @@ def by_the_package(data, layout):
     """What the package `gguf` makes of bytes."""
     number = gguf.GGMLQuantizationType(layout.number)
     return torch.from_numpy(gguf.dequantize(data.numpy(), number))
+
+
+def test_the_bits_of_a_weight_are_those_of_the_file():
+    for kind, layout in BY_KIND.items():
+        grid = SuperblockGrid.fit(gaussian(2, SUPERBLOCK), kind)
+        assert grid.stored_bits == 8 * layout.bytes / SUPERBLOCK
+    for block in gguf_blocks.TYPES:
+        grid = UniformGrid.fit(
+            gaussian(2, 64),
+            bits=block.bits,
+            group_size=block.weights,
+            symmetric=not block.affine,
+            clip="none",
+            short_scales=True,
+        )
+        assert grid.stored_bits == 8 * block.bytes / block.weights
 
 
 @given(

@@ -80,6 +80,26 @@ def test_an_engine_gets_no_width_that_it_does_not_load(make_menu):
     assert menu.least().bits > 4
 
 
+@pytest.mark.parametrize("demand", [{"format": "gguf"}, {"engine": "llama.cpp"}])
+def test_llama_cpp_gets_k_quants_of_its_own_and_a_mixture_of_them(make_menu, demand):
+    """The layers have 64 and 96 inputs, so each K-quant is what llama.cpp falls back to."""
+    pytest.importorskip("gguf")
+    menu = make_menu(**demand)
+    listed = menu.within(5.6)
+    assert {c.format for c in listed} == {"gguf"}
+    assert all(c.exact and c.bits <= 5.6 for c in listed)
+    assert "gptq:q4_k" in {str(c.order) for c in listed}
+    (mixed,) = [c for c in listed if "q2_k" in str(c.order) and c.method == "mixed_precision"]
+    assert str(mixed.order) == (
+        "mixed_precision(bits=5.6, fuse=false, widths=[q2_k,q3_k,q4_k,q5_k,q6_k,8])"
+    )
+    assert 4.5 < mixed.bits <= 5.6
+    assert {c.method for c in menu.curve()} == {"gptq", "mixed_precision", "ecsq"}
+    assert all(rate_of(c) is None for c in menu.curve())
+    for other in ({}, {"engine": "transformers"}, {"format": "coded"}):
+        assert not [c for c in make_menu(**other).within(5.6) if "_k" in str(c.order)]
+
+
 def test_steps_of_columns_are_alike_where_they_could_not_move(make_menu):
     fixed = make_menu(columns=False, engine="transformers")
     packed = next(c for c in fixed.within(5.0) if c.method == "ecsq")

@@ -43,6 +43,11 @@ class Grid(ABC):
     def unit(self) -> int:
         """Weights per scale."""
 
+    @property
+    def stored_bits(self) -> float:
+        """Bits of a weight in a file, with its part of the scales; here those of its code alone."""
+        return self.bits
+
     @abstractmethod
     def quantize(self, weight: Tensor, columns: Selection = ALL) -> Tensor:
         """Return the codes of the nearest grid values.

@@ -122,6 +122,10 @@ class SuperblockGrid(Grid):
         return self.type.bits
 
     @property
+    def stored_bits(self) -> float:
+        return self.type.stored_bits
+
+    @property
     def has_zero(self) -> bool:  # type: ignore[override]  # depends on the fit
         return self.zero
 

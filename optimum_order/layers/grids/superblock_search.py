@@ -43,6 +43,7 @@ class SuperblockType:
         block: Weights that share an integer scale.
         most: The largest integer scale.
         affine: Whether blocks have a least value beside the step.
+        factor_bits: Bits of the integers of a block: of its scale, and of its least value.
         multiples: Where zero is on an affine grid: the multiples of d that e may be.
     """
 
@@ -51,12 +52,18 @@ class SuperblockType:
     block: int
     most: int
     affine: bool
+    factor_bits: int
     multiples: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> int:
         """Blocks of a superblock."""
         return SUPERBLOCK // self.block
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits of a weight, with its part of the scales of its block and superblock."""
+        return self.bits + self.factor_bits / self.block + (32 if self.affine else 16) / SUPERBLOCK
 
     @property
     def codes(self) -> tuple[int, int]:
@@ -68,11 +75,11 @@ class SuperblockType:
 TYPES = {
     kind.name: kind
     for kind in (
-        SuperblockType("q2_k", 2, 16, 15, True, (1, 2, 3)),
-        SuperblockType("q3_k", 3, 16, 31, False),
-        SuperblockType("q4_k", 4, 32, 63, True, (8, 12)),
-        SuperblockType("q5_k", 5, 32, 63, True, (16, 24)),
-        SuperblockType("q6_k", 6, 16, 127, False),
+        SuperblockType("q2_k", 2, 16, 15, True, 8, (1, 2, 3)),
+        SuperblockType("q3_k", 3, 16, 31, False, 6),
+        SuperblockType("q4_k", 4, 32, 63, True, 12, (8, 12)),
+        SuperblockType("q5_k", 5, 32, 63, True, 12, (16, 24)),
+        SuperblockType("q6_k", 6, 16, 127, False, 8),
     )
 }
 """By name."""

@@ -231,6 +231,11 @@ class UniformGrid(Grid):
     def unit(self) -> int:
         return self.inputs // self.scale.shape[1]
 
+    @property
+    def stored_bits(self) -> float:
+        """With 16 bits for each scale, and as many for what a zero point subtracts, as in GGUF."""
+        return self.bits + (16 if self.symmetric else 32) / self.unit
+
     @cached_property
     def _group(self) -> Tensor:
         """The group of each input, (in,) int64."""
