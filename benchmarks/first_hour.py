@@ -87,7 +87,7 @@ STEPS = (
         'optimum-order compress tiny-llama out3 --order "sparsegpt:0.5 > gptq:4" --work-dir run',
         r"--resume",
         130,
-        interrupt=r"block",
+        interrupt=r"[1-9]\d*/\d+ \[",
     ),
     Step("resume with the line on the screen", "{resume}", r"Saved to out3"),
     Step(
@@ -97,7 +97,7 @@ STEPS = (
     ),
     Step(
         "a study and its report",
-        "optimum-order study tiny-llama study --prune magnitude:0.3,0.5 --quantize rtn:4 "
+        "optimum-order study tiny-llama study --pruners magnitude --sparsities 0.3,0.5 --quantizers rtn --bits 4 "
         "--calibration-samples 8 --evaluation-samples 8",
         r"report",
     ),

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -171,7 +172,8 @@ def refuse_redirection(order: str, option: str = "--order") -> None:
     from optimum_order.order import Order
 
     names = [Path(os.path.realpath("/proc/self/fd/1")).name]
-    quoted = ">" in order  # a file may be left of an earlier mistake
+    # several stages arrived whole: a file may be left of an earlier mistake
+    quoted = re.fullmatch(r"[\w.:-]+", order) is None
     with contextlib.suppress(OSError):
         recent = time.time() - _RECENT
         names += [

@@ -183,7 +183,8 @@ def test_an_order_that_the_shell_cut_off_names_its_option(tmp_path, monkeypatch)
     (tmp_path / "gptq:4").touch()
     with pytest.raises(OrderError, match='Quote the order, --stages "wanda:0.5 > gptq:4"'):
         arguments.refuse_redirection("wanda:0.5", "--stages")
-    arguments.refuse_redirection("wanda:0.5 > gptq:4")  # quoted, beside what is left of a mistake
+    for whole in ("wanda:0.5 > gptq:4", "wanda:0.5, rtn:4", "wanda:0.5 -> rtn:4", "rtn(bits=4)"):
+        arguments.refuse_redirection(whole)  # quoted, beside what is left of a mistake
     (tmp_path / "gptq:4").write_text("a file of somebody else")
     arguments.refuse_redirection("wanda:0.5")
 
