@@ -76,7 +76,7 @@ def remaining_groups(
         number = -(-left // turn)
         if number == 0:
             continue
-        scores = _scores(current, inverse, size).masked_fill(~alive, torch.inf)
+        scores = _scores(current, inverse, size, alive)
         chosen = scores.topk(number, largest=False).indices
         alive[chosen] = False
         left -= number
@@ -107,15 +107,24 @@ def _added(weight: Tensor, gram: Tensor, size: int) -> Tensor:
     return (columns * (blocks @ columns)).sum((1, 2))
 
 
-def _scores(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """Return the output error that the removal of each group would add, (groups,)."""
+def _scores(weight: Tensor, inverse: Tensor, size: int, alive: Tensor) -> Tensor:
+    """Return the output error that the removal of each group would add, (groups,).
+
+    Args:
+        weight: (out, in).
+        inverse: (in, in), of the Gram matrix without the groups that are gone.
+        size: Channels in a group.
+        alive: (groups,) bool, the groups that are not gone; the error of the others is infinite.
+    """
     if size == 1:
-        return weight.square().sum(0) / inverse.diagonal().clamp(min=1e-30)
+        errors = weight.square().sum(0) / inverse.diagonal().clamp(min=1e-30)
+        return errors.masked_fill(~alive, torch.inf)
+    scores = torch.full(alive.shape, torch.inf, device=weight.device)
     columns, blocks = _grouped(weight, inverse, size)
+    columns, blocks = columns[alive], blocks[alive]  # what is gone has blocks of rounding errors
     ridge = 1e-6 * blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    # a group that is gone has a block of zeros, and its score is not looked at
     blocks = blocks + ridge.clamp(min=1e-30) * torch.eye(size, device=blocks.device)
-    scores: Tensor = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    scores[alive] = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
     return scores
 
 

@@ -7,6 +7,7 @@ import torch
 
 from optimum_order.backends.channels import (
     ChannelOptions,
+    _scores,
     breaks,
     cut_columns,
     remaining_groups,
@@ -152,3 +153,15 @@ def test_a_grid_breaks_where_its_groups_do(gaussian):
     assert breaks(state.grid, torch.arange(31))
     assert not breaks(state.grid, torch.arange(8, 24))
     assert not breaks(None, torch.arange(3))
+
+
+def test_what_is_gone_is_not_divided_by(gaussian):
+    """Rounding leaves a block of a group that is gone near zero, singular, or below."""
+    weight, alive = gaussian(8, 12), torch.tensor([True, False, True])
+    inverse = torch.eye(12)
+    for left in (0.0, -1e-9, float("nan")):
+        inverse[4:8, 4:8] = left
+        scores = _scores(weight, inverse, 4, alive)
+        assert scores[1] == torch.inf
+        expected = weight.square().view(8, 3, 4).sum((0, 2))
+        assert torch.allclose(scores[alive], expected[alive], rtol=1e-4)
