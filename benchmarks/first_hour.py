@@ -227,8 +227,8 @@ def main() -> None:
 
 def _resuming(screen: str) -> str | None:
     """Return the command on a screen that resumes a run, as a person would copy it."""
-    lines = [line for line in screen.splitlines() if "--resume" in line and "optimum-order" in line]
-    return lines[-1][lines[-1].index("optimum-order") :].strip() if lines else None
+    commands = re.findall(r"to resume: (optimum-order .* --resume.*)", screen)
+    return commands[-1].strip() if commands else None
 
 
 def _module(file: Path) -> ModuleType:
