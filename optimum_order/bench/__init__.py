@@ -134,7 +134,8 @@ def engine_of(text: str) -> tuple[Engine, str]:
             f"'{python}' is no program; give the python of the environment that has {name}, such "
             f"as {name}=env/bin/python."
         )
-    return ENGINES[name], python
+    # it is started in another folder; a link of a virtual environment must stay a link
+    return ENGINES[name], str(Path(python).absolute())
 
 
 def measure(

@@ -5,6 +5,7 @@ import os
 import stat
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -189,6 +190,9 @@ def test_folders_that_hold_no_model_are_refused(folders, tmp_path):
 def test_engines_are_named_with_or_without_a_python(tmp_path):
     assert engine_of("vllm") == (ENGINES["vllm"], sys.executable)
     assert engine_of(f"llama.cpp={sys.executable}")[1] == sys.executable
+    relative = os.path.relpath(sys.executable)  # engines are started in another folder
+    started = Path(engine_of(f"vllm={relative}")[1])
+    assert started.is_absolute() and started.samefile(sys.executable)
     with pytest.raises(OptimumOrderError, match=r"Unknown engine 'lama.cpp'. Did you mean 'llama"):
         engine_of("lama.cpp")
     with pytest.raises(OptimumOrderError, match="is no program; give the python of the"):
