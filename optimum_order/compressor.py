@@ -789,7 +789,8 @@ class JointCompressor(Session):
         empty = estimate.empty(self.source)
         whole = None if self.embeddings == KEPT else self._with_embedding
         named = [Recipe.of(whole(Order("rtn:8")))] if whole else []
-        sizes = Sizes(empty, self.units(empty, *named), self.source.states, demand)
+        units = self.units(empty, *named)
+        sizes = Sizes(empty, units, self.source.states, demand, self._beside())
         return Search(Menu(sizes, whole=whole), limit, max_loss, progress=progress)
 
     def _with_embedding(self, order: Order) -> Order:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -72,6 +73,8 @@ class Sizes:
         units: Its blocks.
         start: Layers that are compressed already.
         demand: What is asked of the folder.
+        beside: What goes with the layers, as fields of `formats.Contents`: a GGUF file holds the
+            tokenizer.
 
     Attributes:
         weights: Weights of all layers.
@@ -83,6 +86,7 @@ class Sizes:
     units: Sequence[Unit]
     start: Mapping[str, LayerState]
     demand: Demand
+    beside: Mapping[str, Any] = field(default_factory=dict)
     weights: int = field(init=False)
     rest: int = field(init=False)
     dense: int = field(init=False)
@@ -140,7 +144,7 @@ class Sizes:
         bits = 8 * total / self.weights
         bytes_ = self.bytes_at(bits)
         if exact:  # to the byte, with the names of all tensors
-            bytes_ = stored(self.model, layers, best.name, str(order)).bytes
+            bytes_ = stored(self.model, layers, best.name, str(order), self.beside).bytes
         return Option(best.name, bytes_, bits, exact)
 
     def _predicted(self, recipe: Recipe, *, any_choice: bool) -> _Samples:

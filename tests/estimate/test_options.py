@@ -69,3 +69,19 @@ def test_unknown_names_are_refused():
     for demand in (Demand("dens"), Demand(engine="vlm")):
         with pytest.raises(FormatError, match="Did you mean"):
             demand.check()
+
+
+def test_a_gguf_file_is_as_large_as_predicted_with_its_tokenizer(tmp_path):
+    compressor = JointCompressor.from_pretrained("tiny-llama")
+    empty = estimate.empty(compressor.source)
+    beside = {"processor": compressor.source.processor}
+    sizes = Sizes(empty, find_units(empty), {}, Demand("gguf"), beside)
+    for order in ("rtn(bits=4, group_size=32)", "rtn:q4_k"):
+        predicted = sizes.smallest(Order.parse(order))
+        compressor.compress(order, format="gguf", progress=False).save_pretrained(
+            tmp_path / order, "gguf"
+        )
+        assert predicted.exact and predicted.format == "gguf"
+        assert predicted.bytes == (tmp_path / order / "model.gguf").stat().st_size
+    bare = Sizes(empty, find_units(empty), {}, Demand("gguf")).smallest(Order.parse(order))
+    assert bare.bytes < predicted.bytes - 50_000, "the tokenizer counts"
