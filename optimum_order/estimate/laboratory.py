@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -199,10 +201,23 @@ class Laboratory:
             original = self._state((), *before.weight.shape).weight
             before = dataclasses.replace(before, original=original)
         # neither reshapers nor transforms are tried
-        return cast(Backend | Recovery, chosen).tried(before, seen)
+        with _unsaid():
+            return cast(Backend | Recovery, chosen).tried(before, seen)
 
     def _check(self, before: LayerState, after: LayerState, seen: Statistics | None) -> None:
         with precision.products(torch.bfloat16, self.device):  # as the pipeline does it
             relative_error(before.weight, after.weight, seen)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """Hide what methods warn of: the layers are made up."""
+    logger = logging.getLogger("optimum_order.backends")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

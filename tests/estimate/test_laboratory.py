@@ -1,5 +1,7 @@
 """What is learnt on a small layer holds for a large one."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -85,3 +87,11 @@ def test_layers_are_of_the_models_dtype_and_usual_height():
     ]
     result = Laboratory(targets, CPU, SPEED).state((), 512)
     assert (result.weight.shape, result.weight.dtype) == ((16, 256), torch.bfloat16)
+
+
+def test_nothing_is_said_of_layers_that_are_made_up(caplog):
+    (stage,) = stages("ecsq(rate=3.2, max_code=7)")
+    result = laboratory(64).trial((stage,), 256)
+    assert result.state.grid is not None
+    assert not caplog.records
+    assert logging.getLogger("optimum_order.backends").level == logging.NOTSET
