@@ -180,6 +180,14 @@ class MixedPrecision(Allocator):
             budget: The most that the chosen bits may sum to.
         """
         groups, candidates = error.shape
+        least = bits.min(1).sum()
+        if least > budget * (1 + 1e-9):
+            weights = budget / self.options.bits
+            raise OrderError(
+                f"Stage '{self.stage}': the narrowest widths take {least / weights:.4g} bits for "
+                f"each weight of this model, more than 'bits', {self.options.bits:g}. Give as "
+                "many, or narrower 'widths'."
+            )
         one_each = np.kron(np.eye(groups), np.ones(candidates))  # (groups, groups * candidates)
         solution = milp(
             # the solver takes costs within 1e-6 of each other as equal

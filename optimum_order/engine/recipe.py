@@ -410,6 +410,12 @@ class Recipe:
     @staticmethod
     def _check_layers(method: Method, layers: Sequence[Target]) -> None:
         covered = [layer for layer in layers if method.covers(layer.name, layer.kind)]
+        if not covered and not method.targets:
+            kinds = ", ".join(sorted({layer.kind for layer in layers}))
+            raise OrderError(
+                f"Stage '{method.stage}' treats no layer of this model: its layers are of the kind "
+                f"{kinds}. Leave the stage out."
+            )
         if not covered:
             raise OrderError(
                 f"Stage '{method.stage}': its targets match no layer. Layers are called, for "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 
 from optimum_order.layers.low_rank import LowRank
+from optimum_order.models import hooks
 
 _HANDLE = "_optimum_order_adapter"
 """Attribute of a module that has an adapter."""
@@ -35,14 +37,13 @@ def adapt(module: nn.Module, adapter: LowRank | None) -> None:
         module: An `nn.Linear`; only calls of the module add.
         adapter: The adapter; None to have the module compute with its weight alone.
     """
-    earlier = vars(module).pop(_HANDLE, None)
-    if earlier is not None:
-        earlier.remove()
+    register = None
     if adapter is not None:
-        hook = module.register_forward_hook(_Adding(adapter), with_kwargs=True)
-        vars(module)[_HANDLE] = hook
+        hook = _Adding(adapter)
+        register = functools.partial(module.register_forward_hook, hook, with_kwargs=True)
+    hooks.replace(module, _HANDLE, register)
 
 
 def is_adapted(model: nn.Module) -> bool:
     """Return whether a module of a model has an adapter."""
-    return any(_HANDLE in vars(module) for module in model.modules())
+    return hooks.is_hooked(model, _HANDLE)

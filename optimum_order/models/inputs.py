@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import Any, cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_order.layers.inputs import InputGrid
+from optimum_order.models import hooks
 
 _HANDLE = "_optimum_order_inputs"
 """Attribute of a module whose inputs have a grid."""
@@ -88,17 +90,16 @@ def quantize_inputs(module: nn.Module, grid: InputGrid | None) -> None:
         module: An `nn.Linear`; only calls of the module round.
         grid: The grid; None to have it read its input as it is.
     """
-    earlier = vars(module).pop(_HANDLE, None)
-    if earlier is not None:
-        earlier.remove()
+    register = None
     if grid is not None:
-        hook = module.register_forward_pre_hook(_Rounding(grid), with_kwargs=True)
-        vars(module)[_HANDLE] = hook
+        hook = _Rounding(grid)
+        register = functools.partial(module.register_forward_pre_hook, hook, with_kwargs=True)
+    hooks.replace(module, _HANDLE, register)
 
 
 def rounds_inputs(model: nn.Module) -> bool:
     """Return whether a module of a model rounds its input."""
-    return any(_HANDLE in vars(module) for module in model.modules())
+    return hooks.is_hooked(model, _HANDLE)
 
 
 def _moment(x: Tensor) -> tuple[bool, bool, int | None]:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from optimum_order import CompressedModel
+from optimum_order import CompressedModel, JointCompressor
 from optimum_order.artifact.verify import verify
 from optimum_order.backends.lora import Lora
 from optimum_order.engine.recipe import method
@@ -130,3 +131,12 @@ def test_what_is_tried_has_the_rank_and_keeps_an_adapter():
     adapter = LowRank.rounded(gaussian(5, 32), gaussian(16, 5), torch.float16)
     state = LayerState(gaussian(16, 32), adapter=adapter)
     assert lora.tried(state) is state
+
+
+def test_a_model_without_linear_layers_is_told_so():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)).eval()
+    for stage in ("eora:4", "lora:4"):
+        with pytest.raises(OrderError, match="treats no layer of this model: .* conv1d. Leave"):
+            JointCompressor(model, calibration=torch.zeros(2, 1024, dtype=torch.long)).compress(
+                f"rtn:4 > {stage}", progress=False
+            )
