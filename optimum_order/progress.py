@@ -40,12 +40,18 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """Whether no bar is shown, whatever its `disable` says."""
     live: ClassVar[weakref.WeakSet[Bar]] = weakref.WeakSet()
     """The bars that are on the terminal."""
+    step: ClassVar[tqdm[Any] | None] = None
+    """The line on the terminal that says what is done, which gives way to a bar."""
 
     def __init__(self, **options: Any) -> None:
         shown = not (options.pop("disable", False) or Bar.hidden)
         self._lines = shown and not sys.stderr.isatty()
         self._begin = self._last = monotonic()
         self._tenth = 0
+        if shown and not self._lines and Bar.step is not None:
+            with tqdm.get_lock():
+                Bar.step.close()
+                Bar.step = None
         super().__init__(disable=not shown or self._lines, **screen() | options)
         if self._lines:
             self._first = self.n

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from time import time
-from typing import Any
 
 from tqdm import tqdm
 
@@ -24,7 +23,8 @@ _PACKAGE = "optimum_order"
 class Status(logging.Handler):
     """Shows what the package logs: warnings as lines, steps as one line with a clock.
 
-    On a terminal the line of a step gives way to that of the next. Elsewhere each is a line.
+    On a terminal the line of a step gives way to that of the next, and to a bar. Elsewhere each is
+    a line.
 
     Args:
         level: The least level that is shown.
@@ -33,7 +33,6 @@ class Status(logging.Handler):
     def __init__(self, level: int):
         super().__init__(level)
         self._step = ""
-        self._line: tqdm[Any] | None = None
         self._terminal = sys.stderr.isatty() and level <= logging.INFO
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="status", daemon=True)
@@ -67,8 +66,9 @@ class Status(logging.Handler):
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._line is not None:
-            self._line.close()
+        if Bar.step is not None:
+            Bar.step.close()
+            Bar.step = None
 
     def _write(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
@@ -77,19 +77,19 @@ class Status(logging.Handler):
     def _show(self, step: str) -> None:
         with tqdm.get_lock():
             self._step = step
-            if self._line is None:
-                self._line = tqdm(
+            if Bar.step is None:
+                Bar.step = tqdm(
                     desc=step, bar_format="{desc} ... {elapsed}", leave=False, **screen()
                 )
             # the time is that of the step; where it is drawn last, the line is taken away
-            self._line.start_t = self._line.last_print_t = time()
-            self._line.set_description_str(step)
+            Bar.step.start_t = Bar.step.last_print_t = time()
+            Bar.step.set_description_str(step)
 
     def _beat(self) -> None:
         """Say what is done once it takes a while, then keep the time on the screen going."""
         if self._stop.wait(PATIENCE):
             return
-        if self._step and self._line is None:
+        if self._step and Bar.step is None and not Bar.live:
             if not self._terminal:
                 if self.level <= logging.INFO:
                     self._write(f"optimum-order: {self._step}")
@@ -97,7 +97,9 @@ class Status(logging.Handler):
             self._show(self._step)
         while self._terminal and not self._stop.wait(_BEAT):
             with contextlib.suppress(OSError, ValueError), tqdm.get_lock():
-                for bar in (self._line, *Bar.live):
+                if Bar.step is None and not Bar.live:
+                    self._show("Working")  # a bar is over, and no step was named since
+                for bar in (Bar.step, *Bar.live):
                     if bar is not None:
                         bar.refresh(nolock=True)
 

@@ -37,6 +37,7 @@ try:
         NullLocator,
         SymmetricalLogLocator,
     )
+    from matplotlib.transforms import Bbox
 except ImportError as error:
     raise missing_extra("study", error) from error
 
@@ -130,8 +131,11 @@ def draw(summary: Summary) -> list[Picture]:
 
 
 def signed(value: float) -> str:
-    """Return a difference to two digits: +0.012."""
-    return f"{value:+.2g}".replace("-", "−") if value else "0"
+    """Return a difference to two digits: +0.012, +0.040."""
+    if not value:
+        return "0"
+    digits = f"{value:+.0f}" if abs(value) >= 9.95 else f"{value:+#.2g}"
+    return digits.replace("-", "−")
 
 
 def group_name(group: Mapping[str, Any]) -> str:
@@ -150,18 +154,28 @@ def _image(height: float, draw: Callable[..., None], *arguments: Any) -> Image:
     return Image(png.getvalue(), svg.getvalue())
 
 
-def _write_labels(figure: Figure, ax: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Write beside points what they are, as far as there is room: labels never overlap.
+def _write_labels(
+    figure: Figure,
+    ax: Axes,
+    labels: Sequence[tuple[float, float, str]],
+    points: Sequence[tuple[float, float]],
+) -> None:
+    """Write beside points what they are, as far as there is room.
+
+    Labels overlap neither each other nor points.
 
     Args:
         figure: The figure.
         ax: Its axes, with everything else drawn.
         labels: x, y and the text of each point, the most important first.
+        points: x and y of every point that is drawn.
     """
     figure.draw_without_rendering()  # the layout decides where there is room
     renderer = FigureCanvasAgg(figure).get_renderer()
     frame = ax.get_window_extent(renderer)
-    taken: list[Any] = []
+    pixel = figure.dpi / 72
+    centers = [ax.transData.transform(point) for point in points]
+    taken = [Bbox([center - 2.5 * pixel, center + 2.5 * pixel]) for center in centers]
     right_sides = [(6, 4, "left"), (6, -10, "left")]
     left_sides = [(-6, 4, "right"), (-6, -10, "right")]
     sides = [*right_sides, *left_sides, (0, 9, "center"), (0, -15, "center")]
@@ -178,7 +192,10 @@ def _write_labels(figure: Figure, ax: Axes, labels: Sequence[tuple[float, float,
             )
             label.set_path_effects([withStroke(linewidth=2, foreground="white")])
             label.set_in_layout(False)
-            box = label.get_window_extent(renderer)
+            text_box = label.get_window_extent(renderer)
+            box = Bbox.from_extents(
+                text_box.x0 - 3 * pixel, text_box.y0, text_box.x1 + 3 * pixel, text_box.y1
+            )
             inside = box.x0 >= frame.x0 and box.x1 <= frame.x1
             inside = inside and box.y0 >= frame.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
@@ -226,7 +243,12 @@ def _symlog(ax: Axes, linear: float) -> None:
     locator: Any = SymmetricalLogLocator(base=10, linthresh=linear)
     locator.set_params(numticks=7)
     ax.yaxis.set_major_locator(locator)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    ax.yaxis.set_major_formatter(_plain())
+
+
+def _plain() -> FuncFormatter:
+    """Return a format of ticks as plain numbers, with a minus sign."""
+    return FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−"))
 
 
 # --- A against intensity ---------------------------------------------------------------------
@@ -292,7 +314,11 @@ def _intensity(
     names = [f"{pairs[index]['first']}, {pairs[index]['second']}" for index in order]
     shown = [textwrap.shorten(name, 26, placeholder="…") for name in names]
     places = [(pairs[index]["intensity"]["value"], values[index]) for index in order]
-    _write_labels(figure, ax, [(x, y, name) for (x, y), name in zip(places, shown, strict=True)])
+    labels = [(x, y, name) for (x, y), name in zip(places, shown, strict=True)]
+    points = [
+        (pair["intensity"]["value"], value) for pair, value in zip(pairs, values, strict=True)
+    ]
+    _write_labels(figure, ax, labels, points)
 
 
 # --- map of advantages -----------------------------------------------------------------------
@@ -379,7 +405,7 @@ def _write_cell(ax: Axes, row: int, column: int, text: str, *, dark: bool, fonts
 
 
 def _color_bar(figure: Figure, ax: Axes, image: Any, **options: Any) -> None:
-    outline: Any = figure.colorbar(image, ax=ax, **options).outline
+    outline: Any = figure.colorbar(image, ax=ax, format=_plain(), **options).outline
     outline.set_visible(False)
 
 
@@ -524,7 +550,12 @@ def _size(
         for point in front
         if point.performance >= floor
     ]
-    _write_labels(figure, ax, labels[:_MOST_LABELS])
+    places = [
+        (point.size / unit, _shown(summary, point))
+        for point in points
+        if point.performance >= floor
+    ]
+    _write_labels(figure, ax, labels[:_MOST_LABELS], places)
 
 
 def _log_axis(ax: Axes) -> None:
@@ -534,7 +565,7 @@ def _log_axis(ax: Axes) -> None:
     few: Any = MaxNLocator(6, steps=[1, 2, 5, 10])
     ax.yaxis.set_major_locator(few if high < 8 * low else LogLocator(10, subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(_plain())
 
 
 def _legend(figure: Figure, **options: Any) -> None:

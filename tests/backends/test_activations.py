@@ -48,7 +48,9 @@ def test_only_linear_layers_are_covered(make_model):
     kinds = ("linear", "expert", "conv1d", "conv2d", "embedding")
     assert [backend.covers("a", kind) for kind in kinds] == [True, False, False, False, False]
     recipe = Recipe.of(Order.parse("activations:8"))
-    with pytest.raises(OrderError, match="treats no layer of this model: its layers are of the kind conv1d"):
+    with pytest.raises(
+        OrderError, match="treats no layer of this model: its layers are of the kind conv1d"
+    ):
         recipe.check(find_units(make_model("gpt2")), calibrated=True)
 
 

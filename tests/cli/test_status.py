@@ -71,6 +71,28 @@ def test_a_bar_goes_on_while_nothing_is_counted(monkeypatch):
     assert "rtn:4" not in shown(Terminal(), monkeypatch, work, bars=False)
 
 
+def test_a_step_gives_way_to_a_bar(monkeypatch):
+    """Beside a bar it would keep the time of what is over, and be drawn over what a bar left."""
+
+    def work():
+        logger.info("Tokenizing")
+        time.sleep(0.2)
+        with Bar(total=2, desc="rtn:4", unit="block") as bar:
+            bar.update(2)
+            time.sleep(0.2)
+        time.sleep(0.3)
+        logger.info("Writing")
+        time.sleep(0.2)
+
+    text = shown(Terminal(), monkeypatch, work)
+    before, _, rest = text.partition("rtn:4:   0%")
+    assert "Tokenizing" in before and not before.rsplit("\r", 1)[-1]
+    during, _, after = rest.rpartition("rtn:4: 100%")
+    assert "Tokenizing" not in rest and "\x1b[A" not in text, "the bar is alone on its line"
+    assert after.index("Working ... 00:00") < after.index("Writing ... 00:00")
+    assert "Working" not in during and Bar.step is None
+
+
 def test_nothing_is_left_behind(monkeypatch):
     package = logging.getLogger("optimum_order")
     before = (package.level, list(package.handlers), Bar.hidden)

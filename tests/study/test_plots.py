@@ -44,6 +44,20 @@ def test_each_cell_of_a_map_has_its_number_and_a_color_where_it_is_decisive():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("rtn", "wanda")
 
 
+def test_the_bar_of_a_map_has_plain_numbers():
+    columns = ["rtn:2", "rtn:3", "rtn:4", "rtn:8"]
+    means = (0.001, -0.002, 0.003, -2.0)
+    pairs = [
+        pair("wanda:0.3", column, mean, True) for column, mean in zip(columns, means, strict=True)
+    ]
+    with matplotlib.rc_context(plots._STYLE):
+        figure = draw_map(pairs, ["wanda:0.3"], columns).figure
+        figure.draw_without_rendering()
+        labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert {"0", "−1", "−0.01"} <= set(labels)
+    assert not any("$" in label for label in labels)
+
+
 def test_both_signs_are_as_far_from_the_middle_of_the_colors():
     pairs = [pair("wanda:0.3", "rtn:4", 0.5, True)]
     ax = draw_map(pairs, ["wanda:0.3"], ["rtn:4"])
@@ -68,8 +82,8 @@ def test_a_scale_is_logarithmic_only_where_sizes_differ_much():
 
 
 def test_numbers_are_signed_and_ordered_as_people_do():
-    numbers = [plots.signed(value) for value in (0.0123, -0.5, 0.0, -12.3)]
-    assert numbers == ["+0.012", "−0.5", "0", "−12"]
+    numbers = [plots.signed(value) for value in (0.0123, 0.04, -0.5, 0.0, -9.96, -12.3, 340.0)]
+    assert numbers == ["+0.012", "+0.040", "−0.50", "0", "−10", "−12", "+340"]
     names = ["wanda:0.5", "wanda:0.65", "rtn:16", "rtn:8", "wanda:0.05"]
     random.Random(0).shuffle(names)
     expected = ["rtn:8", "rtn:16", "wanda:0.05", "wanda:0.5", "wanda:0.65"]
@@ -110,18 +124,20 @@ def test_a_picture_is_a_png_that_is_the_same_every_time():
         assert "Software" not in image.info
 
 
-def test_labels_never_overlap_and_stay_inside():
+def test_labels_overlap_neither_labels_nor_points_and_stay_inside():
     figure = Figure()
     ax = figure.subplots()
-    ax.plot([0, 1, 0.5, 0.5, 0.5], [0, 1, 0.5, 0.5, 0.5], "o")
-    points = [(0.5, 0.5, f"model {number} > gptq:4") for number in range(9)] + [(1, 1, "corner")]
-    plots._write_labels(figure, ax, points)
+    points = [(0, 0), (1, 1), (0.5, 0.5), (0.62, 0.52)]
+    ax.plot(*zip(*points, strict=True), "o")
+    labels = [(0.5, 0.5, f"model {number} > gptq:4") for number in range(9)] + [(1, 1, "corner")]
+    plots._write_labels(figure, ax, labels, points)
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in ax.texts]
     assert 3 <= len(boxes) < 10, "as many as there is room for"
     frame = ax.get_window_extent(renderer)
     for index, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:index])
+        assert not any(box.contains(*ax.transData.transform(point)) for point in points)
         assert frame.x0 <= box.x0 and box.x1 <= frame.x1
     assert ax.texts[-1].get_text() == "corner"
 
