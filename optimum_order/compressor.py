@@ -290,7 +290,7 @@ class JointCompressor(Session):
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
         weights = checkpoint.load_empty() if low_memory and checkpoint else None
         model = self.source.load() if weights is None else weights.model
-        refuse(recipe, streams=low_memory, resumes=work_dir is not None, processes=ranks.size)
+        refuse(recipe, streams=low_memory, processes=ranks.size)
         units = self.units(model, recipe)
         _warn(recipe, units)
         after = self.outlines(model, units, recipe)

@@ -123,8 +123,8 @@ class Method(ABC):
     """True if the method runs the model on calibration samples, whatever it `needs`."""
     joins: ClassVar[bool] = False
     """True if neighbors of this class in an order may share one walk (schedule "block")."""
-    resumes: ClassVar[bool] = True
-    """False if a run with a work dir cannot have the method."""
+    streams: ClassVar[bool] = True
+    """False if the method needs the whole model in memory."""
     reads_original: ClassVar[bool] = False
     """True of a backend that is to be given the weight before any stage pruned or quantized it, in
     `LayerState.original`."""
@@ -553,6 +553,7 @@ class Reshaper(Method):
     """
 
     kind = "reshape"
+    streams = False
     kinds = ("reshape",)
     slices: ClassVar[bool] = True
     """True if layers lose rows or columns; False if layers go as a whole."""
@@ -668,6 +669,7 @@ class Transform(Method):
     """
 
     kind = "transform"
+    streams = False
     kinds = ("transform",)
     needs_data = True
     tolerance: ClassVar[float] = 1e-3
@@ -739,10 +741,17 @@ class Recovery(Method):
 
     kind = "recover"
     kinds = ("recover", "adapt")
-    resumes = False
+    streams = False
     needs_data = True
-    report: Callable[[str], None] = staticmethod(lambda text: None)
-    """To be called after each round, with a few words for the progress; set by the engine."""
+    report: Report = staticmethod(lambda text, rounds=1: None)
+    """To be called after each round with a few words for the progress, or with the number of rounds
+    that a run before has done; set by the engine."""
+    stored: Callable[[], Mapping[str, Any] | None] = staticmethod(lambda: None)
+    """Returns what `store` was given last in a run that was cut off, or None; set by the engine."""
+    store: Callable[[Callable[[], Mapping[str, Any]]], None] = staticmethod(lambda value: None)
+    """To be called after each round with a function that gives all that is needed to go on from
+    there: tensors and plain values, in mappings and sequences. It is called now and then, and the
+    tensors are on the disk when `store` returns. Set by the engine."""
     parameters: Mapping[str, Tensor] = types.MappingProxyType({})
     """New values of parameters that are no layers, such as gains of norms, by name; set by
     `recover`."""
@@ -781,6 +790,13 @@ class Recovery(Method):
 
     def run(self, engine: Engine, joined: Sequence[Recovery]) -> None:
         engine.recover(self)
+
+
+class Report(Protocol):
+    """Shows how far a recovery is."""
+
+    def __call__(self, text: str, rounds: int = 1) -> None:
+        """Show a few words, and some rounds more as done."""
 
 
 class Engine(Protocol):

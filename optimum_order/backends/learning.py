@@ -5,6 +5,10 @@ learned, rounded as they will be stored. The backward pass does not round (the s
 estimator). One part of the calibration samples is never learned from, and the state that is best
 there is the result.
 
+Nothing but the start of a student is random: batches come in turn, and modules are in evaluation
+mode. So what was learned, the moments of Adam and the number of the step are all that is needed to
+go on where a run was cut off, with the same bits.
+
 Source: Hinton et al. 2015, arXiv 1503.02531 (distillation); Bengio et al. 2013, arXiv 1308.3432
 (the straight-through estimator).
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -24,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from optimum_order.backends.base import Recovery, option
 from optimum_order.errors import DataError
@@ -120,33 +126,43 @@ class Learning(Recovery):
             )
         covered = {name: state for name, state in states.items() if self.covers(name)}
         student = self.student(model, covered, teacher)
-        first = best = student.measured(held)
-        state = student.learned_so_far()
         optimizer = torch.optim.AdamW(
             student.parameters, lr=self.options.rate, betas=(0.9, 0.95), weight_decay=0.0
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._part_of_rate)
+        stored = self.stored()
+        if stored is None:
+            begun = 0
+            first = best = student.measured(held)
+            state = student.learned_so_far()
+        else:
+            begun, first, best, state = (stored[key] for key in ("step", "first", "best", "state"))
+            student.load(stored["learned"])
+            _set_moments(optimizer, student.learned, stored["moments"])
+            self.report("", begun)
         every = max(1, self.options.steps // _LOOKS)
-        for step in range(self.options.steps):
+        for step in range(begun, self.options.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = self.options.rate * self._part_of_rate(step)
             loss = student.step(learned[step % len(learned)], optimizer)
-            schedule.step()
             self.report(f"loss {loss:.4g}, {best:.4g} on held-back samples")
-            if (step + 1) % every and step + 1 < self.options.steps:
-                continue
-            measured = student.measured(held)
-            if measured < best:
-                best = measured
-                state = student.learned_so_far()
-            if not measured < _DIVERGED * first:
-                logger.warning(
-                    "'%s' diverged at step %d: the loss on samples that were held back is %.4g, "
-                    "and was %.4g. The best state so far is taken; choose a lower 'rate'.",
-                    self.stage,
-                    step + 1,
-                    measured,
-                    first,
-                )
-                break
+            if not (step + 1) % every or step + 1 == self.options.steps:
+                measured = student.measured(held)
+                if measured < best:
+                    best = measured
+                    state = student.learned_so_far()
+                if not measured < _DIVERGED * first:
+                    logger.warning(
+                        "'%s' diverged at step %d: the loss on samples that were held back is "
+                        "%.4g, and was %.4g. The best state so far is taken; choose a lower "
+                        "'rate'.",
+                        self.stage,
+                        step + 1,
+                        measured,
+                        first,
+                    )
+                    break
+            progress = {"step": step + 1, "first": first, "best": best, "state": state}
+            self.store(functools.partial(_in_between, student, optimizer, progress))
         if not best < first:
             logger.warning(
                 "'%s' found no better state: the loss on samples that were held back stays %.4g.",
@@ -175,6 +191,8 @@ class Learning(Recovery):
 class Student(ABC):
     """A copy of a model in float32 that learns, and the model that it learns from.
 
+    Activations within a block are computed again in the backward pass, and not held.
+
     A subclass fills `learned` and says how the layers follow from it.
 
     Args:
@@ -189,7 +207,7 @@ class Student(ABC):
     def __init__(
         self, model: PreTrainedModel, states: Mapping[str, LayerState], teacher: PreTrainedModel
     ):
-        from optimum_order.models.units import find_targets
+        from optimum_order.models.units import find_targets, find_units
 
         self.states = {name: state.to(model.device) for name, state in states.items()}
         self.learned: dict[str, nn.Parameter] = {}
@@ -210,6 +228,10 @@ class Student(ABC):
         for target in find_targets(self.model):
             if target.name in states:
                 self._parts[id(target.parameter)].append(target)
+        # transformers' own checkpointing needs training mode, and with it dropout
+        for unit in find_units(self.model):
+            forward = unit.module.forward
+            unit.module.forward = functools.partial(checkpoint, forward, use_reentrant=False)
 
     @abstractmethod
     def effective(self, name: str) -> Tensor:
@@ -311,6 +333,27 @@ class Student(ABC):
         if mask is not None and mask.shape == divergence.shape:
             return (divergence * mask).sum() / mask.sum().clamp(min=1)
         return divergence.mean()
+
+
+def _in_between(
+    student: Student, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the progress, what is learned and the optimizer's tensors for each parameter."""
+    learned = {name: parameter.detach() for name, parameter in student.learned.items()}
+    moments = {name: dict(optimizer.state[student.learned[name]]) for name in learned}
+    return {**progress, "learned": learned, "moments": moments}
+
+
+def _set_moments(
+    optimizer: torch.optim.Optimizer,
+    learned: Mapping[str, nn.Parameter],
+    moments: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Give an optimizer the tensors of `_in_between`."""
+    for name, parameter in learned.items():
+        if mine := moments[name]:
+            step = mine["step"].cpu()  # where Adam keeps the number of its steps
+            optimizer.state[parameter] = dict(mine) | {"step": step}
 
 
 def _whole(targets: Sequence[Target], shape: torch.Size, weight_of: Any) -> Tensor:

@@ -251,13 +251,12 @@ Several processes share the work, and OUTPUT is that of the first:
             compressor.evaluate(args.evaluate, args.metric)
             watch.lap("evaluate_before")
         self._began = True
-        work_dir = self._work_dir if self._is_kept(order, stages) else None
         compressed = compressor.compress(
             order,
             args.schedule,
             stages=stages,
             pause=args.pause,
-            work_dir=work_dir,
+            work_dir=self._work_dir,
             resume=args.resume,
             low_memory=args.low_memory,
             format=args.format,
@@ -284,19 +283,9 @@ Several processes share the work, and OUTPUT is that of the first:
             raise
         manifest = compressed.manifest | {"format": format}
         compressed.close()
-        if work_dir is not None:
-            workdir.remove(work_dir)
+        workdir.remove(self._work_dir)
         watch.lap("save")
         return self._finish(manifest, watch)
-
-    def _is_kept(self, order: Order | str, stages: list[Stage] | None) -> bool:
-        """Return whether a work dir is to be: one was asked for, or every stage can be resumed."""
-        from optimum_order.engine.recipe import method
-
-        args = self.args
-        if args.work_dir is not None or args.resume or args.low_memory:
-            return True
-        return all(method(stage).resumes for stage in stages or Order.of(order))
 
     def _searches(self) -> bool:
         """Return whether a budget or a loss is given in place of an order."""

@@ -65,6 +65,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LEARNED = "learned"
+"""The only part of the pass of a recovery."""
 _HELD_BACK = 4
 """Calibration samples, the last ones, on which weights are tried."""
 
@@ -826,22 +828,16 @@ class Passes:
 
     def recover(self, recovery: Recovery) -> None:
         """Let a recovery change layers, and check that masks and grids are the same."""
-        self._begin([], str(recovery.stage))
+        passage = self._begin_blocks([_LEARNED], str(recovery.stage), [])
         self.bar.total += recovery.rounds
 
-        def report(text: str) -> None:
+        def report(text: str, rounds: int = 1) -> None:
             self.bar.set_postfix_str(text)
-            self.bar.update()
+            self.bar.update(rounds)
 
         recovery.report = report
         targets = {t.name: t for unit in self.subject.units for t in unit.targets}
-
-        def learn() -> dict[str, Any]:
-            changes = recover(recovery, self.subject, self.result.states)
-            states = {name: Packed.of(after) for name, _, after in changes}
-            return {"states": states, "parameters": dict(recovery.parameters)}
-
-        learned = self._first(learn, str(self.home))
+        learned = self._first(lambda: self._learned(recovery, passage), str(self.home))
         for name, packed in learned["states"].items():
             change = (self.result.states[name], packed.state())
             self._settle(targets[name], change, recovery.stage, None)
@@ -849,6 +845,22 @@ class Passes:
             reshaping.put_parameters(self.subject.model, parameters)
             settled = reshaping.Change(str(recovery.stage), {}, {}, parameters=parameters)
             self.result.changes = (*self.result.changes, settled)
+
+    def _learned(self, recovery: Recovery, passage: Passage | None) -> dict[str, Any]:
+        """Return the layers and other parameters that a recovery changes, in one process."""
+        home = str(self.home)
+        if passage is not None and passage.has(_LEARNED):
+            recovery.report("", recovery.rounds)
+            return dict(passage.load(_LEARNED, home))
+        if passage is not None:
+            recovery.stored = functools.partial(passage.unfinished, _LEARNED, home)
+            recovery.store = functools.partial(passage.save_unfinished, _LEARNED)
+        changes = recover(recovery, self.subject, self.result.states)
+        states = {name: Packed.of(after) for name, _, after in changes}
+        learned = {"states": states, "parameters": dict(recovery.parameters)}
+        if passage is not None:
+            passage.save(_LEARNED, "measured", learned)
+        return learned
 
     def _begin(self, units: Sequence[Unit], label: str) -> Passage | None:
         names = [unit.name for unit in self.subject.units]

@@ -121,12 +121,7 @@ def run(
         ModelError: If a weight is NaN or infinite, or the model cannot be walked.
         OutputError: If the work dir cannot be written, is damaged, or cannot hold a stage.
     """
-    refuse(
-        recipe,
-        streams=execution.streams,
-        resumes=work is not None,
-        processes=execution.ranks.size,
-    )
+    refuse(recipe, streams=execution.streams, processes=execution.ranks.size)
     result = _begin(subject, recipe, execution, start)
     blocks = len(subject.units)
     total = blocks * len(recipe.steps)
@@ -141,13 +136,12 @@ def run(
     return result
 
 
-def refuse(recipe: Recipe, *, streams: bool, resumes: bool, processes: int = 1) -> None:
+def refuse(recipe: Recipe, *, streams: bool, processes: int = 1) -> None:
     """Refuse stages that a run cannot carry out in the way that is asked for.
 
     Args:
         recipe: What to do.
         streams: Whether the model is read block by block.
-        resumes: Whether there is a work dir.
         processes: How many share the work.
 
     Raises:
@@ -166,9 +160,9 @@ def refuse(recipe: Recipe, *, streams: bool, resumes: bool, processes: int = 1) 
                 f"Stage '{method.stage}' compares with the original weights, and a model that is "
                 "read block by block does not hold them: leave out low_memory (--low-memory)."
             )
-        if method.kind in ("reshape", "transform") and streams:
+        if streams and not method.streams:
             raise OutputError(
-                f"Stage '{method.stage}' changes a model that is in memory as a whole: leave out "
+                f"Stage '{method.stage}' needs a model that is in memory as a whole: leave out "
                 "low_memory (--low-memory)."
             )
         if method.kind == "allocate" and method.weighs_outputs and streams:
@@ -182,11 +176,6 @@ def refuse(recipe: Recipe, *, streams: bool, resumes: bool, processes: int = 1) 
                 f"Stage '{method.stage}' looks at all layers before it treats the first, and a "
                 "model that is read block by block is read once for each stage: leave out "
                 f"low_memory (--low-memory), or allocation={allocation}."
-            )
-        if resumes and not method.resumes:
-            raise OutputError(
-                f"Stage '{method.stage}' cannot be resumed yet: run it without 'work_dir' "
-                "(--work-dir, --low-memory)."
             )
 
 

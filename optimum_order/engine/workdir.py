@@ -2,8 +2,9 @@
 
 One folder is one run, and its files are all that is known of the progress: a file is whole or
 absent. `007-00012.state.safetensors` holds the layers of block 12 as pass 7 over the model left
-them, `.measured` what an allocator's pass measured there. A file is removed only once the file
-that takes its place is on the disk.
+them, `.measured` what an allocator's pass measured there, or all that a recovery changed;
+`.learning` is how far a recovery is that is not finished. A file is removed only once the file that
+takes its place is on the disk.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -31,8 +33,12 @@ from optimum_order.errors import ArtifactError, OutputError
 _FINGERPRINT = "fingerprint.json"
 _LOCK = "lock.sqlite"
 _PROCESS = "process"
+SECONDS_BETWEEN = 60.0
+"""Seconds between two writes of what is not finished, at least."""
+_TIMES_WRITING = 20
+"""Times as long as the last write took, at least."""
 _OURS = {_FINGERPRINT, _PROCESS, _LOCK, f"{_LOCK}-journal"}
-_FILE = re.compile(r"(?P<number>\d+)-(?P<unit>\d+)\.(?P<kind>state|measured)\.safetensors")
+_FILE = re.compile(r"(?P<number>\d+)-(?P<unit>\d+)\.(?P<kind>state|measured|learning)\.safetensors")
 _OLD_FILE = re.compile(r"\d+-\d+\.crossing\.safetensors")
 """A file that only version 0.1.0 wrote."""
 
@@ -239,6 +245,8 @@ class Passage:
         self._finished = {unit for at, unit in finished if at == number}
         self._over = any(at > number for at, _ in finished)
         """Whether a later pass has begun."""
+        self._due = monotonic() + SECONDS_BETWEEN
+        """When what is not finished is to be kept again."""
 
     def has(self, unit: str) -> bool:
         """Return whether the pass has finished a block."""
@@ -287,11 +295,39 @@ class Passage:
         self.work.wait()
         file = self._file(index, kind)
         old = self.work.files(kind) if kind == "state" and not keep else {}
-        self.work.write(
-            file,
-            value,
-            [path for (_, which), path in old.items() if which == index and path != file],
-        )
+        replaced = [path for (_, which), path in old.items() if which == index and path != file]
+        self.work.write(file, value, [*replaced, self._file(index, "learning")])
+
+    def unfinished(self, unit: str, device: str = "cpu") -> Any:
+        """Return what `save_unfinished` wrote last for a part; None if there is none.
+
+        Args:
+            unit: The part's name.
+            device: Where tensors go.
+
+        Raises:
+            OutputError: If the file is damaged.
+        """
+        file = self._file(self._index[unit], "learning")
+        return self.work.read(file, device) if file.exists() else None
+
+    def save_unfinished(self, unit: str, value: Callable[[], Any]) -> None:
+        """Keep how far a part is, if it was not kept for a while; `save` removes it.
+
+        Args:
+            unit: The part's name.
+            value: Gives what `snapshot.save` takes. All of it is on the disk on return.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+        begun = monotonic()
+        if begun < self._due:
+            return
+        self.work.write(self._file(self._index[unit], "learning"), value, [])
+        self.work.wait()
+        written = monotonic()
+        self._due = written + max(SECONDS_BETWEEN, _TIMES_WRITING * (written - begun))
 
     def _file(self, index: int, kind: str) -> Path:
         return self.work.folder / f"{self.number:03d}-{index:05d}.{kind}.safetensors"

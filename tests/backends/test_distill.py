@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_order import JointCompressor
-from optimum_order.errors import DataError, OrderError, OutputError
+from optimum_order.errors import DataError, OrderError
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,3 @@ class TestRefused:
         )
         with pytest.raises(DataError, match="more than 4 samples"):
             few.compress("rtn(bits=4, group_size=32) > distill:5", progress=False)
-
-    def test_a_work_dir(self, tmp_path, learning):
-        with pytest.raises(OutputError, match="'distill:5' cannot be resumed yet"):
-            learning.compressor().compress(
-                "rtn(bits=4, group_size=32) > distill:5", work_dir=tmp_path, progress=False
-            )

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_order.backends.learning import Student, _split
 from optimum_order.engine.recipe import method
 from optimum_order.layers.state import LayerState
+from optimum_order.models.units import find_targets
 from optimum_order.order import Stage
 
 SIZES = {
@@ -112,3 +113,35 @@ def test_a_loss_that_is_no_number_is_infinite():
     learner = student(model, llama(seed=1))
     learner.learned["factor"].data.fill_(float("nan"))
     assert learner.measured([{"input_ids": ids(2)}]) == float("inf")
+
+
+def test_activations_within_a_block_are_computed_again_with_the_same_gradients():
+    """Transformers' own checkpointing would need training mode, and with it dropout."""
+    batch = {"input_ids": ids(4)}
+    distill = method(Stage("distill", 1))
+    model = llama()
+    states = {t.name: LayerState(t.read()) for t in find_targets(model)}
+
+    def held_and_gradients(again):
+        learner = distill.student(model, states, llama(seed=1))
+        if not again:
+            del learner.model.model.layers[0].forward
+        held = 0
+
+        def count(tensor):
+            nonlocal held
+            held += tensor.numel()
+            return tensor
+
+        with learner._installed():
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                loss = learner._loss(batch)
+            loss.backward()
+        return held, {name: p.grad for name, p in learner.learned.items()}
+
+    less, gradients = held_and_gradients(again=True)
+    more, expected = held_and_gradients(again=False)
+    assert all(gradient.any() for gradient in gradients.values())
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients.items())
+    mlp = 4 * 12 * 3 * 24  # three tensors that an MLP holds otherwise
+    assert less < more - mlp

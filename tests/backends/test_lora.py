@@ -8,7 +8,7 @@ from optimum_order import CompressedModel, JointCompressor
 from optimum_order.artifact.verify import verify
 from optimum_order.backends.lora import Lora
 from optimum_order.engine.recipe import method
-from optimum_order.errors import OrderError, OutputError
+from optimum_order.errors import OrderError
 from optimum_order.layers.low_rank import LowRank
 from optimum_order.layers.state import LayerState
 from optimum_order.order import Stage
@@ -109,10 +109,6 @@ def test_what_is_not_allowed_is_one_line(tmp_path, learning):
     mine = learning.compressor()
     with pytest.raises(OrderError, match="is not less than 32"):
         mine.compress("rtn(bits=4, group_size=32) > lora(steps=5, rank=32)", progress=False)
-    with pytest.raises(OutputError, match="cannot be resumed yet"):
-        mine.compress(
-            "rtn(bits=4, group_size=32) > lora:5", work_dir=tmp_path / "w", progress=False
-        )
 
 
 def test_its_bytes_are_foreseen(tmp_path, learning):

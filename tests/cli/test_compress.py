@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from optimum_order import JointCompressor
 from optimum_order import files as our_files
 from optimum_order.artifact import manifest
+from optimum_order.backends.learning import Student
 from optimum_order.cli.compress import CompressCommand
 from optimum_order.data.builtin import digits
 from optimum_order.errors import FormatError
@@ -389,14 +390,32 @@ def test_a_run_that_has_finished_nothing_leaves_nothing(program, arguments, tmp_
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("stage", ["lora:2", "distill:2"])
-def test_stages_that_cannot_be_resumed_run_without_a_work_dir(program, arguments, tmp_path, stage):
+@pytest.mark.parametrize("stage", ["lora:3", "distill:3"])
+def test_a_stage_that_learns_goes_on_where_it_was_interrupted(
+    program, arguments, tmp_path, monkeypatch, stage
+):
+    monkeypatch.setattr("optimum_order.engine.workdir.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("optimum_order.engine.workdir._TIMES_WRITING", 0)
     samples = ["--calibration-samples", 8]
     command = [*arguments, *samples, "--order", f"rtn:3 > {stage}"]
-    assert program(*command).code == 0
+    steps = []
+    step = Student.step
+
+    def counted(self, batch, optimizer):
+        if len(steps) == 2:
+            steps.append("interrupted")
+            raise KeyboardInterrupt
+        steps.append("taken")
+        return step(self, batch, optimizer)
+
+    monkeypatch.setattr(Student, "step", counted)
+    done = program(*command)
+    assert done.code == 130 and "to resume" in done.err
+    assert names(tmp_path) == ["out.work"]
+    monkeypatch.setattr("optimum_order.engine.workdir.SECONDS_BETWEEN", 60.0)
+    assert program(*command, "--resume").code == 0
     assert names(tmp_path) == ["out"]
-    done = program(*command, "--overwrite", "--work-dir", tmp_path / "work")
-    assert done.code == 2 and "cannot be resumed yet" in done.err
+    assert steps.count("taken") == 3
 
 
 def test_a_work_dir_may_be_elsewhere_and_of_another_run(program, arguments, tmp_path):

@@ -1,19 +1,25 @@
 """A recovery moves weights on the masks and codes that they have; anything else is refused."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_order import JointCompressor
+from optimum_order.backends.learning import Student
 from optimum_order.calibration.execution import PAUSES
+from optimum_order.engine import snapshot, workdir
 from optimum_order.engine.recipe import method
 from optimum_order.engine.recover import recover
 from optimum_order.engine.run import Subject
-from optimum_order.errors import InvariantError, ModelError
+from optimum_order.engine.workdir import WorkDir
+from optimum_order.errors import InvariantError, ModelError, OutputError
 from optimum_order.models.units import find_units
 from optimum_order.order import Stage
 
-INPUTS = torch.arange(24).view(2, 12) % 61
+INPUTS = torch.arange(48).view(4, 12) % 61
 
 
 def distance(model, original):
@@ -89,3 +95,170 @@ def test_from_the_front_door_to_a_saved_folder(make_model, plugins, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(loaded(INPUTS).logits, compressed.model(INPUTS).logits)
+
+
+SMALLER = "width(ratio=0.5, multiple=8)"
+CUT_OFF = [
+    "wanda:0.5 > distill(steps=7, rate=0.002) > gptq:4",
+    "rtn:3 > refit(steps=6, rate=0.01) > magnitude:0.5",
+    "rtn:3 > lora(steps=5, rank=2, rate=0.01)",
+    f"magnitude:0.3 > {SMALLER} > distill(steps=5, rate=0.002) > rtn:4 > refit:3",
+    "rtn:3 > distill(steps=20, rate=0.9) > wanda:0.5",  # it diverges
+    "rtn:4 > mend > wanda:0.5 > mend",
+]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """`killed_after(2)`: let two files be written, then raise; gives the names of all files."""
+    save = snapshot.save
+    saved = []
+    remaining = 0
+
+    def write(value, file, **options):
+        nonlocal remaining
+        remaining -= 1
+        if remaining < 0:
+            raise Killed
+        saved.append(file.name)
+        return save(value, file, **options)
+
+    def allow(files):
+        nonlocal remaining
+        remaining = files
+        return saved
+
+    monkeypatch.setattr(snapshot, "save", write)
+    monkeypatch.setattr(workdir, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(workdir, "_TIMES_WRITING", 0)
+    return allow
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The losses of all steps that students took."""
+    losses = []
+    step = Student.step
+
+    def counted(self, batch, optimizer):
+        losses.append(step(self, batch, optimizer))
+        return losses[-1]
+
+    monkeypatch.setattr(Student, "step", counted)
+    return losses
+
+
+@pytest.mark.parametrize("order", CUT_OFF)
+def test_a_run_that_is_cut_off_at_any_step_ends_as_if_it_had_not_been(
+    make_model, batches, run, plugins, tmp_path, killed_after, steps, order
+):
+    def make():
+        return make_model("llama")
+
+    killed_after(10**6)
+    whole = make()
+    expected = run(whole, order, batches, original=make)
+    undisturbed = list(steps)
+    steps.clear()
+    folder = tmp_path / "work"
+    tries = 0
+    for files in itertools.cycle((2, 1, 3)):
+        saved = killed_after(files)
+        model = make()
+        with (
+            contextlib.suppress(Killed),
+            WorkDir(folder, {}, resume=folder.exists()) as work,
+        ):
+            result = run(model, order, batches, work=work, original=make)
+            break
+        tries += 1
+    assert tries > 1
+    done = [name for name in saved if not name.endswith(".learning.safetensors")]
+    assert len(done) == len(set(done)), "nothing is finished twice"
+    assert set(steps) == set(undisturbed), "the same losses on the way"
+    assert len(steps) <= len(undisturbed) + tries, "no step but the last is taken twice"
+    assert not list(folder.glob("*.learning.safetensors")), "what is finished takes no room"
+    assert result.records == expected.records
+    assert result.states.keys() == expected.states.keys()
+    for name, state in result.states.items():
+        state.check(name)
+        other = expected.states[name]
+        assert torch.equal(state.weight, other.weight)
+        assert torch.equal(state.mask, other.mask)
+        assert state.notes == other.notes
+        assert (state.adapter is None) == (other.adapter is None)
+        if state.adapter is not None:
+            assert torch.equal(state.adapter.a, other.adapter.a)
+            assert torch.equal(state.adapter.b, other.adapter.b)
+    ends = whole.state_dict()
+    assert model.state_dict().keys() == ends.keys()
+    assert all(torch.equal(value, ends[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_on_the_way_is_kept_now_and_then(
+    make_model, batches, run, tmp_path, monkeypatch, steps
+):
+    """By time: a step may take a millisecond or a minute."""
+    clock = itertools.count(0.0, 25.0)
+    monkeypatch.setattr(workdir, "monotonic", lambda: next(clock))
+    at = []
+    save = snapshot.save
+
+    def write(value, file, **options):
+        if file.name.endswith(".learning.safetensors"):
+            at.append(len(steps))
+        return save(value, file, **options)
+
+    monkeypatch.setattr(snapshot, "save", write)
+    with WorkDir(tmp_path / "work", {}, resume=False) as work:
+        run(
+            make_model("llama"),
+            "rtn:2 > distill(steps=50, rate=0.001)",
+            batches,
+            work=work,
+            original=lambda: make_model("llama"),
+        )
+    # after a minute; then a write takes 25 s, and 20 times as long passes until the next
+    assert at == [3, 23, 43]
+
+
+class TestOfAnotherRun:
+    @pytest.fixture
+    def begun(self, make_model, tmp_path, killed_after):
+        """`begun(order, data)`: compress in the work dir, cut off on the way of `distill`."""
+
+        def compress(order, data, files, resume):
+            killed_after(files)
+            compressor = JointCompressor(
+                make_model("llama"), calibration=data, sequence_length=8, device="cpu"
+            )
+            return compressor.compress(
+                order, work_dir=tmp_path / "work", resume=resume, progress=False
+            )
+
+        with contextlib.suppress(Killed):
+            compress(
+                "rtn:3 > distill(steps=9, rate=0.01)", INPUTS.view(-1)[:48].view(6, 8), 5, False
+            )
+        assert list((tmp_path / "work").glob("*.learning.safetensors"))
+        return compress
+
+    def test_other_options_or_data_are_refused(self, begun):
+        data = INPUTS.view(-1)[:48].view(6, 8)
+        with pytest.raises(OutputError, match=r"holds a run whose order was .*steps=9.*steps=8"):
+            begun("rtn:3 > distill(steps=8, rate=0.01)", data, 10**6, True)
+        with pytest.raises(OutputError, match=r"holds a run whose calibration\.digest was"):
+            begun("rtn:3 > distill(steps=9, rate=0.01)", data + 1, 10**6, True)
+
+    def test_a_damaged_file_is_one_line(self, begun, tmp_path):
+        (file,) = (tmp_path / "work").glob("*.learning.safetensors")
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(OutputError, match=r"learning\.safetensors' is damaged: remove"):
+            data = INPUTS.view(-1)[:48].view(6, 8)
+            begun("rtn:3 > distill(steps=9, rate=0.01)", data, 10**6, True)

@@ -350,15 +350,6 @@ class TestResume:
             assert torch.equal(resumed.states[name].mask, state.mask)
             assert torch.equal(weights[name], state.weight)
 
-    def test_stages_that_cannot_be_resumed_are_refused(
-        self, make_model, batches, tmp_path, run, plugins
-    ):
-        with WorkDir(tmp_path / "work", {}, resume=False) as work:
-            message = r"Stage 'mend:nothing' cannot be resumed yet"
-            with pytest.raises(OutputError, match=message):
-                run(make_model("llama"), "mend:nothing > rtn:4", batches, work=work)
-        assert not (tmp_path / "work").exists()
-
 
 class TestDevice:
     @pytest.mark.parametrize(
@@ -599,6 +590,6 @@ class TestRanks:
                 return state
 
         recipe = Recipe((Asks(Stage("asks", 0.5)),))
-        refuse(recipe, streams=False, resumes=False)
+        refuse(recipe, streams=False)
         with pytest.raises(OrderError, match=r"cannot run in 2 processes: the statistic Unmerged"):
-            refuse(recipe, streams=False, resumes=False, processes=2)
+            refuse(recipe, streams=False, processes=2)
