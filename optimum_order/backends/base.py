@@ -123,6 +123,8 @@ class Method(ABC):
     """True if the method runs the model on calibration samples, whatever it `needs`."""
     joins: ClassVar[bool] = False
     """True if neighbors of this class in an order may share one walk (schedule "block")."""
+    fewest_samples: ClassVar[int] = 1
+    """Calibration samples without which the method does not run, where it needs data."""
     streams: ClassVar[bool] = True
     """False if the method needs the whole model in memory."""
     reads_original: ClassVar[bool] = False

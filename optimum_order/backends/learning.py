@@ -92,6 +92,7 @@ class Learning(Recovery):
     """
 
     options: LearningOptions
+    fewest_samples = _AT_ONCE + 1
 
     @abstractmethod
     def student(

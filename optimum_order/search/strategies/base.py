@@ -133,7 +133,9 @@ class Task:
     def few_calibration_samples(self) -> int:
         """Return the number of calibration samples for a cheap look."""
         total = self.effort.calibration_samples
-        return min(total, max(4, total // _CALIBRATING[self.scoring.samples.unit]))
+        fewest = max(method.fewest_samples for method in Recipe.of(self.orders[0]).methods)
+        few = total // _CALIBRATING[self.scoring.samples.unit]
+        return min(total, max(_SMALL_DRAWS * fewest, few))
 
     def small_draws(self) -> list[Batches]:
         """Return a few calibration samples in disjoint parts; none without calibration."""

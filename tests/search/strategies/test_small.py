@@ -1,11 +1,14 @@
 """Every order in full on small draws."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Subject, run
 from optimum_order.search.strategies import auto, small
+from optimum_order.search.strategies.base import Effort
 
 STAGES = ["magnitude:0.5", "mixed_precision(bits=3, quantizer=rtn)"]
 
@@ -30,6 +33,18 @@ def test_scores_are_means_over_small_draws(make_task):
         samples = task.few_samples()
         performances.append(task.measure(task.scoring.metric, samples).performance)
     assert torch.tensor(performances).mean().item() == pytest.approx(score, rel=1e-5)
+
+
+def test_stages_that_learn_cut_and_quantize_are_ranked_together(make_task, make_compressor):
+    """A draw is as large as what learns and holds samples back needs."""
+    task = make_task(["width(ratio=0.5, multiple=8)", "rtn:3", "distill(steps=3, rate=0.002)"])
+    runner = make_compressor(calibration_samples=24).runner(progress=False)
+    task = dataclasses.replace(task, runner=runner, effort=Effort(calibration_samples=24))
+    assert [len(batch["input_ids"]) for (batch,) in task.small_draws()] == [5, 5, 5, 5]
+    verdict = small.rank(task)
+    assert {order for order, _ in verdict.ranking} == set(task.orders)
+    scores = [score for _, score in verdict.ranking]
+    assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
 
 
 def test_auto_runs_stages_that_look_at_all_layers_in_small(make_task, monkeypatch):
