@@ -92,7 +92,8 @@ def beside(path: Path, suffix: str) -> Path:
 
 def leftovers(path: Path, suffix: str) -> Iterator[Path]:
     """Yield what a process that was killed left under names from `beside`."""
-    return path.parent.glob(f".{glob.escape(path.name[:_PREFIX])}.*.{suffix}")
+    random = "[0-9a-f]" * 8  # and nothing of the path "out.old", where the path is "out"
+    return path.parent.glob(f".{glob.escape(path.name[:_PREFIX])}.{random}.{suffix}")
 
 
 def too_long(path: Path) -> str | None:

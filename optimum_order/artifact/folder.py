@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ SHARD = "5GB"
 """The most that one weight file takes, if nobody says otherwise."""
 _PREFIX = 40
 """Characters of a name that the name of a result beside a taken place begins with."""
+_RESULT = "result"
+_LOCK = "lock.sqlite"
+"""What is in the folder beside a result that is being written: the result, and who writes it."""
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _HIDDEN = {".gitattributes", ".cache", ".DS_Store"}
 """Hidden entries that downloads and file managers leave beside a model."""
@@ -45,6 +49,8 @@ _MODEL_FILE = re.compile(
 def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a folder that takes the place of `path` on success, and vanishes otherwise.
 
+    What a process that was killed has left of such a folder is removed first.
+
     Args:
         path: The folder to write.
         overwrite: Whether a folder that is not empty may be replaced.
@@ -54,12 +60,15 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_output(path, overwrite=overwrite)
     path = path.resolve()  # a link stays, the folder behind it is replaced
+    _remove_unfinished(path)
     scratch = files.beside(path, "partial")
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        _replace(path, scratch, overwrite=overwrite)
-    except (OSError, SafetensorError) as error:
+        result = scratch / _RESULT
+        result.mkdir(parents=True)
+        with contextlib.closing(files.lock(scratch / _LOCK)):
+            yield result
+            _replace(path, result, overwrite=overwrite)
+    except (OSError, SafetensorError, sqlite3.Error) as error:
         if isinstance(error, OutputError):
             raise
         number = error.errno if isinstance(error, OSError) else None
@@ -70,6 +79,19 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left beside a place; others may be writing there now."""
+    for scratch in files.leftovers(path, "partial"):
+        if not (scratch / _LOCK).is_file():  # begun this moment, or by an earlier version
+            continue
+        try:
+            lock = files.lock(scratch / _LOCK)
+        except sqlite3.Error:  # the process is alive
+            continue
+        with contextlib.closing(lock):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _replace(path: Path, scratch: Path, *, overwrite: bool) -> None:

@@ -1,5 +1,6 @@
 """A saved folder is whole or absent, and is written in the memory of a few blocks."""
 
+import shutil
 import subprocess
 import sys
 
@@ -37,7 +38,7 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
     rename = type(out).rename
 
     def fails(self, target):
-        if self.name.endswith(".partial"):
+        if self.parent.name.endswith(".partial"):
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
@@ -45,6 +46,28 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left"), artifact.staging(out, overwrite=True):
         pass
     assert (out / "config.json").exists() and list(tmp_path.iterdir()) == [out]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
+    out = tmp_path / "out"
+    program = "import os, signal, sys; from pathlib import Path\n"
+    program += "from optimum_order.artifact import folder\n"
+    program += "with folder.staging(Path(sys.argv[1]), overwrite=False) as result:\n"
+    program += "    (result / 'half').touch()\n"
+    program += "    os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", program, out], check=False).returncode == -9
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".out.v2.0123abcd.partial").mkdir()  # of the path "out.v2"
+    with artifact.staging(out, overwrite=False) as alive:
+        assert not left.exists()
+        (alive / "new").touch()
+        with artifact.staging(tmp_path / "out", overwrite=False) as second:
+            assert second != alive and (alive / "new").exists()
+            (second / "old").touch()
+        shutil.rmtree(out)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == [
+        *(".out.v2.0123abcd.partial", "new", "out")
+    ]
 
 
 def test_outputs_that_cannot_be_are_refused(tmp_path):
