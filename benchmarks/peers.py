@@ -344,14 +344,19 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    model = bench.work / "llama"
-    make_llama(model, LLAMA, "float32")
+    model = bench.args.model
+    if model is None:
+        model = bench.work / "llama"
+        make_llama(model, LLAMA, "float32")
+    config = json.loads((model / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    samples = bench.args.samples
     drawn = torch.randint(
-        0, VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0)
+        0, config["vocab_size"], (samples, LENGTH), generator=torch.Generator().manual_seed(0)
     )
     result = bench.pairs(recipes, model, save_ids(drawn, bench.work / "speed.safetensors"))
     table = Table(
-        title=f"a Llama of {weights(model) / 1e6:.0f} M weights in float32, {SAMPLES} x {LENGTH} tokens"
+        title=f"{model.name}, {weights(model) / 1e6:.0f} M weights in {dtype}, {samples} x {LENGTH} tokens"
     )
     table.add_column("recipe, our schedule / their pipeline", no_wrap=True)
     columns = (
@@ -396,6 +401,7 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
     )
     above_floor(
         bench,
+        model,
         {
             recipe: min(pair["ours"]["seconds"] for pair in pairs)
             for recipe, pairs in result.items()
@@ -403,7 +409,7 @@ def speed(bench: Bench, recipes: list[Recipe]) -> None:
     )
 
 
-def above_floor(bench: Bench, seconds: dict[Recipe, float]) -> None:
+def above_floor(bench: Bench, model: Path, seconds: dict[Recipe, float]) -> None:
     """Print the table of time over floor, for what `speed` has left in the work folder."""
     from rich.console import Console
     from rich.table import Table
@@ -418,7 +424,7 @@ def above_floor(bench: Bench, seconds: dict[Recipe, float]) -> None:
         if recipe[:2] in done:
             continue
         done.add(recipe[:2])
-        result = bench.run("floor", recipe, bench.work / "llama", bench.work / "speed.safetensors")
+        result = bench.run("floor", recipe, model, bench.work / "speed.safetensors")
         row = [f"{result[part] / 1e12:.2f}" for part in ("forward", "gram")]
         row += [f"{result[dtype] / 1e9:.0f}" for dtype in ("float32", "bfloat16")] + [
             f"{taken:.1f}"
@@ -607,6 +613,10 @@ def main() -> None:
     parser.add_argument(
         "--scaling", action="store_true", help="how our time grows, and nothing else"
     )
+    parser.add_argument(
+        "--model", type=Path, help="folder of the model for speed (default: random weights)"
+    )
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="for speed")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument(
         "--pause", choices=("group", "block"), default="group", help="where our walk pauses"

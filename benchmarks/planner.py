@@ -35,6 +35,7 @@ from optimum_order.search.strategies.base import USUAL, Effort, Scoring
 from optimum_order.study.grid import grid
 from optimum_order.study.run import Study, quiet
 from optimum_order.study.trials import Trials
+from optimum_order.study.worker import Worker
 
 DRAWS = 3
 STORED = Path(__file__).with_name("plans.json")
@@ -95,6 +96,13 @@ class Setting:
             folder,
             settings={"calibration": self.settings},
         )
+
+
+def worker(name: str) -> Worker:
+    """Return a worker on a copy of a model, in whichever process it is to work."""
+    with quiet():
+        setting = Setting(name)
+        return Worker(setting.runner, setting.metric, setting.truth_samples)
 
 
 def truth(name: str, folder: Path, draws: list[int]) -> None:

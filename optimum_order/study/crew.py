@@ -113,19 +113,26 @@ class Crew(ABC):
         Raises:
             RankError: If workers die before any has finished a task.
         """
-        queue = collections.deque((task, 1) for task in tasks)
+        # tasks that begin alike lie together: a queue of thousands is not searched
+        queue: dict[tuple[int, str], collections.deque[tuple[Task, int]]] = {}
+        for task in tasks:
+            queue.setdefault(_begins(task), collections.deque()).append((task, 1))
         idle = list(range(self.size))
         last: dict[int, tuple[int, str]] = {}
         running: dict[Future[Rows], tuple[int, Task, int]] = {}
+        ended: list[tuple[Task, Rows | None]] = []
         finished = 0
-        while queue or running:
+        while queue or running or ended:
             while queue and idle:
                 number = idle.pop()
-                alike = (entry for entry in queue if _begins(entry[0]) == last.get(number))
-                task, attempt = next(alike, queue[0])
-                queue.remove((task, attempt))
-                last[number] = _begins(task)
+                begins = last[number] if last.get(number) in queue else next(iter(queue))
+                task, attempt = queue[begins].popleft()
+                if not queue[begins]:
+                    del queue[begins]
+                last[number] = begins
                 running[self.submit(number, task)] = number, task, attempt
+            yield from ended  # stored while workers have work
+            ended.clear()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 number, task, attempt = running.pop(future)
                 idle.append(number)
@@ -134,7 +141,9 @@ class Crew(ABC):
                 except self.lost as error:
                     self.replace(number)
                     if attempt < TRIES:
-                        queue.append((task, attempt + 1))
+                        queue.setdefault(_begins(task), collections.deque()).append(
+                            (task, attempt + 1)
+                        )
                         continue
                     if not finished:
                         raise RankError(
@@ -142,10 +151,10 @@ class Crew(ABC):
                             f"{TRIES} times: there may be too little memory for {self.size} "
                             "(--workers)."
                         ) from error
-                    yield task, None
+                    ended.append((task, None))
                     continue
                 finished += 1
-                yield task, rows
+                ended.append((task, rows))
 
 
 def _begins(task: Task) -> tuple[int, str]:

@@ -65,6 +65,21 @@ class TestQueue:
             assert names == sorted(name for _, name in crew.ran) == ["rtn:2", "rtn:3", "rtn:4"]
             assert all(rows for _, rows in ended) and not crew.replaced
 
+    def test_workers_have_work_while_a_finished_task_is_stored(self):
+        crew = Scripted(1)
+        run = crew.run(tasks("rtn:2", "rtn:3", "rtn:4"))
+        next(run)
+        assert [name for _, name in crew.ran] == ["rtn:2", "rtn:3"]
+        next(run)
+        assert [name for _, name in crew.ran] == ["rtn:2", "rtn:3", "rtn:4"]
+        assert len(list(run)) == 1
+
+    def test_a_worker_prefers_tasks_that_begin_like_its_last(self):
+        crew = Scripted(1)
+        names = ["rtn:2 > wanda:0.5", "rtn:3 > wanda:0.5", "rtn:2 > wanda:0.4"]
+        assert len(list(crew.run(tasks(*names)))) == 3
+        assert [name for _, name in crew.ran] == [names[0], names[2], names[1]]
+
     def test_a_worker_that_dies_loses_its_task_alone(self):
         crew = Scripted(2, {"rtn:3": TRIES - 1})
         ended = {str(task.orders[0]): rows for task, rows in crew.run(tasks("rtn:2", "rtn:3"))}
