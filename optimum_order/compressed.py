@@ -347,7 +347,7 @@ class CompressedModel:
         path: str | Path,
         format: str = "auto",
         *,
-        overwrite: bool = False,
+        overwrite: bool | None = None,
         unproven: bool = False,
         engine: str | None = None,
         max_shard_size: str = artifact.SHARD,
@@ -363,7 +363,7 @@ class CompressedModel:
                 any other folder that is not empty is refused.
             format: A format's name, or "auto" for the smallest that holds every layer exactly; of
                 a model made under a budget, for the format that meets the budget.
-            overwrite: Whether a folder with another model may be replaced too.
+            overwrite: Whether a folder with a model may be replaced; by default one of ours may.
             unproven: Whether the format may be one that is not proven to load for this
                 architecture.
             engine: The engine that is to load the folder: "transformers", "peft", "vllm" or
@@ -390,7 +390,7 @@ class CompressedModel:
         written = self._save(
             path,
             format=format,
-            overwrite=overwrite or artifact.is_ours(Path(path)),
+            overwrite=artifact.is_ours(Path(path)) if overwrite is None else overwrite,
             unproven=unproven,
             engine=engine,
             max_shard_size=max_shard_size,

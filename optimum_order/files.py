@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import html
 import json
 import os
+import re
 import secrets
 import shutil
 import sqlite3
@@ -20,8 +22,8 @@ from optimum_order.errors import ArtifactError, OutputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PARTIAL = ".*.partial"
-"""Glob pattern of files that a killed process left unfinished."""
+_UNFINISHED = re.compile(r"\..*\.partial|\.tmp\w{6}")
+"""The names of files while `atomic` or safetensors writes them."""
 _MAX_BYTES = 256 * 2**20
 _PREFIX = 40
 """Characters of a name that a hidden name beside it begins with."""
@@ -51,6 +53,11 @@ def atomic(file: Path, *, durable: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def is_unfinished(file: Path) -> bool:
+    """Return whether a file is being written, or was when its process was killed."""
+    return _UNFINISHED.fullmatch(file.name) is not None
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -70,12 +77,18 @@ def lock(file: Path) -> sqlite3.Connection:
 
     Raises:
         sqlite3.OperationalError: If another process, or this one, holds the lock.
+        OSError: If the file cannot be written.
     """
-    connection = sqlite3.connect(file, timeout=0, isolation_level=None, check_same_thread=False)
+    connection = None
     try:
+        connection = sqlite3.connect(file, timeout=0, isolation_level=None, check_same_thread=False)
         connection.execute("BEGIN EXCLUSIVE")
-    except BaseException:
-        connection.close()
+    except BaseException as error:
+        if connection is not None:
+            connection.close()
+        if isinstance(error, sqlite3.OperationalError) and "locked" not in str(error):
+            number = errno.ENOSPC if "full" in str(error) else errno.EIO
+            raise OSError(number, os.strerror(number), str(file)) from error
         raise
     return connection
 

@@ -428,6 +428,8 @@ class TestSaved:
 
     def test_an_artifact_is_replaced_and_another_folder_is_not(self, original, folder, tmp_path):
         place = Path(shutil.copytree(folder, tmp_path / "model"))
+        with pytest.raises(OutputError, match="not empty"):
+            original.save_pretrained(place, format="dense", overwrite=False)
         assert original.save_pretrained(place, format="dense") == "dense"
         assert verify(place) == [] and manifest.load(place)["format"] == "dense"
         (place / "notes.txt").write_text("mine")

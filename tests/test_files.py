@@ -20,7 +20,7 @@ class TestAtomic:
         with files.atomic(file) as partial:
             partial.write_text("after")
             assert file.read_text() == "before"
-            assert partial.match(files.PARTIAL)
+            assert files.is_unfinished(partial)
         assert file.read_text() == "after"
         assert list(tmp_path.iterdir()) == [file]
 
@@ -61,6 +61,10 @@ class TestAtomic:
 
 
 class TestLock:
+    def test_a_disk_that_fails_is_not_called_a_lock_of_others(self, tmp_path):
+        with pytest.raises(OSError, match="Input/output error"):
+            files.lock(tmp_path / "missing" / "lock.sqlite")
+
     def test_is_held_until_it_is_closed(self, tmp_path):
         held = files.lock(tmp_path / "lock.sqlite")
         with pytest.raises(sqlite3.OperationalError, match="locked"):

@@ -46,9 +46,7 @@ INDEX = "model.safetensors.index.json"
 SPARE = 16 * 2**20
 """Bytes that reading may take: room for libraries, and far less than a lie would need."""
 
-NUMBERS = st.sampled_from(
-    [-1, 0, 1, 2, 3, 31, 33, 2**20, 2**31, 2**40, 2**62, 2**63, 2**64, 10**400, 0.5, 64.0]
-)
+NUMBERS = [-1, 0, 1, 2, 3, 31, 33, 2**20, 2**31, 2**40, 2**62, 2**63, 2**64, 10**400, 0.5, 64.0]
 DTYPES = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16"]
 DTYPES += ["I32", "U32", "F32", "C64", "F64", "I64", "U64", "F4"]
 PATHS = [
@@ -64,7 +62,7 @@ PATHS = [
 ]
 WORDS = [*DTYPES, *FORMATS, "float32", "float8", "Linear", "re:(a+)+$"]
 NAMES = st.sampled_from(WORDS) | st.sampled_from(PATHS)
-LEAVES = st.none() | st.booleans() | NUMBERS | NAMES
+LEAVES = st.none() | st.booleans() | st.sampled_from(NUMBERS) | NAMES
 VALUES = LEAVES | st.lists(LEAVES, max_size=3) | st.dictionaries(NAMES, LEAVES, max_size=2)
 RANDOM = st.randoms(use_true_random=False)
 FUZZED = settings(
@@ -197,6 +195,19 @@ def read_or_refused(folder, layers):
             assert state.weight.ndim == 2
 
 
+def some_value(random):
+    """One of `VALUES` by a generator of random numbers, for benchmarks/survival.py."""
+
+    def leaf():
+        return random.choice(
+            [None, random.random() < 0.5, random.choice(NUMBERS), random.choice([*WORDS, *PATHS])]
+        )
+
+    return random.choice(
+        [leaf(), [leaf() for _ in range(random.randrange(4))], {random.choice(WORDS): leaf()}]
+    )
+
+
 def some_place(value, random):
     """The path to something inside a JSON value, deep down as likely as on top."""
     path = []
@@ -241,9 +252,7 @@ def with_header(header: bytes, body: bytes) -> bytes:
 
 HOW = st.sampled_from(["set", "set", "drop", "copy", "rename"])
 JSON = st.sampled_from(["config.json", manifest.FILE, INDEX])
-RESHAPES = st.sampled_from(
-    ["same", "flat", "scalar", "empty", "column", "cube", "transposed", "huge"]
-)
+RESHAPES = ["same", "flat", "scalar", "empty", "column", "cube", "transposed", "huge"]
 every_format = pytest.mark.parametrize("format", FORMATS)
 
 
@@ -358,7 +367,7 @@ def tensor_of_another_kind(made, random, dtype, reshape):
 
 @every_format
 @FUZZED
-@given(random=RANDOM, dtype=st.sampled_from(DTYPES), reshape=RESHAPES)
+@given(random=RANDOM, dtype=st.sampled_from(DTYPES), reshape=st.sampled_from(RESHAPES))
 def test_any_tensor_of_another_kind(artifacts, format, random, dtype, reshape):
     made = artifacts[format]
     survives(made, tensor_of_another_kind(made, random, dtype, reshape))
@@ -377,7 +386,7 @@ def test_it_takes_no_more_memory_than_twice_the_files(larger, format, kind, rand
         "header": lambda: value_in_header(made, random, data.draw(HOW), data.draw(VALUES)),
         "bytes": lambda: bytes_in_a_tensor(made, random),
         "tensor": lambda: tensor_of_another_kind(
-            made, random, data.draw(st.sampled_from(DTYPES)), data.draw(RESHAPES)
+            made, random, data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(RESHAPES))
         ),
     }[kind]()
     survives(made, changes, 2 * sum(file.stat().st_size for file in made.iterdir()))

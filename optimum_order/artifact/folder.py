@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _PREFIX = 40
 _RESULT = "result"
 _LOCK = "lock.sqlite"
 """What is in the folder beside a result that is being written: the result, and who writes it."""
+_ABANDONED = 60.0
+"""Seconds after which nobody takes the lock of an empty folder any more."""
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _HIDDEN = {".gitattributes", ".cache", ".DS_Store"}
 """Hidden entries that downloads and file managers leave beside a model."""
@@ -63,12 +66,13 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
     _remove_unfinished(path)
     scratch = files.beside(path, "partial")
     try:
-        result = scratch / _RESULT
-        result.mkdir(parents=True)
+        scratch.mkdir(parents=True)
         with contextlib.closing(files.lock(scratch / _LOCK)):
+            result = scratch / _RESULT
+            result.mkdir()
             yield result
             _replace(path, result, overwrite=overwrite)
-    except (OSError, SafetensorError, sqlite3.Error) as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError):
             raise
         number = error.errno if isinstance(error, OSError) else None
@@ -84,11 +88,14 @@ def staging(path: Path, *, overwrite: bool) -> Iterator[Path]:
 def _remove_unfinished(path: Path) -> None:
     """Remove what killed processes left beside a place; others may be writing there now."""
     for scratch in files.leftovers(path, "partial"):
-        if not (scratch / _LOCK).is_file():  # begun this moment, or by an earlier version
+        if not (scratch / _LOCK).is_file():
+            with contextlib.suppress(OSError):  # not empty: an earlier version began it
+                if time.time() - scratch.stat().st_mtime > _ABANDONED:
+                    scratch.rmdir()
             continue
         try:
             lock = files.lock(scratch / _LOCK)
-        except sqlite3.Error:  # the process is alive
+        except (OSError, sqlite3.Error):  # the process is alive
             continue
         with contextlib.closing(lock):
             shutil.rmtree(scratch, ignore_errors=True)

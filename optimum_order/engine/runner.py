@@ -61,8 +61,9 @@ class Prefixes:
         self.folder = folder
         self.limit = limit
         folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(files.PARTIAL):  # of a process that was killed
-            unfinished.unlink()
+        for file in folder.iterdir():
+            if files.is_unfinished(file):  # by a process that was killed
+                file.unlink()
         nodes = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
         self._sizes = OrderedDict((file, file.stat().st_size) for file in nodes)
 

@@ -81,8 +81,9 @@ class WorkDir:
         (self.folder / _PROCESS).unlink(missing_ok=True)
         for removed in files.leftovers(self.folder, "old"):
             shutil.rmtree(removed, ignore_errors=True)
-        for unfinished in self.folder.glob(files.PARTIAL):  # of a process that was killed
-            unfinished.unlink()
+        for file in self.folder.iterdir():
+            if files.is_unfinished(file):  # by a process that was killed
+                file.unlink()
         if has_progress(self.folder):
             before = read_fingerprint(self.folder)
             _refuse_other_version(before, fingerprint, self.folder)
@@ -360,7 +361,7 @@ def check(folder: Path, *, resume: bool) -> None:
                 f"'{folder}' is a work dir of optimum-order 0.1.0, which this version cannot "
                 "resume: finish it with 0.1.0, remove the folder, or give another."
             )
-        if not (file.name in _OURS or _FILE.fullmatch(file.name) or file.match(files.PARTIAL)):
+        if not (file.name in _OURS or _FILE.fullmatch(file.name) or files.is_unfinished(file)):
             raise OutputError(
                 f"'{folder}' holds '{file.name}' and is no work dir of ours; give another folder."
             )

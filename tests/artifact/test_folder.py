@@ -58,6 +58,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
     assert subprocess.run([sys.executable, "-c", program, out], check=False).returncode == -9
     (left,) = tmp_path.iterdir()
     (tmp_path / ".out.v2.0123abcd.partial").mkdir()  # of the path "out.v2"
+    (tmp_path / ".out.0123abcd.partial").mkdir()  # killed before it had a lock
+    os.utime(tmp_path / ".out.0123abcd.partial", (0, 0))
+    (tmp_path / ".out.4567abcd.partial").mkdir()  # about to take its lock
     with artifact.staging(out, overwrite=False) as alive:
         assert not left.exists()
         (alive / "new").touch()

@@ -251,6 +251,14 @@ class TestLock:
         workdir.remove(begun)
         assert list(begun.parent.iterdir()) == []
 
+    def test_a_disk_that_fails_is_not_called_another_process(self, begun, monkeypatch):
+        def fails(file):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+        monkeypatch.setattr("optimum_order.files.lock", fails)
+        with pytest.raises(OutputError, match="Cannot write the work dir .*: Input/output error"):
+            WorkDir(begun, FINGERPRINT, resume=True)
+
     def test_a_killed_process_holds_nothing(self, begun):
         code = f"""
 from optimum_order.engine.workdir import FollowedWorkDir, WorkDir, paused
@@ -268,6 +276,7 @@ input()
         child.communicate()
         assert not workdir.is_ours(begun)
         (begun / ".000-00001.state.safetensors.1.partial").write_bytes(b"half")
+        (begun / ".tmp3NdYJp").write_bytes(b"half")  # of safetensors
         with WorkDir(begun, FINGERPRINT, resume=True) as work:
             assert finished(work.passage(0, UNITS)) == ["a"]
             assert not list(begun.glob(".*")), "an unfinished file is removed"
