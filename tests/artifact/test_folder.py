@@ -1,5 +1,6 @@
 """A saved folder is whole or absent, and is written in the memory of a few blocks."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
             (second / "old").touch()
         shutil.rmtree(out)
     assert sorted(file.name for file in tmp_path.rglob("*")) == [
-        *(".out.v2.0123abcd.partial", "new", "out")
+        *(".out.4567abcd.partial", ".out.v2.0123abcd.partial", "new", "out")
     ]
 
 
