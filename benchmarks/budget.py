@@ -2,6 +2,7 @@
 
     python benchmarks/budget.py tiny-llama builtin builtin --samples 16
     python benchmarks/budget.py tiny-llama builtin builtin --samples 16 --for transformers
+    python benchmarks/budget.py tiny-vit builtin builtin --samples 512 --metric fidelity
 
 For each budget the search gives a recipe. The comparators are single methods of fixed widths, made
 in no more than the bytes that the search's result takes: the widest `gptq`, and a
@@ -46,29 +47,34 @@ def main() -> None:
     text: Any = args.evaluation
     if args.characters:
         text = [Path(args.evaluation).read_text(encoding="utf-8")[: args.characters]]
-    original = compressor.evaluate(text, progress=False).performances
+    original = compressor.evaluate(text, args.metric, progress=False).performances
     for budget in args.budgets or BUDGETS:
         if budget not in rows:
-            rows[budget] = _row(compressor, budget, text, args.engine, original)
+            rows[budget] = _row(compressor, budget, text, args, original)
             if file:
                 file.write_text(json.dumps(rows, indent=1) + "\n")
         _show(budget, rows[budget])
 
 
 def _row(
-    compressor: JointCompressor, budget: str, text: Any, engine: str | None, original: Tensor
+    compressor: JointCompressor,
+    budget: str,
+    text: Any,
+    args: argparse.Namespace,
+    original: Tensor,
 ) -> dict[str, Any]:
     """Return the search's result, and the best comparator in the same bytes."""
+    engine, metric = args.engine, args.metric
     begin = time.perf_counter()
     selection = compressor.search(budget, engine=engine, progress=False)
     seconds = time.perf_counter() - begin
-    ours = _measured(selection.model, text)
+    ours = _measured(selection.model, text, metric)
     bits = selection.rows[0].bits
     others = {}
     for candidate in _comparators(compressor, bits, engine):
         compressed = compressor.compress(candidate.order, progress=False)
         others[str(candidate.order)] = (
-            _measured(compressed, text),
+            _measured(compressed, text, metric),
             _bits(compressed, candidate.format, engine),
         )
     row = {
@@ -108,8 +114,9 @@ def _comparators(compressor: JointCompressor, bits: float, engine: str | None) -
     return chosen
 
 
-def _measured(compressed: Any, text: Any) -> Tensor:
-    performances: Tensor = compressed.evaluate(text, format="dense", progress=False).performances
+def _measured(compressed: Any, text: Any, metric: str) -> Tensor:
+    measured = compressed.evaluate(text, metric, format="dense", progress=False)
+    performances: Tensor = measured.performances
     return performances
 
 
@@ -141,6 +148,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("calibration")
     parser.add_argument("evaluation")
     parser.add_argument("--for", dest="engine")
+    parser.add_argument("--metric", default="auto")
     parser.add_argument("--characters", type=int, help="of the evaluation file, from its beginning")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
