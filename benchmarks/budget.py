@@ -2,7 +2,7 @@
 
     python benchmarks/budget.py tiny-llama builtin builtin --samples 16
     python benchmarks/budget.py tiny-llama builtin builtin --samples 16 --for transformers
-    python benchmarks/budget.py tiny-vit builtin builtin --samples 512 --metric fidelity
+    python benchmarks/budget.py tiny-vit builtin builtin --samples 256 --metric fidelity
 
 For each budget the search gives a recipe. The comparators are single methods of fixed widths, made
 in no more than the bytes that the search's result takes: the widest `gptq`, and a

@@ -88,6 +88,7 @@ def lock(file: Path) -> sqlite3.Connection:
             connection.close()
         if isinstance(error, sqlite3.OperationalError) and "locked" not in str(error):
             number = errno.ENOSPC if "full" in str(error) else errno.EIO
+            number = number if file.parent.is_dir() else errno.ENOENT
             raise OSError(number, os.strerror(number), str(file)) from error
         raise
     return connection

@@ -62,8 +62,11 @@ class TestAtomic:
 
 class TestLock:
     def test_a_disk_that_fails_is_not_called_a_lock_of_others(self, tmp_path):
-        with pytest.raises(OSError, match="Input/output error"):
+        with pytest.raises(OSError, match="No such file or directory"):
             files.lock(tmp_path / "missing" / "lock.sqlite")
+        (tmp_path / "lock.sqlite").mkdir()
+        with pytest.raises(OSError, match="Input/output error"):
+            files.lock(tmp_path / "lock.sqlite")
 
     def test_is_held_until_it_is_closed(self, tmp_path):
         held = files.lock(tmp_path / "lock.sqlite")

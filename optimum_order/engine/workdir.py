@@ -429,11 +429,13 @@ def is_ours(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Remove a work dir, so that it is whole or absent.
+    """Remove a work dir, so that it is whole or absent; a run without anything to resume has none.
 
     Raises:
         OutputError: If another process uses the folder.
     """
+    if not folder.exists():
+        return
     with contextlib.closing(_locked(folder)):
         aside = files.beside(folder, "old")
         folder.rename(aside)

@@ -57,6 +57,8 @@ _CAUTION = 0.95
 _LAST_CAUTION = 0.8
 _SMALLER = 0.998
 """The part of what is allowed at which a rate that was too large is tried again."""
+_LEFT = 0.02
+"""The part of what is allowed that a rate may leave over; the first that leaves more is raised."""
 _RATE_STEP = 0.05
 _POWERS = (0.5, 2.5)
 _USUAL_FACTOR = 3.0
@@ -273,12 +275,19 @@ class Search:
                 f"No recipe that was looked at fits in {self.budget}. Allow a little more."
             )
         attempts: list[Attempt] = []
+        larger: Candidate | None = None
         while queue and len(attempts) < MOST_ATTEMPTS:
-            attempt = make(queue.pop(0), len(attempts))
+            candidate = queue.pop(0)
+            attempt = make(candidate, len(attempts))
             attempts.append(attempt)
-            if not self._allows(attempt.bytes, attempt.bits) and self._may_win(attempt, attempts):
-                smaller = self._smaller(attempt)
-                queue = [smaller, *queue] if smaller is not None else queue
+            again = None
+            if not self._allows(attempt.bytes, attempt.bits):
+                # a rate that was raised too far has one below it that fits
+                if candidate is not larger and self._may_win(attempt, attempts):
+                    again = self._smaller(attempt)
+            elif len(attempts) == 1:
+                again = larger = self._larger(attempt)
+            queue = [again, *queue] if again is not None else queue
         return attempts
 
     def _may_win(self, attempt: Attempt, attempts: Sequence[Attempt]) -> bool:
@@ -291,13 +300,25 @@ class Search:
         return all(loss < -float(other.performances.mean()) for other in fitting)
 
     def _smaller(self, attempt: Attempt) -> Candidate | None:
-        """Return the recipe of a attempt that is too large with a rate that ought to fit."""
+        """Return the recipe of an attempt that is too large with a rate that ought to fit."""
         rate = rate_of(attempt.candidate)
         if rate is None:
             return None
         part = self._limit / attempt.bits * _SMALLER
         smaller = self.menu.at_rate(attempt.candidate, max(rate * part, LEAST_RATE))
         return dataclasses.replace(smaller, error=attempt.candidate.error)
+
+    def _larger(self, attempt: Attempt) -> Candidate | None:
+        """Return the recipe of an attempt that leaves much over with a rate that takes it."""
+        rate = rate_of(attempt.candidate)
+        if rate is None or attempt.bits > self._limit * (1 - _LEFT):
+            return None
+        larger = self.menu.at_rate(
+            attempt.candidate, rate + self._limit * (1 - MARGIN) - attempt.bits
+        )
+        if larger.order == attempt.candidate.order:  # the largest rate there is
+            return None
+        return dataclasses.replace(larger, error=attempt.candidate.error)
 
     # The loss is limited
 

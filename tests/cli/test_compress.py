@@ -476,6 +476,11 @@ def test_nothing_to_resume_is_one_line(program, arguments, tmp_path):
     assert names(tmp_path) == []
 
 
+def test_an_order_without_anything_to_resume_leaves_no_work_dir(program, tmp_path):
+    done = program("compress", "tiny-llama", str(tmp_path / "out"), "--order", "depth(skip=[1])")
+    assert done.code == 0 and names(tmp_path) == ["out"]
+
+
 # The Hub
 
 

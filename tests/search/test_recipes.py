@@ -15,7 +15,7 @@ from optimum_order.files import weight_bytes
 from optimum_order.models.units import find_units
 from optimum_order.order import Order
 from optimum_order.search.budget import Budget
-from optimum_order.search.menu import Candidate, Menu
+from optimum_order.search.menu import Candidate, Menu, rate_of
 from optimum_order.search.recipes import (
     MOST_ATTEMPTS,
     Carrying,
@@ -105,11 +105,37 @@ def test_what_turns_out_too_large_is_made_smaller_within_three_compressions(menu
     assert chosen.cost["compressions"] == 3
 
 
+def test_what_leaves_much_over_is_made_larger_once(menu):
+    search = Search(menu, Budget(3.0, bits=True))
+    made = []
+
+    def make(candidate, number):
+        made.append(str(candidate.order))
+        bits = rate_of(candidate) - 0.1 if rate_of(candidate) else 2.5
+        return Attempt(candidate, 3000, bits, ORIGINAL - candidate.error + 0.01 * NOISE)
+
+    attempts = search.run([candidate("ecsq:2.8", 0.01), GPTQ, BEHIND], ORIGINAL, make)
+    assert made == ["ecsq:2.8", "ecsq:3.082", "gptq:3"]
+    assert attempts[1].bits == pytest.approx(2.982)
+    made.clear()
+    search.run([candidate("ecsq:3.05", 0.01), GPTQ, BEHIND], ORIGINAL, make)
+    assert made == ["ecsq:3.05", "gptq:3", str(BEHIND.order)], "too little is left"
+
+    def jump(candidate, number):
+        made.append(str(candidate.order))
+        bits = 3.1 if rate_of(candidate) == 3.082 else 2.7
+        return Attempt(candidate, 3000, bits, ORIGINAL - candidate.error + 0.01 * NOISE)
+
+    made.clear()
+    search.run([candidate("ecsq:2.8", 0.01), GPTQ, BEHIND], ORIGINAL, jump)
+    assert made == ["ecsq:2.8", "ecsq:3.082", "gptq:3"], "not made smaller than the first"
+
+
 def test_what_is_too_large_and_worse_is_not_tried_again(menu):
     search = Search(menu, Budget(3.0, bits=True))
 
     def make(candidate, number):
-        bits = 3.02 if candidate.order == JOINT.order else 2.9
+        bits = 3.02 if candidate.order == JOINT.order else 2.95
         loss = 0.1 if candidate.order == ECSQ.order else 0.2
         return Attempt(candidate, 3000, bits, ORIGINAL - loss + 0.01 * NOISE)
 
