@@ -677,7 +677,7 @@ def damage(
     kind = random.choice(["JSON", "header", "bytes of a tensor", "kind of a tensor", "GGUF"])
     if kind == "GGUF":
         file = next((root / "gguf").glob("*.gguf"))
-        data = changed_gguf(bytearray(file.read_bytes()), random)
+        data = changed_gguf(generators, bytearray(file.read_bytes()), random)
         return "GGUF file", functools.partial(read_gguf, generators, root / "changed.gguf", data)
     size = "larger" if random.random() < 0.02 else "small"
     made = root / size / random.choice(sorted(generators.FORMATS))
@@ -702,21 +702,16 @@ def damage(
     return kind, functools.partial(generators.survives, made, changes, spare)
 
 
-def changed_gguf(data: bytearray, random: random.Random) -> bytes:
+def changed_gguf(generators: ModuleType, data: bytearray, random: random.Random) -> bytes:
     """Change, insert, remove or cut bytes of a file, mostly in its header."""
     at = random.randrange(random.choice([100, 2000, len(data)]))
     how = random.choice(["flip", "number", "cut", "insert", "remove"])
-    if how == "flip":
-        data[at] ^= 1 << random.randrange(8)
-    elif how == "number":
-        wide = random.choice([b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\0\0\0\0\1\0\0\0", b"\0" * 8])
-        data[at : at + 8] = wide
-    elif how == "cut":
-        del data[at:]
-    elif how == "insert":
-        data[at:at] = random.randbytes(random.randrange(1, 9))
-    else:
-        del data[at : at + random.randrange(1, 9)]
+    if how != "number":
+        changed: bytes = generators.changed_at(data, at, random, how)
+        return changed
+    data[at : at + 8] = random.choice(
+        [b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\0\0\0\0\1\0\0\0", b"\0" * 8]
+    )
     return bytes(data)
 
 

@@ -287,6 +287,19 @@ def test_any_value_in_the_header_of_a_shard(artifacts, format, random, how, new)
     survives(made, value_in_header(made, random, how, new))
 
 
+def changed_at(data, at, random, how):
+    """Return bytes that are flipped, cut off, inserted or removed at a place."""
+    if how == "flip":
+        data[at] ^= 1 << random.randrange(8)
+    elif how == "cut":
+        del data[at:]
+    elif how == "insert":
+        data[at:at] = random.randbytes(random.randrange(1, 9))
+    else:
+        del data[at : at + random.randrange(1, 9)]
+    return bytes(data)
+
+
 @every_format
 @FUZZED
 @given(
@@ -299,15 +312,7 @@ def test_any_byte_of_any_file(artifacts, format, random, near_the_start, how):
     file = random.choice(sorted(made.iterdir()))
     data = bytearray(file.read_bytes())
     at = random.randrange(min(len(data), 2000) if near_the_start else len(data))
-    if how == "flip":
-        data[at] ^= 1 << random.randrange(8)
-    elif how == "cut":
-        del data[at:]
-    elif how == "insert":
-        data[at:at] = random.randbytes(random.randrange(1, 9))
-    else:
-        del data[at : at + random.randrange(1, 9)]
-    survives(made, {file.name: bytes(data)})
+    survives(made, {file.name: changed_at(data, at, random, how)})
 
 
 def bytes_in_a_tensor(made, random):

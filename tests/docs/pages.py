@@ -41,9 +41,9 @@ LIMIT = 1800  # seconds of one piece
 
 
 def pieces(page: Path) -> Iterator[tuple[str, str]]:
-    """Return each command, and each Python block, of a page: its language and its text."""
+    """Yield each command, and each Python block, of a page: its language and its text."""
     for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if block["title"]:  # a file of a plugin, which tests/test_plugins.py installs
+        if block["title"]:  # a file of a plugin, which tests/plugins installs
             continue
         if block["language"] == "python":
             yield "python", block["code"]

@@ -9,6 +9,7 @@ from optimum_order.backends import Recovery, Reshaper, Transform, option
 from optimum_order.backends.base import Cut
 from optimum_order.calibration.execution import Execution
 from optimum_order.engine import recipe as recipes
+from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Subject
 from optimum_order.engine.run import run as run_recipe
@@ -167,3 +168,35 @@ def plugins(monkeypatch):
     methods = {**recipes.available(), **{cls.name: cls for cls in ours}}
     monkeypatch.setattr(recipes, "available", lambda: methods)
     return {cls.name: cls for cls in ours}
+
+
+@pytest.fixture
+def killed_after(monkeypatch):
+    """`killed_after(2)`: let two more files be written, then raise; gives the names of all files.
+
+    What is raised is `killed_after.Killed`.
+    """
+
+    class Killed(BaseException):
+        pass
+
+    save = snapshot.save
+    saved = []
+    remaining = 0
+
+    def write(value, file, **options):
+        nonlocal remaining
+        remaining -= 1
+        if remaining < 0:
+            raise Killed
+        saved.append(file.name)
+        return save(value, file, **options)
+
+    def allow(files):
+        nonlocal remaining
+        remaining = files
+        return saved
+
+    monkeypatch.setattr(snapshot, "save", write)
+    allow.Killed = Killed
+    return allow

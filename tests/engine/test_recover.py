@@ -108,34 +108,11 @@ CUT_OFF = [
 ]
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture
-def killed_after(monkeypatch):
-    """`killed_after(2)`: let two files be written, then raise; gives the names of all files."""
-    save = snapshot.save
-    saved = []
-    remaining = 0
-
-    def write(value, file, **options):
-        nonlocal remaining
-        remaining -= 1
-        if remaining < 0:
-            raise Killed
-        saved.append(file.name)
-        return save(value, file, **options)
-
-    def allow(files):
-        nonlocal remaining
-        remaining = files
-        return saved
-
-    monkeypatch.setattr(snapshot, "save", write)
+def always_written(monkeypatch):
+    """Have what is not finished written after each step."""
     monkeypatch.setattr(workdir, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(workdir, "_TIMES_WRITING", 0)
-    return allow
 
 
 @pytest.fixture
@@ -154,7 +131,7 @@ def steps(monkeypatch):
 
 @pytest.mark.parametrize("order", CUT_OFF)
 def test_a_run_that_is_cut_off_at_any_step_ends_as_if_it_had_not_been(
-    make_model, batches, run, plugins, tmp_path, killed_after, steps, order
+    make_model, batches, run, plugins, tmp_path, killed_after, always_written, steps, order
 ):
     def make():
         return make_model("llama")
@@ -170,7 +147,7 @@ def test_a_run_that_is_cut_off_at_any_step_ends_as_if_it_had_not_been(
         saved = killed_after(files)
         model = make()
         with (
-            contextlib.suppress(Killed),
+            contextlib.suppress(killed_after.Killed),
             WorkDir(folder, {}, resume=folder.exists()) as work,
         ):
             result = run(model, order, batches, work=work, original=make)
@@ -228,7 +205,7 @@ def test_what_is_on_the_way_is_kept_now_and_then(
 
 class TestOfAnotherRun:
     @pytest.fixture
-    def begun(self, make_model, tmp_path, killed_after):
+    def begun(self, make_model, tmp_path, killed_after, always_written):
         """`begun(order, data)`: compress in the work dir, cut off on the way of `distill`."""
 
         def compress(order, data, files, resume):
@@ -240,7 +217,7 @@ class TestOfAnotherRun:
                 order, work_dir=tmp_path / "work", resume=resume, progress=False
             )
 
-        with contextlib.suppress(Killed):
+        with contextlib.suppress(killed_after.Killed):
             compress(
                 "rtn:3 > distill(steps=9, rate=0.01)", INPUTS.view(-1)[:48].view(6, 8), 5, False
             )

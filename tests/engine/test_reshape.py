@@ -17,7 +17,6 @@ from optimum_order import JointCompressor
 from optimum_order.artifact.verify import verify
 from optimum_order.backends.base import Cut
 from optimum_order.calibration.execution import PAUSES
-from optimum_order.engine import snapshot
 from optimum_order.engine.recipe import method
 from optimum_order.engine.reshape import cut
 from optimum_order.engine.runner import Prefixes
@@ -160,31 +159,6 @@ def test_a_saved_folder_loads_in_stock_transformers_with_equal_logits(
     assert again.model.config.intermediate_size == 48, "so is what a later run starts from"
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture
-def killed_after(monkeypatch):
-    """`killed_after(2)`: let two more files be written to the work dir, then raise."""
-    save = snapshot.save
-    remaining = 0
-
-    def write(*arguments, **options):
-        nonlocal remaining
-        remaining -= 1
-        if remaining < 0:
-            raise Killed
-        return save(*arguments, **options)
-
-    def allow(files):
-        nonlocal remaining
-        remaining = files
-
-    monkeypatch.setattr(snapshot, "save", write)
-    return allow
-
-
 SMALLER = "width(ratio=0.3, multiple=8)"
 CUT_OFF = [
     ("llama", f"{SMALLER} > gptq:4"),
@@ -212,7 +186,7 @@ def test_a_run_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(
         model = make()
         folder = tmp_path / "work"
         with (
-            contextlib.suppress(Killed),
+            contextlib.suppress(killed_after.Killed),
             WorkDir(folder, {}, resume=folder.exists()) as work,
         ):
             result = run(model, order, batches, pause="block", work=work)

@@ -190,34 +190,6 @@ class TestStart:
             assert torch.equal(start.states[name].weight, weights[name])
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.fixture
-def killed_after(monkeypatch):
-    """`killed_after(2)`: let two files be written, then raise; gives the names of all files."""
-    save = snapshot.save
-    saved = []
-    remaining = 0
-
-    def write(value, file, **options):
-        nonlocal remaining
-        remaining -= 1
-        if remaining < 0:
-            raise Killed
-        saved.append(file.name)
-        return save(value, file, **options)
-
-    def allow(files):
-        nonlocal remaining
-        remaining = files
-        return saved
-
-    monkeypatch.setattr(snapshot, "save", write)
-    return allow
-
-
 @pytest.fixture
 def applied(monkeypatch):
     """How often each stage was applied to each layer."""
@@ -283,7 +255,7 @@ class TestResume:
             saved = killed_after(files)
             model.load_state_dict(original)
             with (
-                contextlib.suppress(Killed),
+                contextlib.suppress(killed_after.Killed),
                 WorkDir(tmp_path / "work", {}, resume=bool(saved)) as work,
             ):
                 result = run(model, order, inputs, schedule, pause=pause, work=work)
@@ -310,7 +282,7 @@ class TestResume:
             killed_after(3)  # all of the first stage, one block of the second
             for resume in (False, True):
                 with (
-                    contextlib.suppress(Killed),
+                    contextlib.suppress(killed_after.Killed),
                     WorkDir(tmp_path / pause, {}, resume=resume) as work,
                 ):
                     run(make_model("llama"), "wanda:0.5 > gptq:4", batches, pause=pause, work=work)
