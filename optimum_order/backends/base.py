@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -734,6 +735,20 @@ class Equalizer(Transform):
         engine.equalize(self)
 
 
+class Passes(NamedTuple):
+    """What a recovery does with calibration samples.
+
+    Args:
+        rounds: Steps that learn.
+        batch_size: Samples of a step.
+        forward: Samples that go forward through the model or the original, steps included.
+    """
+
+    rounds: int
+    batch_size: int
+    forward: int
+
+
 class Recovery(Method):
     """A method that regains accuracy on the masks that layers have, such as distillation.
 
@@ -762,6 +777,22 @@ class Recovery(Method):
     def rounds(self) -> int:
         """How often `report` is called at most."""
         return 0
+
+    def passes(self, samples: int) -> Passes | None:
+        """Return how often samples go through a model, for `estimate`; None if nobody knows.
+
+        Args:
+            samples: Calibration samples that there are.
+        """
+        return None
+
+    def learned(self, shape: tuple[int, int]) -> int:
+        """Return how many numbers are learned in a layer, for `estimate`.
+
+        Args:
+            shape: (out, in) of the layer.
+        """
+        return math.prod(shape)
 
     def tried(self, state: LayerState, statistics: Statistics | None = None) -> LayerState:
         """Return a layer as it will be, of which shapes and dtypes count; nothing is learned.

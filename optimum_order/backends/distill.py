@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from optimum_order.backends.learning import Learning, Student, rate_option, steps_option
+from optimum_order.backends.learning import (
+    Learning,
+    Student,
+    batch_size_option,
+    rate_option,
+    steps_option,
+)
 from optimum_order.layers.state import LayerState
 
 if TYPE_CHECKING:  # transformers takes seconds
@@ -28,6 +34,7 @@ class DistillOptions:
 
     steps: int = steps_option()
     rate: float = rate_option(1e-4)
+    batch_size: int = batch_size_option()
 
 
 class Distill(Learning):

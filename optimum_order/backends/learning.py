@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from optimum_order.backends.base import Recovery, option
+from optimum_order.backends.base import Passes, Recovery, option
 from optimum_order.errors import DataError
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.tree import tensors_in
@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 
-_AT_ONCE = 4
-"""Samples of a step."""
 _HELD_BACK = 8
 """One in so many parts of the calibration data measures the model and is never learned from."""
 _LOOKS = 10
@@ -68,6 +66,10 @@ class LearningOptions(Protocol):
     def rate(self) -> float:
         """The largest learning rate."""
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of a step."""
+
 
 def steps_option(default: Any = dataclasses.MISSING) -> Any:
     """Return the field for the number of steps."""
@@ -84,6 +86,11 @@ def rate_option(default: float) -> Any:
     )
 
 
+def batch_size_option() -> Any:
+    """Return the field for the number of samples of a step."""
+    return option(4, "samples of a step", check=lambda v: v > 0, allowed="a positive integer")
+
+
 class Learning(Recovery):
     """A recovery that brings the predictions of a model nearer to those of the original.
 
@@ -92,7 +99,10 @@ class Learning(Recovery):
     """
 
     options: LearningOptions
-    fewest_samples = _AT_ONCE + 1
+
+    @property
+    def fewest_samples(self) -> int:  # type: ignore[override]
+        return self.options.batch_size + 1
 
     @abstractmethod
     def student(
@@ -110,6 +120,13 @@ class Learning(Recovery):
     def rounds(self) -> int:
         return self.options.steps
 
+    def passes(self, samples: int) -> Passes:
+        steps, size = self.options.steps, self.options.batch_size
+        looks = 1 + len(range(0, steps, max(1, steps // _LOOKS)))
+        held = size * -(-samples // (size * _HELD_BACK))
+        # the teacher's, the student's, and that of the student's blocks in the backward pass
+        return Passes(steps, size, forward=3 * steps * size + 2 * looks * held)
+
     def recover(
         self,
         model: PreTrainedModel,
@@ -117,13 +134,13 @@ class Learning(Recovery):
         batches: Sequence[Batch],
         teacher: PreTrainedModel,
     ) -> Mapping[str, LayerState]:
-        parts = [part for batch in batches for part in _split(batch)]
+        parts = [part for batch in batches for part in _split(batch, self.options.batch_size)]
         held = parts[::-_HELD_BACK]
         learned = [part for part in parts if not any(part is one for one in held)]
         if not learned:
             raise DataError(
                 f"Stage '{self.stage}' holds some calibration samples back and learns from the "
-                f"others: give more than {_AT_ONCE} samples."
+                f"others: give more than {self.options.batch_size} samples."
             )
         covered = {name: state for name, state in states.items() if self.covers(name)}
         student = self.student(model, covered, teacher)
@@ -140,6 +157,13 @@ class Learning(Recovery):
             student.load(stored["learned"])
             _set_moments(optimizer, student.learned, stored["moments"])
             self.report("", begun)
+        if not first > 0:
+            logger.warning(
+                "'%s' has nothing to learn: the model predicts what the original predicts. Let "
+                "it follow a stage that loses something.",
+                self.stage,
+            )
+            return {}
         every = max(1, self.options.steps // _LOOKS)
         for step in range(begun, self.options.steps):
             for group in optimizer.param_groups:
@@ -374,10 +398,10 @@ def _whole(targets: Sequence[Target], shape: torch.Size, weight_of: Any) -> Tens
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
 
 
-def _split(batch: Batch) -> list[Batch]:
-    """Return a batch in parts of a few samples."""
+def _split(batch: Batch, size: int) -> list[Batch]:
+    """Return a batch in parts of `size` samples."""
     count = len(next(iter(batch.values())))
     return [
-        {name: tensor[start : start + _AT_ONCE] for name, tensor in batch.items()}
-        for start in range(0, count, _AT_ONCE)
+        {name: tensor[start : start + size] for name, tensor in batch.items()}
+        for start in range(0, count, size)
     ]

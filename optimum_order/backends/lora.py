@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from optimum_order.backends.base import option
 from optimum_order.backends.eora import rank_option, why_no_rank
-from optimum_order.backends.learning import Learning, Student, rate_option, steps_option
+from optimum_order.backends.learning import (
+    Learning,
+    Student,
+    batch_size_option,
+    rate_option,
+    steps_option,
+)
 from optimum_order.layers.low_rank import LowRank
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Statistics
@@ -35,6 +41,7 @@ class LoraOptions:
     steps: int = steps_option()
     rank: int = rank_option()
     rate: float = rate_option(1e-3)
+    batch_size: int = batch_size_option()
     seed: int = option(0, "of the random start of A", check=lambda v: v >= 0, allowed="0 or more")
 
 
@@ -60,6 +67,9 @@ class Lora(Learning):
         a = state.weight.new_zeros(self.options.rank, inputs)
         b = state.weight.new_zeros(rows, self.options.rank)
         return dataclasses.replace(state, adapter=LowRank.rounded(a, b, state.weight.dtype))
+
+    def learned(self, shape: tuple[int, int]) -> int:
+        return self.options.rank * sum(shape)
 
     def student(
         self, model: PreTrainedModel, states: Mapping[str, LayerState], teacher: PreTrainedModel

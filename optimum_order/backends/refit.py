@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from optimum_order.backends.base import option
-from optimum_order.backends.learning import Learning, Student, rate_option, steps_option
+from optimum_order.backends.learning import (
+    Learning,
+    Student,
+    batch_size_option,
+    rate_option,
+    steps_option,
+)
 from optimum_order.layers.state import LayerState
 
 if TYPE_CHECKING:  # transformers takes seconds
@@ -31,6 +37,7 @@ class RefitOptions:
 
     steps: int = steps_option(60)
     rate: float = rate_option(2e-3)
+    batch_size: int = batch_size_option()
     norms: bool = option(True, "learn the gains of norms too, where 'targets' names no layers")
 
 
@@ -41,6 +48,9 @@ class Refit(Learning):
     summary = "learn scales and gains of norms from the original model; codes and zeros stay"
     Options = RefitOptions
     options: RefitOptions
+
+    def learned(self, shape: tuple[int, int]) -> int:
+        return shape[0]  # groups have a scale each, which is little too
 
     def student(
         self, model: PreTrainedModel, states: Mapping[str, LayerState], teacher: PreTrainedModel

@@ -8,6 +8,7 @@ asked for the shapes of what they would write (`size`). The rest is counting, he
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 import sys
 from collections import defaultdict
@@ -54,6 +55,10 @@ LIMIT = 2**30
 """Bytes of waiting activations beyond which low memory puts them on disk."""
 _PROBES = 2
 """Batches on which an allocator sees a unit's outputs."""
+_OF_LOGITS, _OF_WEIGHTS, _OF_LEARNED = 4, 16, 16
+"""How often a step that learns reads and writes logits, weights, and what is learned."""
+_LOGITS = 6
+"""Copies of the logits of a step that are in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +190,8 @@ class _Walk:
         needs: What the methods must know about the inputs.
         reads: The layers whose inputs they are; None for all.
         runs: Forwards of a sample through the whole model that it takes on top.
+        samples: How many samples it sees at most; None for all.
+        learns: The recovery that it is, if it is one.
         after: The model after it, where it is smaller.
     """
 
@@ -194,6 +201,8 @@ class _Walk:
     needs: frozenset[type[Accumulator]] = frozenset()
     reads: frozenset[str] | None = None
     runs: float = 0.0
+    samples: int | None = None
+    learns: Recovery | None = None
     after: Outline | None = None
 
 
@@ -301,12 +310,18 @@ class _Run:
     def step(self, walk: _Walk, format: str, *, last: bool) -> Step:
         """Return the cost of a walk. Only the last has to leave what the format can hold."""
         seconds, forward, gram, waiting, flying = 0.0, 0.0, 0.0, 0, 0
+        batches = self.batches
+        if walk.samples is not None:
+            batches = min(batches, walk.samples * self.sample)
         groups = self.groups and bool(walk.needs) and not walk.tried and not walk.after
         drifts = groups and any(need.compares for need in walk.needs)
         changed = [
             unit
             for unit in self.units
-            if walk.tried or walk.after or any(t.name in walk.stages for t in unit.targets)
+            if walk.tried
+            or walk.after
+            or walk.samples
+            or any(target.name in walk.stages for target in unit.targets)
         ]
         working = 0
         for unit in changed:
@@ -317,17 +332,15 @@ class _Run:
                 cost = dataclasses.replace(
                     cost, inputs=[r for r in cost.inputs if r.width in widths]
                 )
-            runs = (
-                walk.runs * self.sample
-                if walk.after and not walk.needs
-                else self.batches * (1 + drifts if groups or unit is changed[-1] else 2)
-            )
+            runs = walk.runs * self.sample
+            if walk.needs or walk.tried:
+                runs += batches * (1 + drifts if groups or unit is changed[-1] else 2)
             grams = Gram in walk.needs
-            seen = sum(2 * read.rows * read.width**2 for read in cost.inputs) * self.batches
+            seen = sum(2 * read.rows * read.width**2 for read in cost.inputs) * batches
             seen *= 1 + 2 * drifts  # no symmetry halves the second matrix
-            traffic = sum(read.rows * read.width for read in cost.inputs) * 12 * self.batches
+            traffic = sum(read.rows * read.width for read in cost.inputs) * 12 * batches
             if walk.tried:
-                runs += min(_PROBES, self.batches) * (
+                runs += min(_PROBES, batches) * (
                     1 + len(walk.tried) * len(set(cost.leaders.values()))
                 )
             forward += runs * cost.products
@@ -336,8 +349,8 @@ class _Run:
                 cost.products / self.speed.forward + cost.traffic / self.speed.traffic
             )
             seconds += (seen if grams else 0.0) / self.speed.gram + traffic / self.speed.traffic
-            waiting = max(waiting, int(cost.waiting * self.batches))
-            flight = (cost.waiting + cost.working) * self.batches * (1 + drifts)
+            waiting = max(waiting, int(cost.waiting * batches))
+            flight = (cost.waiting + cost.working) * batches * (1 + drifts)
             flying = max(flying, int(flight))
             if walk.after and walk.needs:  # a factor, an inverse that is updated, and a refit
                 solved = sum(6 * read.width**3 for read in cost.inputs)
@@ -362,11 +375,14 @@ class _Run:
                 self.history[target.name] += stages
             working = max(working, squares + max(held, cost.working))
         active = (flying if groups else waiting) + working
+        if walk.learns is not None:
+            spent, operations, learning = self._learning(walk.learns)
+            seconds, forward, active = seconds + spent, forward + operations, active + learning
         memory = self.resident + self.weights + self.originals + self._states() + active
         low_memory = self.resident + self._streamed() + min(waiting, LIMIT) + working
         if not walk.tried:
             self.applied.append(walk.label)
-        if walk.after is not None or self.originals:
+        if walk.after is not None or walk.learns is not None or self.originals:
             low_memory = memory  # the model is in memory as a whole
         if walk.after is not None:
             self.become(walk.after)
@@ -377,7 +393,9 @@ class _Run:
             if last:
                 raise
             saved = stored(self.model, layers, "auto", applied, self.beside)
-        tokens = self.tokens if walk.needs or walk.tried else 0
+        tokens = self.tokens if walk.needs or walk.tried or walk.learns else 0
+        if walk.samples is not None:
+            tokens = round(tokens * batches / self.batches)
         return Step(
             walk.label,
             tokens,
@@ -390,6 +408,47 @@ class _Run:
             forward,
             gram,
         )
+
+    def _learning(self, method: Recovery) -> tuple[float, float, int]:
+        """Return the seconds, the floating-point operations and the bytes of a recovery.
+
+        Raises:
+            OrderError: If the method does not say what it does.
+        """
+        passes = method.passes(round(self.batches / self.sample))
+        if passes is None:
+            raise OrderError(
+                f"Stage '{method.stage}' does not say what it takes: leave it out of the estimate, "
+                "or run it."
+            )
+        step = passes.batch_size * self.sample  # as a part of a batch
+        wider = 4 / self.model.dtype.itemsize  # float32, whatever the model has
+        head = self.model.get_output_embeddings()
+        rows = max((read.rows for cost in self.costs.values() for read in cost.inputs), default=0)
+        logits, outside = 0, 0.0
+        if head is not None:
+            logits = rows * head.weight.shape[0]
+            outside = 2.0 * logits * head.weight.shape[1]
+        products = sum(cost.products for cost in self.costs.values())
+        inner = wider * sum(cost.traffic for cost in self.costs.values())
+        # a backward pass takes two products for one, but the head does not learn
+        steps = passes.rounds * step
+        runs = passes.forward * self.sample
+        operations = (runs + 2 * steps) * products + (runs + steps) * outside
+        moved = (runs + 2 * steps) * inner + (runs + 3 * steps) * _OF_LOGITS * 4 * logits
+        covered = [
+            target.view.shape
+            for target in self.targets.values()
+            if method.covers(target.name, target.kind)
+        ]
+        weights = 4 * sum(math.prod(shape) for shape in covered)
+        learned = 4 * sum(method.learned((shape[0], shape[1])) for shape in covered)
+        moved += passes.rounds * (_OF_WEIGHTS * weights + _OF_LEARNED * learned)
+        seconds = operations / self.speed.products + moved / self.speed.traffic
+        models = 2 * sum(4 * parameter.numel() for parameter in self.model.parameters())
+        most = max((cost.working for cost in self.costs.values()), default=0)
+        held = models + 2 * weights + 6 * learned + _LOGITS * 4 * logits * step
+        return seconds, operations, int(held + 2 * wider * most * step)
 
     def _streamed(self) -> int:
         """Bytes of the model that are there at most where it is read a block at a time."""
@@ -496,7 +555,12 @@ class _Walks:
         return list(guessed(allocator, self._units, self._costs, self._laboratory))
 
     def profile(self, profiler: Profiler) -> None:
-        """Profile nothing: layers are as large whatever they share."""
+        """Note a walk over some samples, and profile nothing."""
+        # two forwards and a backward pass, which takes two for one
+        runs = 4.0 * profiler.profiled if profiler.weighs_outputs else 0.0
+        label = f"{profiler.stage}: profiling"
+        samples = profiler.profiled
+        self.walks.append(_Walk(label, {}, needs=profiler.needs, runs=runs, samples=samples))
 
     def added_losses(self, method: Method, candidates: Sequence[Rewrite]) -> list[float]:
         """Say the same of all."""
@@ -530,14 +594,14 @@ class _Walks:
         self._become(_Walk(str(equalizer.stage), {}, needs=equalizer.needs))
 
     def recover(self, recovery: Recovery) -> None:
-        """Refuse a stage that no estimate covers."""
-        _refuse(recovery)
-
-
-def _refuse(method: Method) -> None:
-    raise OrderError(
-        f"Stage '{method.stage}' cannot be estimated yet: leave it out of the estimate, or run it."
-    )
+        """Note the steps that learn, and the adapters that layers have afterwards."""
+        stages = {
+            target.name: (recovery.stage,)
+            for unit in self._units
+            for target in unit.targets
+            if recovery.kind == "adapt" and recovery.covers(target.name, target.kind)
+        }
+        self.walks.append(_Walk(str(recovery.stage), stages, learns=recovery))
 
 
 def guessed(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from optimum_order import JointCompressor
+from optimum_order.backends.learning import Student
 from optimum_order.errors import DataError, OrderError
 
 
@@ -114,3 +115,25 @@ class TestRefused:
         )
         with pytest.raises(DataError, match="more than 4 samples"):
             few.compress("rtn(bits=4, group_size=32) > distill:5", progress=False)
+
+
+def test_a_model_that_lost_nothing_has_nothing_to_learn(learning, caplog):
+    mine = learning.compressor()
+    before = mine.compress("wanda:0.5", progress=False)
+    after = mine.compress("distill:20 > wanda:0.5", progress=False)
+    assert "nothing to learn" in caplog.text and "diverged" not in caplog.text
+    for name, state in after.layers.items():
+        assert torch.equal(state.weight, before.layers[name].weight)
+
+
+def test_a_step_sees_as_many_samples_as_asked_for(learning, monkeypatch):
+    seen = []
+    step = Student.step
+
+    def counted(self, batch, optimizer):
+        seen.append(len(batch["input_ids"]))
+        return step(self, batch, optimizer)
+
+    monkeypatch.setattr(Student, "step", counted)
+    learning.compressor().compress("rtn:3 > distill(steps=3, batch_size=2)", progress=False)
+    assert seen == [2, 2, 2]

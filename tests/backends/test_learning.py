@@ -55,7 +55,7 @@ def ids(samples, seed=0):
 
 def test_samples_are_learned_from_in_parts():
     batch = {"input_ids": ids(10), "attention_mask": torch.ones(10, 12)}
-    parts = _split(batch)
+    parts = _split(batch, 4)
     assert [len(part["input_ids"]) for part in parts] == [4, 4, 2]
     assert torch.equal(torch.cat([part["input_ids"] for part in parts]), batch["input_ids"])
 
