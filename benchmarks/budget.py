@@ -14,13 +14,13 @@ windows, pair by pair. `--output FILE` keeps the rows, and a second run goes on 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from setting import Rows, evaluation, opened, parser
 from torch import Tensor
 
 from optimum_order import JointCompressor, estimate
@@ -36,23 +36,12 @@ BUDGETS = ("2.25 bits", "2.5 bits", "3 bits", "3.5 bits", "4.25 bits", "5 bits")
 def main() -> None:
     """Fill the table, a budget at a time."""
     args = _arguments()
-    file = Path(args.output) if args.output else None
-    rows: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
-    compressor = JointCompressor.from_pretrained(
-        args.model,
-        calibration=args.calibration,
-        calibration_samples=args.samples,
-        sequence_length=args.length,
-    )
-    text: Any = args.evaluation
-    if args.characters:
-        text = [Path(args.evaluation).read_text(encoding="utf-8")[: args.characters]]
+    rows = Rows(args.output)
+    compressor, text = opened(args), evaluation(args)
     original = compressor.evaluate(text, args.metric, progress=False).performances
     for budget in args.budgets or BUDGETS:
         if budget not in rows:
             rows[budget] = _row(compressor, budget, text, args, original)
-            if file:
-                file.write_text(json.dumps(rows, indent=1) + "\n")
         _show(budget, rows[budget])
 
 
@@ -141,20 +130,12 @@ def _show(budget: str, row: dict[str, Any]) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("evaluation")
-    parser.add_argument("--for", dest="engine")
-    parser.add_argument("--metric", default="auto")
-    parser.add_argument("--characters", type=int, help="of the evaluation file, from its beginning")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--budgets", nargs="*")
-    parser.add_argument("--output")
-    return parser.parse_args()
+    arguments = parser(__doc__, samples=16)
+    arguments.add_argument("--for", dest="engine")
+    arguments.add_argument("--metric", default="auto")
+    arguments.add_argument("--budgets", nargs="*")
+    arguments.add_argument("--output")
+    return arguments.parse_args()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ those of the original is shown too, as similarity tasks measure. SmolLM2 comes f
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from scipy.stats import spearmanr
+from setting import Rows, evaluation, opened, parser
 from transformers import AutoModelForCausalLM
 
 from optimum_order import JointCompressor
@@ -45,23 +45,12 @@ ORDERS = (
 def main() -> None:
     """Fill the table, a row at a time."""
     args = _arguments()
-    file = Path(args.output) if args.output else None
-    rows: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
-    compressor = JointCompressor.from_pretrained(
-        args.model,
-        calibration=args.calibration,
-        calibration_samples=args.samples,
-        sequence_length=args.length,
-        embeddings=args.embeddings,
-    )
-    text: Any = args.evaluation
-    if args.characters:
-        text = [Path(args.evaluation).read_text(encoding="utf-8")[: args.characters]]
+    rows = Rows(args.output)
+    compressor = opened(args, embeddings=args.embeddings)
+    text = evaluation(args)
     for order in ("original", *(args.orders or ORDERS)):
         if order not in rows:
             rows[order] = _row(compressor, order, text, args.metric, reload=args.reload)
-            if file:
-                file.write_text(json.dumps(rows, indent=1) + "\n")
         _show(order, rows[order])
 
 
@@ -150,21 +139,15 @@ def _show(order: str, row: dict[str, Any]) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    arguments = parser(__doc__)
+    arguments.add_argument("--orders", nargs="*")
+    arguments.add_argument(
+        "--embeddings", default="keep", help="as `optimum-order compress` has it"
     )
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("evaluation")
-    parser.add_argument("--characters", type=int, help="of the evaluation file, from its beginning")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--orders", nargs="*")
-    parser.add_argument("--embeddings", default="keep", help="as `optimum-order compress` has it")
-    parser.add_argument("--metric", default="auto")
-    parser.add_argument("--reload", action="store_true", help="measure the saved folders too")
-    parser.add_argument("--output")
-    return parser.parse_args()
+    arguments.add_argument("--metric", default="auto")
+    arguments.add_argument("--reload", action="store_true", help="measure the saved folders too")
+    arguments.add_argument("--output")
+    return arguments.parse_args()
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ log-perplexity over the coder alone, over the windows of the evaluation text.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from setting import evaluation, gain, opened, parser
 
 from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
-from optimum_order.evaluation.comparison import difference_over_draws
 
 CLOSE = 0.01
 """Part of the bits by which a model may differ from the one that it is compared with."""
@@ -26,39 +24,30 @@ CLOSE = 0.01
 
 def main() -> None:
     """Compress in each order and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("evaluation")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--sparsity", type=float, default=0.3)
-    parser.add_argument("--pruners", nargs="*", default=["magnitude", "wanda", "sparsegpt"])
-    parser.add_argument("--rates", nargs="*", type=float, default=[3.0, 2.5, 2.0])
-    args = parser.parse_args()
-    compressor = JointCompressor.from_pretrained(
-        args.model, calibration=args.calibration, calibration_samples=args.samples
-    )
-    print(f"original {compressor.evaluate(args.evaluation, progress=False).value:.3f}", flush=True)
+    arguments = parser(__doc__)
+    arguments.add_argument("--sparsity", type=float, default=0.3)
+    arguments.add_argument("--pruners", nargs="*", default=["magnitude", "wanda", "sparsegpt"])
+    arguments.add_argument("--rates", nargs="*", type=float, default=[3.0, 2.5, 2.0])
+    args = arguments.parse_args()
+    compressor, text = opened(args), evaluation(args)
+    print(f"original {compressor.evaluate(text, progress=False).value:.3f}", flush=True)
     for rate in args.rates:
-        alone, bits = _compressed(compressor, f"ecsq:{rate}", args.evaluation)
+        alone, bits = _compressed(compressor, f"ecsq:{rate}", text)
         print(f"ecsq:{rate:<28} {bits:.3f} bits {alone.value:9.3f}", flush=True)
         for pruner in args.pruners:
             stage = f"{pruner}:{args.sparsity}"
             for first in (True, False):
-                order, measured, size = _at(compressor, stage, rate, bits, args.evaluation, first)
-                scores = torch.tensor([alone.scores, measured.scores], dtype=torch.float64)
-                gain = difference_over_draws(scores[:1] - scores[1:])  # losses
+                order, measured, size = _at(compressor, stage, rate, bits, text, first)
+                gained = gain(alone, measured)
                 print(
                     f"{order:33} {size:.3f} bits {measured.value:9.3f}, gain "
-                    f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})",
+                    f"{gained.mean:+.4f} ({gained.low:+.4f} to {gained.high:+.4f})",
                     flush=True,
                 )
 
 
 def _at(
-    compressor: JointCompressor, pruner: str, rate: float, bits: float, text: str, first: bool
+    compressor: JointCompressor, pruner: str, rate: float, bits: float, text: Any, first: bool
 ) -> tuple[str, Any, float]:
     """Return an order of a pruner and the coder, its measurement and its bits, as many as wanted.
 
@@ -81,7 +70,7 @@ def _at(
     return order, measured, size
 
 
-def _compressed(compressor: JointCompressor, order: str, text: str) -> tuple[Any, float]:
+def _compressed(compressor: JointCompressor, order: str, text: Any) -> tuple[Any, float]:
     """Return the measurement of what an order makes, and its bits for each weight."""
     compressed = compressor.compress(order, progress=False)
     with tempfile.TemporaryDirectory() as folder:

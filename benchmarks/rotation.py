@@ -8,13 +8,11 @@ log-perplexity over the same order without the rotation, over the windows of the
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-import torch
+from setting import evaluation, gain, opened, parser
 
 from optimum_order import JointCompressor
-from optimum_order.evaluation.comparison import difference_over_draws
 
 ORDERS = (
     "rtn(bits=4, group_size=-1)",
@@ -30,33 +28,24 @@ ORDERS = (
 
 def main() -> None:
     """Compress with each order, with a rotation and without, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("evaluation")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--orders", nargs="*", default=ORDERS)
-    args = parser.parse_args()
-    compressor = JointCompressor.from_pretrained(
-        args.model, calibration=args.calibration, calibration_samples=args.samples
-    )
-    original = compressor.evaluate(args.evaluation, progress=False)
+    arguments = parser(__doc__)
+    arguments.add_argument("--orders", nargs="*", default=ORDERS)
+    args = arguments.parse_args()
+    compressor, text = opened(args), evaluation(args)
+    original = compressor.evaluate(text, progress=False)
     print(f"original {original.value:.3f}", flush=True)
     for order in args.orders:
-        plain = _measured(compressor, order, args.evaluation)
-        rotated = _measured(compressor, f"rotate > {order}", args.evaluation)
-        scores = torch.tensor([plain.scores, rotated.scores], dtype=torch.float64)
-        gain = difference_over_draws(scores[:1] - scores[1:])  # losses
+        plain = _measured(compressor, order, text)
+        rotated = _measured(compressor, f"rotate > {order}", text)
+        gained = gain(plain, rotated)
         print(
             f"{order:28} {plain.value:9.3f}, rotated {rotated.value:9.3f}, gain in log-perplexity "
-            f"{gain.mean:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})",
+            f"{gained.mean:+.4f} ({gained.low:+.4f} to {gained.high:+.4f})",
             flush=True,
         )
 
 
-def _measured(compressor: JointCompressor, order: str, text: str) -> Any:
+def _measured(compressor: JointCompressor, order: str, text: Any) -> Any:
     return compressor.compress(order, progress=False).evaluate(text, progress=False)
 
 

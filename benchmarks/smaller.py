@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from setting import Rows, evaluation, opened, parser
 from transformers import AutoModelForCausalLM
 
 from optimum_order import JointCompressor
@@ -41,29 +42,18 @@ REPEATS = 5
 def main() -> None:
     """Fill the table, a row at a time."""
     args = _arguments()
-    file = Path(args.output) if args.output else None
-    rows: dict[str, Any] = json.loads(file.read_text()) if file and file.exists() else {}
-    compressor = JointCompressor.from_pretrained(
-        args.model,
-        calibration=args.calibration,
-        calibration_samples=args.samples,
-        sequence_length=args.length,
-    )
-    text: Any = args.evaluation
-    if args.characters:
-        text = [Path(args.evaluation).read_text(encoding="utf-8")[: args.characters]]
+    rows = Rows(args.output)
+    compressor, text = opened(args), evaluation(args)
     for order in ("original", *(args.orders or ORDERS)):
         if order not in rows:
-            rows[order] = _row(compressor, order, text, args.length)
-            if file:
-                file.write_text(json.dumps(rows, indent=1) + "\n")
+            rows[order] = _row(compressor, order, text)
         print(order, json.dumps(rows[order]), flush=True)
     if {"width:0.2", "gptq:4"} <= rows.keys():
         ratio = rows["width:0.2"]["cpu_seconds"] / rows["gptq:4"]["cpu_seconds"]
         print(f"processor time of width:0.2 over that of gptq:4: {ratio:.2f}")
 
 
-def _row(compressor: JointCompressor, order: str, text: Any, length: int) -> dict[str, Any]:
+def _row(compressor: JointCompressor, order: str, text: Any) -> dict[str, Any]:
     """Return what an order makes of the model."""
     if order == "original":
         measured = compressor.evaluate(text, progress=False)
@@ -72,7 +62,7 @@ def _row(compressor: JointCompressor, order: str, text: Any, length: int) -> dic
             "perplexity": measured.value,
             "parameters": model.num_parameters(),
             "bytes": compressor.source.bytes,
-            "tokens_per_second": _speed(model, length),
+            "tokens_per_second": _speed(model, compressor.sequence_length),
         }
     begin = time.perf_counter()
     cpu = time.process_time()
@@ -94,7 +84,7 @@ def _row(compressor: JointCompressor, order: str, text: Any, length: int) -> dic
             row[f"bytes as {name}"] = size
             if format == "dense":
                 loaded = AutoModelForCausalLM.from_pretrained(folder)
-                row["tokens_per_second"] = _speed(loaded, length)
+                row["tokens_per_second"] = _speed(loaded, compressor.sequence_length)
     return row
 
 
@@ -113,18 +103,10 @@ def _speed(model: Any, length: int) -> float:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("evaluation")
-    parser.add_argument("--characters", type=int, help="of the evaluation file, from its beginning")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--orders", nargs="*")
-    parser.add_argument("--output")
-    return parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--orders", nargs="*")
+    arguments.add_argument("--output")
+    return arguments.parse_args()
 
 
 if __name__ == "__main__":
