@@ -735,7 +735,7 @@ class Equalizer(Transform):
         engine.equalize(self)
 
 
-class Passes(NamedTuple):
+class Workload(NamedTuple):
     """What a recovery does with calibration samples.
 
     Args:
@@ -778,7 +778,7 @@ class Recovery(Method):
         """How often `report` is called at most."""
         return 0
 
-    def passes(self, samples: int) -> Passes | None:
+    def workload(self, samples: int) -> Workload | None:
         """Return how often samples go through a model, for `estimate`; None if nobody knows.
 
         Args:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from optimum_order.backends.base import Passes, Recovery, option
+from optimum_order.backends.base import Recovery, Workload, option
 from optimum_order.errors import DataError
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.tree import tensors_in
@@ -120,12 +120,12 @@ class Learning(Recovery):
     def rounds(self) -> int:
         return self.options.steps
 
-    def passes(self, samples: int) -> Passes:
+    def workload(self, samples: int) -> Workload:
         steps, size = self.options.steps, self.options.batch_size
         looks = 1 + len(range(0, steps, max(1, steps // _LOOKS)))
         held = size * -(-samples // (size * _HELD_BACK))
         # the teacher's, the student's, and that of the student's blocks in the backward pass
-        return Passes(steps, size, forward=3 * steps * size + 2 * looks * held)
+        return Workload(steps, size, forward=3 * steps * size + 2 * looks * held)
 
     def recover(
         self,

@@ -415,13 +415,13 @@ class _Run:
         Raises:
             OrderError: If the method does not say what it does.
         """
-        passes = method.passes(round(self.batches / self.sample))
-        if passes is None:
+        work = method.workload(round(self.batches / self.sample))
+        if work is None:
             raise OrderError(
                 f"Stage '{method.stage}' does not say what it takes: leave it out of the estimate, "
                 "or run it."
             )
-        step = passes.batch_size * self.sample  # as a part of a batch
+        step = work.batch_size * self.sample  # as a part of a batch
         wider = 4 / self.model.dtype.itemsize  # float32, whatever the model has
         head = self.model.get_output_embeddings()
         rows = max((read.rows for cost in self.costs.values() for read in cost.inputs), default=0)
@@ -432,8 +432,8 @@ class _Run:
         products = sum(cost.products for cost in self.costs.values())
         inner = wider * sum(cost.traffic for cost in self.costs.values())
         # a backward pass takes two products for one, but the head does not learn
-        steps = passes.rounds * step
-        runs = passes.forward * self.sample
+        steps = work.rounds * step
+        runs = work.forward * self.sample
         operations = (runs + 2 * steps) * products + (runs + steps) * outside
         moved = (runs + 2 * steps) * inner + (runs + 3 * steps) * _OF_LOGITS * 4 * logits
         covered = [
@@ -443,7 +443,7 @@ class _Run:
         ]
         weights = 4 * sum(math.prod(shape) for shape in covered)
         learned = 4 * sum(method.learned((shape[0], shape[1])) for shape in covered)
-        moved += passes.rounds * (_OF_WEIGHTS * weights + _OF_LEARNED * learned)
+        moved += work.rounds * (_OF_WEIGHTS * weights + _OF_LEARNED * learned)
         seconds = operations / self.speed.products + moved / self.speed.traffic
         models = 2 * sum(4 * parameter.numel() for parameter in self.model.parameters())
         most = max((cost.working for cost in self.costs.values()), default=0)

@@ -13,7 +13,8 @@ import torch
 from optimum_order.backends.base import Backend
 from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.calibration.ranks import Ranks
-from optimum_order.engine import passes, snapshot
+from optimum_order.engine import snapshot
+from optimum_order.engine.passes import rewrite
 from optimum_order.engine.recipe import SCHEDULES, Recipe, method
 from optimum_order.engine.run import Result, Subject, refuse
 from optimum_order.engine.run import run as run_recipe
@@ -461,7 +462,7 @@ class TestRanks:
     def test_a_transform_of_another_rounding_is_the_first_process_s(
         self, shared_run, in_ranks, monkeypatch
     ):
-        transform = passes.transform
+        transform = rewrite.transform
 
         def rounding(method, model, batches):
             sizes = transform(method, model, batches)
@@ -470,7 +471,7 @@ class TestRanks:
                     parameter.mul_(1 + 1e-6 * int(os.environ["RANK"]))
             return sizes
 
-        monkeypatch.setattr(passes, "transform", rounding)
+        monkeypatch.setattr(rewrite, "transform", rounding)
         ends = in_ranks(2, lambda ranks: shared_run("llama", "rotate > rtn:8", ranks)[3])
         for name, parameter in ends[0].items():
             assert torch.equal(parameter, ends[1][name]), name

@@ -9,7 +9,7 @@ import torch
 from optimum_order.backends.base import Backend
 from optimum_order.calibration.execution import PAUSES, Execution
 from optimum_order.calibration.walk import walk
-from optimum_order.engine import passes
+from optimum_order.engine.passes import compress
 from optimum_order.engine.recipe import SCHEDULES, method
 from optimum_order.errors import OrderError
 from optimum_order.layers.inputs import InputGrid
@@ -115,7 +115,7 @@ class TestApply:
         self, make_model, batches, run, monkeypatch, order, expected
     ):
         events = []
-        monkeypatch.setattr(passes, "trim", lambda: events.append("trim"))
+        monkeypatch.setattr(compress, "trim", lambda: events.append("trim"))
         apply = Backend.apply
 
         def noted(self, state, statistics=None, *, where="layer"):

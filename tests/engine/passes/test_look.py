@@ -44,7 +44,7 @@ def test_every_choice_has_about_the_rate(make_model, batches, pause, sensitivity
 
 def test_layers_that_matter_more_get_more_bits(make_model, batches, monkeypatch):
     """One slope for all: four times the sensitivity is half the step."""
-    from optimum_order.engine import passes
+    from optimum_order.engine.passes import look
 
     shares = {}
     original = ECSQ._shares
@@ -63,7 +63,7 @@ def test_layers_that_matter_more_get_more_bits(make_model, batches, monkeypatch)
     monkeypatch.setattr(ECSQ, "_shares", noted)
     steps = []
     for function in (loud, lambda *args: {n: g / g for n, g in loud(*args).items()}):
-        monkeypatch.setattr(passes, "output_sensitivities", function)
+        monkeypatch.setattr(look, "output_sensitivities", function)
         compress(make_model("llama"), batches, "ecsq(rate=4, sensitivity=across)")
         first, *_, last = shares.values()
         steps.append(first.log_step - last.log_step)
