@@ -71,6 +71,7 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
             return shown
         self.n += n or 0
         tenth = int(_TENTHS * self.n / self.total) if self.total else 0
+        self._tenth = min(self._tenth, tenth)  # there may be more work than it seemed
         finished = self.n >= (self.total or 0)
         if tenth > self._tenth and (finished or monotonic() > self._last + _SECONDS):
             self._tenth = tenth

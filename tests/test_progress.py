@@ -29,6 +29,18 @@ def test_elsewhere_a_bar_is_one_line_for_each_tenth(monkeypatch):
     assert written[-1].startswith("rtn:4: 100% (1000 of 1000 blocks)")
 
 
+def test_work_that_grows_is_shown_again(monkeypatch):
+    lines = log_file(monkeypatch)
+    with Bar(total=10, unit="step") as bar:
+        bar.update(10)
+        bar.total = 40
+        for _ in range(30):
+            bar.update()
+    written = lines.getvalue().splitlines()
+    assert [line.split()[1] for line in written[:3]] == ["100%", "30%", "40%"]
+    assert len(written) == 9 and written[-1].startswith("done: 100% (40 of 40 steps)")
+
+
 def test_lines_are_a_second_apart_but_the_last_is_always_written(monkeypatch):
     lines = log_file(monkeypatch)
     monkeypatch.setattr(progress, "_SECONDS", 60.0)

@@ -132,6 +132,11 @@ class Method(ABC):
     """True of a backend that is to be given the weight before any stage pruned or quantized it, in
     `LayerState.original`."""
 
+    @property
+    def rounds(self) -> int:
+        """Rounds that the method goes through; 0 where it goes from block to block."""
+        return 0
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         where = f"The method class {cls.__module__}.{cls.__qualname__}"
@@ -772,11 +777,6 @@ class Recovery(Method):
     parameters: Mapping[str, Tensor] = types.MappingProxyType({})
     """New values of parameters that are no layers, such as gains of norms, by name; set by
     `recover`."""
-
-    @property
-    def rounds(self) -> int:
-        """How often `report` is called at most."""
-        return 0
 
     def workload(self, samples: int) -> Workload | None:
         """Return how often samples go through a model, for `estimate`; None if nobody knows.

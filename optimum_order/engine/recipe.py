@@ -126,6 +126,14 @@ class Step:
         """The stages as text."""
         return " > ".join(str(method.stage) for method in self.methods)
 
+    def parts(self, blocks: int) -> int:
+        """Return how many parts its progress has: the rounds of its method, or the blocks.
+
+        Args:
+            blocks: Of the model.
+        """
+        return self.methods[0].rounds or blocks
+
     @property
     def run(self) -> Callable[[Engine], None]:
         """Has an engine carry the methods out: `step.run(engine)`."""

@@ -124,12 +124,13 @@ def run(
     refuse(recipe, streams=execution.streams, processes=execution.ranks.size)
     result = _begin(subject, recipe, execution, start)
     blocks = len(subject.units)
-    total = blocks * len(recipe.steps)
-    with Bar(total=total, unit="block", disable=not execution.progress) as bar:
+    total = sum(step.parts(blocks) for step in recipe.steps)
+    unit = "step" if any(method.rounds for method in recipe.methods) else "block"
+    with Bar(total=total, unit=unit, disable=not execution.progress) as bar:
         engine = Passes(subject, result, execution, work=work, bar=bar, shares=start is None)
         engine.comparing = [method for method in recipe.methods if method.reads_original]
         for step in recipe.steps:
-            engine.expected = blocks
+            engine.expected = step.parts(blocks)
             step.run(engine)
     if work is not None:
         work.wait()

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from optimum_order import JointCompressor
 from optimum_order.backends.learning import Student
 from optimum_order.calibration.execution import PAUSES
+from optimum_order.engine import run as run_module
 from optimum_order.engine import snapshot, workdir
 from optimum_order.engine.recipe import method
 from optimum_order.engine.recover import recover
@@ -18,6 +19,7 @@ from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import InvariantError, ModelError, OutputError
 from optimum_order.models.units import find_units
 from optimum_order.order import Stage
+from optimum_order.progress import Bar
 
 INPUTS = torch.arange(48).view(4, 12) % 61
 
@@ -239,3 +241,30 @@ class TestOfAnotherRun:
         with pytest.raises(OutputError, match=r"learning\.safetensors' is damaged: remove"):
             data = INPUTS.view(-1)[:48].view(6, 8)
             begun("rtn:3 > distill(steps=9, rate=0.01)", data, 10**6, True)
+
+
+def test_the_progress_counts_on_every_round_from_the_start(make_model, batches, run, monkeypatch):
+    bars = []
+
+    class Noted(Bar):
+        def __init__(self, **options):
+            bars.append(self)
+            super().__init__(**options)
+            self.named, self.totals, self.done = options["unit"], [self.total], 0
+
+        def update(self, n=1):
+            self.totals.append(self.total)
+            self.done += n
+            return super().update(n)
+
+    monkeypatch.setattr(run_module, "Bar", Noted)
+    blocks = len(find_units(make_model("llama")))
+    run(
+        make_model("llama"),
+        "magnitude:0.5 > refit(steps=7, batch_size=1)",
+        batches,
+        original=lambda: make_model("llama"),
+    )
+    (bar,) = bars
+    assert set(bar.totals) == {blocks + 7}
+    assert (bar.done, bar.named) == (blocks + 7, "step")

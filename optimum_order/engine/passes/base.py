@@ -140,7 +140,11 @@ class BasePasses:
         return state if self.execution.device is None else state.to(self.execution.device)
 
     def _begin_blocks(
-        self, names: Sequence[str], label: str, treated: Sequence[str] | None = None
+        self,
+        names: Sequence[str],
+        label: str,
+        treated: Sequence[str] | None = None,
+        rounds: int = 0,
     ) -> Passage | None:
         """Begin a pass.
 
@@ -148,10 +152,11 @@ class BasePasses:
             names: Of all of its parts.
             label: For the progress.
             treated: The parts that something is done to; all by default.
+            rounds: Rounds that a method goes through on top.
         """
         number = next(self._numbers)
         treated = names if treated is None else treated
-        self.bar.total += len(treated) - self.expected
+        self.bar.total += len(treated) + rounds - self.expected
         self.expected = 0
         self.bar.set_description(label)
         if self.work is None:

@@ -21,8 +21,7 @@ class Recovering(BasePasses):
 
     def recover(self, recovery: Recovery) -> None:
         """Let a recovery change layers, and check that masks and grids are the same."""
-        passage = self._begin_blocks([_LEARNED], str(recovery.stage), [])
-        self.bar.total += recovery.rounds
+        passage = self._begin_blocks([_LEARNED], str(recovery.stage), [], rounds=recovery.rounds)
 
         def report(text: str, rounds: int = 1) -> None:
             self.bar.set_postfix_str(text)
