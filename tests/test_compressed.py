@@ -298,7 +298,8 @@ class TestManifest:
         assert (layer["pattern"], layer["sparsity"]) == ("2:4", 0.5)
         assert [stage["stage"] for stage in layer["stages"]] == order.split(" > ")
         assert all(stage["relative_error"] > 0 for stage in layer["stages"])
-        assert set(manifest["files"]) == {file.name for file in files} - {"optimum_order.json"}
+        beside = {"optimum_order.json", "README.md"}
+        assert set(manifest["files"]) == {file.name for file in files} - beside
         assert "hf_secret" not in "".join(file.read_text(errors="ignore") for file in files)
         assert prose[200:260] not in text
         config = json.loads((tmp_path / "out" / "config.json").read_text())

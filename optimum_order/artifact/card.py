@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -26,6 +27,7 @@ from optimum_order.models.source import EMBEDDED
 
 Manifest = Mapping[str, Any]
 
+FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("card.md")
 _TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -75,11 +77,40 @@ def check() -> None:
         raise missing_extra("hub", error) from error
 
 
+def local(manifest: Manifest, folder: Path, auto: type) -> str:
+    """Return the card of an artifact that is on no Hub yet, without its picture.
+
+    Its last line is a digest of the text, by which `is_untouched` tells that nobody has edited it.
+
+    Args:
+        manifest: The manifest of the artifact.
+        folder: Where the artifact will be.
+        auto: The transformers auto class that loads it.
+    """
+    text = str(make(manifest, folder.name, auto, on_hub=False))
+    return f"{text.rstrip()}\n\n{_seal(text.rstrip())}\n"
+
+
+def is_untouched(text: str) -> bool:
+    """Return whether a card is as `local` wrote it.
+
+    Args:
+        text: Of the card, by anybody.
+    """
+    body, _, seal = text.rstrip().rpartition("\n\n")
+    return seal == _seal(body)
+
+
+def _seal(text: str) -> str:
+    return f"<!-- optimum-order {hashlib.sha256(text.encode()).hexdigest()} -->"
+
+
 def make(
     manifest: Manifest,
     repo_id: str,
     auto: type,
     *,
+    on_hub: bool = True,
     revision: str | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -89,6 +120,7 @@ def make(
         manifest: The manifest of the artifact.
         repo_id: Where it will be.
         auto: The transformers auto class that loads it.
+        on_hub: Whether that is on the Hub, with the picture beside the card; or else a folder.
         revision: The branch it will be on, if that is not the main one.
         metadata: Metadata of the card that is on the Hub now: what people added, such as a license,
             stays.
@@ -97,7 +129,8 @@ def make(
         OptimumOrderError: If the packages of the extra `hub` are not installed.
         KeyError: If the manifest lacks something.
     """
-    check()
+    if on_hub:
+        check()
     task = _TASKS.get(auto.__name__)
     title = repo_id.rpartition("/")[2]
     data = _metadata(manifest, title, task)
@@ -128,9 +161,10 @@ def make(
         base=_base(manifest["base_model"]),
         diagram=diagram(manifest),
         figures=_figures(manifest),
-        serving=_serving(manifest, repo_id, codec) if task == "text-generation" else [],
+        run=_run(repo_id, codec, on_hub=on_hub),
+        serving=_serving(manifest, repo_id, codec, on_hub) if task == "text-generation" else [],
         stages=_stages(manifest),
-        plot=PLOT,
+        plot=PLOT if on_hub else None,
         command=command(manifest),
         private_base=private_base,
         private_data=_private_data(manifest),
@@ -212,13 +246,21 @@ def is_public(source: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]*)*", source, re.ASCII))
 
 
-def _serving(manifest: Manifest, repo_id: str, codec: type[formats.Codec]) -> list[tuple[str, str]]:
+def _run(repo_id: str, codec: type[formats.Codec], *, on_hub: bool) -> str:
+    """Return the arguments with which the tools of llama.cpp find the model."""
+    return f"-hf {repo_id}" if on_hub else f"-m {shlex.quote(f'{repo_id}/{codec.gguf_file}')}"
+
+
+def _serving(
+    manifest: Manifest, repo_id: str, codec: type[formats.Codec], on_hub: bool
+) -> list[tuple[str, str]]:
     """Return for each engine how it serves the model, or that it does not.
 
     Args:
         manifest: The manifest of the artifact.
         repo_id: Where the model will be.
         codec: Its format.
+        on_hub: Whether that is on the Hub.
     """
     if adapter.named(manifest):
         return [("transformers", "the code above: an engine must add the adapter, as PEFT does.")]
@@ -232,7 +274,7 @@ def _serving(manifest: Manifest, repo_id: str, codec: type[formats.Codec]) -> li
         "with the same values, where GGUF can hold them."
     )
     if codec.gguf_file:
-        text = f"`llama-server -hf {repo_id}`, or the code above."
+        text = f"`llama-server {_run(repo_id, codec, on_hub=on_hub)}`, or the code above."
     rows.append(("llama.cpp", text))
     text = "`transformers serve`, or the code above."
     if codec.import_first:

@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from optimum_order import files, formats
-from optimum_order.artifact import adapter, config, manifest
+from optimum_order.artifact import adapter, card, config, manifest
 from optimum_order.errors import ArtifactError, OutputError
 from optimum_order.formats import Codec, Contents
 from optimum_order.formats.older import keep_tokenizer
 from optimum_order.layers.state import tensor_bytes
+from optimum_order.models.source import auto_class
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ def save(
     overwrite: bool = False,
     max_shard_size: str = SHARD,
 ) -> dict[str, Any]:
-    """Write a self-contained folder: weights, config, generation config, processor and manifest.
+    """Write a self-contained folder: weights, config, processor, manifest and model card.
 
     Args:
         contents: The model, its layers and its processor; states are read a block at a time.
@@ -260,7 +261,13 @@ def save(
             | ({"adapter": beside} if adapters else {}),
             "files": listed,
         }
-        return manifest.write(facts | added, folder)
+        full = manifest.write(facts | added, folder)
+        try:
+            text = card.local(full, Path(path).resolve(), auto_class(contents.model.config))
+            (folder / card.FILE).write_text(text, encoding="utf-8")
+        except KeyError as error:  # converted from an artifact of a version that said less
+            logger.info("No model card is made: the manifest lacks %s", error)
+        return full
 
 
 def _name_order(file: Path, order: str) -> None:

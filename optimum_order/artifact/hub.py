@@ -29,7 +29,6 @@ from optimum_order.models.source import auto_class
 
 _PATTERNS = ("*.json", "recipe.yaml", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken")
 """Names of configurations, and of what tokenizers keep."""
-_CARD = "README.md"
 _LIBRARY: Any = {"library_name": "optimum-order", "library_version": __version__}
 # What the client raises when an answer is not what it expects, which it does not check.
 _UNREADABLE = (LookupError, TypeError, AttributeError)
@@ -73,8 +72,9 @@ def push(
 
     Large files are uploaded first and belong to nothing until that commit, so a push that is cut
     off changes nothing. Afterwards the repository holds the files of this artifact: weights,
-    configuration and tokenizer of an earlier model are deleted by the same commit. A README.md,
-    LICENSE or NOTICE of your own in the folder is pushed too. Otherwise the card is made anew;
+    configuration and tokenizer of an earlier model are deleted by the same commit. A LICENSE,
+    NOTICE or README.md in the folder is pushed too; a README.md that nobody has edited since it was
+    saved gives way to a card with the picture and the id on the Hub, made anew each time;
     metadata that was added to the card on the Hub, such as a license, stays.
 
     Args:
@@ -114,10 +114,13 @@ def push(
             f"'{repo_id}' has a .gitignore, which could keep a file out of the commit. Remove it "
             "first."
         )
-    text = _ask(token, _remote_card, api, repo_id, remote.sha) if _CARD in others else None
+    text = _ask(token, _remote_card, api, repo_id, remote.sha) if card.FILE in others else None
     pages = _pages(folder, facts, repo_id, None if create_pr else revision, text)
     for file in folder.iterdir():
-        if manifest.DOCUMENTS.fullmatch(file.name):
+        made = file.name == card.FILE and card.is_untouched(
+            file.read_text(encoding="utf-8", errors="replace")
+        )
+        if manifest.DOCUMENTS.fullmatch(file.name) and not made:
             pages[file.name] = file
     added = {name: folder / name for name in names} | pages
     commit = _ask(
@@ -329,7 +332,9 @@ def _state(api: HfApi, repo_id: str, revision: str | None, may_branch: bool) -> 
 
 
 def _remote_card(api: HfApi, repo_id: str, commit: str) -> str:
-    return Path(api.hf_hub_download(repo_id, _CARD, revision=commit)).read_text(encoding="utf-8")
+    return Path(api.hf_hub_download(repo_id, card.FILE, revision=commit)).read_text(
+        encoding="utf-8"
+    )
 
 
 def _metadata(text: str) -> Mapping[str, Any]:
@@ -338,7 +343,7 @@ def _metadata(text: str) -> Mapping[str, Any]:
         data: dict[str, Any] = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # whatever a parser of YAML makes of it
         raise HubError(
-            f"The metadata of the {_CARD} that is on the Hub cannot be read "
+            f"The metadata of the {card.FILE} that is on the Hub cannot be read "
             f"({type(error).__name__}). Correct it there."
         ) from None
     return data
@@ -367,7 +372,7 @@ def _pages(
     try:
         auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         made = card.make(facts, repo_id, auto, revision=revision, metadata=metadata)
-        return {_CARD: str(made).encode(), manifest.PLOT: card.plot(facts)}
+        return {card.FILE: str(made).encode(), manifest.PLOT: card.plot(facts)}
     except KeyError as error:
         raise ArtifactError(
             f"'{folder}' is not pushed, because its manifest lacks {error}, without which there is "

@@ -17,8 +17,8 @@ class PushCommand(Command):
     description = """\
 Upload a saved model to the Hugging Face Hub in one commit, with a model card,
 after checking that it is what its manifest says. Log in with 'hf auth login'
-or set HF_TOKEN. A README.md, LICENSE or NOTICE in the folder is pushed with
-it; without a README.md the card is made from the manifest.
+or set HF_TOKEN. A LICENSE, NOTICE or README.md in the folder is pushed with
+it; a README.md that nobody has edited gives way to a card made anew.
 """
 
     @classmethod

@@ -19,8 +19,8 @@ from optimum_order.files import size
 
 
 @pytest.fixture(scope="module")
-def stated(tiny_llama_folder, text_file, tmp_path_factory):
-    """The manifest of a measured artifact, as it was read from disk. Do not change it."""
+def saved_folder(tiny_llama_folder, text_file, tmp_path_factory):
+    """A measured artifact, and its manifest as it was read from disk."""
     compressor = JointCompressor.from_pretrained(
         tiny_llama_folder,
         calibration=str(text_file),
@@ -33,7 +33,13 @@ def stated(tiny_llama_folder, text_file, tmp_path_factory):
     compressor.evaluate(str(text_file), progress=False)
     compressed.evaluate(str(text_file), progress=False)
     compressed.save_pretrained(folder)
-    return manifest.load(folder)
+    return folder, manifest.load(folder)
+
+
+@pytest.fixture(scope="module")
+def stated(saved_folder):
+    """The manifest. Do not change it."""
+    return saved_folder[1]
 
 
 @pytest.fixture
@@ -329,3 +335,27 @@ def test_stages_that_leave_layers_alone_or_change_none(facts):
     assert "| `gptq:4` | a summary | 0.5 | 0.5 in" in text
     assert card.diagram(facts).count("error") == 2
     assert card.plot(facts).startswith(b"\x89PNG")
+
+
+def test_a_saved_folder_has_a_card_without_a_picture_that_loads_the_folder(saved_folder):
+    folder, stated = saved_folder
+    text = (folder / card.FILE).read_text(encoding="utf-8")
+    assert card.is_untouched(text) and ModelCard(text).data["tags"][0] == "optimum-order"
+    assert f'model="{folder.name}"' in text and f"vllm serve {folder.name}" in text
+    assert manifest.PLOT not in text and not (folder / manifest.PLOT).exists()
+    assert card.FILE not in stated["files"]
+
+
+def test_a_card_that_was_edited_is_told_from_one_that_was_not(stated, tmp_path):
+    text = card.local(stated, tmp_path, AutoModelForCausalLM)
+    assert card.is_untouched(text) and card.is_untouched(text + "\n")
+    assert not card.is_untouched(text.replace("wanda", "Wanda"))
+    assert not card.is_untouched(text_of(stated)) and not card.is_untouched("")
+
+
+def test_llama_cpp_is_told_the_file_of_a_folder_and_the_id_on_the_hub(facts, tmp_path):
+    facts["format"] = "gguf"
+    folder = tmp_path / "a model"
+    text = card.local(facts, folder, AutoModelForCausalLM)
+    assert "llama-server -m 'a model/model.gguf'" in text and "-hf" not in text
+    assert "llama-server -hf me/small" in text_of(facts)
