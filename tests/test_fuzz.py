@@ -309,7 +309,8 @@ def changed_at(data, at, random, how):
 )
 def test_any_byte_of_any_file(artifacts, format, random, near_the_start, how):
     made = artifacts[format]
-    file = random.choice(sorted(made.iterdir()))
+    read = (file for file in made.iterdir() if not manifest.DOCUMENTS.fullmatch(file.name))
+    file = random.choice(sorted(read))
     data = bytearray(file.read_bytes())
     at = random.randrange(min(len(data), 2000) if near_the_start else len(data))
     survives(made, {file.name: changed_at(data, at, random, how)})
