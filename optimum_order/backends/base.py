@@ -214,6 +214,14 @@ class Method(ABC):
             return Stage(self.name, values[knob])
         return Stage(self.name, **changed)
 
+    def on_a_part(self, part: float) -> Stage:
+        """Return the stage that stands for this one where orders are ranked on less data.
+
+        Args:
+            part: Of the calibration samples, in (0, 1].
+        """
+        return self.stage
+
     @property
     def resolved(self) -> dict[str, Any]:
         """Every option with its value, for the manifest; `targets` only where the user gave it."""

@@ -35,6 +35,7 @@ from optimum_order.backends.base import Recovery, Workload, option
 from optimum_order.errors import DataError
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.tree import tensors_in
+from optimum_order.order import Stage
 
 if TYPE_CHECKING:  # transformers takes seconds
     from transformers import PreTrainedModel
@@ -119,6 +120,10 @@ class Learning(Recovery):
     @property
     def rounds(self) -> int:
         return self.options.steps
+
+    def on_a_part(self, part: float) -> Stage:
+        steps = max(_LOOKS, round(part * self.options.steps))  # as often over each sample
+        return self.stage.having("steps", steps=steps) if steps < self.options.steps else self.stage
 
     def workload(self, samples: int) -> Workload:
         steps, size = self.options.steps, self.options.batch_size

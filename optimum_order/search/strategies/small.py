@@ -1,4 +1,7 @@
-"""Every order in full on a few small draws: what `auto` does where stages look at all layers."""
+"""Every order on a few small draws: what `auto` does where stages look at all layers.
+
+What learns takes fewer steps there, and goes as often over each sample.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,11 @@ def rank(task: Task) -> Verdict:
     """Rank orders by the scorer's mean over small draws and a few samples."""
     runner = task.runner
     draws = task.small_draws() or [[]]
+    part = count_samples(draws[0]) / max(1, task.effort.calibration_samples)
+    stand_ins = {
+        order: Order([method.on_a_part(part) for method in Recipe.of(order).methods])
+        for order in task.orders
+    }
     samples = task.few_samples()
     metrics = list(dict.fromkeys([task.scorer, task.scoring.metric]))
     rows: dict[tuple[Order, Metric], list[Tensor]] = {
@@ -28,7 +36,8 @@ def rank(task: Task) -> Verdict:
         for batches, order in itertools.product(draws, task.orders):
             runner.reset()  # a stage may have made the model smaller
             subject = Subject(runner.model, runner.units, batches, runner.source.load)
-            run(subject, Recipe.of(order, "block"), runner.execution, start=runner.original)
+            recipe = Recipe.of(stand_ins[order], "block")
+            run(subject, recipe, runner.execution, start=runner.original)
             for metric in metrics:
                 rows[order, metric].append(task.measure(metric, samples).performances)
             bar.update()
@@ -46,10 +55,13 @@ def rank(task: Task) -> Verdict:
         for metric in metrics
     }
     decisive = differences[task.scorer].decisive
+    shorter = ", ".join(f"'{stage}'" for stage in stand_ins[best] if stage not in best)
     evidence = f"{len(samples)} {samples.unit}s"
     if draws[0]:
         size = count_samples(draws[0])
         evidence = f"{len(draws)} draws of {size} calibration samples and {evidence}"
+        if shorter:
+            evidence += f" (with {shorter})"
     if decisive:
         reason = f"compressed and scored with {evidence}, '{best}' is ahead of '{second}'."
     else:

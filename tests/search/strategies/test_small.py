@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from optimum_order.backends.learning import Student
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Subject, run
 from optimum_order.search.strategies import auto, small
@@ -45,6 +46,21 @@ def test_stages_that_learn_cut_and_quantize_are_ranked_together(make_task, make_
     assert {order for order, _ in verdict.ranking} == set(task.orders)
     scores = [score for _, score in verdict.ranking]
     assert scores == sorted(scores, reverse=True) and scores[0] > scores[-1]
+
+
+def test_what_learns_goes_over_each_sample_of_a_draw_as_often(
+    make_task, make_compressor, monkeypatch
+):
+    steps = []
+    step = Student.step
+    monkeypatch.setattr(Student, "step", lambda *a: (steps.append(1), step(*a))[1])
+    task = make_task(["rtn:3", "refit(steps=72, rate=0.002)"])
+    runner = make_compressor(calibration_samples=24).runner(progress=False)
+    task = dataclasses.replace(task, runner=runner, effort=Effort(calibration_samples=24))
+    verdict = small.rank(task)
+    assert len(steps) == 4 * (72 * 5 // 24)  # 4 draws of 5 samples; first, refit learns nothing
+    assert "(with 'refit(steps=15)')" in verdict.reason
+    assert {order for order, _ in verdict.ranking} == set(task.orders)
 
 
 def test_auto_runs_stages_that_look_at_all_layers_in_small(make_task, monkeypatch):
