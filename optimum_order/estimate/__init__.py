@@ -8,7 +8,6 @@ asked for the shapes of what they would write (`size`). The rest is counting, he
 from __future__ import annotations
 
 import dataclasses
-import math
 import resource
 import sys
 from collections import defaultdict
@@ -36,9 +35,10 @@ from optimum_order.backends.base import Rewrite, needs_of
 from optimum_order.calibration.execution import Execution
 from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.reshape import Outline, roles_for
-from optimum_order.errors import FormatError, OrderError
+from optimum_order.errors import FormatError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
+from optimum_order.estimate.lessons import lessons
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
@@ -55,10 +55,6 @@ LIMIT = 2**30
 """Bytes of waiting activations beyond which low memory puts them on disk."""
 _PROBES = 2
 """Batches on which an allocator sees a unit's outputs."""
-_OF_LOGITS, _OF_WEIGHTS, _OF_LEARNED = 4, 16, 16
-"""How often a step that learns reads and writes logits, weights, and what is learned."""
-_LOGITS = 6
-"""Copies of the logits of a step that are in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +282,7 @@ class _Run:
         self.speed = rates.measure(device, model.dtype, dtype, rows, widths[len(widths) // 2])
         self.laboratory = Laboratory(list(self.targets.values()), device, self.speed)
         self._batch = batches[0] if batches else None
-        sizes = [max(len(tensor) for tensor in batch.values()) for batch in batches]
+        self._sizes = sizes = [max(len(tensor) for tensor in batch.values()) for batch in batches]
         self.sample = 1 / sizes[0] if sizes else 0.0
         """The part of a batch that one sample is."""
         self.batches = sum(sizes) / sizes[0] if sizes else 0.0
@@ -376,8 +372,11 @@ class _Run:
             working = max(working, squares + max(held, cost.working))
         active = (flying if groups else waiting) + working
         if walk.learns is not None:
-            spent, operations, learning = self._learning(walk.learns)
-            seconds, forward, active = seconds + spent, forward + operations, active + learning
+            extra = lessons(
+                walk.learns, self.model, self.targets.values(), self.costs, self.speed, self._sizes
+            )
+            seconds, forward = seconds + extra.seconds, forward + extra.operations
+            active += extra.memory
         memory = self.resident + self.weights + self.originals + self._states() + active
         low_memory = self.resident + self._streamed() + min(waiting, LIMIT) + working
         if not walk.tried:
@@ -408,47 +407,6 @@ class _Run:
             forward,
             gram,
         )
-
-    def _learning(self, method: Recovery) -> tuple[float, float, int]:
-        """Return the seconds, the floating-point operations and the bytes of a recovery.
-
-        Raises:
-            OrderError: If the method does not say what it does.
-        """
-        work = method.workload(round(self.batches / self.sample))
-        if work is None:
-            raise OrderError(
-                f"Stage '{method.stage}' does not say what it takes: leave it out of the estimate, "
-                "or run it."
-            )
-        step = work.batch_size * self.sample  # as a part of a batch
-        wider = 4 / self.model.dtype.itemsize  # float32, whatever the model has
-        head = self.model.get_output_embeddings()
-        rows = max((read.rows for cost in self.costs.values() for read in cost.inputs), default=0)
-        logits, outside = 0, 0.0
-        if head is not None:
-            logits = rows * head.weight.shape[0]
-            outside = 2.0 * logits * head.weight.shape[1]
-        products = sum(cost.products for cost in self.costs.values())
-        inner = wider * sum(cost.traffic for cost in self.costs.values())
-        # a backward pass takes two products for one, but the head does not learn
-        steps = work.rounds * step
-        runs = work.forward * self.sample
-        operations = (runs + 2 * steps) * products + (runs + steps) * outside
-        moved = (runs + 2 * steps) * inner + (runs + 3 * steps) * _OF_LOGITS * 4 * logits
-        covered = [
-            target.view.shape
-            for target in self.targets.values()
-            if method.covers(target.name, target.kind)
-        ]
-        weights = 4 * sum(math.prod(shape) for shape in covered)
-        learned = 4 * sum(method.learned((shape[0], shape[1])) for shape in covered)
-        moved += work.rounds * (_OF_WEIGHTS * weights + _OF_LEARNED * learned)
-        seconds = operations / self.speed.products + moved / self.speed.traffic
-        models = 2 * sum(4 * parameter.numel() for parameter in self.model.parameters())
-        most = max((cost.working for cost in self.costs.values()), default=0)
-        held = models + 2 * weights + 6 * learned + _LOGITS * 4 * logits * step
-        return seconds, operations, int(held + 2 * wider * most * step)
 
     def _streamed(self) -> int:
         """Bytes of the model that are there at most where it is read a block at a time."""

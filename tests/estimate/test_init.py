@@ -9,8 +9,6 @@ import torch
 
 from optimum_order import JointCompressor
 from optimum_order import estimate as estimate_module
-from optimum_order.backends.base import Recovery
-from optimum_order.backends.distill import Distill
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError
 from optimum_order.files import weight_bytes
 
@@ -73,47 +71,6 @@ def test_an_allocator_measures_first(compressor):
     # a walk, and the outputs of each of 4 groups with each of 5 widths and of the block as it is, on its one batch
     assert first.forward == 3 * PRODUCTS + 2 * 21 * PRODUCTS
     assert second.bytes < first.bytes and second.format == "compressed-tensors"
-
-
-def test_a_step_that_learns_runs_two_models_and_a_backward_pass(compressor, monkeypatch):
-    monkeypatch.setattr(estimate_module, "_resident", lambda: 1000)
-    few, many = (
-        compressor.estimate(f"rtn:3 > distill(steps={steps}, batch_size=2)").steps[-1]
-        for steps in (10, 20)
-    )
-    vocabulary = 384
-    head = 2 * vocabulary * 64 * 6 * 24
-    # of a step: the original, the copy, its blocks again, and two products for one backward
-    step = (5 * 2 * PRODUCTS + 4 * head) * 2 / 6
-    looked = 10 * (2 * 2 * PRODUCTS + 2 * head) * 2 / 6
-    assert many.forward - few.forward == pytest.approx(10 * step)
-    assert few.forward == pytest.approx(10 * step + looked + looked / 10)
-    assert many.seconds > 1.5 * few.seconds
-    assert few.tokens == 6 * 24
-    numbers = compressor.source.bytes // 4
-    assert few.low_memory == few.memory > compressor.source.bytes + 8 * numbers
-
-
-def test_a_larger_batch_takes_more_memory(compressor, monkeypatch):
-    monkeypatch.setattr(estimate_module, "_resident", lambda: 1000)
-    one, two = (
-        compressor.estimate(f"distill(steps=10, batch_size={size})").memory for size in (1, 2)
-    )
-    assert one < two
-
-
-def test_an_adapter_is_counted(compressor, tmp_path):
-    order = "rtn:2 > lora(steps=20, rank=4, rate=0.01)"
-    compressor.compress(order, progress=False).save_pretrained(tmp_path / "out")
-    assert (tmp_path / "out" / "adapter").is_dir()
-    files = (tmp_path / "out").rglob("*.safetensors")
-    assert compressor.estimate(order).bytes == sum(file.stat().st_size for file in files)
-
-
-def test_a_recovery_of_unknown_steps_is_refused(compressor, monkeypatch):
-    monkeypatch.setattr(Distill, "workload", Recovery.workload)
-    with pytest.raises(OrderError, match="'distill:10' does not say what it takes"):
-        compressor.estimate("rtn:3 > distill:10")
 
 
 def test_a_look_at_all_layers_sees_some_samples(tiny_llama_folder):
