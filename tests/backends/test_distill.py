@@ -15,7 +15,8 @@ from optimum_order.errors import DataError, OrderError
         ("rtn(bits=3, group_size=32)", 0.7),
         ("rtn(bits=3, group_size=32, symmetric=false)", 0.7),
         ("magnitude:0.4 > rtn(bits=4, group_size=-1)", 0.5),
-        ("ecsq:3", 1.0),  # a sweep has made up for most already
+        ("gptq(bits=2, group_size=32)", 1.0),  # a sweep has made up for most already
+        ("ecsq:3", 1.0),
         ("width:0.5", 0.8),
     ],
 )
