@@ -265,8 +265,9 @@ def save(
         try:
             text = card.local(full, Path(path).resolve(), auto_class(contents.model.config))
             (folder / card.FILE).write_text(text, encoding="utf-8")
-        except KeyError as error:  # converted from an artifact of a version that said less
-            logger.info("No model card is made: the manifest lacks %s", error)
+        except (KeyError, ImportError) as error:
+            # of an artifact of a version that said less; or jinja2, which comes with torch, is gone
+            logger.info("No model card is made (%s: %s)", type(error).__name__, error)
         return full
 
 

@@ -498,8 +498,9 @@ def test_a_model_is_pushed_once_it_is_saved(hub, pushed, tmp_path):
     assert json.loads(done["out"])["url"].startswith(f"{hub.server.url}/me/model/commit/")
     assert hub.server.repositories["me/model"].private
     uploaded = hub.server.files("me/model")
-    saved = (tmp_path / "out").iterdir()
+    saved = [file for file in (tmp_path / "out").iterdir() if file.name != "README.md"]
     assert all(uploaded[file.name] == file.read_bytes() for file in saved)
+    assert b'model="me/model"' in uploaded["README.md"]
     done = pushed("rtn:3", "--overwrite", "--push-to-hub", "me/model", "--create-pr")
     assert json.loads(done["out"])["url"] == f"{hub.server.url}/me/model/discussions/1"
 

@@ -8,6 +8,7 @@ from optimum_order import estimate as estimate_module
 from optimum_order.backends.base import Recovery
 from optimum_order.backends.distill import Distill
 from optimum_order.errors import OrderError
+from optimum_order.estimate.rates import Rates
 
 IDS = torch.randint(2, 300, (6, 24), generator=torch.Generator().manual_seed(0))
 PRODUCTS = 2 * 64 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) * 6 * 24 // 64 + 4 * 24 * 24 * 64 * 6
@@ -23,6 +24,7 @@ def compressor(tiny_llama_folder):
 
 def test_a_step_that_learns_runs_two_models_and_a_backward_pass(compressor, monkeypatch):
     monkeypatch.setattr(estimate_module, "_resident", lambda: 1000)
+    monkeypatch.setattr(estimate_module.rates, "measure", lambda *_: Rates(*[1e9] * 6))
     few, many = (
         compressor.estimate(f"rtn:3 > distill(steps={steps}, batch_size=2)").steps[-1]
         for steps in (10, 20)

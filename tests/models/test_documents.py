@@ -77,7 +77,8 @@ def test_they_are_saved_sealed_and_converted(folder, tmp_path):
             assert (result / name).read_bytes() == (folder / name).read_bytes()
             assert name in manifest.load(result)["files"]
         assert (result / "LICENSE").read_text() == "yours"
-        assert not (result / "README.md").exists() and not (result / "own.py").exists()
+        assert "the card of the original" not in (result / "README.md").read_text()
+        assert not (result / "own.py").exists()
     (saved / "1_Pooling" / "config.json").write_text("{ }")
     assert "1_Pooling/config.json" in verify(saved)[0]
 
