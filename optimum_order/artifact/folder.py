@@ -19,10 +19,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from optimum_order import files, formats
 from optimum_order.artifact import adapter, card, config, manifest
-from optimum_order.errors import ArtifactError, OutputError
+from optimum_order.errors import ArtifactError, ModelError, OutputError
 from optimum_order.formats import Codec, Contents
 from optimum_order.formats.older import keep_tokenizer
 from optimum_order.layers.state import tensor_bytes
@@ -262,13 +263,29 @@ def save(
             "files": listed,
         }
         full = manifest.write(facts | added, folder)
-        try:
-            text = card.local(full, Path(path).resolve(), auto_class(contents.model.config))
-            (folder / card.FILE).write_text(text, encoding="utf-8")
-        except (KeyError, ImportError) as error:
-            # of an artifact of a version that said less; or jinja2, which comes with torch, is gone
-            logger.info("No model card is made (%s: %s)", type(error).__name__, error)
+        _write_card(folder, Path(path).resolve(), full, contents.model)
         return full
+
+
+def _write_card(folder: Path, place: Path, facts: dict[str, Any], model: PreTrainedModel) -> None:
+    """Write the model card, or say in the log why there is none: the model is whole without.
+
+    Args:
+        folder: Where to write.
+        place: Where the artifact will be.
+        facts: The manifest.
+        model: The model.
+    """
+    try:
+        text = card.local(facts, place, auto_class(model.config))
+    except ModelError as error:  # a class of the user's own, which no code in a card could load
+        logger.info("No model card is written: %s", error)
+    except KeyError as error:
+        logger.info("No model card is written: the manifest of an older version lacks %s", error)
+    except ImportError as error:  # jinja2, which usually comes with torch
+        logger.info("No model card is written: %s", error)
+    else:
+        (folder / card.FILE).write_text(text, encoding="utf-8")
 
 
 def _name_order(file: Path, order: str) -> None:

@@ -124,8 +124,6 @@ class Method(ABC):
     """True if the method runs the model on calibration samples, whatever it `needs`."""
     joins: ClassVar[bool] = False
     """True if neighbors of this class in an order may share one walk (schedule "block")."""
-    fewest_samples: ClassVar[int] = 1
-    """Calibration samples without which the method does not run, where it needs data."""
     streams: ClassVar[bool] = True
     """False if the method needs the whole model in memory."""
     reads_original: ClassVar[bool] = False
@@ -213,6 +211,11 @@ class Method(ABC):
         if set(changed) <= {knob}:
             return Stage(self.name, values[knob])
         return Stage(self.name, **changed)
+
+    @property
+    def fewest_samples(self) -> int:
+        """Calibration samples without which the method does not run, where it needs data."""
+        return 1
 
     def on_a_part(self, part: float) -> Stage:
         """Return the stage that stands for this one where orders are ranked on less data.

@@ -102,7 +102,7 @@ class Learning(Recovery):
     options: LearningOptions
 
     @property
-    def fewest_samples(self) -> int:  # type: ignore[override]
+    def fewest_samples(self) -> int:
         return self.options.batch_size + 1
 
     @abstractmethod

@@ -9,10 +9,12 @@ import sys
 import matplotlib.image
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoModel, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from optimum_order import JointCompressor
 from optimum_order.artifact import card, manifest
+from optimum_order.artifact.verify import verify
 from optimum_order.cli import main
 from optimum_order.errors import OptimumOrderError
 from optimum_order.files import size
@@ -344,6 +346,27 @@ def test_a_saved_folder_has_a_card_without_a_picture_that_loads_the_folder(saved
     assert f'model="{folder.name}"' in text and f"vllm serve {folder.name}" in text
     assert manifest.PLOT not in text and not (folder / manifest.PLOT).exists()
     assert card.FILE not in stated["files"]
+
+
+def test_a_model_of_a_class_that_no_auto_class_loads_is_saved_without_a_card(tmp_path, caplog):
+    """The code in a card could not load it; users load it by their own class."""
+
+    class Config(PreTrainedConfig):
+        model_type = "of_ones_own"
+
+    class Model(PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 32)) for _ in range(2)])
+            self.post_init()
+
+    compressed = JointCompressor(Model(Config())).compress("rtn:4", progress=False)
+    with caplog.at_level("INFO"):
+        compressed.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / card.FILE).exists() and "No model card is written" in caplog.text
+    assert verify(tmp_path / "out") == []
 
 
 def test_a_card_that_was_edited_is_told_from_one_that_was_not(stated, tmp_path):

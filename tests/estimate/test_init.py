@@ -5,23 +5,14 @@ import shutil
 import struct
 
 import pytest
-import torch
 
 from optimum_order import JointCompressor
 from optimum_order import estimate as estimate_module
 from optimum_order.errors import DataError, FormatError, ModelError, OrderError
 from optimum_order.files import weight_bytes
 
-IDS = torch.randint(2, 300, (6, 24), generator=torch.Generator().manual_seed(0))
 PRODUCTS = 2 * 64 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) * 6 * 24 // 64 + 4 * 24 * 24 * 64 * 6
 """Floating-point operations of all windows in one block of `tiny_llama_folder`."""
-
-
-@pytest.fixture(scope="module")
-def compressor(tiny_llama_folder):
-    return JointCompressor.from_pretrained(
-        tiny_llama_folder, calibration=IDS, sequence_length=24, device="cpu"
-    )
 
 
 def test_a_walk_runs_every_block_twice_and_the_last_once(compressor):
@@ -73,9 +64,9 @@ def test_an_allocator_measures_first(compressor):
     assert second.bytes < first.bytes and second.format == "compressed-tensors"
 
 
-def test_a_look_at_all_layers_sees_some_samples(tiny_llama_folder):
+def test_a_look_at_all_layers_sees_some_samples(tiny_llama_folder, ids):
     shaped = JointCompressor.from_pretrained(
-        tiny_llama_folder, calibration=IDS.repeat(2, 1), sequence_length=24, device="cpu"
+        tiny_llama_folder, calibration=ids.repeat(2, 1), sequence_length=24, device="cpu"
     )
     look, step = shaped.estimate("ecsq:3").steps
     assert look.stages == "ecsq:3.0: profiling"
@@ -95,7 +86,7 @@ def test_totals(compressor):
     assert result["format"] == "compressed-tensors"
 
 
-def test_no_weight_is_read(tiny_llama_folder, compressor, tmp_path):
+def test_no_weight_is_read(tiny_llama_folder, compressor, ids, tmp_path):
     folder = shutil.copytree(tiny_llama_folder, tmp_path / "model")
     file = folder / "model.safetensors"
     held = file.read_bytes()
@@ -104,7 +95,7 @@ def test_no_weight_is_read(tiny_llama_folder, compressor, tmp_path):
         held[: 8 + length] + bytes([255]) * (len(held) - 8 - length)
     )  # every weight a NaN
     shaped = JointCompressor.from_pretrained(
-        folder, calibration=IDS, sequence_length=24, device="cpu"
+        folder, calibration=ids, sequence_length=24, device="cpu"
     )
     assert shaped.estimate("gptq:4").bytes == compressor.estimate("gptq:4").bytes
     with pytest.raises(ModelError, match="NaN"):
