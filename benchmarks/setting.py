@@ -62,7 +62,7 @@ def evaluation(args: argparse.Namespace) -> Any:
 
 
 def gain(first: Any, second: Any) -> Difference:
-    """Return by how much less loss a model has than another, window by window.
+    """Return the loss that a model has less than another, window by window.
 
     Args:
         first: What the other measured.

@@ -161,7 +161,7 @@ def make(
         base=_base(manifest["base_model"]),
         diagram=diagram(manifest),
         figures=_figures(manifest),
-        run=_run(repo_id, codec, on_hub=on_hub),
+        llama_arguments=_llama_arguments(repo_id, codec, on_hub=on_hub),
         serving=_serving(manifest, repo_id, codec, on_hub) if task == "text-generation" else [],
         stages=_stages(manifest),
         plot=PLOT if on_hub else None,
@@ -246,8 +246,8 @@ def is_public(source: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(:[^/]*)*", source, re.ASCII))
 
 
-def _run(repo_id: str, codec: type[formats.Codec], *, on_hub: bool) -> str:
-    """Return the arguments with which the tools of llama.cpp find the model."""
+def _llama_arguments(repo_id: str, codec: type[formats.Codec], *, on_hub: bool) -> str:
+    """Return the arguments that name the model to the tools of llama.cpp."""
     return f"-hf {repo_id}" if on_hub else f"-m {shlex.quote(f'{repo_id}/{codec.gguf_file}')}"
 
 
@@ -274,7 +274,9 @@ def _serving(
         "with the same values, where GGUF can hold them."
     )
     if codec.gguf_file:
-        text = f"`llama-server {_run(repo_id, codec, on_hub=on_hub)}`, or the code above."
+        text = (
+            f"`llama-server {_llama_arguments(repo_id, codec, on_hub=on_hub)}`, or the code above."
+        )
     rows.append(("llama.cpp", text))
     text = "`transformers serve`, or the code above."
     if codec.import_first:

@@ -268,7 +268,7 @@ def save(
 
 
 def _write_card(folder: Path, place: Path, facts: dict[str, Any], model: PreTrainedModel) -> None:
-    """Write the model card, or say in the log why there is none: the model is whole without.
+    """Write the model card; where none can be made, log the reason and leave the model as it is.
 
     Args:
         folder: Where to write.

@@ -752,7 +752,7 @@ class Equalizer(Transform):
 
 
 class Workload(NamedTuple):
-    """What a recovery does with calibration samples.
+    """Steps of a recovery, and the samples that they take through a model.
 
     Args:
         rounds: Steps that learn.
@@ -790,10 +790,10 @@ class Recovery(Method):
     `recover`."""
 
     def workload(self, samples: int) -> Workload | None:
-        """Return how often samples go through a model, for `estimate`; None if nobody knows.
+        """Return the steps and samples that `estimate` counts, or None to be left out of estimates.
 
         Args:
-            samples: Calibration samples that there are.
+            samples: Number of calibration samples.
         """
         return None
 

@@ -38,7 +38,7 @@ from optimum_order.engine.reshape import Outline, roles_for
 from optimum_order.errors import FormatError
 from optimum_order.estimate import rates
 from optimum_order.estimate.laboratory import Laboratory
-from optimum_order.estimate.lessons import lessons
+from optimum_order.estimate.learning import learning_cost
 from optimum_order.estimate.rates import Rates
 from optimum_order.estimate.size import empty, stored
 from optimum_order.estimate.trace import UnitCost, trace
@@ -372,7 +372,7 @@ class _Run:
             working = max(working, squares + max(held, cost.working))
         active = (flying if groups else waiting) + working
         if walk.learns is not None:
-            extra = lessons(
+            extra = learning_cost(
                 walk.learns, self.model, self.targets.values(), self.costs, self.speed, self._sizes
             )
             seconds, forward = seconds + extra.seconds, forward + extra.operations

@@ -49,5 +49,7 @@ def test_an_adapter_is_counted(compressor, tmp_path):
 
 def test_a_recovery_of_unknown_steps_is_refused(compressor, monkeypatch):
     monkeypatch.setattr(Distill, "workload", Recovery.workload)
-    with pytest.raises(OrderError, match="'distill:10' does not say what it takes"):
+    with pytest.raises(
+        OrderError, match="'distill:10' cannot be estimated: the method distill states no workload"
+    ):
         compressor.estimate("rtn:3 > distill:10")

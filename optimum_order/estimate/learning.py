@@ -1,4 +1,4 @@
-"""What a recovery takes that learns from the original model, from the shapes of a forward."""
+"""Cost of a recovery that learns from the original model, from the shapes of a forward."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _LOGITS, _WEIGHTS, _LEARNED = 6, 2, 6
 """Copies of the same that are in memory at once."""
 
 
-class Lessons(NamedTuple):
-    """What all steps of a recovery take.
+class LearningCost(NamedTuple):
+    """Cost of all steps of a recovery.
 
     Args:
         seconds: Of all of them.
@@ -36,15 +36,15 @@ class Lessons(NamedTuple):
     memory: int
 
 
-def lessons(
+def learning_cost(
     method: Recovery,
     model: PreTrainedModel,
     targets: Collection[Target],
     costs: Mapping[str, UnitCost],
     speed: Rates,
     sizes: Sequence[int],
-) -> Lessons:
-    """Return what a recovery takes.
+) -> LearningCost:
+    """Return the cost of a recovery.
 
     Args:
         method: The recovery.
@@ -55,13 +55,13 @@ def lessons(
         sizes: Samples of each batch.
 
     Raises:
-        OrderError: If the method does not say what it does.
+        OrderError: If the method has no workload.
     """
     work = method.workload(sum(sizes))
     if work is None:
         raise OrderError(
-            f"Stage '{method.stage}' does not say what it takes: leave it out of the estimate, or "
-            "run it."
+            f"Stage '{method.stage}' cannot be estimated: the method {method.name} states no "
+            "workload. Leave the stage out of the estimate, or run it."
         )
     batch = work.batch_size / sizes[0]  # of a step, as a part of what was traced
     runs, steps = work.forward / sizes[0], work.rounds * batch
@@ -80,11 +80,11 @@ def lessons(
     working = max((cost.working for cost in costs.values()), default=0) / model.dtype.itemsize
     numbers += batch * (_LOGITS * logits + 2 * working)
     seconds = operations / speed.products + moved / speed.traffic
-    return Lessons(seconds, operations, int(_FLOAT * numbers))
+    return LearningCost(seconds, operations, int(_FLOAT * numbers))
 
 
 def _head(model: PreTrainedModel, costs: Mapping[str, UnitCost]) -> tuple[int, float]:
-    """Return the numbers and the operations of the logits of what was traced; zeros without."""
+    """Return the number and the operations of the logits of the traced batch; 0 without a head."""
     head = model.get_output_embeddings()
     if head is None:
         return 0, 0.0
