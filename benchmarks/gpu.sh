@@ -69,7 +69,7 @@ if [[ $device == cuda && ! $dry ]]; then
 fi
 for part in "${parts[@]}"; do
   case $part in
-    tests) run tests "$PYTHON" -m pytest -n 0 -q -p no:cacheprovider -m gpu tests/test_gpu.py ;;
+    tests) run tests "$PYTHON" -m pytest -n 4 -q -p no:cacheprovider -m gpu tests/test_gpu.py ;;
     kernels)
       sizes=(--outputs 4096 --inputs 4096)
       [[ $device == cpu ]] && sizes=(--outputs 256 --inputs 256 --tokens 512)

@@ -25,6 +25,25 @@ ORDERS = {
     "bitsandbytes:int8": "bitsandbytes",
 }
 
+OTHERS = [
+    "alps:0.5 > gptq:4",
+    "sparsegpt(sparsity=0.5, allocation=owl)",
+    "wanda(sparsity=0.5, allocation=global)",
+    "rotate > gptq:4",
+    "equalize > rtn:4",
+    "width:0.25 > gptq:4",
+    "gptq:4 > width:0.25",
+    "heads:0.5 > gptq:4",
+    "depth:1 > gptq:4",
+    "gptq:3 > refit",
+    "wanda:0.5 > gptq:3 > distill(steps=4)",
+    "gptq:3 > eora",
+    "gptq:3 > lora(steps=4)",
+    "activations > gptq:4",
+    "wanda:0.5 > ecsq:3",
+]
+"""Orders in a format that is chosen, compressed with a pause at blocks alone."""
+
 
 @pytest.fixture(scope="module")
 def compressors(text_file):
@@ -51,6 +70,17 @@ def test_a_model_is_compressed_measured_and_saved_as_on_the_cpu(
         assert verify(tmp_path / device) == []
         again = compressed.evaluate(str(text_file), format=format, progress=False)
         assert again.performance == pytest.approx(measured.performance, abs=1e-4)
+    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=0.05)
+
+
+@pytest.mark.parametrize("order", OTHERS)
+def test_every_kind_of_stage_gives_the_same_as_on_the_cpu(compressors, text_file, tmp_path, order):
+    losses = {}
+    for device, compressor in compressors.items():
+        compressed = compressor.compress(order, pause="block", progress=False)
+        losses[device] = compressed.evaluate(str(text_file), progress=False).performance
+        compressed.save_pretrained(tmp_path / device)
+        assert verify(tmp_path / device) == []
     assert losses["cuda"] == pytest.approx(losses["cpu"], abs=0.05)
 
 
