@@ -4,9 +4,11 @@
     python benchmarks/paper.py --run mild           all three
     python benchmarks/paper.py --run mild --workers 4                  in processes of this machine
     python benchmarks/paper.py --run mild --workers 4 --cluster auto   on a Ray cluster
+    python benchmarks/paper.py --run pairs --model smollm2 --calibration valid.txt --evaluation test.txt
     python benchmarks/paper.py                      the tables, of what has been run
 
-The studies of benchmarks/planner.py are read from its own folder, `--planner`.
+The studies of benchmarks/planner.py are read from its own folder, `--planner`. With `--model` a study runs on any
+model, and its folder is named after both.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from planner import DRAWS, GRIDS, PRUNERS, QUANTIZERS, Setting, worker
 from rich.console import Console
 from rich.table import Table
 
-from optimum_order import Order, Stage
+from optimum_order import JointCompressor, Order, Stage
 from optimum_order.engine.recipe import canonical, method
 from optimum_order.study.analysis import summarize
 from optimum_order.study.crew import Spec, crew
@@ -57,6 +59,69 @@ STUDIES: dict[str, tuple[str, list[Order]]] = {
     "vit-off-grid": ("tiny-vit", grid(PRUNERS, [0.4, 0.6], QUANTIZERS, [2, 3], simulate=True)),
 }
 """Each study's model and orders, beside those of the planner's benchmark."""
+
+
+def _rotated(pruner: str, quantizer: str) -> list[Order]:
+    """Return the places that a pruner may take beside a rotation and its quantizer.
+
+    A quantizer with a rotation is one method to the paper, so a pruner after the two prunes in the rotated basis.
+    """
+    rotate = "rotate(force=true)"  # of pruned weights too, whose zeros do not survive
+    places = [(pruner, rotate, quantizer), (rotate, pruner, quantizer), (rotate, quantizer, pruner)]
+    return [Order.parse(" > ".join(stages)) for stages in places]
+
+
+def _both(first: str, second: str) -> list[Order]:
+    return [Order.parse(f"{first} > {second}"), Order.parse(f"{second} > {first}")]
+
+
+ROTATED = ("sparsegpt:0.05", "sparsegpt:0.4", "wanda:0.4", "depth:1")
+SMALLER = ("width:0.1", "width:0.2", "depth:1")
+RECOVERED = "width:0.2 > gptq:4 > distill(steps=100, batch_size=1)"
+FOUR = "width:0.1 > wanda:0.3 > gptq:4 > refit"
+FINDINGS: dict[str, list[Order]] = {
+    "pairs": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
+    "rotation": [
+        order for pruner in ROTATED for order in _rotated(pruner, "gptq(bits=4, group_size=-1)")
+    ],
+    "structured": [
+        order for first in SMALLER for bits in (8, 6, 4) for order in _both(first, f"gptq:{bits}")
+    ],
+    "mixed-precision": [
+        Order.parse(f"mixed_precision(bits={bits}, widths=[2, 4, 8], first={first})")
+        for bits in (3, 3.5, 4)
+        for first in ("weaker", "stronger")
+    ],
+    "rate": [
+        order
+        for first in ("wanda:0.3", "wanda:0.5", "sparsegpt:0.3", "sparsegpt:0.5")
+        for rate in (2.5, 3.5)
+        for order in _both(first, f"ecsq:{rate}")
+    ],
+    "recovery": list(Order.parse(RECOVERED).permutations()),
+    "four-stages": list(Order.parse(FOUR).permutations()),
+}
+"""What is tried on a model of one's own, one study for each finding."""
+
+
+def findings(name: str, args: argparse.Namespace, draws: list[int]) -> None:
+    """Run a study of FINDINGS on `--model`."""
+    compressor = JointCompressor.from_pretrained(
+        args.model,
+        calibration=args.calibration,
+        calibration_samples=args.samples,
+        sequence_length=args.length,
+    )
+    compressor.study(
+        FINDINGS[name],
+        args.output / f"{Path(args.model).name}-{name}",
+        draws=draws,
+        metric=args.metric,
+        evaluation=args.evaluation,
+        evaluation_samples=args.evaluation_samples,
+        workers=args.workers,
+        cluster=args.cluster,
+    )
 
 
 def run(
@@ -221,8 +286,15 @@ def main() -> None:
         "--run",
         nargs="+",
         metavar=("STUDY", "DRAW"),
-        help=f"one of {', '.join(STUDIES)}, and draws",
+        help=f"one of {', '.join(STUDIES)}, with --model one of {', '.join(FINDINGS)}; and draws",
     )
+    parser.add_argument("--model", help="a folder or an id")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--evaluation", default="builtin")
+    parser.add_argument("--samples", type=int, default=64, help="of each calibration draw")
+    parser.add_argument("--evaluation-samples", type=int, default=64)
+    parser.add_argument("--length", type=int, help="tokens of a window")
+    parser.add_argument("--metric", default="auto")
     parser.add_argument("--workers", type=int, default=1, help="processes, with --run")
     parser.add_argument("--cluster", help="address of a Ray cluster, or auto, with --run")
     args = parser.parse_args()
@@ -231,10 +303,13 @@ def main() -> None:
         name, *draws = args.run
         with quiet():
             numbers = [int(draw) for draw in draws] or list(range(DRAWS))
+            if args.model:
+                findings(name, args, numbers)
+                return
             run(name, args.output / name, numbers, args.workers, args.cluster)
         return
     folders = {name: args.planner / name.replace(", ", "-").replace(" ", "-") for name in GRIDS}
-    folders |= {name: args.output / name for name in STUDIES}
+    folders |= {folder.name: folder for folder in sorted(args.output.glob("*/"))}
     figures = {
         name: summarize(Trials.open(folder))
         for name, folder in folders.items()
