@@ -9,6 +9,7 @@ distinct inputs) + the limit on activations, and ends in an error if more anonym
 import argparse
 import json
 import math
+import multiprocessing
 import resource
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ def make_checkpoint(
     hidden: int = 2048,
     intermediate: int = 5632,
     vocabulary: int = 8192,
+    processes: int = 1,
 ) -> Path:
     """Write a Llama of random weights in bfloat16, a block and a file at a time; 4.4 GB unless told otherwise.
 
@@ -48,6 +51,7 @@ def make_checkpoint(
         hidden: Width of the residual stream, a multiple of 128.
         intermediate: Width inside the MLPs.
         vocabulary: How many tokens.
+        processes: Files written at a time.
 
     Returns:
         The folder.
@@ -73,9 +77,14 @@ def make_checkpoint(
     for name in shapes:
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         files.setdefault(f"model-{part}.safetensors", []).append(name)
-    for file, names in track(files.items(), f"Writing {folder}"):
-        if not (folder / file).exists():
-            _write_file(folder / file, names, shapes, 1 / math.sqrt(2 * blocks))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        writing = [
+            pool.submit(_write_file, folder / file, names, shapes, 1 / math.sqrt(2 * blocks))
+            for file, names in files.items()
+            if not (folder / file).exists()
+        ]
+        for written in track(as_completed(writing), f"Writing {folder}", total=len(writing)):
+            written.result()
     weight_map = {name: file for file, names in files.items() for name in names}
     size = 2 * sum(shape.numel() for shape in shapes.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -87,6 +96,7 @@ def make_checkpoint(
 def _write_file(
     file: Path, names: Iterable[str], shapes: dict[str, torch.Size], narrower: float
 ) -> None:
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(zlib.crc32(file.name.encode()))
     tensors = {}
     for name in names:

@@ -126,8 +126,9 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     options = {"progress": False}
     if "pause" in inspect.signature(compressor.compress).parameters:  # 0.1.0 has none
         options["pause"] = job["pause"]
+    order = job["order"].replace("gptq:4", f"gptq(bits=4, group_size={job['group_size']})")
     with stopwatch(result, job):
-        compressed = compressor.compress(job["order"], job["schedule"], **options)
+        compressed = compressor.compress(order, job["schedule"], **options)
     if job["output"]:
         compressed.save_pretrained(job["output"], "dense")
     return result
@@ -163,6 +164,7 @@ def floor(job: dict[str, Any]) -> dict[str, Any]:
 def theirs(job: dict[str, Any]) -> dict[str, Any]:
     """`oneshot`, with a model that is there already and a loader of tokens."""
     import torch
+    from compressed_tensors.quantization import preset_name_to_scheme
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -183,9 +185,11 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     modifiers = {
         "wanda:0.5": lambda: WandaPruningModifier(sparsity=0.5, ignore=["re:.*lm_head"]),
         "sparsegpt:0.5": lambda: sparsegpt(sparsity=0.5, ignore=["re:.*lm_head"]),
-        "gptq:4": lambda: GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
+        "gptq:4": lambda: GPTQModifier(config_groups={"group_0": weights}, ignore=["lm_head"]),
     }
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    weights = preset_name_to_scheme("W4A16", targets=["Linear"])
+    weights.weights.group_size = job["group_size"]
     loader = torch.utils.data.DataLoader([{"input_ids": row} for row in tokens(job)], batch_size=1)
     recipe = [modifiers[stage]() for stage in job["order"].split(" > ")]
     with stopwatch(result, job):
@@ -281,6 +285,7 @@ class Bench:
             "found": str(result),
             "threads": self.args.threads,
             "device": self.args.device,
+            "group_size": group_size(model),
         }
         environment = {
             **os.environ,
@@ -317,6 +322,13 @@ class Bench:
                     flush=True,
                 )
         return result
+
+
+def group_size(model: Path) -> int:
+    """The largest group that divides the inputs of all layers: theirs refuses any other."""
+    config = json.loads((model / "config.json").read_text())
+    inputs = (config["hidden_size"], config["intermediate_size"])
+    return next(size for size in (128, 64, 32) if not any(width % size for width in inputs))
 
 
 def make_llama(folder: Path, sizes: dict[str, int], dtype: str) -> None:
