@@ -3,26 +3,46 @@
     KL(p || q) = sum_k p_k (log p_k - log q_k),    p the original's distribution, q the model's
 
 A sample's score is the mean over its positions: every token of a window, the one answer of a
-classifier. It is 0 where both models agree. It needs no labels.
+classifier, every token of what an encoder-decoder says. It is 0 where both models agree. It needs
+no labels: the decoder of both models reads what the original says, its likeliest token after each.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_order.data.fit import decoder_start
 from optimum_order.data.samples import Samples, without_labels
 from optimum_order.errors import ModelError
 from optimum_order.evaluation.base import Metric
 
 _SLICE = 2**20
 """Logits taken to float64 at a time: few enough to stay in a cache, for any vocabulary."""
+_SAID = 64
+"""The most tokens that an encoder-decoder says of a sample."""
 _NOT_ONE_CLASS = ("regression", "multi_label_classification")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the original says of a batch.
+
+    Args:
+        logits: (b, positions, k), or (b, k) of a classifier of whole samples.
+        decoder_ids: (b, positions) that the decoder reads; None without encoder.
+        lengths: (b,) the positions of each sample that count; None where all do.
+    """
+
+    logits: Tensor
+    decoder_ids: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class Fidelity(Metric):
@@ -53,7 +73,12 @@ class Fidelity(Metric):
         super().__init__(reference)
         self._original = cast(PreTrainedModel, reference)
         self._cache_bytes = cache_bytes
-        self._cache: dict[bytes, Tensor] = {}
+        self._cache: dict[bytes, _Answer] = {}
+
+    @classmethod
+    def is_usual(cls, model: PreTrainedModel) -> bool:
+        """Return whether the model says something of what its encoder reads."""
+        return bool(model.config.is_encoder_decoder and model.can_generate())
 
     def check(self, model: PreTrainedModel, samples: Samples) -> None:
         if self._original.training:
@@ -63,10 +88,10 @@ class Fidelity(Metric):
             )
         for compared in (self._original, model):
             name = type(compared).__name__
-            if compared.config.is_encoder_decoder:
+            if compared.config.is_encoder_decoder and not compared.can_generate():
                 raise ModelError(
-                    f"Fidelity is for models that read one input, got {name}, whose decoder needs "
-                    "another. Use a decoder-only or encoder-only model."
+                    f"Fidelity compares what models say, and {name} has no head that says "
+                    "anything. Load the checkpoint with one, such as AutoModelForSeq2SeqLM."
                 )
             problem = getattr(compared.config, "problem_type", None)
             if problem in _NOT_ONE_CLASS:
@@ -78,29 +103,93 @@ class Fidelity(Metric):
 
     def score(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = without_labels(batch)
-        original = self._original_logits(inputs)
-        logits = _logits(model, inputs)
+        answer = self._answer(inputs)
+        original = answer.logits
+        logits = _logits(model, _with_decoder(inputs, answer.decoder_ids))
         if original.shape != logits.shape:
             raise ModelError(
                 f"The original's logits have the shape {tuple(original.shape)}, those of the model "
                 f"to compare {tuple(logits.shape)}. Give as 'reference' the model that this one "
                 "was made from."
             )
+        lengths = [None] * len(logits) if answer.lengths is None else answer.lengths.tolist()
         return torch.stack(
-            [_divergence(p.to(q.device), q) for p, q in zip(original, logits, strict=True)]
+            [
+                _divergence(p[:length].to(q.device), q[:length])
+                for p, q, length in zip(original, logits, lengths, strict=True)
+            ]
         )
 
-    def _original_logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the original's logits, in the dtype of its forward."""
+    def _answer(self, inputs: Mapping[str, Tensor]) -> _Answer:
+        """Return what the original says, its logits in the dtype of its forward."""
         # the key is of a whole batch: the same samples round differently in other batches
         key = _digest(inputs)
         if key in self._cache:
             return self._cache[key]
-        logits = _logits(self._original, inputs)
-        cached = sum(tensor.nbytes for tensor in self._cache.values())
+        ids = lengths = None
+        if self._original.config.is_encoder_decoder:
+            ids, lengths = _said(self._original, inputs)
+        logits = _logits(self._original, _with_decoder(inputs, ids))
+        answer = _Answer(logits, ids, lengths)
+        cached = sum(answer.logits.nbytes for answer in self._cache.values())
         if cached + logits.nbytes <= self._cache_bytes:
-            self._cache[key] = logits.cpu()
-        return logits
+            self._cache[key] = _Answer(logits.cpu(), ids, lengths)
+        return answer
+
+
+def _with_decoder(inputs: Mapping[str, Tensor], ids: Tensor | None) -> dict[str, Tensor]:
+    """Return the arguments of a forward whose decoder reads some tokens."""
+    if ids is None:
+        return dict(inputs)
+    return _of_encoder(inputs) | {"decoder_input_ids": ids}
+
+
+def _of_encoder(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith("decoder_")}
+
+
+def _said(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return what an encoder-decoder says, its likeliest token after each.
+
+    Args:
+        model: The model.
+        inputs: The arguments of its forward.
+
+    Returns:
+        What the decoder reads when it says so, (b, positions) int64, and the positions up to the
+        one that ends the answer, (b,).
+    """
+    encoder: Any = model.get_encoder()
+    given = {name: tensor.to(model.device) for name, tensor in _of_encoder(inputs).items()}
+    rest = {name: given[name] for name in given.keys() & {"attention_mask"}}
+    outputs = encoder(**given, return_dict=True)
+    count = len(next(iter(given.values())))
+    ids = torch.full((count, 1), decoder_start(model) or 0, device=model.device)
+    ended = torch.zeros(count, dtype=torch.bool, device=model.device)
+    lengths = torch.zeros(count, dtype=torch.int64, device=model.device)
+    ends = torch.tensor(_ends(model), dtype=torch.int64, device=model.device)
+    step: Tensor = ids
+    past = None
+    while True:
+        lengths += ~ended
+        cached = {"past_key_values": past, "use_cache": True}
+        forward = model(encoder_outputs=outputs, decoder_input_ids=step, **cached, **rest)
+        token = forward.logits[:, -1].argmax(-1, keepdim=True)
+        ended |= torch.isin(token[:, 0], ends)
+        if ended.all() or ids.shape[1] == _SAID:
+            return ids, lengths
+        ids = torch.cat([ids, token], dim=1)
+        past = getattr(forward, "past_key_values", None)
+        step = ids if past is None else token
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """Return the tokens that end an answer."""
+    for settings in (getattr(model, "generation_config", None), model.config):
+        ends = getattr(settings, "eos_token_id", None)
+        if ends is not None:
+            return [ends] if isinstance(ends, int) else list(ends)
+    return []
 
 
 def _logits(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

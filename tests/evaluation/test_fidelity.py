@@ -13,12 +13,16 @@ from transformers import (
     BertModel,
     T5Config,
     T5ForConditionalGeneration,
+    T5Model,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
+from optimum_order.data.arguments import Arguments
 from optimum_order.errors import DataError, ModelError
-from optimum_order.evaluation import Images, Windows, available, fidelity
+from optimum_order.evaluation import Images, Windows, available, choose, fidelity
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.testing import MetricContract
 
@@ -252,12 +256,99 @@ def test_outputs_that_are_no_distribution(images):
             measure(vit(problem_type=problem), vit(), images)
 
 
-def test_two_inputs(windows):
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2)
-    ).eval()
-    with pytest.raises(ModelError, match="T5ForConditionalGeneration, whose decoder needs another"):
-        measure(t5, t5, windows)
+def t5(**changes):
+    torch.manual_seed(1)
+    settings = {"vocab_size": 64, "d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5Config(
+        **settings
+        | {
+            "eos_token_id": None,
+            "decoder_start_token_id": 0,
+            "initializer_factor": 3.0,
+        }
+        | changes
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
+def whisper():
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=64,
+        num_mel_bins=8,
+        max_source_positions=20,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=2,
+        init_std=0.5,
+    )
+    return WhisperForConditionalGeneration(config).eval()
+
+
+def said_by(model, ids, count=64):
+    """What `generate` says after the first token of the decoder, (b, count)."""
+    options = {"do_sample": False, "max_new_tokens": count, "min_new_tokens": count}
+    return model.generate(ids, **options)[:, 1:]
+
+
+def test_an_encoder_decoder_says_what_the_original_says(windows):
+    model = t5()
+    other = disturbed(model, 0.02)
+    assert measure(model, model, windows).value == 0
+    ids = windows.ids
+    decoder = torch.cat(
+        [torch.zeros(len(ids), 1, dtype=torch.int64), said_by(model, ids)[:, :-1]], 1
+    )
+    with torch.no_grad():
+        p, q = (
+            m(input_ids=ids, decoder_input_ids=decoder).logits.double().log_softmax(-1)
+            for m in (model, other)
+        )
+    expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean(1)
+    assert measure(model, other, windows).scores == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_what_comes_after_the_end_of_an_answer_does_not_count(windows):
+    ids = windows.ids[:1]
+    one = Windows(ids, "one")
+    said = said_by(t5(), ids)[0].tolist()
+    length = next(n for n in range(2, 64) if said[n - 1] not in said[: n - 1])
+    ending = t5(eos_token_id=said[length - 1])
+    decoder = torch.tensor([[0, *said[: length - 1]]])
+    other = disturbed(ending, 0.02)
+    with torch.no_grad():
+        p, q = (
+            m(input_ids=ids, decoder_input_ids=decoder).logits.double().log_softmax(-1)
+            for m in (ending, other)
+        )
+    expected = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+    assert measure(ending, other, one).value == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_model_of_speech():
+    generator = torch.Generator().manual_seed(0)
+    sounds = {
+        "input_features": torch.randn(3, 8, 40, generator=generator),
+        "decoder_input_ids": torch.full((3, 4), 2),
+    }
+    samples = Arguments(sounds, "sounds")
+    model = whisper()
+    assert measure(model, model, samples).value == 0
+    assert measure(model, disturbed(model), samples).value > 0
+    assert choose(model) is Fidelity
+
+
+def test_an_encoder_decoder_that_says_nothing(windows):
+    model = T5Model(t5().config).eval()
+    with pytest.raises(ModelError, match="T5Model has no head that says anything"):
+        measure(model, model, windows)
 
 
 def test_another_model_than_the_original(images):
