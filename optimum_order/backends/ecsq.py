@@ -35,9 +35,9 @@ from optimum_order.backends.obs import (
     remarks,
     sweep,
 )
-from optimum_order.backends.rate import Curve, Sketch, bisected, rounded
-from optimum_order.layers.grids.base import Rounder
+from optimum_order.backends.rate import Curve, Sketch, bisected
 from optimum_order.layers.grids.dual_scale import DualScaleGrid
+from optimum_order.layers.grids.rounding import AffineRounder, rounded
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, Statistics
 
@@ -556,28 +556,15 @@ class _WithDeadZone:
 
     Args:
         grid: The grid.
-        dead_zone: See `rate.rounded`.
+        dead_zone: See `rounding.rounded`.
     """
 
     grid: DualScaleGrid
     dead_zone: float
 
-    def rounder(self, columns: Tensor) -> Rounder:
+    def rounder(self, columns: Tensor) -> AffineRounder:
         """Return what rounds one column, as `Grid.rounder` does."""
-        grid = self.grid
-        powers = torch.exp2(grid.exponent[columns].float())
-        steps = (grid.scale[:, 0].float() * powers[:, None]).unbind()  # k of (out,)
-        low = -(2.0 ** (grid.bits - 1))
-        high = -low - 1
-        short = grid.dtype != torch.float32
-
-        def round_(i: int, w: Tensor, out: Tensor) -> None:
-            codes = rounded(w / steps[i], self.dead_zone).clamp_(low, high)
-            torch.mul(codes, steps[i], out=out)
-            if short:
-                out.copy_(out.to(grid.dtype))
-
-        return round_
+        return dataclasses.replace(self.grid.rounder(columns), dead_zone=self.dead_zone)
 
 
 def _refitted(grid: DualScaleGrid, codes: Tensor, weight: Tensor, gram: Tensor) -> DualScaleGrid:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optimum_order.layers.grids.rounding import rounded
+
 SAMPLE = 2**15
 """Weights of a layer that its rate is estimated from."""
 _CLASSES_PER_OCTAVE = 2
@@ -115,20 +117,6 @@ class Sketch:
         keys = classes * 256 + codes.long() + 128
         counts = torch.bincount(keys, minlength=256 * (int(classes.max()) + 1))
         return entropy(counts.view(-1, 256)) / len(codes) + self.side
-
-
-def rounded(steps: Tensor, dead_zone: float) -> Tensor:
-    """Round to integers, those nearest to zero to zero.
-
-    Args:
-        steps: Values in units of the step.
-        dead_zone: The least size that does not become zero, 0.5 to 1. Every other threshold lies
-            half as far beyond the middle between two integers as this one.
-    """
-    size = steps.abs()
-    shift = 0.5 - (dead_zone - 0.5) / 2
-    codes = (size + shift).floor_().mul_(size >= dead_zone)
-    return codes.copysign_(steps).add_(0.0)
 
 
 def entropy(counts: Tensor) -> float:

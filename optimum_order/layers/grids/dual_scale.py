@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from optimum_order.layers.grids.base import ALL, Grid, Rounder, Selection, check_alike, whole_groups
+from optimum_order.layers.grids.base import ALL, Grid, Selection, check_alike, whole_groups
+from optimum_order.layers.grids.rounding import AffineRounder
 from optimum_order.layers.grids.uniform import UniformGrid
 
 _LARGEST_EXPONENT = 126
@@ -133,21 +134,12 @@ class DualScaleGrid(Grid):
         values = self._rows.nearest(self._without_powers(weight, columns), columns)
         return self._with_powers(values, columns)
 
-    def rounder(self, columns: Tensor) -> Rounder:
+    def rounder(self, columns: Tensor) -> AffineRounder:
         # All that is multiplied by a power of two here is a normal number and stays one, so the
         # step of a column may be computed first.
         steps = self.scale[:, 0].float() * _power(self.exponent[columns])[:, None]  # (k, out)
-        steps_of = steps.unbind()
         low = -(2 ** (self.bits - 1))
-        high = -low - 1
-        short = self.dtype != torch.float32
-
-        def round_(i: int, w: Tensor, out: Tensor) -> None:
-            torch.div(w, steps_of[i], out=out).round_().clamp_(low, high).mul_(steps_of[i])
-            if short:
-                out.copy_(out.to(self.dtype))
-
-        return round_
+        return AffineRounder(steps, low, -low - 1, self.dtype)
 
     def take(self, rows: Selection = ALL, columns: Selection = ALL) -> Self:
         exponent = self.exponent[columns]

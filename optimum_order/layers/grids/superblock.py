@@ -25,6 +25,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from optimum_order.layers.grids.base import ALL, Grid, Rounder, Selection, check_alike, whole_groups
+from optimum_order.layers.grids.rounding import AffineRounder
 from optimum_order.layers.grids.superblock_search import (
     SUPERBLOCK,
     TYPES,
@@ -183,26 +184,16 @@ class SuperblockGrid(Grid):
         return values.add_(0.0).reshape(codes.shape)  # a negative step makes -0.0
 
     def rounder(self, columns: Tensor) -> Rounder:
-        # the same arithmetic with each column contiguous, without codes and in place
+        # the same arithmetic with each column contiguous and without codes
         block = self._block[columns]
-        steps = self.step.T[block].contiguous().unbind()  # k of (out,)
-        divisors = divisor(self.step.T[block]).contiguous().unbind()
-        lowests = None if self.lowest is None else self.lowest.T[block].contiguous().unbind()
-        low, high = self.type.codes
-        short = self.dtype != torch.float32
-
-        def round_(i: int, w: Tensor, out: Tensor) -> None:
-            if lowests is None:
-                torch.div(w, divisors[i], out=out)
-            else:
-                torch.add(w, lowests[i], out=out).div_(divisors[i])
-            out.round_().clamp_(low, high).mul_(steps[i])
-            if lowests is not None:
-                out.sub_(lowests[i])
-            if short:
-                out.copy_(out.to(self.dtype))
-
-        return round_
+        step = self.step.T[block].contiguous()  # (k, out)
+        return AffineRounder(
+            step,
+            *self.type.codes,
+            self.dtype,
+            divisor=divisor(step),
+            offset=None if self.lowest is None else self.lowest.T[block].contiguous(),
+        )
 
     def take(self, rows: Selection = ALL, columns: Selection = ALL) -> Self:
         blocks = whole_groups(self._block[columns], self.type.block, "block")

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from optimum_order.layers.grids.base import ALL, Grid, Rounder, Selection, check_alike, whole_groups
+from optimum_order.layers.grids.rounding import AffineRounder
 
 _WEIGHTS_AT_A_TIME = 2**17
 """Few enough that the groups being fitted stay in a processor's cache."""
@@ -301,26 +302,15 @@ class UniformGrid(Grid):
     def rounder(self, columns: Tensor) -> Rounder:
         if not self._codes_are_exact:
             return super().rounder(columns)
-        # The same arithmetic with each column contiguous, without codes and in place: a sweep is
-        # all overhead. A product of two short floats is exact in float32, so it is rounded once,
-        # as in `dequantize`.
+        # The same arithmetic with each column contiguous and without codes. A product of two short
+        # floats is exact in float32, so it is rounded once, as in `dequantize`.
         scale, zero = self._affine(columns)
-        scales = scale.T.float().contiguous().unbind()  # k of (out,)
-        low, high = self._codes
-        lows: Sequence[Tensor | int] = [low] * len(scales)
-        highs: Sequence[Tensor | int] = [high] * len(scales)
-        if not isinstance(zero, int):
-            lows = (low - zero.T.float()).unbind()
-            highs = (high - zero.T.float()).unbind()
-        short = self.dtype != torch.float32
-
-        def round_(i: int, w: Tensor, out: Tensor) -> None:
-            steps = torch.div(w, scales[i], out=out).round_()
-            steps.clamp_(lows[i], highs[i]).mul_(scales[i])  # type: ignore[arg-type]
-            if short:
-                out.copy_(out.to(self.dtype))
-
-        return round_
+        return AffineRounder(
+            scale.T.float().contiguous(),
+            *self._codes,
+            self.dtype,
+            zero=None if isinstance(zero, int) else zero.T.float().contiguous(),
+        )
 
     def take(self, rows: Selection = ALL, columns: Selection = ALL) -> Self:
         owners = self._group[columns]
