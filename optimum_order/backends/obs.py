@@ -19,9 +19,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from optimum_order.backends import kernels
 from optimum_order.backends.base import option
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.base import Rounder
+from optimum_order.layers.grids.rounding import AffineRounder
 from optimum_order.layers.statistics import Accumulator, Drift, Gram, Statistics
 from optimum_order.order import Stage
 
@@ -230,51 +232,85 @@ def sweep(
         end = min(start + width, inputs)
         block = rows[start:end]  # (k, out)
         chosen = removed[start:end]  # (k, out)
-        fixed = torch.empty_like(block)
         errors = torch.empty_like(block)
-        shares = torch.empty_like(block)  # of a weight that is removed: 0 or 1
         diagonal = U.diagonal()[start:end]
         # (k, in - start): the effect of a column's error on the columns after it
         follow = U[start:end, start:] / diagonal[:, None]
-        nearest = None if grid is None else grid.rounder(order[start:end])
-        columns = zip(
-            block.unbind(),
-            fixed.unbind(),
-            errors.unbind(),
-            shares.unbind(),
-            chosen.unbind(),
-            strict=True,
-        )
-        strip = stop = 0
-        for i, (w, q, error, share, mask) in enumerate(columns):  # all (out,)
-            if i == stop:  # the next span
-                stop = min(i + span, end - start)
-                chosen[i:stop] = choose(block[i:stop].T, diagonal[i:stop], start + i).T
-                shares[i:stop] = chosen[i:stop]
-                some = bool(chosen[i:stop].any())
-            if i == strip:  # the next columns whose corrections are applied one by one
-                first = i
-                strip = min(i + STRIP, stop)
-            if nearest is None:
-                torch.mul(w, share, out=error)
-            else:
-                nearest(i, w, q)
-                if some:
-                    q.masked_fill_(mask, 0.0)
-                torch.sub(w, q, out=error)
-            if i + 1 < strip:
-                block[i + 1 : strip].addr_(follow[i, i + 1 : strip], error, alpha=-1)
-            elif strip < end - start:
-                block[strip:].addmm_(
-                    follow[first:strip, strip : end - start].T, errors[first:strip], alpha=-1
-                )
+        rounder = None if grid is None else grid.rounder(order[start:end])
+        fix = _fix_columns_on(rows.device, rounder)
+        for first in range(0, end - start, span):
+            stop = min(first + span, end - start)
+            now = slice(first, stop)
+            chosen[now] = choose(block[now].T, diagonal[now], start + first).T
+            fix(block, errors, chosen, follow, rounder, first, stop)
         rows[end:].addmm_(follow[:, end - start :].T, errors, alpha=-1)
-        if nearest is None:
-            block.sub_(errors)  # exact: an error is all of a weight or nothing
-        else:
-            torch.add(fixed, 0.0, out=block)  # no -0.0
     back = torch.argsort(order)
     return rows[back].T.contiguous(), removed[back].T.contiguous()
+
+
+def fix_columns(
+    block: Tensor,
+    errors: Tensor,
+    removed: Tensor,
+    follow: Tensor,
+    rounder: Rounder | None,
+    first: int,
+    stop: int,
+) -> None:
+    """Fix some columns of a block one by one, and correct the columns of the block after them.
+
+    Args:
+        block: (k, out) float32, the columns of the block; receives the fixed values.
+        errors: (k, out) float32, receives what each fixed column lost.
+        removed: (k, out) bool, the weights that become zero.
+        follow: (k, at least k) float32, the effect of a column's error on the columns after it.
+        rounder: Of the k columns; None leaves survivors as they are.
+        first: The first column to fix.
+        stop: The column after the last one to fix.
+    """
+    span = block[first:stop]
+    fixed = torch.empty_like(span)
+    masks = removed[first:stop]
+    some = bool(masks.any())
+    shares = masks.float()  # of a weight that is removed: 0 or 1
+    columns = zip(
+        span.unbind(),
+        fixed.unbind(),
+        errors[first:stop].unbind(),
+        shares.unbind(),
+        masks.unbind(),
+        strict=True,
+    )
+    strip = begin = first
+    for i, (w, q, error, share, mask) in enumerate(columns, first):  # all (out,)
+        if i == strip:  # the next columns whose corrections are applied one by one
+            begin = i
+            strip = min(i + STRIP, stop)
+        if rounder is None:
+            torch.mul(w, share, out=error)
+        else:
+            rounder(i, w, q)
+            if some:
+                q.masked_fill_(mask, 0.0)
+            torch.sub(w, q, out=error)
+        if i + 1 < strip:
+            block[i + 1 : strip].addr_(follow[i, i + 1 : strip], error, alpha=-1)
+        elif strip < len(block):
+            later = follow[begin:strip, strip : len(block)]
+            block[strip:].addmm_(later.T, errors[begin:strip], alpha=-1)
+    if rounder is None:
+        span.sub_(errors[first:stop])  # exact: an error is all of a weight or nothing
+    else:
+        torch.add(fixed, 0.0, out=span)  # no -0.0
+
+
+def _fix_columns_on(device: torch.device, rounder: Rounder | None) -> Callable[..., None]:
+    """Return `fix_columns`, or the kernel that does the same faster, if the device has one."""
+    if (rounder is None or isinstance(rounder, AffineRounder)) and kernels.available(device):
+        from optimum_order.backends.kernels import sweep as kernel  # imports Triton
+
+        return kernel.fix_columns
+    return fix_columns
 
 
 def keep_better_rows(

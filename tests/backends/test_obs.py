@@ -1,15 +1,19 @@
 import itertools
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optimum_order.backends import obs
 from optimum_order.backends.base import needs_of
 from optimum_order.backends.obs import BLOCK, Factor, inverse_factor, keep_better_rows, sweep
 from optimum_order.engine.recipe import method
 from optimum_order.errors import InvariantError
+from optimum_order.layers.grids.float8 import Float8Grid
 from optimum_order.layers.grids.uniform import UniformGrid
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Drift, Gram, Statistics
@@ -158,6 +162,22 @@ class TestSweep:
             assert asked == list(range(width)), f"span {span}"
             # no column was fixed to another value, so none is corrected
             assert torch.equal(swept, weight), f"span {span}"
+
+
+def test_a_kernel_sweeps_where_one_runs_and_knows_the_rounding(monkeypatch):
+    kernel = SimpleNamespace(fix_columns=object())
+    monkeypatch.setattr(obs.kernels, "available", lambda device: device.type == "cuda")
+    monkeypatch.setattr(obs.kernels, "sweep", kernel, raising=False)
+    monkeypatch.setitem(sys.modules, "optimum_order.backends.kernels.sweep", kernel)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    weight = torch.ones(2, 4)
+    columns = torch.arange(4)
+    affine = UniformGrid.fit(weight, bits=4).rounder(columns)
+    other = Float8Grid.fit(weight).rounder(columns)
+    for rounder in (None, affine):
+        assert obs._fix_columns_on(cuda, rounder) is kernel.fix_columns
+        assert obs._fix_columns_on(cpu, rounder) is obs.fix_columns
+    assert obs._fix_columns_on(cuda, other) is obs.fix_columns
 
 
 class TestKeepBetterRows:
