@@ -190,7 +190,8 @@ def _nearest(
         # by hand, because Triton's interpreter cuts
         bits = values.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        values = bits.to(tl.float32, bitcast=True)
+        # the sum of a NaN's bits can overflow
+        values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
     elif dtype == tl.float16:
         values = values.to(tl.float16).to(tl.float32)
     return values

@@ -295,7 +295,7 @@ class RowGrid(_LibraryGrid):
         return (codes.float() * self.absmax[:, None] * 7.874015718698502e-3).to(self.dtype)
 
     def take(self, rows: Selection = ALL, columns: Selection = ALL) -> Self:
-        owners = torch.zeros(self.inputs, dtype=torch.int64)[columns]
+        owners = self.absmax.new_zeros(self.inputs, dtype=torch.int64)[columns]
         whole_groups(owners, len(owners))
         return dataclasses.replace(self, absmax=self.absmax[rows], inputs=len(owners))
 

@@ -69,7 +69,7 @@ class ForeignBlockGrid(Grid):
             return True
         if self.least.is_meta:
             return False
-        zeros = self.quantize(torch.zeros(len(self.scale), self.inputs))
+        zeros = self.quantize(self.scale.new_zeros(len(self.scale), self.inputs))
         return not self.dequantize(zeros).any()
 
     def _affine(self, columns: Selection) -> tuple[Tensor, Tensor | float]:

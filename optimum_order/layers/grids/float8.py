@@ -79,7 +79,7 @@ class Float8Grid(Grid):
         return (codes.abs() + _SIGN * (codes < 0)).to(torch.uint8).view(FLOAT8)
 
     def take(self, rows: Selection = ALL, columns: Selection = ALL) -> Self:
-        inputs = len(torch.arange(self.inputs)[columns])
+        inputs = len(self.scale.new_empty(self.inputs)[columns])
         if not inputs:
             raise ValueError("A grid needs a column or more, got none.")
         return dataclasses.replace(self, scale=self.scale[rows], inputs=inputs)

@@ -373,7 +373,7 @@ class Search:
         best = _Best()
         for zero, step in zip(zeros, steps, strict=True):
             # f times the code of zero has to be a multiple, and the quotient at most `most`
-            stride = multiple // torch.gcd(zero.int(), torch.tensor(multiple, dtype=torch.int32))
+            stride = multiple // torch.gcd(zero.int(), torch.full_like(zero, multiple).int())
             stride = torch.where(zero > 0, stride, 1).float()
             limit = torch.where(zero > 0, most * multiple / zero.clamp(min=1), float(most))
             limit = (limit.clamp(max=most) / stride).floor() * stride

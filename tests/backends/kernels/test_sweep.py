@@ -180,6 +180,8 @@ def test_one_column_is_rounded_to_the_same_bits(gaussian, device, grid, dtype):
     if grid == "none":
         extremes = extremes[:7]  # of infinity less infinity, only one gives NaN for a survivor
     values[: len(extremes), 0] = torch.tensor(extremes)
+    if grid != "none":  # the NaN that a GPU makes
+        values[len(extremes), 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
     if rounder is not None:
         middles = torch.arange(-40, 40) / 2
         step = rounder.step[0, 20:100]
