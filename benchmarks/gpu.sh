@@ -15,8 +15,10 @@
 # llm-compressor), VLLM_PYTHON (.venv-vllm/bin/python; has vllm), SMOLLM2 (HuggingFaceTB/SmolLM2-135M, or a folder),
 # OUTPUT (gpu-output), MINUTES (10). A part whose environment is missing is reported and fails; the others run.
 #
-# THIS SCRIPT HAS NOT RUN ON A GPU YET. What was run: shellcheck, --dry-run, and with --device cpu the parts tests (all
-# skipped) and kernels, and the making of the models. Peers and engine were not run: they need llm-compressor and vLLM.
+# On an H200 (torch 2.11, transformers 5.17, llm-compressor 0.14.0.1) `kernels` ran to its end, and 33 of the 36 tests of
+# `tests` passed in the three minutes that it had. `peers` did not get to a figure: llm-compressor refuses groups of 128
+# where 576 columns are, which peers.py minds since. `engine` has not run on a GPU. Ten minutes are not much: of each
+# process 20 seconds went by in its imports there.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -69,7 +71,7 @@ if [[ $device == cuda && ! $dry ]]; then
 fi
 for part in "${parts[@]}"; do
   case $part in
-    tests) run tests "$PYTHON" -m pytest -n 4 -q -p no:cacheprovider -m gpu tests/test_gpu.py ;;
+    tests) run tests "$PYTHON" -m pytest -n 8 --dist load -q -p no:cacheprovider -m gpu tests/test_gpu.py tests/backends/kernels ;;
     kernels)
       sizes=(--outputs 4096 --inputs 4096)
       [[ $device == cpu ]] && sizes=(--outputs 256 --inputs 256 --tokens 512)

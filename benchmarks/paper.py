@@ -228,6 +228,26 @@ def by_setting(name: str, summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def rankings(name: str, summary: Mapping[str, Any]) -> Table:
+    """All orders of the same stages, best first, with how far each is behind the first."""
+    factor = summary["measure"]["factor"]
+    values = {entry["order"]: entry["value"] for entry in summary["orders"]}
+    table = Table(title=f"{name}: orders of the same stages", title_justify="left")
+    for column in ("order", summary["measure"]["metric"], "behind", "interval"):
+        table.add_column(column, justify="left" if column == "order" else "right")
+    for ranking in summary["rankings"]:
+        for row in ranking["ranking"]:
+            value, gap = values.get(row["order"]), row["difference"]
+            behind = interval = ""
+            if row is not ranking["ranking"][0] and gap:
+                behind = f"{-factor * gap['mean']:.4f}"
+                low, high = sorted((-factor * gap["low"], -factor * gap["high"]))
+                interval = f"{low:+.4f} to {high:+.4f}"
+            table.add_row(row["order"], "-" if value is None else f"{value:.4g}", behind, interval)
+        table.add_section()
+    return table
+
+
 def sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
     """The figures that need no table."""
     figures, said = summary["all"], []
@@ -320,6 +340,8 @@ def main() -> None:
     for name, summary in figures.items():
         for line in sentences(name, summary):
             console.print(line)
+    for name in [name for name in figures if figures[name]["rankings"]]:
+        console.print(rankings(name, figures[name]))
     for name in [name for name in GRIDS if name in figures and figures[name]["pairs"]]:
         console.print(by_setting(name, figures[name]))
     for name in [name for name in figures if f"{name}-off-grid" in figures]:
