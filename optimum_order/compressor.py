@@ -43,7 +43,7 @@ from optimum_order.order import Order, Stage
 from optimum_order.search import planner
 from optimum_order.search.budget import Budget, limits
 from optimum_order.search.menu import Candidate, Menu
-from optimum_order.search.plan import Plan, permutations
+from optimum_order.search.plan import Plan, runnable
 from optimum_order.search.recipes import LOOKED_AT, MOST_ATTEMPTS, Carrying, Facts, Search
 from optimum_order.search.selection import Attempt, Selection
 from optimum_order.search.strategies.base import Effort, Scoring
@@ -390,7 +390,7 @@ class JointCompressor(Session):
         if engine is None and format in ("auto", "dense"):
             return format
         order, stages = self._made_for(order, stages, format, engine)
-        orders = [Order.of(order)] if stages is None else permutations(stages)
+        orders = [Order.of(order)] if stages is None else runnable(stages, canonical)[0]
         recipes = [Recipe.of(candidate) for candidate in orders]
         model = estimate.empty(self.source)
         units = self.units(model, *recipes)
@@ -458,7 +458,7 @@ class JointCompressor(Session):
             # A work dir of another run is refused when all is known that runs are compared by.
             with contextlib.suppress(KeyError, TypeError, OrderError):
                 plan = Plan.from_dict(workdir.read_fingerprint(Path(resumed))["plan"])
-                if plan.order in map(canonical, permutations(stages)):
+                if plan.order in runnable(stages, canonical)[0]:
                     return plan
         return self.plan(stages, progress=progress)
 
@@ -651,14 +651,14 @@ class JointCompressor(Session):
             ModelError: If the metric says nothing about the model.
         """
         stages = list(stages)
-        permutations(stages)  # the cheapest error first
+        orders, _ = runnable(stages, canonical)  # the cheapest error first
         if draws < 1 or (evaluation_samples is not None and evaluation_samples < 4):
             raise DataError(
                 "A plan needs a calibration draw or more and four samples or more to score with; "
                 f"got {draws=}, {evaluation_samples=}."
             )
         with quiet():
-            runner = self.runner(Recipe.of(Order(stages)), progress=False)
+            runner = self.runner(Recipe.of(orders[0]), progress=False)
             chosen = self.metric(runner.model, metric)
             samples = self.evaluation_samples(
                 evaluation, evaluation_samples or self.usual_samples, metric

@@ -395,7 +395,7 @@ Several processes share the work, and OUTPUT is that of the first:
     def _order(self) -> tuple[Order | str | None, list[Stage] | None]:
         """Return the arguments of `compress`: an order, or "auto" and its stages; or neither."""
         from optimum_order.engine.recipe import canonical
-        from optimum_order.search.plan import permutations
+        from optimum_order.search.plan import runnable
 
         args = self.args
         if (args.order == "auto") != (args.stages is not None):
@@ -417,8 +417,7 @@ Several processes share the work, and OUTPUT is that of the first:
                 )
         arguments.refuse_redirection(args.stages, "--stages")
         stages = parse_stages(args.stages)
-        for order in permutations(stages):
-            canonical(order)
+        runnable(stages, canonical)
         return "auto", stages
 
     def _is_written(self) -> bool:

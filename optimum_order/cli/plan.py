@@ -66,19 +66,18 @@ examples:
 
     def work(self) -> dict[str, Any]:
         from optimum_order.engine.recipe import canonical
-        from optimum_order.search.plan import permutations
+        from optimum_order.search.plan import runnable
 
         arguments.quiet_libraries()
         args = self.args
         arguments.check_names(args)
         stages = parse_stages(args.stages)
         arguments.refuse_redirection(args.stages, "--stages")
-        for order in permutations(stages):
-            canonical(order)
+        orders, _ = runnable(stages, canonical)
         compressor = arguments.compressor(args)
         if args.dry_run:
             forecast = compressor.forecast(
-                permutations(stages),
+                orders,
                 draws=args.draws,
                 evaluation_samples=args.evaluation_samples,
             )
@@ -95,7 +94,9 @@ examples:
 
         table = Table()
         table.add_column("order, best first", overflow="fold")
-        table.add_column(result["scored_by"], justify="right")
+        scored_by = result["scored_by"]
+        title = "minus log-perplexity" if scored_by == "perplexity" else scored_by
+        table.add_column(title, justify="right")
         for row in result["ranking"]:
             score = "not measured" if row["score"] is None else f"{row['score']:.4g}"
             table.add_row(arrows(row["order"]), score)
@@ -109,5 +110,12 @@ examples:
             )
         verdict = "Decisive" if result["decisive"] else "Not decisive"
         screen.print(f"{verdict}: {result['reason']}", soft_wrap=True)
+        if left_out := result["left_out"]:
+            count = len(left_out) + len(result["ranking"])
+            order, why = next(iter(left_out.items()))
+            screen.print(
+                f"{len(left_out)} of {count} orders cannot be run, such as {arrows(order)}: {why}",
+                soft_wrap=True,
+            )
         screen.print(f"It took {result['cost']['seconds']:.1f} seconds.")
         screen.print(f"To compress so: {result['command']}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ class Plan:
     """A recommendation and its evidence.
 
     Args:
-        ranking: Every order with its score, best first; None for an order that was dropped before
-            it was scored.
+        ranking: Every order that can be run, with its score, best first; None for an order that was
+            dropped before it was scored.
         scored_by: What a score is: a metric's mean, higher is better, or `layer error` (of the
             layers' outputs, relative) or `inversions` (of the weaker-first rule), lower is better.
         strategy: The strategy that ranked the orders.
@@ -33,6 +33,7 @@ class Plan:
             draw.
         reason: One sentence for people.
         cost: Seconds, processor seconds, and what was run.
+        left_out: The orders of these stages that cannot be run, and why.
     """
 
     ranking: tuple[tuple[Order, float | None], ...]
@@ -43,6 +44,7 @@ class Plan:
     decisive: bool
     reason: str
     cost: dict[str, Any] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def order(self) -> Order:
@@ -64,7 +66,8 @@ class Plan:
         ranking = tuple((Order.parse(row["order"]), row["score"]) for row in fields["ranking"])
         plain = ("scored_by", "strategy", "metric", "decisive", "reason", "cost")
         values = {name: fields[name] for name in plain}
-        return cls(ranking, difference=difference, **values)
+        left_out = fields.get("left_out", {})  # plans of older versions have none
+        return cls(ranking, difference=difference, left_out=left_out, **values)
 
     def __repr__(self) -> str:
         verdict = "decisive" if self.decisive else "not decisive"
@@ -90,7 +93,41 @@ class Plan:
             "decisive": self.decisive,
             "reason": self.reason,
             "cost": self.cost,
+            "left_out": dict(self.left_out),
         }
+
+
+def runnable(
+    stages: Iterable[Stage | str], check: Callable[[Order], Order]
+) -> tuple[list[Order], dict[str, str]]:
+    """Return the orders of some stages that can be run, and why the others cannot.
+
+    A rotation, for example, cannot follow a stage whose zeros it would fill.
+
+    Args:
+        stages: The stages.
+        check: Returns the canonical order, or raises an OrderError.
+
+    Returns:
+        The orders, as `check` returns them, and the reason by each order that is left out.
+
+    Raises:
+        OrderError: As `permutations`; and if no order or only one can be run.
+    """
+    orders, refusals = [], {}
+    for order in permutations(stages):
+        try:
+            orders.append(check(order))
+        except OrderError as error:
+            refusals[str(order)] = error
+    if not orders:
+        raise next(iter(refusals.values()))
+    if len(orders) == 1:
+        raise OrderError(
+            f"Of these stages only '{orders[0]}' can be run, so no order is to be found. In any "
+            f"other: {next(iter(refusals.values()))}"
+        )
+    return orders, {order: str(error) for order, error in refusals.items()}
 
 
 def permutations(stages: Iterable[Stage | str]) -> list[Order]:

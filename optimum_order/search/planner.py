@@ -14,7 +14,7 @@ from optimum_order.engine.runner import Runner
 from optimum_order.errors import OrderError, unknown
 from optimum_order.order import Stage
 from optimum_order.search.intervals import possible
-from optimum_order.search.plan import Plan, permutations
+from optimum_order.search.plan import Plan, runnable
 from optimum_order.search.strategies import auto, measure, pih, proxy
 from optimum_order.search.strategies.base import USUAL, Effort, Scoring, Task, Verdict
 
@@ -48,15 +48,15 @@ def plan(
         progress: Whether to show a bar on stderr.
 
     Raises:
-        OrderError: If there is no such strategy, if there are too few or too many stages, or if an
-            order cannot be run.
+        OrderError: If there is no such strategy, if there are too few or too many stages, or if
+            fewer than two orders can be run.
         DataError: If calibration data is missing or too short, or the samples do not suit the
             model.
         ModelError: If the metric says nothing about the model.
     """
     if strategy not in STRATEGIES:
         raise OrderError(unknown("strategy", strategy, STRATEGIES))
-    orders = [runner.check(order) for order in permutations(stages)]
+    orders, left_out = runnable(stages, runner.check)
     runner.check_metric(scoring.metric, scoring.samples)
     task = Task(runner, orders, scoring, effort, progress)
     wall = time.perf_counter()
@@ -77,4 +77,5 @@ def plan(
         verdict.decisive,
         verdict.reason,
         cost,
+        left_out,
     )

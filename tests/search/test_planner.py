@@ -66,6 +66,17 @@ def test_a_large_difference_is_seen_by_auto():
     assert auto.difference.mean > 0
 
 
+def test_a_rotation_is_planned_in_the_places_that_it_may_have(plan):
+    result = plan(["magnitude:0.5", "rtn:3", "rotate"], "measure")
+    orders = {str(order) for order, _ in result.ranking}
+    assert orders == {
+        "rotate:auto > magnitude:0.5 > rtn:3",
+        "rotate:auto > rtn:3 > magnitude:0.5",
+    }
+    assert len(result.left_out) == 4
+    assert all("rotate" in reason for reason in result.left_out.values())
+
+
 def test_the_model_is_left_as_it_was(search_compressor, scoring):
     from optimum_order.search.planner import plan
     from optimum_order.search.strategies.base import Effort
@@ -94,6 +105,7 @@ class TestRefused:
         for stages, message in (
             (["rtn:4"], "2 to 5 stages, got 1"),
             (["rtn:4", "wandaa:0.5"], "Did you mean 'wanda'"),
+            (["rotate", "rtn:4"], "only 'rotate:auto > rtn:4' can be run"),
         ):
             with pytest.raises(OrderError, match=message):
                 plan(stages)
