@@ -228,6 +228,25 @@ def by_setting(name: str, summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def pairs(name: str, summary: Mapping[str, Any]) -> Table:
+    """Both orders of each pair, and A(second -> first) with its interval."""
+    factor = summary["measure"]["factor"]
+    values = {entry["order"]: entry["value"] for entry in summary["orders"]}
+    table = Table(title=f"{name}: pairs", title_justify="left")
+    for column in ("first", "second", "in this order", "the other way round", "gain of this order"):
+        table.add_column(column, justify="left" if column in ("first", "second") else "right")
+    for pair in summary["pairs"]:
+        first, second, advantage = pair["first"], pair["second"], pair["advantage"]
+        orders = (f"{first} > {second}", f"{second} > {first}")
+        low, high = sorted((-factor * advantage["low"], -factor * advantage["high"]))
+        table.add_row(
+            *(first, second),
+            *("-" if values[order] is None else f"{values[order]:.4g}" for order in orders),
+            f"{-factor * advantage['mean']:+.4f} ({low:+.4f} to {high:+.4f})",
+        )
+    return table
+
+
 def rankings(name: str, summary: Mapping[str, Any]) -> Table:
     """All orders of the same stages, best first, with how far each is behind the first."""
     factor = summary["measure"]["factor"]
@@ -342,6 +361,9 @@ def main() -> None:
             console.print(line)
     for name in [name for name in figures if figures[name]["rankings"]]:
         console.print(rankings(name, figures[name]))
+    for name in [name for name in figures if name.endswith(tuple(f"-{n}" for n in FINDINGS))]:
+        if figures[name]["pairs"]:
+            console.print(pairs(name, figures[name]))
     for name in [name for name in GRIDS if name in figures and figures[name]["pairs"]]:
         console.print(by_setting(name, figures[name]))
     for name in [name for name in figures if f"{name}-off-grid" in figures]:
