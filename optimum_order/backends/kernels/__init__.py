@@ -15,12 +15,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 _CAPABILITY = (8, 0)
-"""The least compute capability that Triton supports."""
+"""The least compute capability that Triton supports, of NVIDIA's GPUs: no other was tried."""
 
 
 def available(device: torch.device) -> bool:
     """Return whether kernels run on a device."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= _CAPABILITY and _has_driver()
 

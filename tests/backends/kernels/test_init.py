@@ -25,6 +25,7 @@ def gpu(monkeypatch):
         monkeypatch.setitem(sys.modules, "triton.runtime", runtime)
         monkeypatch.setattr(kernels, "find_spec", lambda name: object())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
         kernels._has_driver.cache_clear()
 
     yield make
@@ -36,6 +37,12 @@ def test_kernels_run_on_gpus_that_triton_supports(gpu):
     assert kernels.available(CUDA)
     assert not kernels.available(torch.device("cpu"))
     gpu(capability=(7, 5))
+    assert not kernels.available(CUDA)
+
+
+def test_kernels_run_on_no_other_gpu_than_those_of_nvidia(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(torch.version, "hip", "6.3")
     assert not kernels.available(CUDA)
 
 
