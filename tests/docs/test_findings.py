@@ -1,0 +1,57 @@
+"""The figures of benchmarks/paper.md are those that benchmarks/paper.py stored."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STORED = json.loads((BENCHMARKS / "findings.json").read_text())
+TEXT = (BENCHMARKS / "paper.md").read_text(encoding="utf-8")
+CODE = re.compile(r"`(.+)`")
+NUMBER = r"[+-]?\d+\.\d+"
+
+
+def rows(study):
+    """The cells of the table below the heading of a study."""
+    (section,) = re.findall(rf"^## .*`--run {study}`\)$(.*?)(?=^## |\Z)", TEXT, re.M | re.S)
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("study", ["structured", "rate"])
+def test_pairs(study):
+    stored = STORED[f"tiny-llama-{study}"]
+    pairs = {(pair["first"], pair["second"]): pair for pair in stored["pairs"]}
+    table = rows(study)
+    assert len(table) == len(pairs) > 5
+    for first, second, forth, back, gain in table:
+        first, second = (CODE.fullmatch(cell)[1] for cell in (first, second))
+        assert float(forth) == pytest.approx(stored["values"][f"{first} > {second}"], abs=0.0051)
+        assert float(back) == pytest.approx(stored["values"][f"{second} > {first}"], abs=0.0051)
+        pair = pairs[first, second]
+        expected = [-pair["mean"], -pair["high"], -pair["low"]]
+        assert [float(n) for n in re.findall(NUMBER, gain)] == pytest.approx(expected, abs=6e-5)
+
+
+def test_rotation():
+    stored = STORED["tiny-llama-rotation"]
+    rotate, quantizer = "rotate(force=true)", "gptq(bits=4, group_size=-1)"
+    table = rows("rotation")
+    assert len(table) == 4
+    for pruner, before, between, last, gap in table:
+        pruner = CODE.fullmatch(pruner)[1]
+        places = [
+            (pruner, rotate, quantizer),
+            (rotate, pruner, quantizer),
+            (rotate, quantizer, pruner),
+        ]
+        orders = [" > ".join(stages) for stages in places]
+        values = [stored["values"][order] for order in orders]
+        shown = [float(cell) for cell in (before, between, last)]
+        assert shown == pytest.approx(values, abs=0.0051)
+        (ranking,) = [r for r in stored["rankings"] if {row["order"] for row in r} == set(orders)]
+        worst = ranking[-1]
+        expected = [-worst["mean"], -worst["high"], -worst["low"]]
+        assert [float(n) for n in re.findall(NUMBER, gap)] == pytest.approx(expected, abs=6e-5)
