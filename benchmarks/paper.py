@@ -273,7 +273,7 @@ _SIDES = ("mean", "low", "high")
 
 
 def stored(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a study's summary is kept in the repository."""
+    """Return the part of a study's summary that the repository holds."""
 
     def interval(difference: Mapping[str, Any]) -> dict[str, float]:
         return {key: round(difference[key], 5) for key in _SIDES}

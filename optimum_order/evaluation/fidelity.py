@@ -160,10 +160,10 @@ def _said(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
         one that ends the answer, (b,).
     """
     encoder: Any = model.get_encoder()
-    given = {name: tensor.to(model.device) for name, tensor in _of_encoder(inputs).items()}
-    rest = {name: given[name] for name in given.keys() & {"attention_mask"}}
-    outputs = encoder(**given, return_dict=True)
-    count = len(next(iter(given.values())))
+    arguments = {name: tensor.to(model.device) for name, tensor in _of_encoder(inputs).items()}
+    mask = {name: arguments[name] for name in arguments.keys() & {"attention_mask"}}
+    outputs = encoder(**arguments, return_dict=True)
+    count = len(next(iter(arguments.values())))
     ids = torch.full((count, 1), decoder_start(model) or 0, device=model.device)
     ended = torch.zeros(count, dtype=torch.bool, device=model.device)
     lengths = torch.zeros(count, dtype=torch.int64, device=model.device)
@@ -173,7 +173,7 @@ def _said(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
     while True:
         lengths += ~ended
         cached = {"past_key_values": past, "use_cache": True}
-        forward = model(encoder_outputs=outputs, decoder_input_ids=step, **cached, **rest)
+        forward = model(encoder_outputs=outputs, decoder_input_ids=step, **cached, **mask)
         token = forward.logits[:, -1].argmax(-1, keepdim=True)
         ended |= torch.isin(token[:, 0], ends)
         if ended.all() or ids.shape[1] == _SAID:

@@ -224,5 +224,5 @@ class TestOnAGPU:
         rounder = UniformGrid.fit(gaussian(), bits=4).rounder(torch.arange(4))
         cuda = torch.device("cuda")
         assert kernels.available(cuda)
-        for given in (None, rounder):
-            assert obs._fix_columns_on(cuda, given) is fix_columns
+        for rounding in (None, rounder):
+            assert obs._fix_columns_on(cuda, rounding) is fix_columns
