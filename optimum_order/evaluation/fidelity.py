@@ -168,6 +168,7 @@ def _said(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
     ended = torch.zeros(count, dtype=torch.bool, device=model.device)
     lengths = torch.zeros(count, dtype=torch.int64, device=model.device)
     ends = torch.tensor(_ends(model), dtype=torch.int64, device=model.device)
+    most = min([_SAID, *_positions(model)])
     step: Tensor = ids
     past = None
     while True:
@@ -176,11 +177,19 @@ def _said(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
         forward = model(encoder_outputs=outputs, decoder_input_ids=step, **cached, **mask)
         token = forward.logits[:, -1].argmax(-1, keepdim=True)
         ended |= torch.isin(token[:, 0], ends)
-        if ended.all() or ids.shape[1] == _SAID:
+        if ended.all() or ids.shape[1] == most:
             return ids, lengths
         ids = torch.cat([ids, token], dim=1)
         past = getattr(forward, "past_key_values", None)
         step = ids if past is None else token
+
+
+def _positions(model: PreTrainedModel) -> list[int]:
+    """Return the most tokens that the decoder reads, by each field of the config that says so."""
+    config = model.config.get_text_config(decoder=True)
+    fields = ("max_target_positions", "max_position_embeddings")
+    sizes = [getattr(config, field, None) for field in fields]
+    return [size for size in sizes if isinstance(size, int) and size > 0]
 
 
 def _ends(model: PreTrainedModel) -> list[int]:

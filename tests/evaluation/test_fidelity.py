@@ -277,6 +277,7 @@ def whisper():
         vocab_size=64,
         num_mel_bins=8,
         max_source_positions=20,
+        max_target_positions=10,
         d_model=16,
         encoder_layers=1,
         decoder_layers=1,
