@@ -22,6 +22,7 @@ from optimum_order.data.fit import decoder_start
 from optimum_order.data.samples import Samples, without_labels
 from optimum_order.errors import ModelError
 from optimum_order.evaluation.base import Metric
+from optimum_order.models.rehearsal import takes
 
 _SLICE = 2**20
 """Logits taken to float64 at a time: few enough to stay in a cache, for any vocabulary."""
@@ -168,19 +169,21 @@ def _said(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor,
     ended = torch.zeros(count, dtype=torch.bool, device=model.device)
     lengths = torch.zeros(count, dtype=torch.int64, device=model.device)
     ends = torch.tensor(_ends(model), dtype=torch.int64, device=model.device)
+    # newer versions of transformers call the argument "cache"
+    cache = "cache" if "cache" in takes(model) else "past_key_values"
     most = min([_SAID, *_positions(model)])
     step: Tensor = ids
     past = None
     while True:
         lengths += ~ended
-        cached = {"past_key_values": past, "use_cache": True}
+        cached = {cache: past, "use_cache": True}
         forward = model(encoder_outputs=outputs, decoder_input_ids=step, **cached, **mask)
         token = forward.logits[:, -1].argmax(-1, keepdim=True)
         ended |= torch.isin(token[:, 0], ends)
         if ended.all() or ids.shape[1] == most:
             return ids, lengths
         ids = torch.cat([ids, token], dim=1)
-        past = getattr(forward, "past_key_values", None)
+        past = getattr(forward, cache, None)
         step = ids if past is None else token
 
 
