@@ -4,19 +4,21 @@
     python benchmarks/hot_spots.py --outputs 512 --inputs 512       on a CPU
 
 Random weights and inputs; the first run of a stage is not counted. Seconds are those of the clock, with the device
-waited for; the profile of torch lists the operators with the most time of their own.
+waited for; the profile of torch lists the operators with the most time of their own. Where a GPU has a kernel for
+sweeps, the loop of PyTorch that the kernel replaces is timed too, in turn, and the results are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from optimum_order import Order
-from optimum_order.backends import Backend
+from optimum_order.backends import Backend, kernels
 from optimum_order.engine.recipe import method
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Gram, Statistics
@@ -49,25 +51,42 @@ def main() -> None:
     for stage in args.stages:
         (only,) = Order.parse(stage)
 
-        def run(only=only) -> float:
+        def run(only=only) -> tuple[float, LayerState]:
             backend = method(only)
             assert isinstance(backend, Backend)
             _wait(device)
             begin = time.perf_counter()
-            backend.apply(LayerState(weight.clone()), statistics, where="layer")
+            state = backend.apply(LayerState(weight.clone()), statistics, where="layer")
             _wait(device)
-            return time.perf_counter() - begin
+            return time.perf_counter() - begin, state
 
-        run()
-        seconds = min(run() for _ in range(3))
+        ways = {True: "kernel", False: "loop"} if kernels.available(device) else {False: "loop"}
+        seconds: dict[str, float] = {}
+        states = {}
+        for again in range(4):
+            for kernel, way in ways.items():
+                with mock.patch.object(kernels, "available", return_value=kernel):
+                    took, states[way] = run()
+                if again:
+                    seconds[way] = min(took, seconds.get(way, took))
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         with profile(activities=activities) as profiled:
             run()
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        print(f"\n{stage}: {seconds:.3f} s, the best of 3")
+        print(f"\n{stage}: {_said(seconds)}, the best of 3")
+        if len(states) == 2:
+            one, other = (state.weight.float() for state in states.values())
+            print(f"weights that differ: {(one != other).float().mean():.2g} of all")
         print(profiled.key_averages().table(sort_by=by, row_limit=args.rows))
+
+
+def _said(seconds: dict[str, float]) -> str:
+    said = ", ".join(f"{way} {took:.3f} s" for way, took in seconds.items())
+    if len(seconds) == 2:
+        said += f", {seconds['loop'] / seconds['kernel']:.1f} times as fast"
+    return said
 
 
 def _wait(device: torch.device) -> None:

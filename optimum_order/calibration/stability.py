@@ -21,7 +21,6 @@ from optimum_order.models.rehearsal import rehearse
 _TOKENS = 16
 """Tokens of a sequence that a forward needs to show what it does."""
 _LONGEST_REASON = 300
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextlib.contextmanager
@@ -105,5 +104,9 @@ def _marks(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def _sum(tensor: Tensor) -> int:
-    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    """Return the sum of all bytes, of eight at a time where there are eight: that is fast."""
+    some = tensor.flatten().view(torch.uint8)
+    if some.storage_offset() % 8:
+        some = some.clone()  # eight bytes are read as one number only where they are aligned
+    eights = len(some) // 8 * 8
+    return int(some[:eights].view(torch.int64).sum()) + int(some[eights:].sum())

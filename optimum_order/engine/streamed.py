@@ -12,7 +12,7 @@ from optimum_order.calibration.spill import Spill
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
 from optimum_order.layers.packed import Packed
-from optimum_order.layers.state import LayerState
+from optimum_order.layers.state import LayerState, is_finite
 from optimum_order.models.lazy import Weights, embedding_parameters
 from optimum_order.models.memory import trim
 from optimum_order.models.units import Target, Unit
@@ -153,7 +153,7 @@ def refuse_infinite(parameters: Iterable[tuple[str, Tensor]]) -> None:
         ModelError: If a weight is NaN or infinite.
     """
     for name, parameter in parameters:
-        if not torch.isfinite(parameter).all():
+        if not is_finite(parameter):
             raise ModelError(
                 f"'{name}' holds a weight that is NaN or infinite; compress a checkpoint whose "
                 "weights are finite."

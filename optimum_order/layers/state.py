@@ -136,8 +136,7 @@ class LayerState:
                 f"{where}: {promise}. This is a bug in the backend, not in your input."
             )
 
-        # NaN is the least and the most of anything
-        if not torch.isfinite(torch.stack(self.weight.aminmax())).all():
+        if not is_finite(self.weight):
             raise broken("a weight is NaN or infinite")
         if self.pruned is not None:
             if self.pruned.dtype != torch.bool or self.pruned.shape != self.weight.shape:
@@ -156,8 +155,18 @@ class LayerState:
                 raise broken("the adapter does not have the shape of the weight")
             if a.dtype not in DTYPES or b.dtype != a.dtype:
                 raise broken(f"the adapter is in {a.dtype} and {b.dtype}, not in 16 bits")
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            if not (is_finite(a) and is_finite(b)):
                 raise broken("an entry of the adapter is NaN or infinite")
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Return whether no value is NaN or infinite, without a mask of all of them.
+
+    Args:
+        weight: Any shape, floating-point.
+    """
+    # NaN is the least and the most of anything
+    return weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all())
 
 
 def integers(weight: Tensor) -> Tensor:

@@ -34,6 +34,23 @@ def test_any_way_of_changing_a_weight_is_seen(make_model):
         meta.model.layers[0].mlp.up_proj.weight.mul_(2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_any_weight_that_changes_is_seen(dtype):
+    """Whatever its size, its place in memory, and the place that changes."""
+    memory = torch.arange(1.0, 30.0, dtype=dtype)
+    for weight in (memory[:19], memory[1:], memory[:1], memory[3:11], memory[:28].view(4, 7).T):
+        model = torch.nn.Module()
+        model.weight = torch.nn.Parameter(weight)
+        for place in range(weight.numel()):
+            changed = weight.flatten().clone()
+            changed[place] += 1
+            with pytest.raises(ModelError), unchanged(model, "a test"):
+                model.weight.data = changed.view(weight.shape)
+            model.weight.data = weight
+        with unchanged(model, "a test"):
+            model.weight.data = weight.clone()
+
+
 def test_a_forward_that_fails_is_one_line_before_the_work():
     config = transformers.GPTJConfig(
         vocab_size=64, n_embd=32, n_head=4, n_layer=1, n_positions=64, rotary_dim=64

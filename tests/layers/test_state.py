@@ -7,7 +7,7 @@ import torch
 from optimum_order.errors import InvariantError
 from optimum_order.layers.grids.bitsandbytes import fit_blocks
 from optimum_order.layers.grids.uniform import UniformGrid
-from optimum_order.layers.state import LayerState, integers, tensor_bytes
+from optimum_order.layers.state import LayerState, integers, is_finite, tensor_bytes
 from optimum_order.layers.tree import tensors_in
 from optimum_order.testing import gaussian
 
@@ -63,6 +63,19 @@ def test_a_weight_that_is_no_number_is_refused(value):
     weight[1, 2] = value
     with pytest.raises(InvariantError, match="layer 3: a weight is NaN or infinite"):
         LayerState(weight).check("layer 3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_weight_that_is_no_number_is_seen_anywhere(dtype):
+    weight = gaussian(7, 11).to(dtype)
+    assert is_finite(weight)
+    assert is_finite(weight[:0])
+    for value in (math.nan, math.inf, -math.inf):
+        for place in ((0, 0), (3, 5), (6, 10)):
+            broken = weight.clone()
+            broken[place] = value
+            assert not is_finite(broken)
+            assert not is_finite(broken.T)
 
 
 @pytest.mark.parametrize("value", [1e-3, -0.0])
