@@ -2,6 +2,8 @@
 
     python benchmarks/first_hour.py
     python benchmarks/first_hour.py --checkout FOLDER    # that has a .venv: without clone and install
+    python benchmarks/first_hour.py --checkout FOLDER --replace compress=export "tiny-llama study=tiny-llama -o study"
+                                                         # in the words of version 0.1.0
 
 tmux runs a shell of 100 columns. Each step types a line as a person would, waits for the prompt, and
 notes the keys typed, the seconds until something appeared, the seconds until the prompt came back,
@@ -208,6 +210,7 @@ def main() -> None:
         try:
             first = () if args.checkout else INSTALL
             for step in (*first, *STEPS):
+                step = _in_words(step, args.replace)
                 line = step.line.format(root=ROOT, resume=resume)
                 if args.checkout and "tests/" in line:
                     line = line.replace("tests/", f"{checkout}/tests/")
@@ -223,6 +226,15 @@ def main() -> None:
     print(f"{sum(int(str(row['keys'])) for row in rows)} keys")
     if args.output:
         Path(args.output).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _in_words(step: Step, replace: list[str]) -> Step:
+    """Return a step in the words of another version."""
+    for pair in replace:
+        old, new = pair.split("=")
+        expected = step.expected.replace(old, new)
+        step = dataclasses.replace(step, line=step.line.replace(old, new), expected=expected)
+    return step
 
 
 def _resuming(screen: str) -> str | None:
@@ -244,6 +256,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--checkout", metavar="FOLDER", help="with a .venv; nothing is installed")
+    parser.add_argument("--replace", metavar="OLD=NEW", nargs="+", default=[], help="in all lines")
     parser.add_argument("--output", metavar="FILE")
     return parser.parse_args()
 

@@ -80,7 +80,7 @@ def _both(first: str, second: str) -> list[Order]:
 ROTATED = ("sparsegpt:0.05", "sparsegpt:0.4", "wanda:0.4", "depth:1")
 SMALLER = ("width:0.1", "width:0.2", "depth:1")
 RECOVERED = "width:0.2 > gptq:4 > distill(steps=100, batch_size=1)"
-FOUR = "width:0.1 > wanda:0.3 > gptq:4 > refit"
+FOUR = "width:0.1 > wanda:0.3 > gptq:4 > refit(batch_size=1)"
 FINDINGS: dict[str, list[Order]] = {
     "pairs": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
     "rotation": [
