@@ -39,6 +39,18 @@ class Embedding(Metric):
     needs_reference = True
     bounds = (-2.0, 0.0)
 
+    @classmethod
+    def is_usual(cls, model: PreTrainedModel) -> bool:
+        """Return whether the model reads texts and has no head that says anything of them."""
+        config = model.config
+        if model.main_input_name != "input_ids" or config.is_encoder_decoder or config.sub_configs:
+            return False
+        classes = [
+            hf.auto_classes()[name].get(config.model_type, ())
+            for name in ("AutoModel", "AutoModelForTextEncoding")
+        ]
+        return any(type(model).__name__ in names for names in classes)
+
     def check(self, model: PreTrainedModel, samples: Samples) -> None:
         for compared in (cast(PreTrainedModel, self.reference), model):
             if compared.config.is_encoder_decoder:

@@ -4,10 +4,23 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5EncoderModel,
+    T5Model,
+    ViTConfig,
+    ViTModel,
+)
 
 from optimum_order.errors import ModelError
-from optimum_order.evaluation import Windows, available
+from optimum_order.evaluation import Windows, available, choose
 from optimum_order.evaluation.embedding import Embedding, vectors
 from optimum_order.testing import MetricContract
 
@@ -43,6 +56,23 @@ def windows():
 
 def measure(reference, model, samples):
     return Embedding(reference).measure(model, samples, batch_size=2, progress=False)
+
+
+def test_it_is_usual_for_what_reads_texts_and_has_no_head():
+    with torch.device("meta"):
+        models = [
+            BertModel(BertConfig(**SIZES)),
+            LlamaModel(LlamaConfig(**SIZES)),
+            T5EncoderModel(T5Config(num_layers=1, vocab_size=64)),
+        ]
+        others = [
+            BertForMaskedLM(BertConfig(**SIZES)),
+            T5Model(T5Config(num_layers=1, vocab_size=64)),
+            ViTModel(ViTConfig(num_hidden_layers=1)),
+            CLIPModel(CLIPConfig()),
+        ]
+    assert all(choose(model) is Embedding for model in models)
+    assert not any(Embedding.is_usual(model) for model in others)
 
 
 class TestContract(MetricContract):

@@ -3,7 +3,7 @@
 import pytest
 from transformers import (
     BertConfig,
-    BertModel,
+    BertForMaskedLM,
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -36,14 +36,14 @@ def test_no_usual_metric():
         num_attention_heads=2,
         intermediate_size=32,
     )
-    message = "No metric is the usual one for BertModel. Name one .*accuracy, .*fidelity"
+    message = "No metric is the usual one for BertForMaskedLM. Name one .*accuracy, .*fidelity"
     with pytest.raises(ModelError, match=message):
-        choose(BertModel(bert))
+        choose(BertForMaskedLM(bert))
 
 
 def test_a_metric_says_itself_for_which_models_it_is_usual(monkeypatch):
     """So that a metric of another package can be; two that are usual for a model are ambiguous."""
-    model = BertModel(
+    model = BertForMaskedLM(
         BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
     metrics = available()
