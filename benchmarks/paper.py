@@ -83,6 +83,7 @@ RECOVERED = "width:0.2 > gptq:4 > distill(steps=100, batch_size=1)"
 FOUR = "width:0.1 > wanda:0.3 > gptq:4 > refit(batch_size=1)"
 FINDINGS: dict[str, list[Order]] = {
     "pairs": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
+    "few-pairs": grid(PRUNERS[1:], [0.3, 0.5], [Stage("gptq")], [3, 4]),
     "rotation": [
         order for pruner in ROTATED for order in _rotated(pruner, "gptq(bits=4, group_size=-1)")
     ],
