@@ -26,7 +26,7 @@ from optimum_order.engine.recipe import Recipe
 from optimum_order.engine.run import Result, Subject
 from optimum_order.engine.workdir import WorkDir
 from optimum_order.errors import ModelError
-from optimum_order.evaluation import Measurement, Metric, Samples, named
+from optimum_order.evaluation import Measurement, Metric, Samples, choose
 from optimum_order.files import html_table, size
 from optimum_order.formats import transcode
 from optimum_order.layers.state import LayerState
@@ -287,10 +287,12 @@ class CompressedModel:
                 "With 'low_memory' the weights are on the disk: save the model, load it, and "
                 "measure that."
             )
-        if self._folder is not None and metric != "auto" and named(metric).needs_reference:
+        if self._folder is not None and (kind := choose(self.model, metric)).needs_reference:
             raise ModelError(
-                f"'{metric}' compares with the model before compression, which a saved model does "
-                "not hold. Measure perplexity or accuracy, or compress again and measure then."
+                f"'{kind.name}' compares with the model before compression, which a saved model "
+                "does not hold. Name the original: JointCompressor.from_pretrained(FOLDER)"
+                f".evaluate(metric='{kind.name}', reference=JointCompressor.from_pretrained("
+                "ORIGINAL))."
             )
         samples = self._session.evaluation_samples(source, metric=metric)
         format, engine = self._chosen(format, engine)

@@ -594,15 +594,20 @@ class JointCompressor(Session):
         metric: str = "auto",
         *,
         samples: int | None = None,
+        reference: JointCompressor | None = None,
         progress: bool = True,
     ) -> Measurement:
         """Measure the model before compression; remembered, and put into later manifests.
+
+        To measure a saved model by "fidelity" or "embedding", give its original as `reference`.
 
         Args:
             source: As for `calibration`; or "literature" for WikiText-2 as papers measure on it.
             metric: "perplexity", "accuracy", "fidelity", "embedding", "lm_eval:TASKS" for tasks of
                 lm-eval, or "auto" for the usual one of the model's kind.
             samples: Windows from all over the text, or images; by default all of them.
+            reference: The original that "fidelity" and "embedding" compare with; such a figure is
+                not remembered. By default this model itself, which differs by rounding alone.
             progress: Whether to show a bar on stderr.
 
         Raises:
@@ -612,12 +617,18 @@ class JointCompressor(Session):
         chosen_samples = self.evaluation_samples(source, samples, metric)
         model = self.source.load()
         model.to(self.device)  # type: ignore[arg-type]
-        chosen = self.metric(model, metric)
+        original = reference.source.load() if reference is not None else None
+        chosen = self.metric(model, metric, original)
+
+        def measured() -> Measurement:
+            size = chosen_samples.batch_size
+            return chosen.measure(model, chosen_samples, batch_size=size, progress=progress)
+
+        if reference is not None and chosen.needs_reference:
+            return measured()
         key = (chosen.name, chosen_samples.digest)
         if key not in self.measured:
-            self.measured[key] = chosen.measure(
-                model, chosen_samples, batch_size=chosen_samples.batch_size, progress=progress
-            )
+            self.measured[key] = measured()
         return self.measured[key]
 
     def plan(

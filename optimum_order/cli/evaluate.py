@@ -13,10 +13,11 @@ from optimum_order.cli.tables import console
 from optimum_order.errors import ModelError
 
 if TYPE_CHECKING:
+    from optimum_order.compressor import JointCompressor
     from optimum_order.evaluation import Measurement
 
 _NO_FIGURE = (
-    *("model", "name", "value", "standard_error_of_mean_score"),
+    *("model", "original", "name", "value", "standard_error_of_mean_score"),
     *("digest", "source", "samples", "tokens"),
     *("against", "difference", "flips"),
 )
@@ -39,10 +40,11 @@ examples:
   optimum-order evaluate some/model --protocol literature
   optimum-order evaluate out --metric lm_eval:arc_easy --against some/model
 
-With --against, both models are measured on the same samples. Where a sample
-is right or wrong, flips are those that one model gets right and the other
-wrong; p is how probable so uneven numbers were if both models were equally
-good (McNemar's exact test).
+With --against, both models are measured on the same samples; fidelity and
+embedding say how far MODEL is from ORIGINAL. Where a sample is right or wrong,
+flips are those that one model gets right and the other wrong; p is how
+probable so uneven numbers were if both models were equally good (McNemar's
+exact test).
 """
 
     @classmethod
@@ -62,29 +64,40 @@ good (McNemar's exact test).
 
     def work(self) -> dict[str, Any]:
         arguments.quiet_libraries()
+        from optimum_order.evaluation import choose
+        from optimum_order.evaluation.comparison import Comparison
+
         args = self.args
         arguments.check_names(args)
         arguments.apply_protocol(args)
-        if args.against is not None and args.metric in ("fidelity", "embedding"):
-            raise ModelError(
-                f"'{args.metric}' compares with the original itself: take another metric with "
-                "--against."
-            )
-        measured = self._measured(args)
-        result = {"model": args.model, **measured.as_dict()}
-        if args.against is None:
-            return result
-        from optimum_order.evaluation.comparison import Comparison
-
-        changed = {"model": args.against, "revision": None, "base": None}
-        other = self._measured(argparse.Namespace(**vars(args) | changed))
-        compared = Comparison.of(measured, other).as_dict()
-        return result | {"against": {"model": args.against, **other.as_dict()}} | compared
-
-    @staticmethod
-    def _measured(args: argparse.Namespace) -> Measurement:
         compressor = arguments.compressor(args)
-        return compressor.evaluate(args.evaluate, args.metric, samples=args.evaluation_samples)
+        original = None
+        if args.against is not None:
+            changed = {"model": args.against, "revision": None, "base": None}
+            original = arguments.compressor(argparse.Namespace(**vars(args) | changed))
+        # the class of the model says which metric is usual: no weight is needed
+        metric = choose(compressor.outline or compressor.source.load(), args.metric)
+        if metric.needs_reference and original is None:
+            raise ModelError(
+                f"'{metric.name}' says how far '{args.model}' is from its original: name the "
+                "original with --against."
+            )
+
+        def measured(model: JointCompressor, **options: Any) -> Measurement:
+            return model.evaluate(
+                args.evaluate, args.metric, samples=args.evaluation_samples, **options
+            )
+
+        if metric.needs_reference:
+            figures = measured(compressor, reference=original)
+            return {"model": args.model, "original": args.against, **figures.as_dict()}
+        figures = measured(compressor)
+        result = {"model": args.model, **figures.as_dict()}
+        if original is None:
+            return result
+        other = measured(original)
+        compared = Comparison.of(figures, other).as_dict()
+        return result | {"against": {"model": args.against, **other.as_dict()}} | compared
 
     def show(self, result: dict[str, Any]) -> None:
         from rich.table import Table
@@ -95,6 +108,8 @@ good (McNemar's exact test).
         table.add_column("", no_wrap=True)
         for model in models:
             table.add_column(str(model["model"]), overflow="fold")
+        if "original" in result:
+            table.add_row("compared with", result["original"])
         table.add_row(result["name"], *(f"{model['value']:.6g}" for model in models))
         errors = [model["standard_error_of_mean_score"] for model in models]
         if errors[0] is not None:

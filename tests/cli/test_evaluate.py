@@ -4,10 +4,13 @@ import json
 import math
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
 from optimum_order.compressor import JointCompressor as Front
+from optimum_order.evaluation.fidelity import Fidelity
 
 SMALL = ["--sequence-length", 64]
 
@@ -80,8 +83,51 @@ def test_two_models_are_measured_side_by_side(program, saved, tiny_llama_folder,
     done = program(*words, "--against", tiny_llama_folder)
     assert "Difference in M: " in done.out and "Flips" not in done.out
     assert f"{alone['value']:.6g}" in done.out and f"{result['against']['value']:.6g}" in done.out
-    done = program(*words, "--against", tiny_llama_folder, "--metric", "fidelity")
-    assert done.code == 2 and "take another metric with --against" in done.err
+
+
+def test_a_metric_with_a_reference_compares_with_the_original(
+    program, saved, tiny_llama_folder, text_file
+):
+    words = ["evaluate", saved, "--evaluate", text_file, *SMALL, "--metric", "fidelity"]
+    done = program(*words)
+    assert done.code == 2 and "name the original with --against" in done.err
+    assert "Loading" not in done.err
+    done = program(*words, "--against", tiny_llama_folder, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    original, compressed = (
+        JointCompressor.from_pretrained(folder, sequence_length=64)
+        for folder in (tiny_llama_folder, saved)
+    )
+    samples = original.evaluation_samples(str(text_file))
+    by_hand = Fidelity(original.source.load()).measure(
+        compressed.source.load(), samples, progress=False
+    )
+    assert result["value"] == pytest.approx(by_hand.value) and result["value"] > 1e-5
+    assert result["original"] == str(tiny_llama_folder)
+    assert "against" not in result and compressed.measured == {}
+    out = program(*words, "--against", tiny_llama_folder).out
+    assert "compared with" in out and f"{result['value']:.6g}" in out
+
+
+def test_the_usual_metric_of_an_encoder_compares_with_the_original(program, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=64, hidden_size=32, max_position_embeddings=32, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = BertTokenizer(vocab={word: place for place, word in enumerate(vocabulary)})
+    tokenizer.save_pretrained(tmp_path / "bert")
+    (tmp_path / "text.txt").write_text("a b c d e f g h i j k l m n o p " * 40)
+    words = ["compress", tmp_path / "bert", tmp_path / "out", "--order", "rtn:3"]
+    assert program(*words).code == 0
+    words = ["evaluate", tmp_path / "out", "--evaluate", tmp_path / "text.txt"]
+    done = program(*words)
+    assert done.code == 2 and "'embedding' says how far" in done.err
+    done = program(*words, "--against", tmp_path / "bert", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["name"] == "embedding" and result["value"] > 1e-9  # that of the original is 1e-16
 
 
 def test_images_that_flip_are_counted(program, tmp_path):
