@@ -31,6 +31,7 @@ from rich.table import Table
 
 from optimum_order import JointCompressor, Order, Stage
 from optimum_order.engine.recipe import canonical, method
+from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.study.analysis import summarize
 from optimum_order.study.crew import Spec, crew
 from optimum_order.study.grid import grid, with_parts
@@ -271,10 +272,26 @@ def rankings(name: str, summary: Mapping[str, Any]) -> Table:
 
 
 _SIDES = ("mean", "low", "high")
+_FIRST = ("first=weaker", "first=stronger")
 
 
-def stored(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a study's summary that the repository holds."""
+def choices(trials: Trials) -> list[dict[str, Any]]:
+    """Return what stages gain by taking the stronger first, where orders differ in nothing else."""
+    performances: dict[str, list[list[float]]] = defaultdict(list)
+    for (order, _), row in sorted(trials.rows("trials").items()):
+        performances[order].append(row["performances"])
+    gains = []
+    for order, weaker in performances.items():
+        stronger = performances.get(order.replace(*_FIRST)) if _FIRST[0] in order else None
+        if stronger is not None and len(stronger) == len(weaker):
+            differences = torch.tensor(stronger).double() - torch.tensor(weaker).double()
+            gain = difference_over_draws(differences)
+            gains.append({"order": order, **{side: getattr(gain, side) for side in _SIDES}})
+    return gains
+
+
+def stored(summary: Mapping[str, Any], trials: Trials) -> dict[str, Any]:
+    """Return the part of a study that the repository holds."""
 
     def interval(difference: Mapping[str, Any]) -> dict[str, float]:
         return {key: round(difference[key], 5) for key in _SIDES}
@@ -297,6 +314,7 @@ def stored(summary: Mapping[str, Any]) -> dict[str, Any]:
             ]
             for one in summary["rankings"]
         ],
+        "choices": [{"order": one["order"]} | interval(one) for one in choices(trials)],
     }
 
 
@@ -393,6 +411,11 @@ def main() -> None:
     for name, summary in figures.items():
         for line in sentences(name, summary):
             console.print(line)
+        for one in choices(Trials.open(folders[name])):
+            console.print(
+                f"{name}: {one['order']}: to take the stronger first gains {one['mean']:+.4f} "
+                f"({one['low']:+.4f} to {one['high']:+.4f})"
+            )
     for name in [name for name in figures if figures[name]["rankings"]]:
         console.print(rankings(name, figures[name]))
     for name in [name for name in figures if name.endswith(tuple(f"-{n}" for n in FINDINGS))]:
@@ -406,7 +429,7 @@ def main() -> None:
         )
     if args.store:
         rows = {
-            name: stored(summary)
+            name: stored(summary, Trials.open(folders[name]))
             for name, summary in figures.items()
             if name.endswith(tuple(f"-{study}" for study in FINDINGS))
         }

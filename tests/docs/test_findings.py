@@ -35,6 +35,19 @@ def test_pairs(study):
         assert [float(n) for n in re.findall(NUMBER, gain)] == pytest.approx(expected, abs=6e-5)
 
 
+def test_mixed_precision():
+    stored = STORED["tiny-llama-mixed-precision"]
+    gains = {one["order"]: one for one in stored["choices"]}
+    table = rows("mixed-precision")
+    assert len(table) == len(gains) == 3
+    for order, weaker, stronger, gain in table:
+        order = CODE.fullmatch(order)[1]
+        values = [stored["values"][order], stored["values"][order.replace("weaker", "stronger")]]
+        assert [float(weaker), float(stronger)] == pytest.approx(values, abs=0.0051)
+        expected = [gains[order][key] for key in ("mean", "low", "high")]
+        assert [float(n) for n in re.findall(NUMBER, gain)] == pytest.approx(expected, abs=6e-5)
+
+
 def test_rotation():
     stored = STORED["tiny-llama-rotation"]
     rotate, quantizer = "rotate(force=true)", "gptq(bits=4, group_size=-1)"
