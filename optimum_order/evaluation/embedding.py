@@ -15,6 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from optimum_order.data.samples import Samples, without_labels
@@ -70,8 +71,8 @@ class Embedding(Metric):
                 f"compare {own.shape[1]}. Give as 'reference' the model that this one was made "
                 "from."
             )
-        # rounding alone can make a cosine larger than 1
-        return (1 - torch.cosine_similarity(original, own)).clamp(min=0)
+        # half the squared distance of unit vectors is 1 - cos, without its cancellation
+        return (normalize(original) - normalize(own)).square().sum(1) / 2
 
 
 def vectors(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
