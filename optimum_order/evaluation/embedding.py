@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
