@@ -384,8 +384,8 @@ def metric(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar=listed(METRICS),
         help="auto (default) takes perplexity for a language model, accuracy for an image "
-        "classifier; lm_eval:arc_easy,my.yaml asks the questions of tasks of lm-eval; or a metric "
-        "of a plug-in",
+        "classifier, fidelity for an encoder-decoder, embedding for an encoder without a head; "
+        "lm_eval:arc_easy,my.yaml asks the questions of tasks of lm-eval; or a metric of a plug-in",
     )
 
 
