@@ -617,7 +617,7 @@ class JointCompressor(Session):
         chosen_samples = self.evaluation_samples(source, samples, metric)
         model = self.source.load()
         model.to(self.device)  # type: ignore[arg-type]
-        original = reference.source.load() if reference is not None else None
+        original = None if reference is None else reference.source
         chosen = self.metric(model, metric, original)
 
         def measured() -> Measurement:

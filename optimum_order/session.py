@@ -199,14 +199,14 @@ class Session:
         return _IMAGES if reads_images(self.source) else _WINDOWS
 
     def metric(
-        self, model: PreTrainedModel, name: str, reference: PreTrainedModel | None = None
+        self, model: PreTrainedModel, name: str, original: Checkpoint | InMemory | None = None
     ) -> Metric:
         """Return a metric for a model.
 
         Args:
             model: What will be measured.
             name: The metric, or "auto" for the usual one of the model's kind.
-            reference: What a metric with a reference compares with; by default the model before
+            original: What a metric with a reference compares with; by default the model before
                 compression.
 
         Raises:
@@ -215,7 +215,7 @@ class Session:
         chosen = evaluation.choose(model, name)
         if not chosen.needs_reference:
             return chosen()
-        reference = self.source.load() if reference is None else reference
+        reference = (original or self.source).load()
         reference.to(model.device)  # type: ignore[arg-type]
         return chosen(reference)
 
