@@ -299,7 +299,7 @@ def stored(summary: Mapping[str, Any], trials: Trials) -> dict[str, Any]:
     return {
         "draws": summary["draws"],
         "values": {
-            entry["order"]: entry["value"] and round(entry["value"], 4)
+            entry["order"]: entry["value"] and round(entry["value"], 5)
             for entry in summary["orders"]
         },
         "bytes": {entry["order"]: entry["bytes"] for entry in summary["orders"]},
