@@ -354,8 +354,9 @@ def test_a_real_encoder(tmp_path):
     assert likeness["rtn:3"] < likeness["gptq:3"] < likeness["gptq:4"]
     assert compressed.save_pretrained(tmp_path / "out") == "compressed-tensors"
     assert verify(tmp_path / "out") == []
-    with pytest.raises(ModelError, match="No metric is the usual one for BertModel"):
-        compressed.evaluate("builtin", progress=False)
+    measured = compressed.evaluate(held_out.ids, progress=False)
+    assert measured.name == "embedding"
+    assert measured.value == pytest.approx(1 - likeness["gptq:4"], abs=1e-5)
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ examples:
   optimum-order evaluate out --metric lm_eval:arc_easy --against some/model
 
 With --against, both models are measured on the same samples; fidelity and
-embedding say how far MODEL is from ORIGINAL. Where a sample is right or wrong,
-flips are those that one model gets right and the other wrong; p is how
+embedding say how far MODEL is from ORIGINAL. Where a sample is right or
+wrong, flips are those that one model gets right and the other wrong; p is how
 probable so uneven numbers were if both models were equally good (McNemar's
 exact test).
 """
