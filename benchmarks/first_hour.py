@@ -2,7 +2,7 @@
 
     python benchmarks/first_hour.py
     python benchmarks/first_hour.py --checkout FOLDER    # that has a .venv: without clone and install
-    python benchmarks/first_hour.py --checkout FOLDER --replace compress=export "tiny-llama study=tiny-llama -o study"
+    python benchmarks/first_hour.py --checkout FOLDER --replace "compress =export " "tiny-llama study=tiny-llama -o study"
                                                          # in the words of version 0.1.0
 
 tmux runs a shell of 100 columns. Each step types a line as a person would, waits for the prompt, and

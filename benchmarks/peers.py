@@ -126,7 +126,9 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     options = {"progress": False}
     if "pause" in inspect.signature(compressor.compress).parameters:  # 0.1.0 has none
         options["pause"] = job["pause"]
-    order = job["order"].replace("gptq:4", f"gptq(bits=4, group_size={job['group_size']})")
+    drift = "" if job["drift"] is None else f", drift={job['drift']:g}"
+    order = job["order"].replace("gptq:4", f"gptq(bits=4, group_size={job['group_size']}{drift})")
+    order = order.replace("sparsegpt:0.5", f"sparsegpt(sparsity=0.5{drift})")
     with stopwatch(result, job):
         compressed = compressor.compress(order, job["schedule"], **options)
     if job["output"]:
@@ -286,6 +288,7 @@ class Bench:
             "threads": self.args.threads,
             "device": self.args.device,
             "group_size": group_size(model),
+            "drift": self.args.drift,
         }
         environment = {
             **os.environ,
@@ -632,6 +635,11 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument(
         "--pause", choices=("group", "block"), default="group", help="where our walk pauses"
+    )
+    parser.add_argument(
+        "--drift",
+        type=float,
+        help="of our gptq and sparsegpt; 0 is what theirs does, and half of the work",
     )
     parser.add_argument(
         "--before",
