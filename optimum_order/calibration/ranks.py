@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before any group: its functions keep the one that is there on import
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 

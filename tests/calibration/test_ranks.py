@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,6 +56,34 @@ class TestAlone:
         with Ranks.joined() as ranks:
             assert ranks.size == 1
             assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_no_thread_of_the_group_outlives_it(free_port):
+    """A thread of gloo that frees a tensor while Python ends aborts the process."""
+    code = (
+        "import pathlib\n"
+        "from optimum_order.calibration.ranks import Ranks\n"
+        "def threads():\n"
+        "    names = [file.read_text() for file in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    return sum('gloo' in name for name in names)\n"
+        "with Ranks.joined() as ranks:\n"
+        "    import torch._dynamo  # as transformers does\n"
+        "    ranks.wait()\n"
+        "    print(threads() > 0)\n"
+        "print(threads())"
+    )
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ | variables | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate()[0] for process in processes] == ["True\n0\n"] * 2
 
 
 class TestShard:
