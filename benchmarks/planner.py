@@ -3,6 +3,8 @@
     python benchmarks/planner.py --output planner-output            (hours on two cores; goes on where it was stopped)
     python benchmarks/planner.py --output planner-output --only truth tiny-llama 1    (one part, for a second process)
     python benchmarks/planner.py --output planner-output --only curve tiny-vit        (accuracy against cost)
+    python benchmarks/planner.py --study paper-output/minilm-pairs --model minilm --length 128 --samples 64
+                                  (on the pairs of a study of benchmarks/paper.py, which nothing here was tuned on)
 
 The truth of a pair is its order advantage, the mean over three disjoint calibration draws; a pair is decisive where the
 95 % interval over draws and samples together excludes 0. The planner sees neither those calibration draws nor the
@@ -12,8 +14,10 @@ samples the truth is measured on.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +34,12 @@ from optimum_order.evaluation.comparison import difference_over_draws
 from optimum_order.evaluation.fidelity import Fidelity
 from optimum_order.evaluation.perplexity import Perplexity
 from optimum_order.search.intervals import WIDENING, conformal
+from optimum_order.search.plan import Plan
 from optimum_order.search.planner import plan
 from optimum_order.search.strategies.base import USUAL, Effort, Scoring
 from optimum_order.study.grid import grid
 from optimum_order.study.run import Study, quiet
-from optimum_order.study.trials import Trials
+from optimum_order.study.trials import ORIGINAL, Trials
 from optimum_order.study.worker import Worker
 
 DRAWS = 3
@@ -51,6 +56,7 @@ GRIDS = {
     "tiny-vit": grid(PRUNERS, [0.4, 0.6], QUANTIZERS, [2, 3]),
     "tiny-resnet": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
 }
+VARIANTS = [("auto", USUAL.confidence), ("proxy", USUAL.confidence)]
 CONFIDENCES = [0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0]
 """Of `auto`: from looking twice as seldom as can be to always scoring whole models."""
 
@@ -88,6 +94,12 @@ class Setting:
         self.runner = Runner(compressor.source, batches)
         self.planning = Runner(compressor.source, lambda draw, samples: batches(DRAWS, samples))
 
+    def plan(self, stages: Sequence[Stage], strategy: str, confidence: float) -> Plan:
+        scoring = Scoring(self.metric, self.plan_samples, self.scorer)
+        return plan(
+            self.planning, stages, scoring, strategy, Effort(self.size, confidence=confidence)
+        )
+
     def study(self, folder: Path) -> Study:
         return Study(
             self.runner,
@@ -105,6 +117,36 @@ def worker(name: str) -> Worker:
         return Worker(setting.runner, setting.metric, setting.truth_samples)
 
 
+class HeldBack(Setting):
+    """The model of a study, and for the planner a calibration draw and windows that the study has not seen."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.size = args.samples
+        compressor = JointCompressor.from_pretrained(
+            args.model,
+            calibration=args.calibration,
+            calibration_samples=args.samples,
+            sequence_length=args.length,
+        )
+        self.planning = Runner(
+            compressor.source,
+            lambda draw, samples: compressor.draw(args.draw, samples).inputs(),
+        )
+        self.metric = compressor.metric(self.planning.model, args.metric)
+        # windows are taken from all over the text, so that every fourth of four times as many is one of the study's
+        many = compressor.evaluation_samples(args.evaluation, 4 * args.evaluation_samples)
+        self.plan_samples = many.take(torch.arange(2, len(many), 4))
+        self.scorer = None
+
+
+def pairs(truth: Truth) -> list[list[Order]]:
+    """The pairs of a study, both orders in full."""
+    orders = {Order.parse(order) for order, _ in truth.rows if order != ORIGINAL}
+    both = {frozenset(order): sorted(order.permutations(), key=str) for order in orders}
+    whole = [pair for pair in both.values() if len(pair) == 2 and orders.issuperset(pair)]
+    return sorted(whole, key=str)
+
+
 def truth(name: str, folder: Path, draws: list[int]) -> None:
     Setting(name).study(folder).run(GRIDS[name], draws)
 
@@ -119,32 +161,30 @@ def groups(name: str) -> list[list[Order]]:
     )
 
 
-def plans(name: str, file: Path, variants: list[tuple[str, float]]) -> None:
+def plans(
+    setting: Callable[[], Setting],
+    groups: list[list[Order]],
+    file: Path,
+    variants: list[tuple[str, float]],
+) -> None:
     """Ask the planner about every group, one JSON line each; those in the file are left out.
 
     Args:
-        name: Of the grid.
+        setting: What the planner works with.
+        groups: The orders of each.
         file: Where the lines go.
         variants: Strategies, each with the confidence that `auto` asks for.
     """
     done = {(row["index"], row["plan"]["strategy"], row["confidence"]) for row in lines(file)}
-    setting = Setting(name)
+    planner = setting()
     with file.open("a") as out:
-        for index, orders in enumerate(groups(name)):
+        for index, orders in enumerate(groups):
             for strategy, confidence in variants:
                 if (index, strategy, confidence) in done:
                     continue
-                result = plan(
-                    setting.planning,
-                    orders[0].stages,
-                    Scoring(setting.metric, setting.plan_samples, setting.scorer),
-                    strategy,
-                    Effort(setting.size, confidence=confidence),
-                )
-                out.write(
-                    json.dumps({"index": index, "confidence": confidence, "plan": result.as_dict()})
-                    + "\n"
-                )
+                result = planner.plan(orders[0].stages, strategy, confidence)
+                row = {"index": index, "confidence": confidence, "plan": result.as_dict()}
+                out.write(json.dumps(row) + "\n")
                 out.flush()
 
 
@@ -195,13 +235,15 @@ def choices(
     return chosen
 
 
-def table(name: str, truth: Truth, rows: list[dict]) -> tuple[Table, dict]:
+def table(
+    name: str, groups: list[list[Order]], truth: Truth, rows: list[dict]
+) -> tuple[Table, dict]:
     strategies = ["auto", "proxy", "pih", "prune first", "one full run"]
     totals: dict[tuple[str, str], list[tuple[bool | None, float, float, float]]] = {}
     claims: dict[str, list[tuple[bool, bool, bool, float, float]]] = {}
     gaps: dict[str, list[float]] = {}
     decisive_count: dict[str, int] = {}
-    for index, orders in enumerate(groups(name)):
+    for index, orders in enumerate(groups):
         if any((str(order), 0) not in truth.rows for order in orders):
             continue  # the truth is still being run
         half = ("even" if index % 2 == 0 else "odd") if name == "tiny-llama" else "all"
@@ -313,7 +355,7 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
     result: dict[str, dict] = {}
     for confidence in CONFIDENCES:
         mine = [row for row in rows if row["confidence"] == confidence]
-        _, summary = table(name, truth, mine)
+        _, summary = table(name, groups(name), truth, mine)
         halves = [value for key, value in summary.items() if key.endswith("/auto")]
         if not halves:
             continue
@@ -365,6 +407,21 @@ def curve(name: str, truth: Truth, rows: list[dict], picture: Path) -> tuple[Tab
     return shown, result
 
 
+def held_back(args: argparse.Namespace) -> None:
+    """Plan every pair of a study, and compare the plans with the study."""
+    truth = Truth(args.study)
+    chosen = pairs(truth)
+    file = args.output / f"{args.study.name}.jsonl"
+    args.output.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        plans(functools.partial(HeldBack, args), chosen, file, VARIANTS)
+    shown, summary = table(args.study.name, chosen, truth, lines(file))
+    Console(width=110).print(shown)
+    for key, value in summary.items():
+        if key.endswith("claims of auto"):
+            print(", ".join(f"{what} {number:g}" for what, number in value.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("planner-output"))
@@ -374,8 +431,22 @@ def main() -> None:
         metavar="PART",
         help="'truth NAME DRAW', 'plans NAME', 'curve NAME', 'table' or 'intervals'",
     )
+    parser.add_argument("--study", type=Path, help="folder of a study")
+    parser.add_argument("--model", help="of that study")
+    parser.add_argument("--calibration", default="builtin", help="of that study")
+    parser.add_argument("--evaluation", default="builtin", help="of that study")
+    parser.add_argument("--samples", type=int, default=64, help="of that study, in a draw")
+    parser.add_argument("--evaluation-samples", type=int, default=64, help="of that study")
+    parser.add_argument("--length", type=int, help="of that study")
+    parser.add_argument("--metric", default="auto", help="of that study")
+    parser.add_argument(
+        "--draw", type=int, default=DRAWS, help="of the planner; the study has those before"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # so that processor seconds are those of the work
+    if args.study:
+        held_back(args)
+        return
     part, *rest = args.only or [""]
     with quiet():
         for name in GRIDS:
@@ -384,13 +455,12 @@ def main() -> None:
                 truth(name, folder, [int(rest[1])] if len(rest) > 1 else list(range(DRAWS)))
             if part in ("", "plans") and (not rest or rest[0] == name):
                 plans(
-                    name,
-                    folder / "plans.jsonl",
-                    [("auto", USUAL.confidence), ("proxy", USUAL.confidence)],
+                    functools.partial(Setting, name), groups(name), folder / "plans.jsonl", VARIANTS
                 )
             if part in ("", "curve") and (not rest or rest[0] == name):
                 plans(
-                    name,
+                    functools.partial(Setting, name),
+                    groups(name),
                     folder / "curve.jsonl",
                     [("auto", confidence) for confidence in CONFIDENCES],
                 )
@@ -414,7 +484,7 @@ def main() -> None:
         for name in GRIDS:
             folder = args.output / name.replace(", ", "-").replace(" ", "-")
             if part != "curve" and (rows := lines(folder / "plans.jsonl")):
-                shown, everything[name] = table(name, Truth(folder), rows)
+                shown, everything[name] = table(name, groups(name), Truth(folder), rows)
                 console.print(shown)
                 for key, value in everything[name].items():
                     if key.endswith("claims of auto"):
