@@ -82,6 +82,15 @@ ROTATED = ("sparsegpt:0.05", "sparsegpt:0.4", "wanda:0.4", "depth:1")
 SMALLER = ("width:0.1", "width:0.2", "depth:1")
 RECOVERED = "width:0.2 > gptq:4 > distill(steps=100, batch_size=1)"
 FOUR = "width:0.1 > wanda:0.3 > gptq:4 > refit(batch_size=1)"
+FIVE = "rotate > width:0.1 > wanda:0.3 > gptq:4 > refit(batch_size=1)"
+
+
+def _rotated_in_time(order: Order) -> bool:
+    """Return whether nothing is pruned or on a grid when the rotation comes, which then is refused."""
+    methods = [stage.method for stage in order]
+    return methods.index("rotate") < min(methods.index("wanda"), methods.index("gptq"))
+
+
 FINDINGS: dict[str, list[Order]] = {
     "pairs": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
     "few-pairs": grid(PRUNERS[1:], [0.3, 0.5], [Stage("gptq")], [3, 4]),
@@ -104,6 +113,7 @@ FINDINGS: dict[str, list[Order]] = {
     ],
     "recovery": list(Order.parse(RECOVERED).permutations()),
     "four-stages": list(Order.parse(FOUR).permutations()),
+    "five-stages": list(filter(_rotated_in_time, Order.parse(FIVE).permutations())),
 }
 """What is tried on a model of one's own, one study for each finding."""
 
