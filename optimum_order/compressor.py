@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from optimum_order import estimate
+from optimum_order import estimate, evaluation
 from optimum_order.artifact.config import ARGUMENTS, RUN, Config, of, read
 from optimum_order.artifact.origin import open_checkpoint
 from optimum_order.calibration.ranks import Ranks
@@ -30,6 +30,7 @@ from optimum_order.errors import DataError, FormatError, ModelError, OrderError,
 from optimum_order.estimate import Estimate
 from optimum_order.estimate.fit import check_format, predicted_bytes
 from optimum_order.estimate.forecast import Forecast, forecast
+from optimum_order.estimate.measuring import Measuring, measuring
 from optimum_order.estimate.options import Demand, Sizes
 from optimum_order.evaluation import Measurement, Samples
 from optimum_order.files import html_table
@@ -587,6 +588,27 @@ class JointCompressor(Session):
         seconds = {name: one.seconds for name, one in self._estimates(orders).items()}
         orders.sort(key=lambda order: sum(seconds[stage.method] for stage in order), reverse=True)
         return self.forecast(orders[:MOST_ATTEMPTS], evaluation_samples=self.calibration_samples)
+
+    def forecast_evaluation(
+        self, source: Any = "builtin", metric: str = "auto", *, samples: int | None = None
+    ) -> Measuring:
+        """Return what `evaluate` would take. No weight is read.
+
+        Args:
+            source: As in `evaluate`, as all others.
+            metric: The metric.
+            samples: Windows from all over the text, or images.
+
+        Raises:
+            DataError, ModelError: As in `evaluate`; also if what a forward takes cannot be told
+                from shapes.
+        """
+        model = estimate.empty(self.source)
+        chosen = evaluation.choose(model, metric)
+        read = self.evaluation_samples(source, samples, metric)
+        if not chosen.needs_reference:
+            chosen().check(model, read)
+        return measuring(model, read, self.device, models=1 + chosen.needs_reference)
 
     def evaluate(
         self,

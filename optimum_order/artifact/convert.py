@@ -56,9 +56,29 @@ def convert(
         FormatError: If the format cannot hold a layer exactly; the message names those that can.
         OutputError: If the new folder cannot be written. Nothing is left half-written.
     """
-    folder = Path(folder)
     path = Path(path)
     artifact.check_output(path, overwrite=overwrite)
+    contents, facts, codec = prepare(folder, format, unproven=unproven, engine=engine)
+    return artifact.save(
+        contents, facts, path, codec=codec, overwrite=overwrite, max_shard_size=max_shard_size
+    )
+
+
+def prepare(
+    folder: str | Path, format: str = "auto", *, unproven: bool = False, engine: str | None = None
+) -> tuple[Contents, dict[str, Any], Codec]:
+    """Return what `convert` would save: the contents, the facts of the manifest, and the codec.
+
+    Args:
+        folder: The artifact, as in `convert`.
+        format: As in `convert`, as all others.
+        unproven: Whether the format may be one that is not proven to load.
+        engine: The engine that is to load the new folder.
+
+    Raises:
+        ArtifactError, FormatError: As in `convert`.
+    """
+    folder = Path(folder)
     if problems := verify(folder):
         raise ArtifactError(
             f"'{folder}' is not what its manifest says: {problems[0]} Get it again; "
@@ -97,6 +117,4 @@ def convert(
         ) from error
     if codec.name != source.name and not (codec.runs_dense and source.runs_dense):
         facts["metrics"] = {}
-    return artifact.save(
-        contents, facts, path, codec=codec, overwrite=overwrite, max_shard_size=max_shard_size
-    )
+    return contents, facts, codec

@@ -116,12 +116,7 @@ def push(
         )
     text = _ask(token, _remote_card, api, repo_id, remote.sha) if card.FILE in others else None
     pages = _pages(folder, facts, repo_id, None if create_pr else revision, text)
-    for file in folder.iterdir():
-        made = file.name == card.FILE and card.is_untouched(
-            file.read_text(encoding="utf-8", errors="replace")
-        )
-        if manifest.DOCUMENTS.fullmatch(file.name) and not made:
-            pages[file.name] = file
+    pages |= _documents(folder)
     added = {name: folder / name for name in names} | pages
     commit = _ask(
         token,
@@ -137,6 +132,28 @@ def push(
         parent_commit=remote.sha,
     )
     return commit.pr_url or commit.commit_url
+
+
+def contents(folder: str | Path, repo_id: str) -> dict[str, int]:
+    """Return the files that `push` would upload, each with its bytes. The Hub is not asked.
+
+    Args:
+        folder: As in `push`.
+        repo_id: As in `push`. Metadata that was added to a card there is not in these bytes.
+
+    Raises:
+        ArtifactError, HubError, OptimumOrderError: As in `push`, of what the folder says.
+    """
+    folder = Path(folder)
+    _check_id(repo_id)
+    facts = _checked(folder)
+    pages = _pages(folder, facts, repo_id, None) | _documents(folder)
+    sizes = {
+        name: len(page) if isinstance(page, bytes) else page.stat().st_size
+        for name, page in pages.items()
+    }
+    names = [manifest.FILE, *facts["files"]]
+    return {name: (folder / name).stat().st_size for name in names} | sizes
 
 
 def check(repo_id: str, token: str | None = None) -> None:
@@ -384,6 +401,18 @@ def _pages(
             f"No model card can be made of the manifest in '{folder}' ({type(error).__name__}: "
             f"{error}). Save the model again."
         ) from error
+
+
+def _documents(folder: Path) -> dict[str, Path]:
+    """Return the files that people have put in a folder or edited there, by name."""
+    documents = {}
+    for file in folder.iterdir():
+        made = file.name == card.FILE and card.is_untouched(
+            file.read_text(encoding="utf-8", errors="replace")
+        )
+        if manifest.DOCUMENTS.fullmatch(file.name) and not made:
+            documents[file.name] = file
+    return documents
 
 
 def _ask(token: str | None, question: Callable[..., _T], /, *args: Any, **kwargs: Any) -> _T:

@@ -9,6 +9,8 @@ from typing import Any
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
 from optimum_order.cli.results import Stopwatch, saved, show_saved
+from optimum_order.cli.tables import console
+from optimum_order.files import size
 
 
 class ConvertCommand(Command):
@@ -25,15 +27,25 @@ examples:
   optimum-order convert out smaller --format sparse
   optimum-order convert out for-llama --for llama.cpp
   optimum-order convert me/smol-q4 out --format gptq
+  optimum-order convert out smaller --dry-run
 """
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         arguments.saved_model(parser)
         arguments.output(parser, "the folder to write; refused if it is not empty")
-        arguments.format(parser, "auto (default) takes the smallest that holds every layer exactly")
+        arguments.format(
+            parser,
+            "auto (default) takes the smallest that holds every layer exactly and that "
+            "transformers loads by itself",
+        )
         arguments.engine(parser)
         arguments.writing(parser)
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="write nothing: say which format it would be, and how large OUTPUT would be",
+        )
 
     def work(self) -> dict[str, Any]:
         from optimum_order.artifact import folder
@@ -44,9 +56,17 @@ examples:
         output = Path(args.output)
         folder.check_output(output, overwrite=args.overwrite)
         watch = Stopwatch()
-        return saved(convert(located(args.path, args.revision), output, args), output, watch)
+        source = located(args.path, args.revision)
+        if args.dry_run:
+            return forecast(source, args)
+        return saved(convert(source, output, args), output, watch)
 
     def show(self, result: dict[str, Any]) -> None:
+        if self.args.dry_run:
+            sizes = f"{size(result['before'])} → {size(result['after'])}"
+            console().print(f"{result['from']} → {result['format']}: weights of {sizes}.")
+            console().print("Nothing was written.")
+            return
         show_saved(result)
 
 
@@ -63,6 +83,32 @@ def located(path: str, revision: str | None) -> Path:
     from optimum_order.artifact import hub
 
     return hub.locate(path, revision=revision) if "/" in path else Path(path)
+
+
+def forecast(source: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the format that a compressed model would have, and the bytes before and after.
+
+    Args:
+        source: Its folder.
+        args: The arguments of `format`, `engine` and `writing`.
+    """
+    from optimum_order.artifact import manifest
+    from optimum_order.artifact.convert import prepare
+    from optimum_order.estimate.size import stored
+
+    contents, facts, codec = prepare(
+        source, args.format, unproven=args.unproven, engine=args.engine
+    )
+    result = stored(
+        contents.model,
+        {name: (target, state) for name, target, state in contents.layers},
+        codec.name,
+        facts["order"],
+        {"processor": contents.processor, "unloaded": contents.unloaded},
+    )
+    before = facts["bytes"]["after"]
+    old = manifest.load(source)["format"]
+    return {"from": old, "format": codec.name, "before": before, "after": result.bytes}
 
 
 def convert(source: Path, output: Path, args: argparse.Namespace) -> dict[str, Any]:

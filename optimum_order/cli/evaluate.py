@@ -39,6 +39,7 @@ examples:
   optimum-order evaluate out --evaluate my-held-out-text.txt
   optimum-order evaluate some/model --protocol literature
   optimum-order evaluate out --metric lm_eval:arc_easy --against some/model
+  optimum-order evaluate some/model-7b --dry-run
 
 With --against, both models are measured on the same samples; fidelity and
 embedding say how far MODEL is from ORIGINAL. Where a sample is right or
@@ -58,6 +59,12 @@ exact test).
             metavar="ORIGINAL",
             help="measure this model too, on the same samples, and compare: such as the model "
             "before compression",
+        )
+        group_of(parser, "evaluation").add_argument(
+            "--dry-run",
+            action="store_true",
+            help="read no weight and measure nothing: say how long measuring would take, and in "
+            "how much memory",
         )
         arguments.evaluation(parser)
         arguments.hardware(parser)
@@ -83,6 +90,14 @@ exact test).
                 "original with --against."
             )
 
+        if args.dry_run:
+            forecasts = [
+                one.forecast_evaluation(args.evaluate, args.metric, samples=args.evaluation_samples)
+                for one in (compressor, None if metric.needs_reference else original)
+                if one is not None
+            ]
+            return {"model": args.model, "forecasts": [one.as_dict() for one in forecasts]}
+
         def measured(model: JointCompressor, **options: Any) -> Measurement:
             return model.evaluate(
                 args.evaluate, args.metric, samples=args.evaluation_samples, **options
@@ -100,6 +115,12 @@ exact test).
         return result | {"against": {"model": args.against, **other.as_dict()}} | compared
 
     def show(self, result: dict[str, Any]) -> None:
+        if "forecasts" in result:
+            names = [self.args.model, self.args.against]
+            for name, forecast in zip(names, result["forecasts"], strict=False):
+                console().print(f"{name}: {forecast['summary']}.", soft_wrap=True)
+            console().print("Nothing was measured. Loading comes on top.", soft_wrap=True)
+            return
         from rich.table import Table
 
         other = result.get("against")

@@ -7,6 +7,7 @@ from typing import Any
 
 from optimum_order.cli import arguments
 from optimum_order.cli.base import Command
+from optimum_order.files import size
 
 
 class PushCommand(Command):
@@ -37,10 +38,18 @@ it; a README.md that nobody has edited gives way to a card made anew.
             "--message", metavar="TEXT", help="of the commit (default: the order and the format)"
         )
 
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="send nothing: check the folder, and say which files would be uploaded",
+        )
+
     def work(self) -> dict[str, Any]:
         from optimum_order.artifact import hub
 
         args = self.args
+        if args.dry_run:
+            return {"folder": args.folder, "files": hub.contents(args.folder, args.repo_id)}
         url = hub.push(
             args.folder,
             args.repo_id,
@@ -52,4 +61,13 @@ it; a README.md that nobody has edited gives way to a card made anew.
         return {"folder": args.folder, "url": url}
 
     def show(self, result: dict[str, Any]) -> None:
+        if "files" in result:
+            files = result["files"]
+            for name, count in files.items():
+                print(f"{size(count):>10}  {name}")
+            print(
+                f"{size(sum(files.values())):>10}  in {len(files)} files would be uploaded to "
+                f"{self.args.repo_id}. Nothing was sent."
+            )
+            return
         print(f"{result['folder']} is at {result['url']}")

@@ -8,8 +8,6 @@ asked for the shapes of what they would write (`size`). The rest is counting, he
 from __future__ import annotations
 
 import dataclasses
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +44,7 @@ from optimum_order.files import html_table
 from optimum_order.layers.state import LayerState
 from optimum_order.layers.statistics import Accumulator, Gram
 from optimum_order.models.lazy import embedding_parameters
+from optimum_order.models.memory import resident
 from optimum_order.models.units import Target, Unit
 from optimum_order.order import Stage
 
@@ -273,7 +272,7 @@ class _Run:
     ):
         self.beside = beside
         self.model, self.units, self.costs = model, units, costs
-        self.resident = _resident()  # before the libraries of the methods are loaded
+        self.resident = resident()  # before the libraries of the methods are loaded
         self.targets = {target.name: target for unit in units for target in unit.targets}
         self.groups = execution.pause == "group"
         rows = max((read.rows for cost in costs.values() for read in cost.inputs), default=1024)
@@ -446,17 +445,6 @@ class _Run:
             if not target.view.is_contiguous()
         )
         return sum(masks) + sum(copies)
-
-
-def _resident() -> int:
-    """Return the resident bytes of this process, or the most so far where only that is known."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
 
 
 class _Walks:

@@ -156,6 +156,31 @@ def trace(
         ModelError: If the forward needs numbers: every value that is looked at is zero here.
     """
     costs = {unit.name: UnitCost() for unit in units}
+    _send(model, units, batch, costs)
+    return costs
+
+
+def forward_cost(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> UnitCost:
+    """Return what one forward of a whole model takes, without its inputs.
+
+    Args:
+        model: On the meta device.
+        batch: Keyword arguments of a forward; only their shapes and dtypes are looked at.
+
+    Raises:
+        ModelError: If the forward needs numbers: every value that is looked at is zero here.
+    """
+    counter = _send(model, (), batch, {})
+    return UnitCost(counter.products, counter.traffic, working=counter.peak)
+
+
+def _send(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    batch: Mapping[str, Tensor],
+    costs: dict[str, UnitCost],
+) -> Counter:
+    """Send the shapes of one batch through a model, and fill in the costs of its units."""
     counter = Counter()
     spy = _Spy(units, costs, counter)
     for unit in units:
@@ -181,7 +206,7 @@ def trace(
     finally:
         for module in [*(unit.module for unit in units), *experts]:
             del module.forward
-    return costs
+    return counter
 
 
 class _Spy(TorchFunctionMode):

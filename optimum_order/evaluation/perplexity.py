@@ -56,7 +56,10 @@ class Perplexity(Metric):
                 "Give text or token ids."
             )
         super().check(model, samples)
-        if not _causal_flags(model) and _looks_ahead(model, samples.ids[:1, :_FEW]):
+        shapes_only = model.device.type == "meta"
+        if not (_causal_flags(model) or shapes_only) and _looks_ahead(
+            model, samples.ids[:1, :_FEW]
+        ):
             raise ModelError(
                 f"Perplexity is for causal language models; {type(model).__name__} reads the "
                 "tokens that it would have to predict. Use another metric, such as fidelity."

@@ -1,8 +1,10 @@
-"""Memory that the C library keeps after torch has freed it."""
+"""Memory of this process, and what the C library keeps of it after torch has freed it."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -34,3 +36,13 @@ def trim() -> None:
     """Have the C library return what was freed: glibc holds pieces of megabytes in gaps."""
     with suppress(OSError, AttributeError):  # only glibc can be asked
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    """Return the resident bytes of this process, or the most so far where only that is known."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

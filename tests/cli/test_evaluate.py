@@ -11,6 +11,7 @@ from optimum_order import JointCompressor
 from optimum_order.artifact import manifest
 from optimum_order.compressor import JointCompressor as Front
 from optimum_order.evaluation.fidelity import Fidelity
+from optimum_order.models.source import Checkpoint
 
 SMALL = ["--sequence-length", 64]
 
@@ -83,6 +84,24 @@ def test_two_models_are_measured_side_by_side(program, saved, tiny_llama_folder,
     done = program(*words, "--against", tiny_llama_folder)
     assert "Difference in M: " in done.out and "Flips" not in done.out
     assert f"{alone['value']:.6g}" in done.out and f"{result['against']['value']:.6g}" in done.out
+
+
+def test_a_dry_run_reads_no_weight(program, tiny_llama_folder, text_file, monkeypatch):
+    def load(self):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+    words = ["evaluate", tiny_llama_folder, "--evaluate", text_file, *SMALL, "--dry-run"]
+    done = program(*words, "--json")
+    assert done.code == 0, done.err
+    (alone,) = json.loads(done.out)["forecasts"]
+    assert alone["samples"] == alone["tokens"] / 64 > 1
+    assert alone["seconds"] > 0 and alone["memory"] > alone["weights"] > 0
+    done = program(*words, "--against", tiny_llama_folder)
+    assert done.out.count(" samples of ") == 2 and "Nothing was measured." in done.out
+    words += ["--metric", "fidelity", "--against", tiny_llama_folder, "--json"]
+    (both,) = json.loads(program(*words).out)["forecasts"]
+    assert both["weights"] == 2 * alone["weights"], "the original is in memory too"
 
 
 def test_a_metric_with_a_reference_compares_with_the_original(

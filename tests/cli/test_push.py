@@ -15,6 +15,21 @@ def test_a_folder_is_pushed_and_its_address_printed(hub, saved):
     assert hub.server.repositories["me/model"].private and commit.message == "mine"
 
 
+def test_a_dry_run_lists_the_files_and_sends_nothing(hub, saved, copied):
+    (copied / "LICENSE").write_text("mine")
+    words = ["push", str(copied), "me/model"]
+    done = hub.call("program", *words, "--dry-run", "--json")
+    assert done["code"] == 0 and "me/model" not in hub.server.repositories
+    sizes = json.loads(done["out"])["files"]
+    assert sizes["LICENSE"] == 4
+    shown = hub.call("program", *words, "--dry-run")["out"]
+    assert all(f"  {name}\n" in shown for name in sizes) and "Nothing was sent." in shown
+    assert hub.call("program", *words)["code"] == 0
+    pushed = hub.server.files("me/model")
+    assert sizes == {name: len(pushed[name]) for name in sizes}
+    assert set(pushed) - set(sizes) <= {".gitattributes"}
+
+
 def test_branch_and_pull_request(hub, saved):
     done = hub.call("program", "push", str(saved), "me/model", "--revision", "dev", "--json")
     assert done["code"] == 0 and json.loads(done["out"])["url"].startswith(
@@ -34,14 +49,16 @@ def test_a_folder_that_cannot_be_pushed_is_one_line(program, saved, copied, tmp_
         ((saved, "me/a b"), "no id on the Hub"),
         ((tmp_path / "nowhere", "me/model"), "no folder"),
         ((saved, "me/model"), "offline mode is enabled"),
+        ((saved, "me/a b", "--dry-run"), "no id on the Hub"),
     ]:
         done = program("push", *arguments)
         assert done.code == 2 and done.out == ""
         *steps, line = done.err.splitlines()
         assert message in line and not any("error" in step for step in steps)
     (copied / "extra.py").write_text("not ours")
-    done = program("push", copied, "me/model")
-    assert done.code == 2 and "extra.py is in the folder" in done.err
+    for words in (["--dry-run"], []):
+        done = program("push", copied, "me/model", *words)
+        assert done.code == 2 and "extra.py is in the folder" in done.err
 
 
 def test_a_hub_that_refuses_is_exit_code_2(hub, saved):

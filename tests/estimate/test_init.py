@@ -31,7 +31,7 @@ def test_a_schedule_of_blocks_is_one_walk(compressor):
 
 
 def test_groups_need_one_forward_and_all_activations_at_once(compressor, monkeypatch):
-    monkeypatch.setattr(estimate_module, "_resident", lambda: 1000)  # three processes of one size
+    monkeypatch.setattr(estimate_module, "resident", lambda: 1000)  # three processes of one size
     (block,) = compressor.estimate("gptq:4", pause="block").steps
     estimate = compressor.estimate("gptq:4", pause="group")
     (group,) = estimate.steps

@@ -10,7 +10,7 @@ from optimum_order.estimate.rates import Rates
 
 
 def test_a_step_that_learns_runs_two_models_and_a_backward_pass(compressor, monkeypatch):
-    monkeypatch.setattr(estimate_module, "_resident", lambda: 1000)
+    monkeypatch.setattr(estimate_module, "resident", lambda: 1000)
     monkeypatch.setattr(estimate_module.rates, "measure", lambda *_: Rates(*[1e9] * 6))
     few, many = (
         compressor.estimate(f"rtn:3 > distill(steps={steps}, batch_size=2)").steps[-1]
@@ -32,7 +32,7 @@ def test_a_step_that_learns_runs_two_models_and_a_backward_pass(compressor, monk
 
 
 def test_a_larger_batch_takes_more_memory(compressor, monkeypatch):
-    monkeypatch.setattr(estimate_module, "_resident", lambda: 1000)
+    monkeypatch.setattr(estimate_module, "resident", lambda: 1000)
     one, two = (
         compressor.estimate(f"distill(steps=10, batch_size={size})").memory for size in (1, 2)
     )

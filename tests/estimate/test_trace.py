@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_order.calibration.execution import Execution
 from optimum_order.calibration.walk import walk
-from optimum_order.estimate.trace import Counter, Input, trace
+from optimum_order.estimate.trace import Counter, Input, forward_cost, trace
 from optimum_order.layers.statistics import SquaredNorms
 from optimum_order.models.units import find_units
 
@@ -75,6 +75,17 @@ def test_the_same_layers_share_an_input_as_in_a_walk(make_model, architecture):
         counts = sorted((read.width, read.rows) for read in cost.inputs)
         assert [pair for pair in counts if pair in expected] == expected
         assert routed.isdisjoint(leaders) or routed & set(cost.leaders)
+
+
+def test_a_whole_forward_holds_its_logits_and_multiplies_for_them(make_model):
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        logits = model(**TOKENS).logits
+    cost = forward_cost(on_meta(model), TOKENS)
+    blocks = sum(unit.products for unit in traced(model, TOKENS).values())
+    assert blocks < cost.products == counted.get_total_flops()
+    assert cost.working >= logits.nbytes
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "regnet"])
