@@ -473,22 +473,23 @@ class CompressedModel:
                 engine=engine,
                 max_shard_size=max_shard_size,
             )
-        codec, moving = transcode.choose(contents, format, unproven=unproven, engine=engine)
-        if moving:  # steps move into other weights, which those of `model` are not to follow
-            with tempfile.TemporaryDirectory() as home:
-                self._save(Path(home) / "model", format=transcode.home(contents.layers))
-                return convert(
-                    Path(home) / "model",
-                    path,
-                    format,
-                    overwrite=overwrite,
-                    unproven=unproven,
-                    engine=engine,
-                    max_shard_size=max_shard_size,
-                )
-        facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
+        # a layer's state is read where layers are looked at, not only where they are written
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:
+            codec, moving = transcode.choose(contents, format, unproven=unproven, engine=engine)
+            if moving:  # steps move into other weights, which those of `model` are not to follow
+                with tempfile.TemporaryDirectory() as home:
+                    self._save(Path(home) / "model", format=transcode.home(contents.layers))
+                    return convert(
+                        Path(home) / "model",
+                        path,
+                        format,
+                        overwrite=overwrite,
+                        unproven=unproven,
+                        engine=engine,
+                        max_shard_size=max_shard_size,
+                    )
+            facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
             return artifact.save(
                 contents,
                 facts,

@@ -1,5 +1,6 @@
 """A model that is never in memory whole ends as one that was, file by file."""
 
+import contextlib
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_order import JointCompressor
+from optimum_order import compressed as compressed_module
 from optimum_order.artifact.verify import verify
 from optimum_order.cli import main
 from optimum_order.engine import snapshot, streamed
@@ -52,6 +54,29 @@ def tensors(folder):
         for file in folder.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
+
+
+def test_saving_reads_no_layer_while_the_c_library_keeps_memory(
+    saved, compress, tmp_path, monkeypatch
+):
+    """What is freed after one block would be kept beside the next, for all blocks of the model."""
+    active, reads = [False], []
+
+    @contextlib.contextmanager
+    def giving_back():
+        active[0] = True
+        yield
+        active[0] = False
+
+    def read(states, name, get=streamed.States.__getitem__):
+        reads.append(active[0])
+        return get(states, name)
+
+    compressed = compress(saved("llama"), "wanda:0.5 > rtn:4")
+    monkeypatch.setattr(compressed_module, "giving_memory_back", giving_back)
+    monkeypatch.setattr(streamed.States, "__getitem__", read)
+    compressed.save_pretrained(tmp_path / "out")
+    assert all(reads) and len(reads) > 2 * len(compressed.layers)
 
 
 CASES = [
