@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -36,7 +37,7 @@ from optimum_order.study.analysis import summarize
 from optimum_order.study.crew import Spec, crew
 from optimum_order.study.grid import grid, with_parts
 from optimum_order.study.run import Study, quiet
-from optimum_order.study.trials import TRIALS, Trials
+from optimum_order.study.trials import ORIGINAL, TRIALS, Trials
 
 STORED = Path(__file__).with_name("findings.json")
 PREFIX_BYTES = 4 * 10**9
@@ -300,6 +301,47 @@ def choices(trials: Trials) -> list[dict[str, Any]]:
     return gains
 
 
+def swaps(trials: Trials) -> list[dict[str, Any]]:
+    """Return what neighbors in orders of three stages or more gain by standing in the better order.
+
+    Of two stages, every order in which the first stands right before the second is compared with the order in which
+    the two have changed places and nothing else has.
+    """
+    performances: dict[tuple[Stage, ...], list[list[float]]] = defaultdict(list)
+    for (text, _), row in sorted(trials.rows("trials").items()):
+        if text != ORIGINAL and len(order := Order.parse(text)) > 2:
+            performances[order.stages].append(row["performances"])
+    gains: dict[tuple[Stage, Stage], list[torch.Tensor]] = defaultdict(list)
+    for stages, figures in performances.items():
+        for place, (first, second) in enumerate(itertools.pairwise(stages)):
+            other = performances.get((*stages[:place], second, first, *stages[place + 2 :]))
+            if other is not None and len(other) == len(figures):
+                gain = torch.tensor(figures).double() - torch.tensor(other).double()
+                gains[first, second].append(gain)
+    result = []
+    for (first, second), made in gains.items():
+        mean = difference_over_draws(torch.stack(made).mean(0))
+        if mean.mean > 0:
+            better = sum(bool(gain.mean() > 0) for gain in made)
+            about = {"first": str(first), "second": str(second), "swaps": len(made)}
+            sides = {side: getattr(mean, side) for side in _SIDES}
+            result.append(about | {"better": better} | sides)
+    return sorted(result, key=lambda one: -one["mean"])
+
+
+def neighbors(name: str, gains: Iterable[Mapping[str, Any]]) -> Table:
+    """Which of two neighboring stages goes first, over all places and all that stands around them."""
+    table = Table(title=f"{name}: neighbors that change places", title_justify="left")
+    for column in ("first", "second"):
+        table.add_column(column)
+    for column in ("better in", "gain of M"):
+        table.add_column(column, justify="right")
+    for one in gains:
+        interval = f"{one['mean']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})"
+        table.add_row(one["first"], one["second"], f"{one['better']} of {one['swaps']}", interval)
+    return table
+
+
 def stored(summary: Mapping[str, Any], trials: Trials) -> dict[str, Any]:
     """Return the part of a study that the repository holds."""
 
@@ -325,6 +367,7 @@ def stored(summary: Mapping[str, Any], trials: Trials) -> dict[str, Any]:
             for one in summary["rankings"]
         ],
         "choices": [{"order": one["order"]} | interval(one) for one in choices(trials)],
+        "swaps": [one | interval(one) for one in swaps(trials)],
     }
 
 
@@ -428,6 +471,8 @@ def main() -> None:
             )
     for name in [name for name in figures if figures[name]["rankings"]]:
         console.print(rankings(name, figures[name]))
+        if gains := swaps(Trials.open(folders[name])):
+            console.print(neighbors(name, gains))
     for name in [name for name in figures if name.endswith(tuple(f"-{n}" for n in FINDINGS))]:
         if figures[name]["pairs"]:
             console.print(pairs(name, figures[name]))
