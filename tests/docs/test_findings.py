@@ -49,6 +49,23 @@ def test_mixed_precision():
         assert [float(n) for n in re.findall(NUMBER, gain)] == pytest.approx(expected, abs=6e-5)
 
 
+@pytest.mark.parametrize(("study", "orders"), [("four-stages", 24), ("five-stages", 40)])
+def test_neighbors_that_change_places(study, orders):
+    stored = STORED[f"tiny-llama-{study}"]
+    gains = {(one["first"], one["second"]): one for one in stored["swaps"]}
+    (ranking,) = stored["rankings"]
+    table = rows(study)
+    assert len(ranking) == orders and len(table) == len(gains) > 5
+    for first, second, better, gain in table:
+        one = gains[CODE.fullmatch(first)[1], CODE.fullmatch(second)[1]]
+        assert better == f"{one['better']} of {one['swaps']}"
+        expected = [one[key] for key in ("mean", "low", "high")]
+        assert [float(n) for n in re.findall(NUMBER, gain)] == pytest.approx(expected, abs=6e-5)
+    section = TEXT.split(f"(`--run {study}`)")[1].partition("| first |")[0]
+    for row in (ranking[0], ranking[-1]):
+        assert f"{stored['values'][row['order']]:.2f}" in section
+
+
 def test_rotation():
     stored = STORED["tiny-llama-rotation"]
     rotate, quantizer = "rotate(force=true)", "gptq(bits=4, group_size=-1)"
