@@ -37,11 +37,12 @@ def main() -> None:
         sequence_length=args.length,
     )
 
-    def layers(order: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def layers(order: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What each layer is after an order: which weights are not zero, and which are pruned."""
         with quiet():
-            states = compressor.compress(order, progress=False).layers
-            return [(state.weight != 0, state.pruned) for state in states.values()]
+            states = compressor.compress(order, progress=False).layers.values()
+            none = torch.zeros((), dtype=torch.bool)
+            return [(s.weight != 0, none if s.pruned is None else s.pruned) for s in states]
 
     def share(masks: list[torch.Tensor]) -> str:
         counts = [(int(mask.sum()), mask.numel()) for mask in masks]

@@ -2,8 +2,9 @@
 
 Two witnesses judge an order: the layers' output errors, and M (or what stands for M) of the model
 with these layers alone compressed, on a few samples. An order is dropped once both are against it
-and the errors differ by more than chance; otherwise twice as many layers are looked at. Where that
-never decides, M of the whole models does.
+and the errors differ by more than chance; otherwise twice as many layers are looked at, as they are
+where the one order that is left is expected to have less M than the next. Where that never decides,
+M of the whole models does.
 """
 
 from __future__ import annotations
@@ -70,6 +71,13 @@ class _Elimination:
                 for order, ratio in self.ratios.items()
                 if ratio.low > 0 and means[order] < means[best]
             }
+            difference = None
+            if len(dropped) == len(self.ratios):
+                second = min(self.ratios, key=lambda order: self.ratios[order].mean)
+                difference = self._imagine(best, second)
+                if difference.mean < 0:
+                    dropped = set()
+                    difference = None
             self.alive = [order for order in self.alive if order not in dropped]
             if len(self.alive) == 1 or count == total:
                 break
@@ -88,11 +96,11 @@ class _Elimination:
             self.task.orders,
             key=lambda order: (order not in self.alive, order not in self.ratios, errors[order]),
         )
-        if len(self.alive) > 1:
+        if difference is None:
             return self._by_models([order for order in ranked if order not in self.alive])
         scored = {best, *self.ratios}
         ranking: Ranking = [(order, errors[order] if order in scored else None) for order in ranked]
-        return self._by_layers(ranking, count)
+        return self._by_layers(ranking, count, difference)
 
     def _score(self, orders: Iterable[Order]) -> dict[Order, Tensor]:
         """Score the model with the layers that were taken and no other compressed."""
@@ -113,11 +121,10 @@ class _Elimination:
         }
         return best, ratios
 
-    def _by_layers(self, ranking: Ranking, count: int) -> Verdict:
+    def _by_layers(self, ranking: Ranking, count: int, difference: Difference) -> Verdict:
         """Recommend the one order that is left, and say what it is worth."""
         best, second = (order for order, _ in ranking[:2])
         ratio = self.ratios[second]
-        difference = self._imagine(best, second)
         less, least, most = (1 - math.exp(-value) for value in (ratio.mean, ratio.low, ratio.high))
         end = "." if difference.decisive else ", and is too little to be sure of."
         reason = (

@@ -77,6 +77,26 @@ def test_whole_models_decide_where_no_difference_of_errors_is_believed(make_task
     assert verdict.scored_by == "fidelity"
 
 
+def test_an_order_that_is_expected_to_lose_is_not_recommended_by_its_errors(make_task, monkeypatch):
+    calls = []
+
+    def imagine(self, best, second, whole=auto._Elimination._imagine):
+        calls.append((best, second))
+        difference = whole(self, best, second)
+        return dataclasses.replace(difference, mean=-1.0) if len(calls) <= losing else difference
+
+    monkeypatch.setattr(auto._Elimination, "_imagine", imagine)
+    losing = 1
+    task = make_task(EASY, confidence=0.0)
+    verdict = auto.rank(task)
+    assert task.cost["layers"] == 8, "twice as many layers were looked at"
+    assert verdict.scored_by == "layer error" and verdict.difference.mean > 0
+    losing = 10
+    task = make_task(EASY, confidence=0.0)
+    assert auto.rank(task).scored_by != "layer error", "whole models decide"
+    assert task.cost["layers"] == 14
+
+
 def test_no_difference_is_said_where_there_is_none(make_task):
     verdict = auto.rank(make_task(["rtn:8", "magnitude:0.0"]))
     assert not verdict.decisive
