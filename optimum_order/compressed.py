@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import tempfile
 from collections.abc import Mapping
@@ -463,16 +464,17 @@ class CompressedModel:
     ) -> dict[str, Any]:
         contents = self._contents()
         format, engine = self._chosen(format, engine)
+        again = functools.partial(
+            convert,
+            path=path,
+            format=format,
+            overwrite=overwrite,
+            unproven=unproven,
+            engine=engine,
+            max_shard_size=max_shard_size,
+        )
         if self._folder is not None:
-            return convert(
-                self._folder,
-                path,
-                format,
-                overwrite=overwrite,
-                unproven=unproven,
-                engine=engine,
-                max_shard_size=max_shard_size,
-            )
+            return again(self._folder)
         # a layer's state is read where layers are looked at, not only where they are written
         memory = contextlib.nullcontext() if self._tensors is None else giving_memory_back()
         with memory:
@@ -480,15 +482,7 @@ class CompressedModel:
             if moving:  # steps move into other weights, which those of `model` are not to follow
                 with tempfile.TemporaryDirectory() as home:
                     self._save(Path(home) / "model", format=transcode.home(contents.layers))
-                    return convert(
-                        Path(home) / "model",
-                        path,
-                        format,
-                        overwrite=overwrite,
-                        unproven=unproven,
-                        engine=engine,
-                        max_shard_size=max_shard_size,
-                    )
+                    return again(Path(home) / "model")
             facts = self._facts() | {"metrics": self._metrics(codec.runs_dense)}
             return artifact.save(
                 contents,
