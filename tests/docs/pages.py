@@ -29,7 +29,7 @@ BLOCK = re.compile(
     r"^```(?P<language>bash|python)(?P<title> title=\"[^\"]+\")?\n(?P<code>.*?)^```", re.M | re.S
 )
 FOREIGN = re.compile(
-    r"\b(meta-llama|some|me|my-org|namespace|your)/|my-|text\.txt|model\.gguf|wikitext2|env/bin|lm_eval"
+    r"\b(meta-llama|some|me|my-org|namespace|your)/|my-|text\.txt|chats\.jsonl|model\.gguf|wikitext2|env/bin|lm_eval"
     r"|^optimum-order push",
     re.M,
 )
