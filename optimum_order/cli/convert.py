@@ -44,7 +44,7 @@ examples:
         parser.add_argument(
             "--dry-run",
             action="store_true",
-            help="write nothing: say which format it would be, and how large OUTPUT would be",
+            help="write nothing: name the format, and say how large OUTPUT would be",
         )
 
     def work(self) -> dict[str, Any]:
