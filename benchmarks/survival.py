@@ -651,6 +651,8 @@ def read_many(generators: ModuleType, root: Path, seed: int, first: int, last: i
     signal.signal(signal.SIGALRM, hung)
     for made in (root / "small").iterdir():  # libraries that a format needs are loaded at its first
         generators.read_or_refused(made, None)
+    gc.collect()
+    gc.freeze()  # what these libraries made is not collected again before each input
     counts: collections.Counter[str] = collections.Counter()
     problems = []
     for number in range(first, last):
