@@ -209,7 +209,7 @@ class BitsAndBytes(Codec):
             raise ArtifactError(
                 f"{packed.numel()} {packed.dtype} codes are not a 4-bit layer of {shape}"
             )
-        if not torch.equal(tensors["weight.quant_map"], levels(data_type, torch.device("cpu"))):
+        if not _alike(tensors["weight.quant_map"], levels(data_type, torch.device("cpu"))):
             raise ArtifactError(f"its quant map is not that of {data_type}")
         blocks = -(-weights // blocksize)
         nested = _nested_scales(tensors, facts, blocks) if scheme["double_quant"] else None
@@ -315,10 +315,15 @@ def _nested_scales(
         or absmax.shape != (-(-blocks // NESTED_BLOCKSIZE),)
         or not isinstance(offset, float)
         or facts.get("nested_blocksize") != NESTED_BLOCKSIZE
-        or not torch.equal(tensors["weight.nested_quant_map"], table)
+        or not _alike(tensors["weight.nested_quant_map"], table)
     ):
         raise ArtifactError("its nested scales do not fit the layer")
     return NestedScales(codes, absmax, torch.tensor(offset))
+
+
+def _alike(tensor: Tensor, table: Tensor) -> bool:
+    """Return whether a tensor is a table; PyTorch compares float8 with nothing else."""
+    return tensor.dtype == table.dtype and torch.equal(tensor, table)
 
 
 def _check_scales(absmax: Tensor, count: int) -> None:

@@ -179,6 +179,9 @@ NESTED = quantized(torch.randn(64, 128), nested=True)
 INT8 = quantized(torch.randn(64, 128), "int8")
 
 
+FLOAT8 = torch.ones(256, dtype=torch.float8_e4m3fn)
+
+
 def test_tensors_that_do_not_fit_are_refused():
     for state, change, reason in [
         (NF4, put(weight__absmax=None), "has the tensors"),
@@ -197,6 +200,8 @@ def test_tensors_that_do_not_fit_are_refused():
         (NESTED, restate(nested_offset=None), "nested scales"),
         (NESTED, restate(nested_offset=-1e9), "finite and positive"),
         (NESTED, put(weight__nested_quant_map=torch.ones(256)), "nested scales"),
+        (NF4, put(weight__quant_map=FLOAT8), "quant map"),  # comparing would be a RuntimeError
+        (NESTED, put(weight__nested_quant_map=FLOAT8), "nested scales"),
         (NESTED, put(weight__nested_absmax=torch.ones(7)), "nested scales"),
         (INT8, put(SCB=None), "int8 matrix"),
         (INT8, put(SCB=torch.full((64,), float("inf"))), "finite and positive"),
