@@ -34,6 +34,8 @@ _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=
 _U32, _TEXT, _LIST = 4, 8, 9
 _MOST_TEXTS = 2**22
 """More than any vocabulary or list of merges has."""
+_LONGEST_TEXT = 2**20
+"""Bytes of a text; chat templates, the longest of them, have a few ten thousand."""
 _MOST_TENSORS = 2**20
 _MOST_DIMENSIONS = 4
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -134,15 +136,21 @@ class GGUFFile:
             raise self._wrong("it ends before its header does")
         self._at += count
 
-    def _text(self) -> str:
+    def _skip_text(self) -> int:
+        """Skip a text, and return how many bytes it has."""
         self._texts_left -= 1
         if self._texts_left < 0:
             raise self._wrong(f"it has more than {_MOST_TEXTS} texts")
         (count,) = self._unpack("<Q")
-        begin = self._at
+        if count > _LONGEST_TEXT:
+            raise self._wrong(f"it says that it holds a text of {count} bytes")
         self._skip(count)
+        return int(count)
+
+    def _text(self) -> str:
+        count = self._skip_text()
         try:
-            return self._data[begin : self._at].tobytes().decode()
+            return self._data[self._at - count : self._at].tobytes().decode()
         except UnicodeDecodeError as error:
             raise self._wrong("a text is no UTF-8") from error
 
@@ -161,7 +169,7 @@ class GGUFFile:
             inner, count = self._unpack("<IQ")
             if inner == _TEXT:
                 for _ in range(count):
-                    self._text()
+                    self._skip_text()
             else:
                 self._skip(count * self._width(inner))
         else:

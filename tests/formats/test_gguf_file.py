@@ -125,12 +125,38 @@ def tensors(*entries, texts=0):
         (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 0), "holds 1099511627776 tensors"),
         (b"GGUF" + struct.pack("<IQQ", 2, 0, 0), "version 2"),
         (b"GGML" + struct.pack("<IQQ", 3, 0, 0), "b'GGML'"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60), "ends before"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60), "a text of 1152921504606846976 bytes"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**10), "ends before"),
     ],
 )
 def test_headers_that_ask_for_too_much(data, match, tmp_path):
     with pytest.raises(ArtifactError, match=match):
         read(data, tmp_path)
+
+
+def listed(*texts):
+    """A file of one field, a list of texts."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    head += struct.pack("<IIQ", 9, 8, len(texts))
+    return head + b"".join(struct.pack("<Q", len(text)) + text for text in texts)
+
+
+def test_a_text_as_long_as_the_file_is_not_copied(tmp_path):
+    """One of 100,000 damaged files had such a length, and took three times its memory."""
+    (tmp_path / "f").write_bytes(listed(b"one", b"\xb4" * 3 * 2**20))
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="a text of 3145728 bytes"):
+        GGUFFile(tmp_path / "f")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**20
+
+
+def test_texts_of_a_list_are_decoded_when_they_are_asked_for(tmp_path):
+    (tmp_path / "f").write_bytes(listed(b"one", b"\xb4"))
+    file = GGUFFile(tmp_path / "f")
+    with pytest.raises(ArtifactError, match="no UTF-8"):
+        file.fields()
 
 
 def test_lists_without_end_are_not_walked(tmp_path, monkeypatch):
