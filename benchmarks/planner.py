@@ -318,7 +318,7 @@ def claim(result: dict, truth: Truth, best: Order) -> tuple[bool, bool, bool, fl
 
 
 def intervals(name: str, truth: Truth, rows: list[dict]) -> list[dict]:
-    """Of every plan by `auto`: what its interval covers, its middle, its half-width before widening, and the truth."""
+    """Of every plan by `auto`: its middle, its half-width before widening, and the truth."""
     result = []
     for row in rows:
         entry = row["plan"]
@@ -328,10 +328,11 @@ def intervals(name: str, truth: Truth, rows: list[dict]) -> list[dict]:
         ):
             continue
         gap = entry["difference"]
-        half = (gap["high"] - gap["low"]) / 2 / WIDENING[gap["over"]]
+        ranked_by = "M by a finer metric" if entry["metric"] == "accuracy" else "M"
+        half = (gap["high"] - gap["low"]) / 2 / WIDENING[ranked_by]
         true = float(truth.draws(first).mean() - truth.draws(second).mean())
         result.append(
-            {"model": name, "pair": row["index"], "over": gap["over"]}
+            {"model": name, "pair": row["index"], "ranked_by": ranked_by}
             | {
                 key: round(value, 5)
                 for key, value in (("mean", gap["mean"]), ("half", half), ("true", true))
@@ -470,13 +471,15 @@ def main() -> None:
             folder = args.output / name.replace(", ", "-").replace(" ", "-")
             if rows := lines(folder / "plans.jsonl"):
                 made += intervals(name, Truth(folder), rows)
-        for over in sorted({row["over"] for row in made}):
+        for kind in WIDENING:
             ratios = [
-                abs(row["true"] - row["mean"]) / row["half"] for row in made if row["over"] == over
+                abs(row["true"] - row["mean"]) / row["half"]
+                for row in made
+                if row["ranked_by"] == kind
             ]
             held = sum(ratio <= 1 for ratio in ratios)
             print(
-                f"{over}: {held} of {len(ratios)} hold the truth; widen by {conformal(ratios):.2f}"
+                f"{kind}: {held} of {len(ratios)} hold the truth; widen by {conformal(ratios):.2f}"
             )
         STORED.write_text("[\n" + ",\n".join(map(json.dumps, made)) + "\n]\n")
     if part in ("", "table", "curve"):

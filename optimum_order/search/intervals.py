@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 from torch import Tensor
 
 from optimum_order.evaluation import Metric
@@ -21,17 +21,24 @@ BIAS = 0.1
 M, whatever the number of layers. Chosen after two cases of tiny-llama in which it pointed the wrong
 way by 0.05 and 0.07 (benchmarks/planner.py)."""
 
-WIDENING = {"samples": 1.93, OVER_ALL: 2.62}
-"""By how much intervals of what a plan expects are wider than their own noise says, by what they
-cover. A sketch is not the model: of the plans whose truth was measured in full, 95 % hold the truth
-with these factors (benchmarks/plans.json, from benchmarks/planner.py --only intervals)."""
+WIDENING = {"M": 1.15, "M by a finer metric": 1.85}
+"""By how much intervals of what a plan expects are wider than their own noise says: where M ranks,
+and where a finer metric does, for M is then a threshold that noise in a few samples seldom crosses.
+A sketch is not the model: of the plans whose truth was measured in full, 95 % hold the truth with
+these factors (benchmarks/plans.json, from benchmarks/planner.py --only intervals)."""
+
+_SUREST = 8.0
 
 
-def widened(difference: Difference) -> Difference:
-    """Return a difference with an interval that holds the truth as often as the interval says."""
-    factor = WIDENING[difference.over]
+def widened(difference: Difference, ranked_by: str = "M") -> Difference:
+    """Return a difference with an interval that holds the truth as often as the interval says.
+
+    Args:
+        difference: What a plan expects.
+        ranked_by: A key of `WIDENING`.
+    """
     low, high = (
-        difference.mean + factor * (end - difference.mean)
+        difference.mean + WIDENING[ranked_by] * (end - difference.mean)
         for end in (difference.low, difference.high)
     )
     return dataclasses.replace(difference, low=low, high=high)
@@ -96,43 +103,49 @@ def possible(metric: Metric, gap: Difference) -> Difference:
     return gap.within(low - high, high - low)
 
 
-def jackknife(metric: Metric, whole: Tensor, reduced: Tensor) -> Difference:
-    """Return a gap between two models with its interval over draws, layers and samples.
+def extrapolate(measured: Difference, ratio: Difference, loss: float) -> Difference:
+    """Return a gap in M with all that a sketch leaves open.
 
-    With D the gap and D_r the gap without the layers of draw r, R D - (R - 1) D_r are as good as R
-    independent estimates of D, which vary with draws, layers and samples.
-
-    Args:
-        metric: M.
-        whole: D, (samples,).
-        reduced: D_r, (draws, samples), of two draws or more.
-
-    Source:
-        Tukey 1958, Annals of Mathematical Statistics 29, 614: pseudo-values.
-    """
-    count = len(reduced)
-    spread = interval(metric, count * whole - (count - 1) * reduced, OVER_ALL)
-    center = interval(metric, whole[None]).mean
-    shift = center - spread.mean
-    return dataclasses.replace(
-        spread, mean=center, low=spread.low + shift, high=spread.high + shift
-    )
-
-
-def extrapolate(measured: Difference, ratio: Difference) -> Difference:
-    """Return a gap in M where only some layers were compressed and noise stands for the others.
-
-    M is taken to differ in proportion to the logarithm of the ratio of output errors. The interval
-    covers samples, what layers and draws leave open of the ratio, and `BIAS`.
+    What an order costs in M is taken to grow in proportion to its output error, so that another
+    logarithm of the ratio of two orders' errors moves the gap by the loss times the change. The
+    interval covers samples, what layers and draws leave open of the ratio, and `BIAS`.
 
     Args:
-        measured: The gap with noise in the other layers, over samples.
-        ratio: The logarithm of the ratio of the two orders' output errors, over layers and draws;
-            its mean is positive.
+        measured: The gap with noise in the layers that were not looked at, over samples.
+        ratio: The logarithm of the ratio of the two orders' output errors, over layers and draws.
+        loss: M of the original less M of the two orders, their mean.
     """
     unknown = math.hypot(ratio.high - ratio.mean, BIAS)
-    over_layers = abs(measured.mean) * unknown / ratio.mean
-    half = math.hypot(measured.high - measured.mean, over_layers)
-    return Difference(
-        measured.mean, measured.mean - half, measured.mean + half, OVER_ALL, CONFIDENCE
-    )
+    half = math.hypot(measured.high - measured.mean, max(0.0, loss) * unknown)
+    low, high = measured.mean - half, measured.mean + half
+    return Difference(measured.mean, low, high, OVER_ALL, CONFIDENCE)
+
+
+def sureness(differences: Tensor, bias: float = 0.0) -> float:
+    """Return how surely the mean of differences is above 0, in standard deviations of a normal.
+
+    That is -1.64 or 1.64 where a t interval of 90 % touches 0.
+
+    Args:
+        differences: (samples,).
+        bias: How far the mean may be off, however many there are, as half an interval of 95 %.
+    """
+    mean = differences.mean().item()
+    count = len(differences)
+    if count < 2 or mean == 0:
+        return 0.0
+    spread = math.hypot((differences.std() / count**0.5).item(), bias / float(ndtri(0.975)))
+    tail = float(stdtr(count - 1, -abs(mean) / spread)) if spread else 0.0
+    return math.copysign(min(_SUREST, -float(ndtri(tail))), mean)
+
+
+def together(*witnesses: float) -> float:
+    """Return how sure independent witnesses are together.
+
+    Args:
+        witnesses: From `sureness`.
+
+    Source:
+        Stouffer et al. 1949, The American Soldier I, 45: sum of z over the root of their number.
+    """
+    return sum(witnesses) / len(witnesses) ** 0.5

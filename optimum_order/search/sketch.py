@@ -147,20 +147,6 @@ class Sketch:
         tiny = torch.finfo(torch.float32).tiny
         return torch.tensor(values, dtype=torch.float64).clamp(min=tiny).log()
 
-    def write(self, order: Order, *, without: int | None = None) -> None:
-        """Put an order's layers into the model, the original's where they were not taken.
-
-        Args:
-            order: The order.
-            without: A draw whose layers are left as they were.
-        """
-        states = self.states[order]
-        for target in self._targets():
-            name = target.name
-            is_taken = name in states and (without is None or self.draw(name) != without)
-            state = states[name] if is_taken else self.runner.original.states[name]
-            target.put(state)
-
     def imagine(self, order: Order) -> None:
         """Put into the model what a whole run may look like, by the layers that were taken.
 

@@ -15,7 +15,7 @@ def search_compressor(make_compressor):
 
 @pytest.fixture(scope="session")
 def scoring(search_compressor, text_file):
-    """Fidelity on 128 windows, of which `auto` takes 8."""
+    """Fidelity on 128 windows, of which `auto` takes 16."""
     samples = search_compressor.evaluation_samples(str(text_file), 128)
     return Scoring(Fidelity(search_compressor.source.load()), samples)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from optimum_order.evaluation.accuracy import Accuracy
 from optimum_order.evaluation.comparison import Difference
 from optimum_order.evaluation.perplexity import Perplexity
 from optimum_order.search.intervals import (
+    BIAS,
     WIDENING,
     conformal,
     extrapolate,
     interval,
-    jackknife,
     possible,
     student,
+    sureness,
+    together,
     widened,
 )
 
@@ -53,45 +56,6 @@ def test_accuracy_that_did_not_change_is_not_known_exactly():
     assert exact.low == exact.high == 0
 
 
-# Jackknife
-
-
-def test_a_jackknife_of_effects_that_add_up_is_their_spread():
-    """Each draw's layers add c_r to the gap D; Tukey's pseudo-values are then D + (R - 1) c_r."""
-    effects = tensor(0.4, 0.1, 0.3, 0.2)
-    whole = effects.sum().repeat(6)
-    reduced = (effects.sum() - effects)[:, None].repeat(1, 6)
-    difference = jackknife(Perplexity(), whole, reduced)
-    assert difference.mean == pytest.approx(1.0)
-    assert difference.over == "draws, layers and samples"
-    # 3 c_r have a standard deviation of 3 * 0.1291, and t of 3 degrees of freedom is 3.1824
-    half = 3.1824463 * 3 * 0.12909944 / 4**0.5
-    assert difference.high - 1.0 == pytest.approx(half)
-    assert 1.0 - difference.low == pytest.approx(half)
-
-
-def test_a_jackknife_is_about_the_whole_models():
-    """Effects that do not add up move the mean of pseudo-values, and not the gap that was measured."""
-    whole = tensor(1.0, 1.2, 0.8, 1.0)
-    reduced = torch.stack([0.9 * whole, 0.5 * whole, 0.6 * whole])
-    pseudo = 3 * whole - 2 * reduced
-    assert pseudo.mean() != pytest.approx(1.0)
-    difference = jackknife(Perplexity(), whole, reduced)
-    expected = interval(Perplexity(), pseudo)
-    assert difference.mean == pytest.approx(1.0)
-    assert difference.high - difference.low == pytest.approx(expected.high - expected.low)
-    assert (difference.high + difference.low) / 2 == pytest.approx(1.0)
-
-
-def test_draws_that_change_nothing_add_nothing():
-    whole = tensor(0.9, 1.2, 1.0, 1.1)
-    reduced = (whole * 0.75).repeat(4, 1)
-    difference = jackknife(Perplexity(), whole, reduced)
-    plain = interval(Perplexity(), (4 * whole - 3 * 0.75 * whole).repeat(4, 1))
-    assert difference.high - difference.mean == pytest.approx(plain.high - plain.mean)
-    assert difference.mean == pytest.approx(1.05)
-
-
 # What layers stand for
 
 
@@ -100,22 +64,63 @@ def around(mean, half, over="samples"):
 
 
 def test_a_gap_from_some_layers_is_open_by_samples_layers_and_bias():
-    """M goes with the logarithm of the errors' ratio: 0.5 +- hypot(0.24, 0.1) of it, so 26 / 50."""
-    difference = extrapolate(around(-2.0, 0.3), around(0.5, 0.24))
-    half = (0.3**2 + (2.0 * 0.26 / 0.5) ** 2) ** 0.5
-    assert (difference.low, difference.high) == pytest.approx((-2.0 - half, -2.0 + half))
-    assert difference.mean == -2.0
+    """The errors' ratio is open by hypot(0.24, 0.1) = 0.26, of which each 1 is worth the loss of 3."""
+    difference = extrapolate(around(2.0, 0.3), around(0.5, 0.24), loss=3.0)
+    half = (0.3**2 + (3.0 * 0.26) ** 2) ** 0.5
+    assert (difference.low, difference.high) == pytest.approx((2.0 - half, 2.0 + half))
+    assert difference.mean == 2.0
     assert difference.over == "draws, layers and samples"
     assert difference.confidence == 0.95
 
 
 def test_errors_that_are_as_close_as_some_that_misled_are_not_decisive():
-    """In two cases of tiny-llama a ratio pointed the wrong way by 0.05 and 0.07."""
-    certain = around(1.0, 0.0)
-    for ratio in (0.05, 0.07):
-        assert not extrapolate(certain, around(ratio, 0.0)).decisive
-    for ratio in (0.15, 0.3):
-        assert extrapolate(certain, around(ratio, 0.0)).decisive
+    """In two cases of tiny-llama a ratio pointed the wrong way by 0.05 and 0.07; M goes with it."""
+    for ratio, is_decisive in [(0.05, False), (0.07, False), (0.15, True), (0.3, True)]:
+        gap = extrapolate(around(2.0 * ratio, 0.0), around(ratio, 0.0), loss=2.0)
+        assert gap.decisive == is_decisive
+
+
+def test_where_nothing_is_lost_layers_leave_nothing_open():
+    for loss in (0.0, -1.0):
+        difference = extrapolate(around(0.1, 0.3), around(0.5, 0.24), loss)
+        assert (difference.low, difference.high) == pytest.approx((-0.2, 0.4))
+
+
+# Two witnesses
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=2, max_size=40).filter(lambda values: len(set(values)) > 1),
+    st.floats(0.05, 0.95),
+)
+def test_a_mean_is_as_sure_as_the_interval_that_ends_at_zero(values, confidence):
+    differences = tensor(*values)
+    spread = student(differences, confidence)
+    sure = abs(sureness(differences))
+    level = NormalDist().inv_cdf((1 + confidence) / 2)
+    if sure < 7.9 and abs(sure - level) > 1e-6:
+        assert (sure > level) == (spread.low > 0 or spread.high < 0)
+    assert sureness(-differences) == pytest.approx(-sureness(differences))
+
+
+def test_a_ratio_of_errors_that_may_be_off_is_less_sure():
+    """0.053 +- 0.001 in all layers of tiny-resnet pointed the wrong way."""
+    ratios = tensor(0.052, 0.053, 0.054, 0.053)
+    assert sureness(ratios) > 3
+    assert 0 < sureness(ratios, BIAS) < 1
+    assert sureness(tensor(0.5, 0.51, 0.52, 0.53), BIAS) > 2.5
+
+
+def test_the_surest_is_finite_and_one_sample_says_nothing():
+    assert sureness(tensor(1.0, 1.0, 1.0)) == 8.0
+    assert sureness(tensor(-1.0, -1.0)) == -8.0
+    assert sureness(tensor(0.0, 0.0)) == sureness(tensor(3.0)) == 0.0
+
+
+def test_witnesses_add_up_and_take_each_other_back():
+    assert together(1.2, 1.2) == pytest.approx(1.2 * 2**0.5)
+    assert together(3.0, -3.0) == 0.0
+    assert together(2.0) == 2.0
 
 
 def test_a_gap_never_reaches_beyond_what_the_metric_can_be():
@@ -130,32 +135,29 @@ PLANS = json.loads((Path(__file__).parents[2] / "benchmarks" / "plans.json").rea
 """Plans whose truth was measured in full (benchmarks/planner.py --only intervals)."""
 
 
-def ratios(over):
+def ratios(ranked_by):
     """Return how far the truth lay from the middle of each interval, in its half-widths."""
-    return [abs(row["true"] - row["mean"]) / row["half"] for row in PLANS if row["over"] == over]
+    rows = [row for row in PLANS if row["ranked_by"] == ranked_by]
+    return [abs(row["true"] - row["mean"]) / row["half"] for row in rows]
 
 
 def test_widened_intervals_hold_the_truth_of_the_stored_plans():
-    held = [
-        row["mean"] - WIDENING[row["over"]] * row["half"]
-        <= row["true"]
-        <= row["mean"] + WIDENING[row["over"]] * row["half"]
-        for row in PLANS
-    ]
-    assert len(held) >= 50
+    held = [ratio <= factor for kind, factor in WIDENING.items() for ratio in ratios(kind)]
+    assert len(held) == len(PLANS) >= 50
     assert sum(held) >= 0.95 * len(held)
 
 
-@pytest.mark.parametrize("over", sorted({row["over"] for row in PLANS}))
-def test_the_factors_are_those_that_the_stored_plans_ask_for(over):
+@pytest.mark.parametrize("ranked_by", WIDENING)
+def test_the_factors_are_those_that_the_stored_plans_ask_for(ranked_by):
     """And no larger: an interval that always holds the truth says nothing."""
-    assert WIDENING[over] == pytest.approx(max(1.0, conformal(ratios(over))), abs=0.06)
+    assert WIDENING[ranked_by] == pytest.approx(max(1.0, conformal(ratios(ranked_by))), abs=0.06)
 
 
-def test_intervals_are_widened_around_their_middle():
+@pytest.mark.parametrize("ranked_by", WIDENING)
+def test_intervals_are_widened_around_their_middle(ranked_by):
     narrow = Difference(1.0, 0.5, 2.0, "draws, layers and samples", 0.95)
-    factor = WIDENING[narrow.over]
-    wide = widened(narrow)
+    factor = WIDENING[ranked_by]
+    wide = widened(narrow, ranked_by)
     assert wide.mean == 1.0
     assert (wide.low, wide.high) == pytest.approx((1 - factor * 0.5, 1 + factor))
 

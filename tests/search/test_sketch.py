@@ -78,17 +78,6 @@ def test_layers_are_taken_once_and_in_the_same_way_whatever_fits_in_memory(
     assert small.errors == sketch.errors
 
 
-def test_a_model_is_written_with_what_was_taken_and_without_what_is_left_out(sketch, runner):
-    sketch.take(4, [FORWARD])
-    taken = sketch.layers[:4]
-    for without in (None, 0, 1):
-        sketch.write(FORWARD, without=without)
-        for name, weight in weights(runner).items():
-            is_written = name in taken and sketch.draw(name) != without
-            states = sketch.states[FORWARD] if is_written else runner.original.states
-            assert torch.equal(weight, states[name].weight)
-
-
 # Noise in place of the layers that were not taken
 
 

@@ -1,24 +1,30 @@
 """`auto`: a few layers, each compressed in every order with a calibration draw of its own.
 
 Two witnesses judge an order: the layers' output errors, and M (or what stands for M) of the model
-with these layers alone compressed, on a few samples. An order is dropped once both are against it
-and the errors differ by more than chance; otherwise twice as many layers are looked at, as they are
-where the one order that is left is expected to have less M than the next. Where that never decides,
-M of the whole models does.
+with these layers compressed and noise of the same size in all others, on a few samples. An order is
+dropped once both together are sure that another is better; otherwise twice as many layers are
+looked at. Where that never decides, M of the whole models does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 
-import torch
+from scipy.special import ndtri
 from torch import Tensor
 
 from optimum_order.evaluation import Metric, Samples
 from optimum_order.evaluation.comparison import Difference
 from optimum_order.order import Order
-from optimum_order.search.intervals import extrapolate, interval, jackknife, student, widened
+from optimum_order.search.intervals import (
+    BIAS,
+    extrapolate,
+    interval,
+    student,
+    sureness,
+    together,
+    widened,
+)
 from optimum_order.search.plan import Ranking
 from optimum_order.search.sketch import Sketch
 from optimum_order.search.strategies import small
@@ -51,34 +57,23 @@ class _Elimination:
         self.sketch = sketch
         self.samples: Samples = task.few_samples()
         self.alive = list(task.orders)
+        self.errors: dict[Order, Tensor] = {}
+        """The logarithm of the output error of each layer that was taken: (layers,)."""
         self.scores: dict[Order, Tensor] = {}
-        """What the scorer says of the model with the layers that were taken: (samples,)."""
-        self.ratios: dict[Order, Difference] = {}
-        """The logarithm of each order's output error over that of the best."""
+        """What the scorer says of the imagined model: (samples,)."""
 
     def run(self) -> Verdict:
         """Take layers until one order is left, or all layers are taken."""
         total = len(self.sketch.layers)
+        level = float(ndtri((1 + self.task.effort.confidence) / 2))
         count = max(_FIRST_LAYERS, len(self.sketch.draws))
         while True:
             count = min(count, total)
-            self.sketch.take(count, self.alive)
-            self.scores = self._score(self.alive)
-            best, self.ratios = self._compare(self.alive)
-            means = {order: self.scores[order].mean().item() for order in self.alive}
-            dropped = {
-                order
-                for order, ratio in self.ratios.items()
-                if ratio.low > 0 and means[order] < means[best]
-            }
-            difference = None
-            if len(dropped) == len(self.ratios):
-                second = min(self.ratios, key=lambda order: self.ratios[order].mean)
-                difference = self._imagine(best, second)
-                if difference.mean < 0:
-                    dropped = set()
-                    difference = None
-            self.alive = [order for order in self.alive if order not in dropped]
+            self._look(count)
+            lead = self._leads()
+            behind = sorted((order for order in lead if lead[order] >= level), key=lead.__getitem__)
+            looked_at = self.alive
+            self.alive = [order for order in self.alive if order not in behind]
             if len(self.alive) == 1 or count == total:
                 break
             count *= 2
@@ -88,120 +83,98 @@ class _Elimination:
             "scored_samples": len(self.samples),
             "layers": count,
         }
+        if len(self.alive) > 1:
+            return self._by_models()
+        # orders that fell behind earlier were looked at on fewer layers
         errors = {
             order: self.sketch.logarithms(order).mean().exp().item() for order in self.task.orders
         }
-        # orders that fell behind earlier were looked at on fewer layers
-        ranked = sorted(
-            self.task.orders,
-            key=lambda order: (order not in self.alive, order not in self.ratios, errors[order]),
-        )
-        if difference is None:
-            return self._by_models([order for order in ranked if order not in self.alive])
-        scored = {best, *self.ratios}
-        ranking: Ranking = [(order, errors[order] if order in scored else None) for order in ranked]
-        return self._by_layers(ranking, count, difference)
+        earlier = [order for order in self.task.orders if order not in looked_at]
+        earlier.sort(key=errors.__getitem__)
+        ranking: Ranking = [(order, errors[order]) for order in [*self.alive, *behind]]
+        return self._by_layers([*ranking, *((order, None) for order in earlier)], count)
 
-    def _score(self, orders: Iterable[Order]) -> dict[Order, Tensor]:
-        """Score the model with the layers that were taken and no other compressed."""
-        scores = {}
-        for order in orders:
-            self.sketch.write(order)
-            scores[order] = self._performances(self.task.scorer)
-        return scores
+    def _look(self, count: int) -> None:
+        """Ask both witnesses about the orders that are left.
 
-    def _compare(self, orders: Iterable[Order]) -> tuple[Order, dict[Order, Difference]]:
-        """Return the order with the least output error, and how all others compare."""
-        logarithms = {order: self.sketch.logarithms(order) for order in orders}
-        best = min(logarithms, key=lambda order: logarithms[order].mean().item())
-        ratios = {
-            order: student(values - logarithms[best], self.task.effort.confidence)
-            for order, values in logarithms.items()
-            if order != best
-        }
-        return best, ratios
+        Args:
+            count: How many layers to look at.
+        """
+        self.sketch.take(count, self.alive)
+        self.errors = {order: self.sketch.logarithms(order) for order in self.alive}
+        self.scores = {order: self._imagined(order, self.task.scorer) for order in self.alive}
 
-    def _by_layers(self, ranking: Ranking, count: int, difference: Difference) -> Verdict:
+    def _imagined(self, order: Order, metric: Metric) -> Tensor:
+        """Return the performances of the model with noise in the layers that were not taken."""
+        self.sketch.imagine(order)
+        return self.task.measure(metric, self.samples).performances
+
+    def _leads(self) -> dict[Order, float]:
+        """Return how sure both witnesses are that the best order is better than each other one."""
+
+        def lead(first: Order, second: Order) -> float:
+            return together(
+                sureness(self.errors[second] - self.errors[first], BIAS),
+                sureness(self.scores[first] - self.scores[second]),
+            )
+
+        best = max(self.alive, key=lambda one: sum(lead(one, other) for other in self.alive))
+        return {order: lead(best, order) for order in self.alive if order != best}
+
+    def _by_layers(self, ranking: Ranking, count: int) -> Verdict:
         """Recommend the one order that is left, and say what it is worth."""
         best, second = (order for order, _ in ranking[:2])
-        ratio = self.ratios[second]
-        less, least, most = (1 - math.exp(-value) for value in (ratio.mean, ratio.low, ratio.high))
-        end = "." if difference.decisive else ", and is too little to be sure of."
+        ratio = self._ratio(best, second)
+        difference = self._difference(best, second)
+        name = self.task.scoring.metric.name
+        noise = "" if count == len(self.sketch.layers) else " with noise in the other layers"
+        end = "." if difference.decisive else ", too little to be sure of."
         reason = (
             f"on {count} of {len(self.sketch.layers)} layers, each {self._evidence()}, '{best}' "
-            f"leaves {less:.0%} less output error than '{second}' ({least:.0%} to {most:.0%}), and "
-            "the model with these layers alone compressed agrees; what it is worth in "
-            f"{self.task.scoring.metric.name} is estimated with noise of that size in the other "
-            f"layers{end}"
+            f"leaves {_less(ratio)} than '{second}', and the model{noise} is ahead by "
+            f"{difference.mean:.2g} ({difference.low:.2g} to {difference.high:.2g}) in {name}{end}"
         )
         return Verdict(ranking, "layer error", difference, difference.decisive, reason)
 
-    def _imagine(self, best: Order, second: Order) -> Difference:
-        """Return M of the best order less that of another, with noise in all other layers."""
-        metric = self.task.scoring.metric
-        performances = []
-        for order in (best, second):
-            self.sketch.imagine(order)
-            performances.append(self._performances(metric))
-        measured = interval(metric, (performances[0] - performances[1])[None])
-        ratio = student(self.sketch.logarithms(second) - self.sketch.logarithms(best))
-        return widened(extrapolate(measured, ratio))
-
-    def _by_models(self, dropped: Sequence[Order]) -> Verdict:
+    def _by_models(self) -> Verdict:
         """Rank orders whose layers are all compressed by M of the whole model."""
         task = self.task
-        metric = task.scoring.metric
         means = {order: self.scores[order].mean().item() for order in self.alive}
         ranked = sorted(self.alive, key=lambda order: -means[order])
+        dropped = [order for order in task.orders if order not in self.alive]
         best, second = ranked[:2]
-        scored = self._gap(best, second, task.scorer, self.scores[best] - self.scores[second])
-        difference = widened(scored if task.scorer is metric else self._gap(best, second, metric))
-        decisive = difference.decisive if task.scorer is metric else scored.decisive
-        suffix = "" if task.scorer is metric else f", by {task.scorer.name}"
+        difference = self._difference(best, second)
+        suffix = "" if task.scorer is task.scoring.metric else f", by {task.scorer.name}"
         unit = task.scoring.samples.unit
         evidence = (
             f"all layers, each {self._evidence()}, scored on {len(self.samples)} {unit}s{suffix}"
         )
-        if decisive:
+        if difference.decisive:
             reason = f"with {evidence}, '{best}' is ahead of '{second}'."
         else:
             reason = f"no difference between '{best}' and '{second}' that {evidence}, would show."
         ranking: Ranking = [(order, means[order]) for order in ranked]
         ranking += [(order, None) for order in dropped]
-        return Verdict(ranking, task.scorer.name, difference, decisive, reason)
+        return Verdict(ranking, task.scorer.name, difference, difference.decisive, reason)
 
-    def _gap(
-        self, best: Order, second: Order, metric: Metric, whole: Tensor | None = None
-    ) -> Difference:
-        """Return the difference of two whole models, its interval over draws where they matter.
+    def _ratio(self, best: Order, second: Order) -> Difference:
+        """Return the logarithm of the output error of an order over that of a better one."""
+        return student(self.errors[second] - self.errors[best])
 
-        Args:
-            best: One order.
-            second: The other.
-            metric: What the models are measured by.
-            whole: The difference of each sample, (samples,), if measured.
-        """
-        if whole is None:
-            whole = self._difference(best, second, metric)
-        plain = interval(metric, whole[None])
-        draws = len(self.sketch.draws)
-        if draws < 2 or not self.task.calibrates or not plain.decisive:
-            return plain  # draws do not close what samples leave open
-        reduced = [self._difference(best, second, metric, without=draw) for draw in range(draws)]
-        return jackknife(metric, whole, torch.stack(reduced))
-
-    def _difference(
-        self, best: Order, second: Order, metric: Metric, without: int | None = None
-    ) -> Tensor:
-        """Return M of one order less that of another, with the layers of a draw left alone."""
-        performances = []
-        for order in (best, second):
-            self.sketch.write(order, without=without)
-            performances.append(self._performances(metric))
-        return performances[0] - performances[1]
-
-    def _performances(self, metric: Metric) -> Tensor:
-        return self.task.measure(metric, self.samples).performances
+    def _difference(self, best: Order, second: Order) -> Difference:
+        """Return M of the best order less that of another, by the imagined models."""
+        metric = self.task.scoring.metric
+        is_scored = metric is self.task.scorer
+        first, other = (
+            self.scores[order] if is_scored else self._imagined(order, metric)
+            for order in (best, second)
+        )
+        self.task.runner.reset()
+        original = self.task.measure(metric, self.samples).performances
+        loss = (original - (first + other) / 2).mean().item()
+        measured = interval(metric, (first - other)[None])
+        expected = extrapolate(measured, self._ratio(best, second), loss)
+        return widened(expected, "M" if is_scored else "M by a finer metric")
 
     def _evidence(self) -> str:
         draws = self.sketch.draws
@@ -209,3 +182,17 @@ class _Elimination:
             return "without data"
         unit = self.task.scoring.samples.unit
         return f"with one of {len(draws)} draws of {count_samples(draws[0])} calibration {unit}s"
+
+
+def _less(ratio: Difference) -> str:
+    """Return how much less output error there is, in words.
+
+    Args:
+        ratio: The logarithm of the larger error over the smaller one.
+    """
+
+    def words(value: float) -> str:
+        return f"{abs(value):.0%} {'less' if value >= 0 else 'more'}"
+
+    mean, low, high = (1 - math.exp(-value) for value in (ratio.mean, ratio.low, ratio.high))
+    return f"{words(mean)} output error ({words(low)} to {words(high)})"

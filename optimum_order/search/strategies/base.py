@@ -17,10 +17,17 @@ from optimum_order.order import Order
 from optimum_order.progress import Bar
 from optimum_order.search.plan import Ranking
 
-_CALIBRATING = {"window": 16, "image": 4}
-_SCORING = {"window": 16, "image": 8}
-"""Divisors of the calibration draw, and of the samples that models are scored on, by the kind of
-sample. An image says less than a window: it has one answer and few tokens."""
+
+class _Divisors(NamedTuple):
+    """What parts of the samples are used for a cheap look."""
+
+    calibration: int
+    scoring: int
+
+
+_DIVISORS = {"image": _Divisors(calibration=4, scoring=16)}
+"""By the kind of sample: an image has few tokens, and users bring many."""
+_USUAL_DIVISORS = _Divisors(calibration=16, scoring=8)
 _SMALL_DRAWS = 4
 """How many small draws a few calibration samples are split into."""
 
@@ -48,9 +55,9 @@ class Effort:
     Args:
         calibration_samples: Samples in a calibration draw.
         draws: Calibration draws that `measure` runs.
-        confidence: Of the interval of the layers' output errors before `auto` drops an order. The
-            surer, the more layers it looks at, and the more often whole models decide: at 1
-            always, at 0 as seldom as can be.
+        confidence: Of both witnesses together before `auto` drops an order. The surer, the more
+            layers it looks at, and the more often whole models decide: at 1 always, at 0 as seldom
+            as can be.
     """
 
     calibration_samples: int = 128
@@ -130,11 +137,15 @@ class Task:
         batch_size = self.scoring.samples.batch_size
         return self.runner.measure(metric, samples, batch_size=batch_size)
 
+    @property
+    def _divisors(self) -> _Divisors:
+        return _DIVISORS.get(self.scoring.samples.unit, _USUAL_DIVISORS)
+
     def few_calibration_samples(self) -> int:
         """Return the number of calibration samples for a cheap look."""
         total = self.effort.calibration_samples
         fewest = max(method.fewest_samples for method in Recipe.of(self.orders[0]).methods)
-        few = total // _CALIBRATING[self.scoring.samples.unit]
+        few = total // self._divisors.calibration
         return min(total, max(_SMALL_DRAWS * fewest, few))
 
     def small_draws(self) -> list[Batches]:
@@ -153,7 +164,7 @@ class Task:
         """Return a few samples to score with, from all over them."""
         samples = self.scoring.samples
         total = len(samples)
-        count = min(total, max(2, total // _SCORING[samples.unit]))
+        count = min(total, max(4, total // self._divisors.scoring))
         return samples.take(torch.arange(count) * total // count)
 
 

@@ -17,9 +17,9 @@ STAGES = ["magnitude:0.5", "mixed_precision(bits=3, quantizer=rtn)"]
 def test_scores_are_means_over_small_draws(make_task):
     task = make_task(STAGES)
     verdict = small.rank(task)
-    assert task.cost == {"orders": 8, "calibration_samples": 4, "scored_samples": 8}
+    assert task.cost == {"orders": 8, "calibration_samples": 4, "scored_samples": 16}
     assert verdict.difference.over == "draws and samples"
-    assert "4 draws of 1 calibration samples and 8 windows" in verdict.reason
+    assert "4 draws of 1 calibration samples and 16 windows" in verdict.reason
     best, score = verdict.ranking[0]
     runner = task.runner
     performances = []
