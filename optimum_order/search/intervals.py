@@ -148,4 +148,4 @@ def together(*witnesses: float) -> float:
     Source:
         Stouffer et al. 1949, The American Soldier I, 45: sum of z over the root of their number.
     """
-    return sum(witnesses) / len(witnesses) ** 0.5
+    return sum(witnesses) / math.sqrt(len(witnesses))
