@@ -194,6 +194,7 @@ def main() -> None:
         args.study / "efficientnet-lite0-few-pairs",
         draws=range(DRAWS),
         metric="fidelity",
+        pause="block",
         evaluation=crops(args.photos, EVALUATION, args.evaluation_samples, seed=1),
         evaluation_samples=args.evaluation_samples,
     )

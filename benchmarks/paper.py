@@ -92,6 +92,8 @@ def _rotated_in_time(order: Order) -> bool:
     return methods.index("rotate") < min(methods.index("wanda"), methods.index("gptq"))
 
 
+PAUSES = {"block": "", "group": "-by-groups"}
+"""Where runs pause, and what the names of their folders end in. The stored studies pause at blocks."""
 FINDINGS: dict[str, list[Order]] = {
     "pairs": grid(PRUNERS, [0.3, 0.5], QUANTIZERS, [3, 4]),
     "few-pairs": grid(PRUNERS[1:], [0.3, 0.5], [Stage("gptq")], [3, 4]),
@@ -129,8 +131,9 @@ def findings(name: str, args: argparse.Namespace, draws: list[int]) -> None:
     )
     compressor.study(
         FINDINGS[name],
-        args.output / f"{Path(args.model).name}-{name}",
+        args.output / f"{Path(args.model).name}-{name}{PAUSES[args.pause]}",
         draws=draws,
+        pause=args.pause,
         metric=args.metric,
         evaluation=args.evaluation,
         evaluation_samples=args.evaluation_samples,
@@ -438,6 +441,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="of each calibration draw")
     parser.add_argument("--evaluation-samples", type=int, default=64)
     parser.add_argument("--length", type=int, help="tokens of a window")
+    parser.add_argument("--pause", choices=PAUSES, default="block", help="where runs pause")
     parser.add_argument("--metric", default="auto")
     parser.add_argument("--workers", type=int, default=1, help="processes, with --run")
     parser.add_argument("--cluster", help="address of a Ray cluster, or auto, with --run")

@@ -286,7 +286,7 @@ class JointCompressor(Session):
                 "give its folder."
             )
         order, stages = self._made_for(order, stages, format, engine)
-        plan = self._plan_for(order, stages, work_dir if resume else None, progress=progress)
+        plan = self._plan_for(order, stages, work_dir if resume else None, pause, progress=progress)
         # The cheapest errors first, before any weight is read.
         recipe = Recipe.of(Order.of(order) if plan is None else plan.order, schedule)
         weights = checkpoint.load_empty() if low_memory and checkpoint else None
@@ -443,6 +443,7 @@ class JointCompressor(Session):
         order: Stages,
         stages: Iterable[Stage | str] | None,
         resumed: str | Path | None,
+        pause: Pause,
         *,
         progress: bool,
     ) -> Plan | None:
@@ -461,7 +462,7 @@ class JointCompressor(Session):
                 plan = Plan.from_dict(workdir.read_fingerprint(Path(resumed))["plan"])
                 if plan.order in runnable(stages, canonical)[0]:
                     return plan
-        return self.plan(stages, progress=progress)
+        return self.plan(stages, pause=pause, progress=progress)
 
     def estimate(
         self,
@@ -662,6 +663,7 @@ class JointCompressor(Session):
         evaluation: Any = "builtin",
         evaluation_samples: int | None = None,
         draws: int = 1,
+        pause: Pause = "auto",
         progress: bool = True,
     ) -> Plan:
         """Rank every order of some stages.
@@ -676,6 +678,7 @@ class JointCompressor(Session):
             evaluation_samples: Windows from all over the text, or images; by default 64 or 1000,
                 or all of them if they are fewer.
             draws: Disjoint calibration draws that "measure" runs.
+            pause: Where runs in full pause, as in `compress`.
             progress: Whether to show bars on stderr.
 
         Raises:
@@ -691,7 +694,9 @@ class JointCompressor(Session):
                 f"got {draws=}, {evaluation_samples=}."
             )
         with quiet():
-            runner = self.runner(Recipe.of(orders[0]), progress=False)
+            recipes = [Recipe.of(order) for order in orders]
+            paused = self.shared_pause(pause, recipes)
+            runner = self.runner(recipes[0], pause=paused, progress=False)
             chosen = self.metric(runner.model, metric)
             samples = self.evaluation_samples(
                 evaluation, evaluation_samples or self.usual_samples, metric
@@ -843,6 +848,7 @@ class JointCompressor(Session):
         metric: str = "auto",
         evaluation: Any = "builtin",
         evaluation_samples: int | None = None,
+        pause: Pause = "auto",
         prefix_limit: float = 16.0,
         workers: int = 1,
         cluster: str | None = None,
@@ -863,6 +869,7 @@ class JointCompressor(Session):
             evaluation: What M is measured on, as in `evaluate`.
             evaluation_samples: Windows from all over the text, or images; by default 64 or 1000,
                 or all of them if they are fewer.
+            pause: Where the runs pause, as in `compress`.
             prefix_limit: GB of disk that beginnings which orders share may take while the study
                 runs; for each worker.
             workers: Processes that run the trials, each with a copy of the model; 1 runs them here.
@@ -894,10 +901,13 @@ class JointCompressor(Session):
                 f"{draws=}, {evaluation_samples=}, {prefix_limit=}."
             )
         check_folder(folder)
+        recipes = [Recipe.of(order) for order in checked]
         with quiet():
-            runner = self.runner(*map(Recipe.of, checked), progress=False)
+            runner = self.runner(*recipes, progress=False)
             for order in checked:
                 runner.check(order)
+            paused = self.shared_pause(pause, recipes)
+            runner.execution = dataclasses.replace(runner.execution, pause=paused)
             chosen = self.metric(runner.model, metric)
             samples = self.evaluation_samples(
                 evaluation, evaluation_samples or self.usual_samples, metric
@@ -916,7 +926,7 @@ class JointCompressor(Session):
                 chosen,
                 samples,
                 folder,
-                settings=self.study_settings(runner.model, calibration),
+                settings=self.study_settings(runner.model, calibration, paused),
             )
             if command is not None:
                 study.trials.note_command(command)
@@ -927,17 +937,19 @@ class JointCompressor(Session):
             if workers == 1 and cluster is None:
                 run()
             else:
-                make = functools.partial(_worker, self, tuple(checked), metric, samples)
+                make = functools.partial(_worker, self, tuple(checked), metric, samples, paused)
                 spec = Spec(make, torch.get_num_threads(), prefix_bytes)
                 with contextlib.closing(crew(spec, workers, cluster)) as shared:
                     run(crew=shared)
             return report.write(study.trials, folder)
 
 
-def _worker(session: Session, orders: Sequence[Order], metric: str, samples: Samples) -> Worker:
+def _worker(
+    session: Session, orders: Sequence[Order], metric: str, samples: Samples, pause: str
+) -> Worker:
     """Return a worker of a study, in whichever process it is to work."""
     with quiet():
-        runner = session.runner(*map(Recipe.of, orders), progress=False)
+        runner = session.runner(*map(Recipe.of, orders), pause=pause, progress=False)
         return Worker(runner, session.metric(runner.model, metric), samples)
 
 

@@ -288,11 +288,27 @@ class Session:
         recipe.check_start(units, self.source.states)
         return after
 
-    def runner(self, *recipes: Recipe, progress: bool = True) -> Runner:
+    def shared_pause(self, pause: str, recipes: Iterable[Recipe]) -> str:
+        """Return where runs that are to be compared pause, all at the same places.
+
+        Args:
+            pause: "auto", "block" or "group".
+            recipes: What the runs do.
+
+        Raises:
+            OrderError: If there is no such choice.
+        """
+        # the one whose forwards take most memory
+        most = max(recipes, key=lambda recipe: (recipe.needs_data, recipe.compares))
+        batches = [] if self.calibration is None else self.draw(0).inputs()
+        return self.pause_for(pause, most, batches, low_memory=False)
+
+    def runner(self, *recipes: Recipe, pause: str = "block", progress: bool = True) -> Runner:
         """Return what runs orders on a copy of the model, with any draw of the calibration data.
 
         Args:
             recipes: What it will run; it compresses the embeddings that these name.
+            pause: "block" or "group".
             progress: Whether to show bars on stderr.
         """
 
@@ -305,6 +321,7 @@ class Session:
             Execution(
                 device=self.device,
                 dtype=precision.DTYPES.get(self.calibration_dtype),  # None for "auto"
+                pause=pause,
                 progress=progress,
             ),
             targets=self.targets,
@@ -376,15 +393,16 @@ class Session:
         }
 
     def study_settings(
-        self, model: PreTrainedModel, calibration: Mapping[str, Any] | None
+        self, model: PreTrainedModel, calibration: Mapping[str, Any] | None, pause: str
     ) -> dict[str, Any]:
         """Return what else decides the trials of a study, beside its model and its samples.
 
         Args:
             model: The model before compression.
             calibration: The entry of a manifest for the calibration data.
+            pause: Where the runs pause. Earlier versions paused at blocks, and did not say so.
         """
-        return {
+        return ({"pause": pause} if pause != "block" else {}) | {
             "calibration": calibration,
             "revision": self.source.commit or self.source.revision,
             "adapter": self.source.adapter,

@@ -54,6 +54,19 @@ SOURCE = (
 )
 
 
+def pause(parser: argparse.ArgumentParser) -> None:
+    """Add where a walk pauses."""
+    group_of(parser, "what is done").add_argument(
+        "--pause",
+        default="auto",
+        type=one_of("pause", PAUSES),
+        metavar=listed(PAUSES),
+        help="block: compress the layers of a block together; group: compress the layers that "
+        "share an input when the forward reaches them, which is faster and takes more memory; "
+        "auto (default) takes group where the activations fit",
+    )
+
+
 def model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add MODEL and how it is read.
 

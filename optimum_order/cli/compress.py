@@ -111,15 +111,7 @@ Several processes share the work, and OUTPUT is that of the first:
             help="stage (default): each stage walks the whole model before the next begins; block: "
             "all stages on one block before the next block, which is faster",
         )
-        group.add_argument(
-            "--pause",
-            default="auto",
-            type=one_of("pause", arguments.PAUSES),
-            metavar=listed(arguments.PAUSES),
-            help="block: compress the layers of a block together; group: compress the layers that "
-            "share an input when the forward reaches them, which is faster and takes more memory; "
-            "auto (default) takes group where the activations fit",
-        )
+        arguments.pause(parser)
         arguments.loading(parser)
         arguments.calibration(parser)
         arguments.metric(parser)

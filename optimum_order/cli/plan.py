@@ -56,6 +56,7 @@ examples:
             help="run nothing and read no weight: say how long every order in full would take, "
             "and in how much memory",
         )
+        arguments.pause(parser)
         arguments.calibration(parser)
         arguments.measuring(
             parser,
@@ -82,7 +83,9 @@ examples:
                 evaluation_samples=args.evaluation_samples,
             )
             return {"forecast": forecast.as_dict()}
-        plan = compressor.plan(stages, args.strategy, **arguments.measurement(args))
+        plan = compressor.plan(
+            stages, args.strategy, pause=args.pause, **arguments.measurement(args)
+        )
         return plan.as_dict() | {"command": arguments.reproducing(args, str(plan.order), "auto")}
 
     def show(self, result: dict[str, Any]) -> None:

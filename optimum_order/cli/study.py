@@ -93,6 +93,7 @@ examples:
             help="let pruning after quantizing leave the grid, as papers do; such models cannot be "
             "saved quantized",
         )
+        arguments.pause(parser)
         arguments.loading(parser)
         arguments.calibration(parser)
         arguments.measuring(
@@ -197,6 +198,7 @@ examples:
         return compressor.study(
             orders,
             self._folder,
+            pause=self.args.pause,
             prefix_limit=self.args.prefix_limit,
             workers=self.args.workers,
             cluster=self.args.cluster,
