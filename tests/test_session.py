@@ -264,6 +264,26 @@ class TestPause:
         with pytest.raises(OrderError, match=r"leave out pause='group' \(--pause group\)"):
             choose("group", "gptq:4", low_memory=True)
 
+    def test_runs_that_are_compared_pause_at_the_same_places(self, session, monkeypatch):
+        """Where the one that takes most memory fits; that is one with the model as it was."""
+        seen = []
+
+        def pause_for(pause, recipe, batches, *, low_memory):
+            seen.append((str(recipe.order), len(batches) > 0))
+            return pause
+
+        recipes = [Recipe.of(Order.parse(order)) for order in ("rtn:4", "wanda:0.5", "gptq:4")]
+        monkeypatch.setattr(session, "pause_for", pause_for)
+        assert session.shared_pause("group", recipes) == "group"
+        assert session.shared_pause("block", recipes[:2]) == "block"
+        assert seen == [("gptq:4", True), ("wanda:0.5", True)]
+
+    def test_a_study_says_where_it_pauses_unless_at_blocks(self, session):
+        """Studies of earlier versions paused at blocks and did not say so; they are resumed."""
+        model = session.source.load()
+        assert session.study_settings(model, None, "group")["pause"] == "group"
+        assert "pause" not in session.study_settings(model, None, "block")
+
     def test_another_choice_is_refused_with_a_hint(self, choose):
         message = r"Unknown pause 'blocks'\. Did you mean 'block'\? Allowed: auto, block, group\."
         with pytest.raises(OrderError, match=message):

@@ -203,7 +203,8 @@ def test_a_worker_can_be_pickled(compressor, text_file):
     import pickle
 
     samples = compressor.evaluation_samples(str(text_file), 4)
-    make = functools.partial(front._worker, compressor, (Order.parse("rtn:4"),), "auto", samples)
+    orders = (Order.parse("rtn:4"),)
+    make = functools.partial(front._worker, compressor, orders, "auto", samples, "group")
     spec = pickle.loads(pickle.dumps(Spec(make, 1, 10**9)))
     task = pickle.loads(pickle.dumps(Task((Order.parse("rtn:4"),), 0)))
     rows = spec.make().run(task)

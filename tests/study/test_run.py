@@ -79,7 +79,7 @@ def test_a_trial_is_what_a_run_of_its_own_gives(
 ):
     rows = read_rows(finished[0])
     row = rows["wanda:0.5 > rtn:4", 0]
-    alone = compressor.compress("wanda:0.5 > rtn:4", pause="block", progress=False)
+    alone = compressor.compress("wanda:0.5 > rtn:4", progress=False)
     samples = compressor.evaluation_samples(str(text_file), 4)
     metric = compressor.metric(alone.model, "auto")
     measured = metric.measure(alone.model, samples, batch_size=128, progress=False)
@@ -287,6 +287,8 @@ def test_trials_of_other_settings_are_refused(finished, study, make_compressor, 
         assert len(str(error.value)) < 700
     with pytest.raises(OutputError, match=r"'evaluation\.samples' is 4 there and 3 now"):
         study(ORDERS, finished[0], evaluation_samples=3)
+    with pytest.raises(OutputError, match="'pause' is 'group' there"):
+        study(ORDERS, finished[0], pause="block")
     assert read_rows(finished[0]) == before
 
 
