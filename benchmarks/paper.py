@@ -119,6 +119,8 @@ FINDINGS: dict[str, list[Order]] = {
     "five-stages": list(filter(_rotated_in_time, Order.parse(FIVE).permutations())),
 }
 """What is tried on a model of one's own, one study for each finding."""
+ENDINGS = tuple(f"-{name}{ending}" for name in FINDINGS for ending in PAUSES.values())
+"""Of the names of their folders."""
 
 
 def findings(name: str, args: argparse.Namespace, draws: list[int]) -> None:
@@ -477,7 +479,7 @@ def main() -> None:
         console.print(rankings(name, figures[name]))
         if gains := swaps(Trials.open(folders[name])):
             console.print(neighbors(name, gains))
-    for name in [name for name in figures if name.endswith(tuple(f"-{n}" for n in FINDINGS))]:
+    for name in [name for name in figures if name.endswith(ENDINGS)]:
         if figures[name]["pairs"]:
             console.print(pairs(name, figures[name]))
     for name in [name for name in GRIDS if name in figures and figures[name]["pairs"]]:
@@ -490,7 +492,7 @@ def main() -> None:
         rows = {
             name: stored(summary, Trials.open(folders[name]))
             for name, summary in figures.items()
-            if name.endswith(tuple(f"-{study}" for study in FINDINGS))
+            if name.endswith(ENDINGS)
         }
         STORED.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
     (args.output / "paper.json").write_text(json.dumps(figures, default=float) + "\n")

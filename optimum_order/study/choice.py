@@ -126,7 +126,7 @@ def _command(settings: Mapping[str, Any], order: str, format: str) -> str | None
         "order": order,
         "format": format,
         "schedule": "stage",
-        "pause": "block",
+        "pause": settings.get("pause", "block"),
         "calibration": calibration,
         "seed": calibration and calibration["seed"],
         "sequence_length": calibration and calibration.get("sequence_length"),

@@ -80,6 +80,11 @@ def test_a_command_has_all_that_makes_the_model(make_summary):
     assert by_order["original"]["command"] is None
 
 
+def test_a_command_pauses_where_the_study_did(make_summary):
+    model = summary_of(make_summary, pause="group")["models"][0]
+    assert "--pause group" in model["command"]
+
+
 def test_a_study_of_an_earlier_version_has_no_commands(make_trials):
     trials = make_trials(SCORES)
     assert choice._command(trials.settings, "gptq:4", "dense") is None
