@@ -250,7 +250,7 @@ class Session:
         """
         if pause not in ("auto", *PAUSES):
             raise OrderError(unknown("pause", pause, ["auto", *PAUSES]))
-        if low_memory or not recipe.needs_data:
+        if low_memory or not recipe.needs_data or not batches:  # none are refused elsewhere
             if pause == "group" and low_memory:
                 raise OrderError(
                     "'low_memory' pauses at blocks, since the activations of all batches are in "
