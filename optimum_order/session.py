@@ -250,7 +250,8 @@ class Session:
         """
         if pause not in ("auto", *PAUSES):
             raise OrderError(unknown("pause", pause, ["auto", *PAUSES]))
-        if low_memory or not recipe.needs_data or not batches:  # none are refused elsewhere
+        # a recipe that needs batches and has none is refused elsewhere
+        if low_memory or not recipe.needs_data or not batches:
             if pause == "group" and low_memory:
                 raise OrderError(
                     "'low_memory' pauses at blocks, since the activations of all batches are in "

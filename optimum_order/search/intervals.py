@@ -28,6 +28,7 @@ A sketch is not the model: of the plans whose truth was measured in full, 95 % h
 these factors (benchmarks/plans.json, from benchmarks/planner.py --only intervals)."""
 
 _SUREST = 8.0
+"""In standard deviations; two witnesses that contradict each other without a doubt add up to 0."""
 
 
 def widened(difference: Difference, ranked_by: str = "M") -> Difference:

@@ -135,3 +135,13 @@ class TestRefused:
     def test_a_metric_that_says_nothing_about_the_model(self, plan):
         with pytest.raises((ModelError, DataError)):
             plan(PAIR, metric="accuracy")
+
+
+def test_runs_in_full_pause_where_they_are_told(make_compressor):
+    """Later layers of a block read what earlier ones have become, if the walk pauses between."""
+    scores = [
+        dict(make_compressor().plan(CALIBRATED, "measure", pause=pause, progress=False).ranking)
+        for pause in ("block", "group")
+    ]
+    assert scores[0].keys() == scores[1].keys()
+    assert scores[0] != scores[1]
